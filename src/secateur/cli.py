@@ -1,0 +1,370 @@
+"""The commands. Each is thin: it checks, calls the library, and prints results to stdout, progress to stderr.
+
+Nothing heavy is imported here, so that `--help` answers at once; every command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from secateur import __version__
+from secateur.errors import SecateurError
+from secateur.files import check_new_folder, new_folder
+from secateur.scorers import DEFAULT_SCORER, SCORERS
+
+if TYPE_CHECKING:
+    from secateur.data import Task
+
+_CALIBRATION_TEXTS = 256
+
+
+class _Ratio(click.ParamType):
+    """A fraction in [0, 1)."""
+
+    name = "ratio"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or fail in the one error form."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number < 1:
+            self.fail(f"`{param.name if param else 'ratio'}` must be in [0, 1), got {value}", param, ctx)
+        return number
+
+
+def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    """Join several click options into one decorator."""
+    return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+_device = click.option("--device", default=None, help="cpu, cuda, cuda:1 … [default: a GPU where there is one]")
+_seed = click.option("--seed", default=0, show_default=True, type=int, help="Seed of everything random.")
+_out = click.option("--out", required=True, type=click.Path(path_type=Path), help="New or empty folder for the result.")
+_length = click.option("--max-length", default=128, show_default=True, type=click.IntRange(4), help="Tokens a text.")
+_data = click.option(
+    "--data", required=True, help="Texts: a file (csv, tsv, jsonl, parquet), a folder with train and dev, or a Hub id."
+)
+_scoring = _options(
+    click.option(
+        "--scorer", default=DEFAULT_SCORER, show_default=True, type=click.Choice(sorted(SCORERS)), help="Criterion."
+    ),
+    click.option("--pruner", default=None, help="Meta-pruner for scorer smp: a folder, a Hub id, the authors' .bin."),
+    click.option("--split", default="train", show_default=True, type=click.Choice(["train", "dev", "test"])),
+    click.option(
+        "--texts", "num_texts", default=_CALIBRATION_TEXTS, show_default=True, type=click.IntRange(1),
+        help="Calibration texts, drawn from the data with the seed.",
+    ),
+    click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
+    _length,
+    _seed,
+    _device,
+)  # fmt: skip
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="secateur")
+def cli() -> None:
+    """Remove attention heads that a task does not need from a pre-trained Transformer, and prove the result."""
+
+
+@cli.command()
+@click.argument("model")
+@_device
+@_json
+def info(model: str, device: str | None, as_json: bool) -> None:
+    """Show MODEL's attention sites, heads, parameters, multiply-accumulates, and whether heads can be removed."""
+    from secateur.errors import UnsupportedModelError
+    from secateur.model.cost import count_parameters, measure_cost
+    from secateur.model.loading import check_device, load_model
+    from secateur.model.sites import find_sites
+    from secateur.tables import info_table, print_table
+
+    loaded = load_model(model, check_device(device))
+    facts: dict[str, Any] = {"model": model, "class": type(loaded).__name__, "parameters": count_parameters(loaded)}
+    try:
+        sites = find_sites(loaded)
+        facts |= {"prunable": True, "cost": measure_cost(loaded).to_json()}
+        facts["sites"] = [
+            {
+                "name": site.name,
+                "heads": site.num_heads,
+                "key_value_heads": site.num_key_value_heads,
+                "original_heads": site.original_num_heads,
+            }
+            for site in sites.values()
+        ]
+    except UnsupportedModelError as error:
+        facts |= {"prunable": False, "reason": str(error)}
+    if as_json:
+        _print_json(facts)
+    else:
+        print_table(info_table(facts))
+
+
+@cli.command()
+@click.argument("model")
+@_data
+@_scoring
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores to this JSON file.")
+@_json
+def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Score every attention head of MODEL on a task's unlabelled texts."""
+    from secateur.model.loading import check_device, load_model, load_tokenizer
+    from secateur.pruning import score_heads
+    from secateur.tables import print_table, scores_table
+
+    if out is not None and out.parent != Path() and not out.parent.is_dir():
+        raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
+    device = check_device(options["device"])
+    task = _calibration(data, options)
+    scores = score_heads(
+        load_model(model, device),
+        task.texts,
+        options["scorer"],
+        load_tokenizer(model),
+        batch_size=options["batch_size"],
+        max_length=options["max_length"],
+        seed=options["seed"],
+        progress=True,
+        **_scorer_options(options),
+    )
+    if out is not None:
+        scores.save(out)
+        click.echo(f"scores of {len(scores)} sites: {out}", err=True)
+    if as_json:
+        _print_json(scores.to_json())
+    elif out is None:
+        print_table(scores_table(scores))
+
+
+@cli.command()
+@click.argument("model")
+@_data
+@click.option("--ratio", default=0.5, show_default=True, type=_Ratio(), help="Fraction of heads to remove, in [0, 1).")
+@click.option(
+    "--scope", default="site", show_default=True, type=click.Choice(["site", "global"]),
+    help="The same ratio at every site, or one ranking over the model.",
+)  # fmt: skip
+@click.option("--min-heads", default=1, show_default=True, type=click.IntRange(0), help="Heads a site keeps at least.")
+@_scoring
+@_out
+@_json
+def prune(
+    model: str, data: str, ratio: float, scope: Any, min_heads: int, out: Path, as_json: bool, **options: Any
+) -> None:
+    """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder."""
+    from secateur.model.loading import check_device, load_tokenizer
+    from secateur.pruning import prune as prune_model
+    from secateur.report import write_report
+    from secateur.tables import print_table, pruning_table, report_data
+
+    check_new_folder(out)
+    device = check_device(options["device"])
+    task = _calibration(data, options)
+    tokenizer = load_tokenizer(model)
+    pruned, report = prune_model(
+        model,
+        task.texts,
+        ratio,
+        scorer=options["scorer"],
+        scope=scope,
+        min_heads=min_heads,
+        tokenizer=tokenizer,
+        batch_size=options["batch_size"],
+        max_length=options["max_length"],
+        seed=options["seed"],
+        device=str(device),
+        progress=True,
+        **_scorer_options(options),
+    )
+    with new_folder(out) as folder:
+        pruned.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        report.save(folder / "pruning_report.json")
+        write_report(report_data(report, title="secateur prune", command=_command_line()), folder / "report.html")
+    if as_json:
+        _print_json({**report.to_json(), "out": str(out)})
+    else:
+        print_table(pruning_table(report))
+        click.echo(f"{report}\nproof: largest difference to the gated model {report.max_difference:.1e}")
+        click.echo(f"model: {out}")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--against", default=None, help="The unpruned model [default: the one that the recipe names].")
+@_device
+@_json
+def verify(folder: Path, against: str | None, device: str | None, as_json: bool) -> None:
+    """Reload the pruned model in FOLDER and compare it with its gated original."""
+    from secateur.model.loading import check_device
+    from secateur.verify import verify_checkpoint
+
+    result = verify_checkpoint(folder, against, check_device(device))
+    if as_json:
+        _print_json(result)
+    else:
+        verdict = "equal to" if result["equal"] else "DIFFERS from"
+        click.echo(f"{folder} {verdict} {result['against']} with {result['dropped']} heads gated")
+        click.echo(f"largest difference {result['max_difference']:.1e} (at most {result['tolerance']:g} is accepted)")
+    if not result["equal"]:
+        raise click.exceptions.Exit(1)
+
+
+_training = _options(
+    _data,
+    click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
+    _length,
+    _device,
+    _json,
+)
+
+
+@cli.command()
+@click.argument("model")
+@_training
+@click.option("--epochs", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--learning-rate", default=2e-5, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--max-train", default=None, type=click.IntRange(1), help="Training texts at most, drawn with the seed.")
+@_seed
+@_out
+def finetune(
+    model: str, data: str, batch_size: int, max_length: int, device: str | None, as_json: bool, epochs: float,
+    learning_rate: float, max_train: int | None, seed: int, out: Path,
+) -> None:  # fmt: skip
+    """Fine-tune MODEL, dense or pruned alike, on labelled data with transformers' Trainer."""
+    from secateur.data import load_task
+    from secateur.finetune import finetune as finetune_model
+    from secateur.model.loading import check_device
+
+    check_new_folder(out)
+    chosen = check_device(device)
+    train = load_task(data, "train", need_labels=True)
+    dev = load_task(data, "dev", need_labels=True) if not Path(data).is_file() else None
+    if max_train is not None:
+        train = train.head(max_train, seed=seed)
+    _, result = finetune_model(
+        model, train, dev, out=out, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size,
+        max_length=max_length, seed=seed, device=str(chosen),
+    )  # fmt: skip
+    if as_json:
+        _print_json({"metrics": result.metrics, "seconds": result.seconds, "steps": result.steps, "out": str(out)})
+    else:
+        _echo_metrics(result.metrics, result.main_metric)
+        click.echo(f"{result.steps} steps in {result.seconds:.1f} s\nmodel: {out}")
+
+
+@cli.command()
+@click.argument("model")
+@_training
+@click.option("--split", default="dev", show_default=True, type=click.Choice(["train", "dev", "test"]))
+def evaluate(
+    model: str, data: str, batch_size: int, max_length: int, device: str | None, as_json: bool, split: Any
+) -> None:
+    """Evaluate a fine-tuned MODEL, dense or pruned alike, with the task's standard metrics."""
+    from transformers import AutoModelForSequenceClassification
+
+    from secateur.data import load_task
+    from secateur.evaluate import evaluate_model, main_metric
+    from secateur.model.loading import check_device, load_model, load_tokenizer
+
+    chosen = check_device(device)
+    task = load_task(data, split, need_labels=True)
+    loaded = load_model(model, chosen, AutoModelForSequenceClassification)
+    metrics = evaluate_model(loaded, load_tokenizer(model), task, batch_size=batch_size, max_length=max_length)
+    if as_json:
+        _print_json({"metrics": metrics, "texts": len(task)})
+    else:
+        _echo_metrics(metrics, main_metric(task))
+
+
+@cli.command()
+@_out
+@_seed
+@_device
+@_json
+def demo(out: Path, seed: int, device: str | None, as_json: bool) -> None:
+    """Run the whole path on a real model and real texts from PyPI, and write DIR/report.html."""
+    from secateur.demo import run_demo
+    from secateur.model.loading import check_device
+    from secateur.tables import demo_table, print_table
+
+    check_new_folder(out)
+    with new_folder(out) as folder:
+        result = run_demo(folder, seed=seed, device=check_device(device), command=_command_line())
+    if as_json:
+        _print_json(result)
+    else:
+        print_table(demo_table(result))
+        click.echo(f"report: {out / 'report.html'}\npruned model: {out / 'pruned'}")
+
+
+def _calibration(data: str, options: dict[str, Any]) -> Task:
+    """Load the calibration texts, a random choice of the data's rows that depends on the seed alone."""
+    from secateur.data import load_task
+
+    return load_task(data, options["split"]).head(options["num_texts"], seed=options["seed"])
+
+
+def _scorer_options(options: dict[str, Any]) -> dict[str, Any]:
+    if options["pruner"] is None:
+        return {}
+    if options["scorer"] != "smp":
+        raise click.UsageError("`pruner` goes with `--scorer smp` only")
+    return {"pruner": options["pruner"]}
+
+
+def _echo_metrics(metrics: dict[str, float], main: str) -> None:
+    for name, value in metrics.items():
+        click.echo(f"{name} {value:.4f}" + (" (main metric)" if name == main else ""))
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=1))
+
+
+def _command_line() -> str:
+    return " ".join(["secateur", *sys.argv[1:]])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 2 with one line on stderr for bad input, 130 for Ctrl-C."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    try:
+        result = cli.main(arguments, prog_name="secateur", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("secateur: stopped", err=True)
+        return 130
+    except (SecateurError, OSError) as error:
+        return _fail(str(error))
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str) -> int:
+    click.echo("secateur: error: " + " ".join(message.split()), err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

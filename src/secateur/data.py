@@ -1,0 +1,434 @@
+"""Tasks from local files or the Hub as plain Python lists, and texts as batches of token tensors."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import math
+import random
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from secateur.errors import InvalidInputError, invalid
+
+Text: TypeAlias = str | tuple[str, str]
+
+# The file names that stand for a split, in the order in which they are looked for; the Hub's split names too.
+SPLIT_NAMES = {
+    "train": ("train",),
+    "dev": ("dev", "validation", "valid", "dev_matched", "validation_matched"),
+    "test": ("test", "test_matched"),
+}
+FILE_FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+# Pairs come first because QNLI's columns are `question` and `sentence`.
+TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+)
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class Task:
+    """The texts of one split of a task, all single strings or all pairs, with their labels if there are any.
+
+    `labels` holds whole numbers from 0 up for a classification and floats for a regression. `name` chooses the main
+    metric (see `secateur.evaluate.main_metric`) and appears in reports.
+
+    Raises `InvalidInputError` for no texts, for a mixture of single texts and pairs, and for labels that are not one
+    finite number for each text.
+    """
+
+    name: str
+    texts: list[Text]
+    labels: list[int] | list[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_texts(self.texts)
+        if self.labels is None:
+            return
+        if len(self.labels) != len(self.texts):
+            raise invalid("labels", f"hold one label for each of the {len(self.texts)} texts", len(self.labels))
+        regression = self.is_regression
+        for index, label in enumerate(self.labels):
+            if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
+                raise invalid(f"labels[{index}]", "be a finite number", label)
+            if not regression and label < 0:
+                raise invalid(f"labels[{index}]", "be a class from 0 up", label)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether each text is a pair of strings."""
+        return isinstance(self.texts[0], tuple)
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are floats; False where there are no labels."""
+        return self.labels is not None and any(isinstance(label, float) for label in self.labels)
+
+    @property
+    def num_labels(self) -> int:
+        """The outputs that a model needs: 1 for a regression, else the highest class + 1 and at least 2.
+
+        Raises `InvalidInputError` where the task has no labels.
+        """
+        if self.labels is None:
+            raise invalid("task", "have labels", self.name, "give data with a `label` column")
+        if self.is_regression:
+            return 1
+        # One class is still a classification: transformers takes a model with one output for a regression.
+        return max(2, int(max(self.labels)) + 1)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def head(self, n: int, seed: int | None = None) -> Task:
+        """Return a task with the first `n` rows or, given a `seed`, with `n` random ones; all rows if there are fewer.
+
+        Raises `InvalidInputError` where `n` is below 1.
+        """
+        if n < 1:
+            raise invalid("n", "be at least 1", n)
+        count = min(n, len(self))
+        rows = range(count) if seed is None else random.Random(seed).sample(range(len(self)), count)
+        labels: Any = None if self.labels is None else [self.labels[i] for i in rows]
+        return Task(self.name, [self.texts[i] for i in rows], labels)
+
+
+def load_task(
+    data: str | Path,
+    split: Literal["train", "dev", "test"] = "train",
+    *,
+    need_labels: bool = False,
+    max_rows: int | None = None,
+) -> Task:
+    """Read one split of a task from a file, a folder or the Hugging Face Hub.
+
+    `data` is one of
+    - a file .csv, .tsv (without quoting), .jsonl, .json (one object a line, or a list of objects) or .parquet, the
+      text formats also with .gz behind; its rows serve as whichever split is asked for;
+    - a folder with such files named train, dev (or validation, valid) and test (or test_matched);
+    - where no such path exists, a Hub id: `glue/sst2`, `owner/name` or `owner/name:config`.
+
+    Columns: `sentence` or `text`, or a pair `sentence1` and `sentence2` (or GLUE's own names), and `label`; others are
+    ignored. Labels are whole numbers from 0 up (classes) or numbers with a decimal point (regression); one label with
+    a decimal point makes the task a regression. Where every label is -1, as in GLUE's hidden test sets, the task has
+    none. `max_rows` keeps the first rows only. The task is named after the folder or the file.
+
+    Raises `InvalidInputError` for whatever is missing or unreadable, naming the file and the row (counted from 1, the
+    header left out).
+    """
+    if split not in SPLIT_NAMES:
+        raise invalid("split", "be train, dev or test", split)
+    if max_rows is not None and max_rows < 1:
+        raise invalid("max_rows", "be at least 1", max_rows)
+    if not str(data).strip():
+        raise invalid("data", "name a file, a folder or a Hub id", str(data))
+    path = Path(data).expanduser()
+    if path.exists():
+        file = _split_file(path, split) if path.is_dir() else path
+        source, columns = str(file), _read_file(file)
+        stem = _stem_and_format(file)[0]
+        is_split_name = any(stem in names for names in SPLIT_NAMES.values())
+        name = file.absolute().parent.name if is_split_name else stem
+    else:
+        repository, config = _hub_id(data)
+        source, columns = str(data), _read_hub(str(data), repository, config, split)
+        name = config if repository == "nyu-mll/glue" and config else str(data)
+
+    texts = _texts(columns, source)
+    labels = _labels(columns["label"], source) if "label" in columns else None
+    if labels is None and need_labels:
+        raise InvalidInputError(f"{source} has no labels; this step needs a `label` column with known labels")
+    kept_labels: Any = None if labels is None else labels[:max_rows]
+    return Task(name, texts[:max_rows], kept_labels)
+
+
+def check_texts(texts: Sequence[Text]) -> None:
+    """Raise `InvalidInputError` unless `texts` is a sequence of only strings or only pairs of strings, not empty."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise invalid("texts", "be a list of strings or of pairs of strings", texts)
+    if not texts:
+        raise invalid("texts", "hold at least one text", texts)
+    for index, text in enumerate(texts):
+        is_pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
+        if not isinstance(text, str) and not is_pair:
+            raise invalid(f"texts[{index}]", "be a string or a tuple of two strings", text)
+        if isinstance(text, str) != isinstance(texts[0], str):
+            raise invalid(f"texts[{index}]", "be of the kind of the first text: all single or all pairs", text)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[Text], max_length: int = 128) -> Any:
+    """Return the tokenizer's `BatchEncoding` of `texts`: a list for each text, truncated and not padded.
+
+    A text keeps at most `max_length` tokens, or the tokenizer's own limit if that is lower.
+
+    Raises `InvalidInputError` for texts that `check_texts` refuses and for `max_length` below 4.
+    """
+    check_texts(texts)
+    if max_length < 4:
+        raise invalid("max_length", "be at least 4", max_length)
+    return _encode(tokenizer, texts, max_length)
+
+
+def batches(
+    tokenizer: Any,
+    texts: Sequence[Text],
+    batch_size: int = 32,
+    max_length: int = 128,
+    device: str | torch.device = "cpu",
+) -> list[dict[str, Tensor]]:
+    """Return the model's inputs for `texts` in the order given: dictionaries of int64 tensors `[batch, tokens]`.
+
+    Every batch is padded to its longest text. A tokenizer without a padding token pads with its end-of-sequence token
+    and comes back as it was.
+
+    Raises `InvalidInputError` for what `tokenize` refuses, for `batch_size` below 1, and for a tokenizer with neither
+    token.
+    """
+    check_texts(texts)
+    if batch_size < 1:
+        raise invalid("batch_size", "be at least 1", batch_size)
+    if max_length < 4:
+        raise invalid("max_length", "be at least 4", max_length)
+    with padding_token(tokenizer):
+        return [
+            dict(
+                _encode(
+                    tokenizer, texts[start : start + batch_size], max_length, padding="longest", return_tensors="pt"
+                ).to(device)
+            )
+            for start in range(0, len(texts), batch_size)
+        ]
+
+
+@contextmanager
+def padding_token(tokenizer: Any) -> Iterator[None]:
+    """Let a tokenizer without a padding token pad with its end-of-sequence token until the block ends.
+
+    Raises `InvalidInputError` where it has neither token.
+    """
+    if tokenizer.pad_token is not None:
+        yield
+        return
+    if tokenizer.eos_token is None:
+        raise invalid("tokenizer", "have a padding or an end-of-sequence token", type(tokenizer).__name__)
+    tokenizer.pad_token = tokenizer.eos_token
+    try:
+        yield
+    finally:
+        tokenizer.pad_token = None
+
+
+def _encode(tokenizer: Any, texts: Sequence[Text], max_length: int, **options: Any) -> Any:
+    is_pair = isinstance(texts[0], tuple)
+    return tokenizer(
+        [text[0] if is_pair else text for text in texts],
+        [text[1] for text in texts] if is_pair else None,
+        truncation=True,
+        max_length=min(max_length, tokenizer.model_max_length),
+        **options,
+    )
+
+
+def _stem_and_format(path: Path) -> tuple[str, str]:
+    """Return `train` and `.tsv` for train.tsv and for train.tsv.gz."""
+    inner = Path(path.stem) if path.suffix.lower() == ".gz" else path
+    return inner.stem, inner.suffix.lower()
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    """Find the one file of a folder that holds the split."""
+    files = [path for path in sorted(folder.iterdir()) if _stem_and_format(path)[1] in FILE_FORMATS]
+    for name in SPLIT_NAMES[split]:
+        found = [path for path in files if _stem_and_format(path)[0] == name]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise InvalidInputError(f"{folder} holds more than one {split} file ({names}); name the file itself")
+        if found:
+            return found[0]
+    raise InvalidInputError(
+        f"{folder} holds no {split} file: expected {' or '.join(SPLIT_NAMES[split])} with one of the endings "
+        f"{', '.join(FILE_FORMATS)}"
+    )
+
+
+def _hub_id(data: str | Path) -> tuple[str, str | None]:
+    """Split a Hub id into repository and configuration, or raise for what can only be a path."""
+    text = str(data)
+    is_path = (
+        isinstance(data, Path) or text.startswith((".", "/", "~")) or _stem_and_format(Path(text))[1] in FILE_FORMATS
+    )
+    match = _HUB_ID.fullmatch(text)
+    if is_path or match is None:
+        remedy = "" if is_path else "a Hub id looks like glue/sst2, owner/name or owner/name:config"
+        raise invalid("data", "name a file or a folder that exists", text, remedy)
+    if text.startswith("glue/"):
+        return "nyu-mll/glue", text.removeprefix("glue/")
+    return match[1], match[2]
+
+
+def _read_hub(hub_id: str, repository: str, config: str | None, split: str) -> dict[str, list[Any]]:
+    """Load a split of a Hub data set into the columns that a task needs."""
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(repository, config)
+    except Exception as error:  # the Hub, the network and each file format fail with types of their own
+        raise InvalidInputError(
+            f"{hub_id!r} is no local file or folder, and the Hub did not give it ({_one_line(error)}); "
+            "give a local file instead"
+        ) from error
+    name = next((name for name in SPLIT_NAMES[split] if name in splits), None)
+    if name is None:
+        raise InvalidInputError(f"{hub_id} has no {split} split: found {', '.join(splits)}")
+    rows = splits[name]
+    return rows.select_columns(_needed_columns(rows.column_names, hub_id))[:]
+
+
+def _read_file(path: Path) -> dict[str, list[Any]]:
+    """Load a local file into the columns that a task needs; nothing stays on the disk afterwards."""
+    import datasets
+
+    kind = _stem_and_format(path)[1]
+    if not path.is_file() or kind not in FILE_FORMATS:
+        raise invalid("data", f"be a file with one of the endings {', '.join(FILE_FORMATS)}", str(path))
+    if not path.stat().st_size:
+        raise InvalidInputError(f"{path} holds no rows")
+    # The reader takes the name for a pattern, hence the escape.
+    pattern = glob.escape(str(path))
+    try:
+        with _silent_datasets(), tempfile.TemporaryDirectory(prefix="secateur-") as cache:
+            place = {"cache_dir": cache, "keep_in_memory": True}
+            if kind in (".csv", ".tsv"):
+                rows = datasets.Dataset.from_csv(pattern, **_csv_options(path, kind), **place)
+            elif kind == ".parquet":
+                rows = datasets.Dataset.from_parquet(pattern, **place)
+            else:
+                rows = datasets.Dataset.from_json(pattern, **place)
+            return rows.select_columns(_needed_columns(rows.column_names, str(path)))[:]
+    except InvalidInputError:
+        raise
+    except Exception as error:  # each file format fails with types of its own
+        reason = error.__cause__ or error
+        if isinstance(reason, UnicodeDecodeError):
+            raise InvalidInputError(f"{path} is not UTF-8 text: {_one_line(reason)}") from error
+        raise InvalidInputError(f"{path} cannot be read as {kind}: {_one_line(reason)}") from error
+
+
+def _csv_options(path: Path, kind: str) -> dict[str, Any]:
+    """Return the reader's options that keep every value the string it is in the file."""
+    import datasets
+
+    # A .tsv is GLUE's own form: a quotation mark is a character like any other.
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {"delimiter": ","}
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        lines = (row for row in csv.reader(file, **form) if row)
+        header, first = next(lines, None), next(lines, None)
+    if header is None or first is None:
+        raise InvalidInputError(f"{path} holds no rows")
+    needed = _needed_columns(header, str(path))
+    # The reader would shift the columns without a word if the first row alone was too long; it checks the others.
+    if len(first) > len(header):
+        raise InvalidInputError(f"{path}: row 1 has {len(first)} fields, the header has {len(header)}")
+    # Columns that nobody needs may have no name, or one name twice, so they get names of our own.
+    names = [name if name in needed else f"ignored {index}" for index, name in enumerate(header)]
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    return {**form, "header": 0, "names": names, "features": features, "keep_default_na": False}
+
+
+def _needed_columns(found: Sequence[str], source: str) -> list[str]:
+    """Return the text columns and, where there is one, `label`."""
+    texts = next((names for names in TEXT_COLUMNS if all(name in found for name in names)), None)
+    if texts is None:
+        shown = ", ".join(repr(name) for name in found)
+        raise InvalidInputError(
+            f"{source} has no text columns: expected `sentence`, `text`, or `sentence1` and `sentence2`, found {shown}"
+        )
+    needed = [*texts, "label"] if "label" in found else list(texts)
+    for name in needed:
+        if list(found).count(name) > 1:
+            raise InvalidInputError(f"{source} has more than one column {name!r}")
+    return needed
+
+
+def _texts(columns: dict[str, list[Any]], source: str) -> list[Text]:
+    names = [name for name in columns if name != "label"]
+    for name in names:
+        for row, value in enumerate(columns[name], start=1):
+            if not isinstance(value, str):
+                raise InvalidInputError(f"{source}: `{name}` in row {row} must be text, got {value!r}")
+    if not columns[names[0]]:
+        raise InvalidInputError(f"{source} holds no rows")
+    if not any(any(columns[name]) for name in names):
+        raise InvalidInputError(f"{source}: every text is empty")
+    if len(names) == 1:
+        return list(columns[names[0]])
+    return list(zip(columns[names[0]], columns[names[1]], strict=True))
+
+
+def _labels(values: list[Any], source: str) -> list[int] | list[float] | None:
+    numbers = [_number(value, row, source) for row, value in enumerate(values, start=1)]
+    if all(number == -1 for number in numbers):
+        return None
+    if any(isinstance(number, float) for number in numbers):
+        return [float(number) for number in numbers]
+    for row, number in enumerate(numbers, start=1):
+        if number < 0:
+            raise InvalidInputError(f"{source}: `label` in row {row} must be a class from 0 up, got {number}")
+    return [int(number) for number in numbers]
+
+
+def _number(value: Any, row: int, source: str) -> int | float:
+    """Read a label; text files give strings, the other formats numbers."""
+    where = f"{source}: `label` in row {row}"
+    if value is None or value == "" or value != value:
+        raise InvalidInputError(f"{where} is missing")
+    number = value
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                number = kind(value)
+                break
+            except ValueError:
+                continue
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise InvalidInputError(
+            f"{where} must be a number, 0 to n - 1 for classes or a float for a regression, got {value!r}"
+        )
+    return number
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+@contextmanager
+def _silent_datasets() -> Iterator[None]:
+    """Switch off the progress bars and the log of `datasets`; both are meant for downloads, not for a small file."""
+    import datasets
+
+    verbosity, without_bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not without_bars:
+            datasets.enable_progress_bars()

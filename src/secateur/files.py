@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all, and the checks of a folder before anything is computed for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import InvalidInputError, invalid
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write through a temporary file beside `path`, then rename, so that no reader sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file. Raises `InvalidInputError` where it is absent, no file, or no JSON."""
+    path = Path(path)
+    if not path.is_file():
+        raise invalid("path", "name a JSON file that exists", str(path))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidInputError(f"{path} is no JSON file: {error}") from None
+
+
+def check_new_folder(path: str | Path) -> Path:
+    """Return `path` where it is absent or an empty folder, or raise `InvalidInputError`: results do not mix."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise invalid("out", "be a new or empty folder", str(path), "choose another folder or empty this one")
+    return path
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Fill a hidden sibling folder and rename it to `path` at the end; after an exception nothing is left.
+
+    Raises `InvalidInputError` where `path` is a file or a folder with something in it.
+    """
+    path = check_new_folder(path)
+    parent = path.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}."))
+    try:
+        os.chmod(staging, 0o777 & ~_umask())
+        yield staging
+        if path.exists():
+            path.rmdir()
+        os.replace(staging, path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

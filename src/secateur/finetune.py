@@ -1,0 +1,262 @@
+"""Fine-tuning with transformers' own `Trainer`, dense or pruned models alike."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from secateur.data import Task, padding_token, tokenize
+from secateur.errors import InvalidInputError, SecateurError, invalid
+from secateur.evaluate import check_model_fits, evaluate_model, main_metric
+from secateur.files import check_new_folder, new_folder, write_text
+from secateur.model.loading import check_device, load_model, load_tokenizer, quiet_transformers
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What one fine-tuning gave.
+
+    `metrics` are those of the dev task (empty without one) and `main_metric` names the one to look at; `seconds` is
+    the time of the training steps alone, `steps` the number of optimizer steps, `train_loss` the mean over them.
+    """
+
+    metrics: dict[str, float]
+    seconds: float
+    steps: int
+    train_loss: float
+    main_metric: str
+
+
+def finetune(
+    model_or_path: Any,
+    task: Task,
+    dev: Task | None = None,
+    *,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    epochs: float = 3.0,
+    learning_rate: float = 2e-5,
+    batch_size: int = 32,
+    max_length: int = 128,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> tuple[Any, FinetuneResult]:
+    """Train a sequence-classification model on a task and return it with the metrics on `dev`.
+
+    `model_or_path` is a folder or Hub id, loaded with a classification head that fits the task, or a loaded
+    sequence-classification model, which is trained in place and needs its `tokenizer`. The optimizer is AdamW with
+    a linear schedule whose first tenth warms up. The model comes back in evaluation mode on the device it trained on:
+    `device` ("cpu", "cuda", "mps") or, when None, the accelerator of this machine if there is one. `out` names a new
+    folder for the model, its tokenizer and `finetune_result.json`. The seed fixes the head, the order of the texts
+    and the dropout, and is set for the whole process.
+
+    Raises `InvalidInputError` for a task without labels, a model that does not load or does not fit, parameters out
+    of range, and a folder `out` that is not empty; all of it before the training. Raises `SecateurError` where the
+    loss does not stay finite; the model is then of no use.
+    """
+    num_labels = max(task.num_labels, 0 if dev is None else dev.num_labels)
+    if dev is not None and dev.is_regression != task.is_regression:
+        raise invalid("dev", "be a regression or a classification as the training task is", dev.name)
+    if not epochs > 0:
+        raise invalid("epochs", "be above 0", epochs)
+    if not learning_rate > 0:
+        raise invalid("learning_rate", "be above 0", learning_rate)
+    if batch_size < 1:
+        raise invalid("batch_size", "be at least 1", batch_size)
+    if out is not None:
+        check_new_folder(out)
+    chosen = None if device is None else _device(device)
+
+    set_seed(seed)
+    is_loaded = isinstance(model_or_path, torch.nn.Module)
+    if is_loaded and tokenizer is None:
+        raise invalid("tokenizer", "be given with a loaded model", None)
+    with quiet_transformers(progress):
+        model = model_or_path if is_loaded else _load(model_or_path, num_labels, task.is_regression)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model_or_path)
+        for split in (task, dev):
+            if split is not None:
+                check_model_fits(model, split)
+        with padding_token(tokenizer):
+            if model.config.pad_token_id is None:
+                # Decoders classify at the last token that is no padding.
+                model.config.pad_token_id = tokenizer.pad_token_id
+            seconds, steps, loss = _train(
+                model,
+                tokenizer,
+                task,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                max_length=max_length,
+                seed=seed,
+                device=chosen,
+                progress=progress,
+            )
+            model.eval()
+            metrics = {}
+            if dev is not None:
+                metrics = evaluate_model(model, tokenizer, dev, max_length=max_length, progress=progress)
+            result = FinetuneResult(metrics, seconds, steps, loss, main_metric(task if dev is None else dev))
+            if out is not None:
+                settings = {
+                    "model": model.name_or_path if is_loaded else str(model_or_path),
+                    "task": task.name,
+                    "epochs": epochs,
+                    "learning_rate": learning_rate,
+                    "batch_size": batch_size,
+                    "max_length": max_length,
+                    "seed": seed,
+                }
+                with new_folder(out) as folder:
+                    model.save_pretrained(folder)
+                    tokenizer.save_pretrained(folder)
+                    write_text(
+                        folder / "finetune_result.json", json.dumps({**asdict(result), "settings": settings}, indent=1)
+                    )
+    return model, result
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    *,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    device: torch.device | None,
+    progress: bool,
+) -> tuple[float, int, float]:
+    """Run the `Trainer` and return its seconds, optimizer steps and mean loss."""
+    assert task.labels is not None  # finetune has read num_labels, which raises where there are no labels
+    encoding = tokenize(tokenizer, task.texts, max_length)
+    rows = [
+        {**{name: values[i] for name, values in encoding.items()}, "labels": label}
+        for i, label in enumerate(task.labels)
+    ]
+    steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder, _use_cache_kept(model.config):
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=batch_size,
+            warmup_steps=math.ceil(0.1 * steps),
+            lr_scheduler_type="linear",
+            **_group_by_length(),
+            seed=seed,
+            data_seed=seed,
+            use_cpu=device is not None and device.type == "cpu",
+            dataloader_pin_memory=torch.cuda.is_available() and (device is None or device.type == "cuda"),
+            save_strategy="no",
+            eval_strategy="no",
+            logging_strategy="no",
+            # The filter would leave an infinite loss out of the mean.
+            logging_nan_inf_filter=False,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        if device is not None and arguments.device.type != device.type:
+            raise invalid("device", "be one that this machine has", str(device))
+        if arguments.n_gpu > 1:
+            # One device: DataParallel would multiply the batch size.
+            arguments._n_gpu = 1
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[_Progress(f"fine-tune on {task.name}")] if progress else [],
+        )
+        # It prints to stdout, which belongs to results.
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        output = trainer.train()
+        seconds = time.perf_counter() - start
+    if not math.isfinite(output.training_loss):
+        raise SecateurError(f"the training loss became {output.training_loss}; try a lower `learning_rate`")
+    return seconds, output.global_step, output.training_loss
+
+
+class _Progress(TrainerCallback):
+    """A bar on stderr; the Trainer's own bar also writes its log to stdout."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar once the number of steps is known."""
+        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count one optimizer step."""
+        self.bar.update(1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+
+def _group_by_length() -> dict[str, Any]:
+    """Return the option that puts texts of similar length into a batch; the first releases of 5 name it otherwise."""
+    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:
+        return {"train_sampling_strategy": "group_by_length"}
+    return {"group_by_length": True}
+
+
+@contextmanager
+def _use_cache_kept(config: Any) -> Iterator[None]:
+    """Keep an entry that the Trainer overwrites and that would end up in the saved configuration."""
+    use_cache = vars(config).get("use_cache")
+    try:
+        yield
+    finally:
+        if use_cache is None:
+            vars(config).pop("use_cache", None)
+        else:
+            config.use_cache = use_cache
+
+
+def _load(path: Any, num_labels: int, is_regression: bool) -> Any:
+    problem = "regression" if is_regression else "single_label_classification"
+    try:
+        return load_model(path, "cpu", AutoModelForSequenceClassification, num_labels=num_labels, problem_type=problem)
+    except InvalidInputError as error:
+        if "ignore_mismatched_sizes" not in str(error.__cause__):
+            raise
+        raise InvalidInputError(
+            f"the weights of {str(path)!r} do not fit a model with {num_labels} outputs; where it is fine-tuned for "
+            "another task already, start from its base model"
+        ) from error
+
+
+def _device(device: str | torch.device) -> torch.device:
+    chosen = check_device(device)
+    if chosen.index:
+        raise invalid("device", "name no other device than the first", str(device), "choose with CUDA_VISIBLE_DEVICES")
+    return chosen

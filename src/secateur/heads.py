@@ -1,0 +1,191 @@
+"""The two values that join the steps: `HeadScores` (how important) and `HeadMask` (what stays).
+
+Both map an attention site's name to one vector with an entry for each head, in the numbering of the original,
+unpruned model. A head that an earlier pruning removed has the score minus infinity and the mask False.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import InvalidInputError, invalid
+from secateur.files import read_json, write_text
+
+
+@dataclass(frozen=True)
+class HeadScores(Mapping[str, Tensor]):
+    """Importance of every head: site name → float64 vector `[heads]`, higher = keep, -inf = already removed.
+
+    `key_value_heads` holds, for each site, how many key-value heads its query heads share (equal to the number of
+    heads where nothing is shared). `scorer` names the criterion.
+
+    Raises `InvalidInputError` for an empty mapping and for NaN or +inf, naming the site.
+    """
+
+    values_by_site: dict[str, Tensor]
+    key_value_heads: dict[str, int] = field(default_factory=dict)
+    scorer: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.values_by_site:
+            raise invalid("scores", "name at least one attention site", {})
+        clean = {}
+        for site, vector in self.values_by_site.items():
+            tensor = torch.as_tensor(vector, dtype=torch.float64).detach().cpu()
+            if tensor.ndim != 1 or not tensor.numel():
+                raise invalid(f"scores[{site!r}]", "be a vector with one number for each head", tuple(tensor.shape))
+            if bool(torch.isnan(tensor).any()) or bool((tensor == math.inf).any()):
+                raise invalid(f"scores[{site!r}]", "be finite", tensor.tolist())
+            clean[site] = tensor
+        kv_heads = {site: int(self.key_value_heads.get(site, v.numel())) for site, v in clean.items()}
+        for site, count in kv_heads.items():
+            if count < 1 or clean[site].numel() % count:
+                raise invalid(
+                    f"key_value_heads[{site!r}]", f"divide the site's {clean[site].numel()} heads evenly", count
+                )
+        object.__setattr__(self, "values_by_site", clean)
+        object.__setattr__(self, "key_value_heads", kv_heads)
+
+    def __getitem__(self, site: str) -> Tensor:
+        return self.values_by_site[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_site)
+
+    def __len__(self) -> int:
+        return len(self.values_by_site)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; a removed head's -inf becomes null."""
+        return {
+            "kind": "head_scores",
+            "scorer": self.scorer,
+            "scores": {s: [None if x == -math.inf else x for x in v.tolist()] for s, v in self.items()},
+            "key_value_heads": dict(self.key_value_heads),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> HeadScores:
+        """Rebuild from `to_json`'s data. Raises `InvalidInputError` where the data has another form."""
+        rows = _rows(data, "head_scores", "scores")
+        values = {}
+        for site, row in rows.items():
+            if not all(x is None or (isinstance(x, int | float) and not isinstance(x, bool)) for x in row):
+                raise invalid(f"scores[{site!r}]", "be a list of numbers or null", row)
+            values[site] = torch.tensor([-math.inf if x is None else float(x) for x in row], dtype=torch.float64)
+        kv_heads = data.get("key_value_heads", {})
+        if not isinstance(kv_heads, dict) or not all(
+            isinstance(n, int) and not isinstance(n, bool) for n in kv_heads.values()
+        ):
+            raise invalid("key_value_heads", "map each site to a whole number", kv_heads)
+        return cls(values, kv_heads, str(data.get("scorer", "")))
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.to_json(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadScores:
+        """Read what `save` wrote."""
+        return cls.from_json(read_json(path))
+
+
+@dataclass(frozen=True)
+class HeadMask(Mapping[str, Tensor]):
+    """Which heads stay: site name → bool vector `[heads]`, True = kept, original numbering."""
+
+    values_by_site: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.values_by_site:
+            raise invalid("mask", "name at least one attention site", {})
+        clean = {}
+        for site, vector in self.values_by_site.items():
+            tensor = torch.as_tensor(vector).detach().cpu()
+            if tensor.dtype != torch.bool or tensor.ndim != 1 or not tensor.numel():
+                raise invalid(f"mask[{site!r}]", "be a vector of booleans, one for each head (True = kept)", vector)
+            clean[site] = tensor.clone()
+        object.__setattr__(self, "values_by_site", clean)
+
+    def __getitem__(self, site: str) -> Tensor:
+        return self.values_by_site[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_site)
+
+    def __len__(self) -> int:
+        return len(self.values_by_site)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HeadMask) and self.kept_heads == other.kept_heads and self.shape == other.shape
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.kept_heads))
+
+    @property
+    def kept_heads(self) -> dict[str, list[int]]:
+        """Site → the indices of the heads that stay."""
+        return {site: vector.nonzero().flatten().tolist() for site, vector in self.items()}
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Site → its number of heads in the original model."""
+        return {site: vector.numel() for site, vector in self.items()}
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the original model, over all sites."""
+        return sum(self.shape.values())
+
+    @property
+    def num_kept(self) -> int:
+        """Heads that stay, over all sites."""
+        return sum(int(v.sum()) for v in self.values())
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Fraction of the original heads that this mask removes."""
+        return 1 - self.num_kept / self.num_heads
+
+    def __str__(self) -> str:
+        return f"kept {self.num_kept} of {self.num_heads} heads (pruning ratio {self.pruning_ratio:.2f})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {"kind": "head_mask", "mask": {site: vector.tolist() for site, vector in self.items()}}
+
+    @classmethod
+    def from_json(cls, data: Any) -> HeadMask:
+        """Rebuild from `to_json`'s data. Raises `InvalidInputError` where the data has another form."""
+        rows = _rows(data, "head_mask", "mask")
+        for site, row in rows.items():
+            if not all(isinstance(x, bool) for x in row):
+                raise invalid(f"mask[{site!r}]", "be a list of true or false", row)
+        return cls({site: torch.tensor(row, dtype=torch.bool) for site, row in rows.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.to_json(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadMask:
+        """Read what `save` wrote."""
+        return cls.from_json(read_json(path))
+
+
+def _rows(data: Any, kind: str, key: str) -> dict[str, list[Any]]:
+    """Check the outer form that both files share and return the rows by site."""
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        raise InvalidInputError(f'this is no {kind} file: it must be a JSON object with "kind": "{kind}"')
+    rows = data.get(key)
+    if not isinstance(rows, dict) or not all(isinstance(row, list) for row in rows.values()):
+        raise invalid(key, "map each site to a list", rows)
+    return rows

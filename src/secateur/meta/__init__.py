@@ -1,0 +1,1 @@
+"""The paper: network, objective and training of the meta-pruner."""

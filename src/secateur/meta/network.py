@@ -1,0 +1,124 @@
+"""The meta-pruner's network: from one attention map to the importance of the head that made it (paper, head scores)."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from secateur.errors import CheckpointError, invalid
+
+SIZE = 128
+"""Rows and columns of the map that the network reads."""
+
+PAIR, SINGLE = 0, 1
+"""Output channels: sentence-pair tasks, single-sentence tasks."""
+
+
+class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", license="apache-2.0"):
+    """Six convolutions without bias that score attention heads by their maps; about 178,000 weights.
+
+    Channels 1→8→16→32→64→128→2, kernel 4; the first five halve the map (stride 2, padding 1), the last reduces 4×4 to
+    1. LeakyReLU(0.2) follows the first five, BatchNorm comes before it from the second to the fifth. Twice a sigmoid
+    gives scores in (0, 2), higher = keep. Weights start at N(0, 0.01), BatchNorm gains at N(1, 0.01).
+
+    `from_pretrained`, `save_pretrained` and `push_to_hub` use safetensors and a config.json.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [1, 8, 16, 32, 64, 128]
+        layers: list[nn.Module] = []
+        for number, (before, after) in enumerate(itertools.pairwise(widths)):
+            layers.append(nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1, bias=False))
+            if number:
+                layers.append(nn.BatchNorm2d(after))
+            layers.append(nn.LeakyReLU(0.2))
+        layers += [nn.Conv2d(widths[-1], 2, kernel_size=4, bias=False), nn.Sigmoid()]
+        self.main = nn.Sequential(*layers)
+        for layer in self.main:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.01)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1.0, 0.01)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Score `[maps, 128, 128]` and return `[maps, 2]` in (0, 2): column 0 for pairs, column 1 for singles."""
+        if maps.ndim != 3 or maps.shape[1:] != (SIZE, SIZE):
+            raise invalid("maps", f"have the shape [maps, {SIZE}, {SIZE}]", tuple(maps.shape), "see `to_network_size`")
+        return 2 * self.main(maps.unsqueeze(1)).flatten(1)
+
+    def score_maps(self, weights: Tensor, mask: Tensor | None, is_pair: bool) -> Tensor:
+        """Score every head of one site: maps `[batch, heads, tokens, tokens]` → `[batch, heads]` in (0, 2)."""
+        maps = to_network_size(weights, mask)
+        return self(maps.flatten(0, 1))[:, PAIR if is_pair else SINGLE].view(maps.shape[:2])
+
+    @classmethod
+    def from_authors_checkpoint(cls, path: str | Path) -> MetaPruner:
+        """Read a checkpoint that the paper's authors released (github thunlp/SMP).
+
+        The file is a pickled state dict; it is read with torch's restricted loader, which runs no code from it. Raises
+        `CheckpointError` where it is absent, damaged, or of another architecture.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CheckpointError(f"there is no meta-pruner checkpoint {path}")
+        try:
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{path} cannot be read as a meta-pruner checkpoint: {reason}") from None
+        pruner = cls()
+        expected = {name: tensor.shape for name, tensor in pruner.state_dict().items()}
+        found = {k: v.shape for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+        # Checkpoints written by PyTorch before 0.4.1 do not count batches.
+        differing = [n for n, s in expected.items() if found.get(n) != s and not n.endswith("num_batches_tracked")]
+        if differing or set(found) - set(expected):
+            raise CheckpointError(
+                f"{path} is no meta-pruner of this architecture, see {(differing or sorted(found))[0]}"
+            )
+        pruner.load_state_dict(state, strict=False)
+        return pruner.eval()
+
+
+def to_network_size(weights: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Bring maps of any length to 128×128, whatever the padding around them.
+
+    Args:
+        weights: attention maps `[batch, heads, queries, keys]`.
+        mask: `[batch, tokens]`, 1 = a real token, or None where all are. Where it fits an axis, the rows or columns of
+            padding tokens are taken out.
+
+    Up to 128 tokens, a map lies in the upper left corner and the rest is 0, as in the paper. Beyond that, the queries
+    of equal stretches are averaged and their keys summed, so that a row still sums to 1. Returns
+    `[batch, heads, 128, 128]`; the same text with other padding gives the same map.
+    """
+    if weights.ndim != 4:
+        raise invalid("weights", "have the shape [batch, heads, queries, keys]", tuple(weights.shape))
+    if mask is None or not bool((mask == 0).any()):
+        return _fit(weights)
+    real = mask.bool()
+    texts = []
+    for number in range(len(weights)):
+        one = weights[number : number + 1]
+        if one.shape[2] == real.shape[1]:
+            one = one[:, :, real[number]]
+        if one.shape[3] == real.shape[1]:
+            one = one[..., real[number]]
+        texts.append(_fit(one))
+    return torch.cat(texts)
+
+
+def _fit(maps: Tensor) -> Tensor:
+    """Pad or pool maps without padding to 128×128."""
+    rows, columns = maps.shape[2:]
+    if rows > SIZE or columns > SIZE:
+        target = (min(rows, SIZE), min(columns, SIZE))
+        maps = nn.functional.adaptive_avg_pool2d(maps, target) * (columns / target[1])
+        rows, columns = target
+    return nn.functional.pad(maps, (0, SIZE - columns, 0, SIZE - rows))

@@ -1,0 +1,89 @@
+"""Reloading: after `import secateur`, `from_pretrained` rebuilds a pruned model before its weights are read.
+
+`PreTrainedModel.post_init` runs at the end of every model's constructor, while the weights are still random or absent.
+It is wrapped once: a model whose config carries a `head_pruning` recipe is narrowed there; any other goes through the
+original function alone. Saving needs nothing, since the recipe is part of the config.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DONE = "_secateur_narrowed"
+
+
+def install() -> None:
+    """Wrap `PreTrainedModel.post_init`; a second call does nothing.
+
+    This runs while transformers is being imported, so everything else is imported when the first recipe turns up.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    original = PreTrainedModel.post_init
+    if getattr(original, "_secateur", False):
+        return
+
+    @functools.wraps(original)
+    def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if getattr(self.config, "head_pruning", None) is not None:
+            _narrow(self)
+        return result
+
+    post_init._secateur = True  # type: ignore[attr-defined]
+    PreTrainedModel.post_init = post_init
+
+
+def _narrow(model: PreTrainedModel) -> None:
+    """Follow the recipe in the model's config, once for each base model.
+
+    Constructors nest: the parts of an encoder-decoder share its config but hold only some of the sites, and wait for
+    the whole; a task model finds its base model narrowed already.
+    """
+    import torch
+
+    from secateur.errors import CheckpointError, SecateurError
+    from secateur.model.recipe import KEY, read_recipe
+    from secateur.model.removal import replay_
+
+    recipe = read_recipe(model.config)
+    base = model.base_model
+    if recipe is None or getattr(base, _DONE, False):
+        return
+    missing = [site for site in recipe.sites if not _has(base, site)]
+    if missing:
+        if _is_whole(model):
+            raise CheckpointError(f"`{KEY}` names the site {missing[0]}, which {type(base).__name__} does not have")
+        return
+    try:
+        # `from_pretrained` builds models on the meta device, where index vectors would have no values.
+        with torch.device("cpu"):
+            replay_(base, recipe)
+    except SecateurError as error:
+        raise CheckpointError(f"`{KEY}` in the config does not fit {type(base).__name__}: {error}") from None
+    setattr(base, _DONE, True)
+
+
+def _has(base: PreTrainedModel, site: str) -> bool:
+    try:
+        base.get_submodule(site)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_whole(model: PreTrainedModel) -> bool:
+    """Is this the model that was asked for, rather than a part of it under construction?"""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    whole = MODEL_MAPPING.get(type(model.config), None)
+    classes = whole if isinstance(whole, tuple) else (whole,)
+    return (
+        model.base_model is not model
+        or type(model) in classes
+        or type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+    )

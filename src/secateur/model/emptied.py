@@ -1,0 +1,60 @@
+"""Attention blocks without a head, for models whose own code cannot run one (GPT-2 splits, OPT reshapes)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.errors import UnsupportedModelError
+from secateur.model.layout import AttentionSite
+
+
+class EmptiedAttention:
+    """Takes the place of an attention module's forward: no head writes, so only the output's bias is left.
+
+    A cache still gets keys and values, of no heads, so that it knows how many tokens it has seen. Dropout on the
+    output is left out: there is nothing to regularise in a constant.
+    """
+
+    secateur_output: str
+    secateur_head_dim: int
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Return the output projection's bias for every token, and no map."""
+        assert isinstance(self, nn.Module)  # mixed into one
+        cache = kwargs.get("past_key_values")
+        if cache is not None and kwargs.get("encoder_hidden_states", kwargs.get("key_value_states")) is None:
+            nothing = hidden_states.new_zeros(hidden_states.shape[0], 0, hidden_states.shape[1], self.secateur_head_dim)
+            getattr(cache, "self_attention_cache", cache).update(nothing, nothing, self.layer_idx)
+        projection: Any = self.get_submodule(self.secateur_output)
+        width = max(projection.weight.shape)  # its other axis counts the heads' inputs, of which there are none
+        written = hidden_states.new_zeros(*hidden_states.shape[:-1], width)
+        return (written if projection.bias is None else written + projection.bias), None
+
+
+def bypass_(base: PreTrainedModel, site: AttentionSite, undo: list[Callable[[], None]] | None = None) -> None:
+    """Let the emptied `site` skip its own code; `undo` collects what reverses that.
+
+    Raises `UnsupportedModelError` where the output projection lies outside the module that attends: then the module's
+    result is not known.
+    """
+    if not site.output.startswith(site.name + "."):
+        raise UnsupportedModelError(f"site {site.name} cannot be emptied: {site.output} lies outside it")
+    module: Any = base.get_submodule(site.name)
+    before = type(module)
+    if issubclass(before, EmptiedAttention):
+        return
+    # The class changes, not the instance's `forward`: a deep copy must not call back into the original.
+    module.__class__ = type(before.__name__, (EmptiedAttention, before), {"__module__": before.__module__})
+    module.secateur_output = site.output.removeprefix(site.name + ".")
+    module.secateur_head_dim = site.head_dim
+    if undo is not None:
+        undo.append(lambda: _restore(module, before))
+
+
+def _restore(module: Any, before: type) -> None:
+    module.__class__ = before
+    del module.secateur_output, module.secateur_head_dim

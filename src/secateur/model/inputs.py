@@ -1,0 +1,66 @@
+"""Small made-up inputs that reach every attention site: for finding heads, for the proof, and for counting cost."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.errors import UnsupportedModelError
+from secateur.model.state import base_of
+
+
+@torch.inference_mode(False)  # inputs made in inference mode could not be differentiated through
+def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, padding: int = 3) -> dict[str, Any]:
+    """Return keyword arguments for one forward pass of the base model, the same at every call.
+
+    Text: `[batch, length]` token ids drawn at random, the last `padding` tokens of every second text masked out.
+    Images: `[batch, channels, height, width]` noise. Speech: noise of the length the model wants.
+    Raises `UnsupportedModelError` for a model that takes something else.
+    """
+    base = base_of(model)
+    config = base.config.get_text_config() if base.main_input_name == "input_ids" else base.config
+    accepted = inspect.signature(base.forward).parameters
+    random = torch.Generator().manual_seed(0)
+    inputs: dict[str, Any] = {}
+    name = base.main_input_name
+    if name == "input_ids":
+        inputs["input_ids"] = _token_ids(config, batch, length, random)
+        if "attention_mask" in accepted:
+            mask = torch.ones(batch, length, dtype=torch.long)
+            mask[1::2, length - padding :] = 0
+            inputs["attention_mask"] = mask
+    elif name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs["pixel_values"] = torch.randn(batch, getattr(config, "num_channels", 3), height, width, generator=random)
+    elif name == "input_values":
+        inputs["input_values"] = torch.randn(batch, 8000, generator=random)
+    elif name == "input_features":
+        frames = 2 * getattr(config, "max_source_positions", 50)
+        inputs["input_features"] = torch.randn(batch, getattr(config, "num_mel_bins", 80), frames, generator=random)
+    else:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} takes `{name}`, for which no example can be made; pass `inputs`"
+        )
+    if "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = _token_ids(config, batch, length, random)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return {key: value.to(base.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def _token_ids(config: Any, batch: int, length: int, random: torch.Generator) -> Tensor:
+    """Draw token ids that avoid the special ones: RoBERTa, for one, derives positions from the padding id."""
+    ids = torch.randint(0, config.vocab_size, (batch, length), generator=random)
+    special = set()
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        value = getattr(config, key, None)
+        special |= set(value) if isinstance(value, list | tuple) else {value}
+    plain = next(i for i in range(config.vocab_size) if i not in special)
+    for token in special - {None}:
+        ids[ids == token] = plain
+    return ids

@@ -1,0 +1,174 @@
+"""What each head of an attention site owns, as plain data that a checkpoint can carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NOBODY = -1  # an index that no single head owns: shared by all of them, or used by none
+
+
+@dataclass(frozen=True)
+class HeadSlice:
+    """One axis of one parameter, divided among heads.
+
+    `owners` has an entry for each index along `axis`: a head's number, or `NOBODY`. `role` says for what the heads use
+    it: "query" and "output" count query heads, "key" and "value" count key-value heads.
+    """
+
+    parameter: str
+    axis: int
+    role: str
+    owners: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention block of a model: where it is, how many heads it has, and what each of them owns.
+
+    `name`, `output` (the output projection), and the parameters of `slices` are paths in the base model. `attributes`
+    maps the path of a module's attribute to what it counts: heads, key_value_heads, group (heads for each key-value
+    head) or width. `heads` are the original indices of the heads that are there now, out of `original_num_heads`,
+    which read `original_num_key_value_heads`.
+    """
+
+    name: str
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    slices: tuple[HeadSlice, ...]
+    attributes: dict[str, str]
+    output: str
+    heads: tuple[int, ...]
+    original_num_heads: int
+    original_num_key_value_heads: int
+
+    @property
+    def group(self) -> int:
+        """Query heads for each key-value head; 1 where nothing is shared."""
+        return self.num_heads // self.num_key_value_heads if self.num_key_value_heads else 1
+
+    def slices_of(self, role: str) -> list[HeadSlice]:
+        """Return the slices with this role."""
+        return [piece for piece in self.slices if piece.role == role]
+
+    def kept_key_value_heads(self, kept: Tensor) -> Tensor:
+        """Return which key-value heads a kept query head still reads: bool `[key-value heads]`."""
+        return kept.view(self.num_key_value_heads, -1).any(dim=1) if self.num_heads else kept
+
+    def counts(self, kept: Tensor) -> dict[str, int]:
+        """Return what each kind of attribute counts once only the heads in `kept` (bool `[heads]`) are left."""
+        heads, kv_heads = int(kept.sum()), int(self.kept_key_value_heads(kept).sum())
+        group = heads // kv_heads if kv_heads else self.group
+        return {"heads": heads, "key_value_heads": kv_heads, "group": group, "width": heads * self.head_dim}
+
+    def kept_indices(self, kept: Tensor) -> dict[tuple[str, int], Tensor]:
+        """Return, for each (parameter, axis) that heads divide, the indices that stay.
+
+        An index goes if some head uses it and no kept head does.
+        """
+        kept_kv = self.kept_key_value_heads(kept)
+        stays: dict[tuple[str, int], Tensor] = {}
+        for piece in self.slices:
+            owners = torch.tensor(piece.owners)
+            alive = kept_kv if piece.role in ("key", "value") else kept
+            used = owners != NOBODY
+            wanted = used & alive[owners.clamp(min=0)]
+            before = stays.get((piece.parameter, piece.axis))
+            # 0 = used by dropped heads only, 1 = used by nobody so far, 2 = used by a kept head
+            state = torch.where(wanted, 2, torch.where(used, 0, 1))
+            stays[piece.parameter, piece.axis] = state if before is None else _merge(before, state)
+        return {key: (state > 0).nonzero().flatten() for key, state in stays.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the layout relative to the attention block, equal for all blocks of one kind."""
+        block = self._block()
+        return {
+            "site": _below(self.name, block),
+            "num_heads": self.original_num_heads,
+            "num_key_value_heads": self.original_num_key_value_heads,
+            "head_dim": self.head_dim,
+            "output": _below(self.output, block),
+            "slices": [[_below(s.parameter, block), s.axis, s.role, _to_runs(s.owners)] for s in self.slices],
+            "attributes": {_below(path, block): quantity for path, quantity in self.attributes.items()},
+        }
+
+    @classmethod
+    def from_json(cls, name: str, data: dict[str, Any]) -> AttentionSite:
+        """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
+        suffix = data["site"]
+        if not (name == suffix or not suffix or name.endswith("." + suffix)):
+            raise ValueError(f"site {name} does not end in {suffix}")
+        block = name[: len(name) - len(suffix)].rstrip(".")
+        heads, kv_heads = _count(data["num_heads"]), _count(data["num_key_value_heads"])
+        if heads % kv_heads:
+            raise ValueError(f"{heads} heads do not divide among {kv_heads} key-value heads")
+        slices = []
+        for parameter, axis, role, runs in data["slices"]:
+            limit = {"query": heads, "output": heads, "key": kv_heads, "value": kv_heads}[role]
+            slices.append(HeadSlice(_above(parameter, block), int(axis), role, _from_runs(runs, limit)))
+        attributes = {_above(path, block): quantity for path, quantity in data["attributes"].items()}
+        if not set(attributes.values()) <= {"heads", "key_value_heads", "group", "width"}:
+            raise ValueError(f"unknown quantity among {sorted(set(attributes.values()))}")
+        return cls(
+            name=name,
+            num_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=_count(data["head_dim"]),
+            slices=tuple(slices),
+            attributes=attributes,
+            output=_above(data["output"], block),
+            heads=tuple(range(heads)),
+            original_num_heads=heads,
+            original_num_key_value_heads=kv_heads,
+        )
+
+    def _block(self) -> str:
+        """Return the longest module path above the site and its output projection."""
+        pairs = zip(self.name.split("."), self.output.split("."), strict=False)
+        common = []
+        for one, other in pairs:
+            if one != other:
+                break
+            common.append(one)
+        return ".".join(common)
+
+
+def _merge(one: Tensor, other: Tensor) -> Tensor:
+    """Join two views of one axis (a fused q, k, v weight): a kept user wins, then a dropped one, then none."""
+    dropped = (one == 0) | (other == 0)
+    return torch.where((one == 2) | (other == 2), 2, torch.where(dropped, 0, 1))
+
+
+def _to_runs(owners: tuple[int, ...]) -> str:
+    """Write `(0, 0, 1, 1)` as "0x2 1x2"; `NOBODY` is "-"."""
+    return " ".join(f"{'-' if o == NOBODY else o}x{len(list(run))}" for o, run in groupby(owners))
+
+
+def _from_runs(text: str, limit: int) -> tuple[int, ...]:
+    owners: list[int] = []
+    for run in text.split():
+        owner, _, length = run.partition("x")
+        number = NOBODY if owner == "-" else int(owner)
+        if not (NOBODY <= number < limit) or not 0 < int(length) <= 1_000_000:
+            raise ValueError(f"impossible run {run!r} among {limit} heads")
+        owners += [number] * int(length)
+    return tuple(owners)
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{value!r} is no positive whole number")
+    return value
+
+
+def _below(path: str, block: str) -> str:
+    return path[len(block) :].lstrip(".") if block else path
+
+
+def _above(path: str, block: str) -> str:
+    return ".".join(part for part in (block, path) if part)

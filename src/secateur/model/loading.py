@@ -1,0 +1,100 @@
+"""Models and tokenizers from a folder or the Hub, with one-line errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.errors import CheckpointError, InvalidInputError, SecateurError, invalid
+
+_SMALL = 300_000_000  # bytes that load in about a second, for which a progress bar is noise
+
+
+def load_model(
+    model: str | Path, device: str | torch.device | None = None, model_class: Any = None, **options: Any
+) -> PreTrainedModel:
+    """Load a folder or Hub id with the class that its config names, so that a task head is not lost on the way.
+
+    `model_class` (an Auto class, say) overrides that class; `options` go to its `from_pretrained`. The model arrives in
+    eval mode. Raises `InvalidInputError` where there is no model, and `CheckpointError` where a pruned one cannot be
+    rebuilt.
+    """
+    _check_exists(model)
+    small = Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) < _SMALL
+    try:
+        with quiet_transformers(progress=not small):
+            if model_class is None:
+                config = AutoConfig.from_pretrained(model)
+                named = (getattr(config, "architectures", None) or [""])[0]
+                model_class = getattr(transformers, named, AutoModel) if named else AutoModel
+            loaded = model_class.from_pretrained(model, **options)
+    except SecateurError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError and more here
+        raise InvalidInputError(f"{model} cannot be loaded as a model: {_first_line(error)}") from error
+    return loaded.to(device or default_device()).eval()
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id. Raises `InvalidInputError` where there is none."""
+    _check_exists(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:
+        raise InvalidInputError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
+
+
+@contextmanager
+def quiet_transformers(progress: bool) -> Iterator[None]:
+    """Hide what transformers logs below errors and, without `progress`, its bars; errors are still raised."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    if not progress:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+def default_device() -> torch.device:
+    """Return the first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """Return the device meant by a name such as "cpu" or "cuda:0". Raises `InvalidInputError` for others."""
+    if device is None:
+        return default_device()
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise invalid("device", "be a device that this machine has, such as 'cpu'", str(device)) from None
+    return chosen
+
+
+def _check_exists(model: str | Path) -> None:
+    path = Path(model)
+    if path.exists():
+        if not path.is_dir() or not (path / "config.json").is_file():
+            raise invalid("model", "be a folder with a config.json, or a Hub id", str(model))
+    elif isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        # What has another shape than a Hub id can only have been meant as a folder.
+        raise invalid("model", "be a folder that exists, or a Hub id", str(model))
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    text = str(error).strip()
+    return " ".join(text.split())[:200] if text else type(error).__name__

@@ -1,0 +1,173 @@
+"""Reading and gating attention heads while a model runs.
+
+transformers looks the attention function up by name in each module's config. Here two functions are registered under
+names of our own: both call what the model itself would call (its eager function, or its SDPA one), hand the result to
+a callback and multiply every head by its gate. `probe` puts that name in the model's configs and takes it out again.
+
+The mask builder is looked up by the same name, and a name without one silently means "no mask at all": so each of the
+two registers the matching builder too.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.model.state import base_of
+
+_PREFIX = "secateur_"
+
+
+@dataclass(frozen=True, eq=False)
+class HeadReading:
+    """What one attention site computed for one batch.
+
+    Shapes: `query` [batch, heads, queries, width], `key` and `value` [batch, key-value heads, keys, width], `weights`
+    (the attention map, rows sum to 1) [batch, heads, queries, keys] or None where no maps were asked for, `outputs`
+    [batch, queries, heads, width]: the weighted values of each head, before the output projection.
+    """
+
+    site: str
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    weights: Tensor | None
+    outputs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    model: PreTrainedModel
+    names: dict[int, str]  # id of a module → its path in the base model; `model` keeps the modules alive
+    callback: Callable[[HeadReading], None] | None
+    gates: Mapping[str, Tensor]
+    weights: bool
+    thread: int
+
+
+_active: list[_Probe] = []  # outermost first
+_lock = threading.Lock()
+
+
+@contextmanager
+def probe(
+    model: nn.Module,
+    callback: Callable[[HeadReading], None] | None = None,
+    *,
+    gates: Mapping[str, Tensor] | None = None,
+    weights: bool = False,
+) -> Iterator[None]:
+    """Within this context every forward pass of `model` streams its heads to `callback` and applies `gates`.
+
+    Args:
+        model: any transformers model whose attention goes through the attention interface.
+        callback: called once for each attention site and forward pass, as soon as the site has run.
+        gates: site name → factors for the heads that are there now, `[heads]`, or `[batch, heads]` for a gate of its
+            own for each text; differentiable. Sites without an entry are left alone.
+        weights: whether the callback needs attention maps. They are computed one site at a time and never kept here;
+            without them PyTorch's fused attention runs where the model supports it.
+
+    Contexts nest: outer gates apply before inner ones. Raises `UnsupportedModelError` where the model has no attention
+    that can be reached, and `SecateurError` where another thread is probing the same model.
+    """
+    base = base_of(model)
+    configs = _configs(base)
+    entry = _Probe(
+        base, {id(m): n for n, m in base.named_modules()}, callback, gates or {}, weights, threading.get_ident()
+    )
+    with _lock:
+        mine = [p for p in _active if p.model is base]
+        if any(p.thread != entry.thread for p in mine):
+            raise SecateurError("the model is being probed in another thread; probe a copy of it, or wait")
+        _active.append(entry)
+    saved = [(config, config._attn_implementation_internal) for config in configs]
+    try:
+        need_maps = weights or any(p.weights for p in mine)
+        for config, implementation in saved:
+            config._attn_implementation_internal = _PREFIX + _kind(base, implementation, need_maps)
+        yield
+    finally:
+        for config, implementation in saved:
+            config._attn_implementation_internal = implementation
+        with _lock:
+            _active.remove(entry)
+
+
+def _configs(base: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Return each distinct config that a module of the model consults."""
+    found = {}
+    for module in base.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _kind(base: PreTrainedModel, implementation: str | None, need_maps: bool) -> str:
+    original = (implementation or "eager").removeprefix(_PREFIX)
+    return "eager" if need_maps or original == "eager" or not base._supports_sdpa else "sdpa"
+
+
+@cache
+def _own_function(kind: str, module_class: Any) -> Callable[..., Any]:
+    """Return the function that the modelling file of `module_class` would have called itself."""
+    for parent in module_class.__mro__:
+        file = sys.modules.get(parent.__module__)
+        eager = getattr(file, "eager_attention_forward", None)
+        interface = getattr(file, "ALL_ATTENTION_FUNCTIONS", None)
+        if eager is not None or interface is not None:
+            function = (interface if interface is not None else ALL_ATTENTION_FUNCTIONS).get(kind, eager)
+            if function is not None:
+                return function
+    raise UnsupportedModelError(f"{module_class.__name__} has no {kind} attention function that could be called")
+
+
+def _class_of(module: nn.Module) -> Any:
+    return type(module)  # typed loosely: to a type checker, classes of modules do not hash
+
+
+def _attend(
+    kind: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    outputs, weights = _own_function(kind, _class_of(module))(module, query, key, value, *args, **kwargs)
+    for entry in _active.copy():
+        site = entry.names.get(id(module))
+        if site is None:
+            continue
+        if outputs.ndim != 4 or outputs.shape[2] != query.shape[1]:
+            raise UnsupportedModelError(f"site {site}: its attention function does not keep the heads apart")
+        if entry.callback is not None:
+            shown = weights if entry.weights else None
+            entry.callback(HeadReading(site, module, query, key, value, shown, outputs))
+        gate = entry.gates.get(site)
+        if gate is not None:
+            gate = gate.to(outputs)
+            outputs = outputs * (gate[:, None, :, None] if gate.ndim == 2 else gate[:, None])
+    return outputs, weights
+
+
+for _name in ("eager", "sdpa"):
+    AttentionInterface.register(_PREFIX + _name, partial(_attend, _name))
+    AttentionMaskInterface.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+@torch.no_grad()
+def count_heads(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Run `model` once and return, for each site it reached, its numbers of heads and of key-value heads."""
+    found: dict[str, tuple[int, int]] = {}
+    with probe(model, lambda r: found.update({r.site: (r.query.shape[1], r.key.shape[1])})):
+        base_of(model)(**inputs)
+    return found

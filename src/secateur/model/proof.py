@@ -1,0 +1,50 @@
+"""Is one model's output the other's? The comparison behind every removal and behind `secateur verify`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.model.state import base_of, evaluation_mode
+
+TOLERANCE = 1e-4
+"""Largest difference in float32 that a proof accepts, relative to the largest output where that is above 1."""
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return every floating-point tensor that the base model returns for `inputs`, dropout off."""
+    base = base_of(model)
+    with evaluation_mode(base):
+        return _tensors(base(**inputs))
+
+
+def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
+    """Return the largest absolute difference of two lists of tensors, divided by the largest value where above 1.
+
+    NaN and infinity anywhere, or other shapes, count as an infinite difference.
+    """
+    if [t.shape for t in one] != [t.shape for t in other] or not one:
+        return math.inf
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        difference = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+        scale = max(1.0, float(a.double().abs().max()) if a.numel() else 1.0)
+        if not math.isfinite(difference) or not math.isfinite(scale):
+            return math.inf
+        worst = max(worst, difference / scale)
+    return worst
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]

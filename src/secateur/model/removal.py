@@ -1,0 +1,270 @@
+"""Deleting heads for real: smaller weights, proved equal to the gated model, or the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from secateur.errors import RemovalError, UnsupportedModelError, invalid
+from secateur.heads import HeadMask
+from secateur.model.emptied import bypass_
+from secateur.model.inputs import example_inputs
+from secateur.model.layout import AttentionSite
+from secateur.model.probe import probe
+from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
+from secateur.model.recipe import KEY, Recipe, read_recipe
+from secateur.model.sites import find_sites
+from secateur.model.state import base_of, in_float32
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a removal did: the mask in original numbering, heads before and after, and the proof's difference."""
+
+    mask: HeadMask
+    heads_before: int
+    heads_after: int
+    max_difference: float
+
+
+def present_mask(mask: HeadMask, sites: Mapping[str, AttentionSite]) -> dict[str, Tensor]:
+    """Translate a mask from original numbering to the heads that are there now; sites it does not name stay whole.
+
+    Raises `InvalidInputError` for a site that the model lacks, a vector of another length, and a head that is marked
+    as kept though an earlier pruning removed it.
+    """
+    for name, vector in mask.items():
+        if name not in sites:
+            raise invalid("mask", f"name sites of the model, such as {next(iter(sites))!r}", name)
+        site = sites[name]
+        if vector.numel() != site.original_num_heads:
+            raise invalid(f"mask[{name!r}]", f"have {site.original_num_heads} entries", vector.numel())
+        gone = [h for h in vector.nonzero().flatten().tolist() if h not in site.heads]
+        if gone:
+            raise invalid(f"mask[{name!r}]", "be False for heads that are already removed", gone)
+    return {
+        name: mask[name][list(site.heads)] if name in mask else torch.ones(site.num_heads, dtype=torch.bool)
+        for name, site in sites.items()
+    }
+
+
+@contextmanager
+def gated_heads(model: nn.Module, mask: HeadMask, sites: Mapping[str, AttentionSite] | None = None) -> Iterator[None]:
+    """Within this context the heads that `mask` drops write nothing: a preview of the removal that undoes itself.
+
+    Raises what `present_mask` and `find_sites` raise.
+    """
+    sites = find_sites(model) if sites is None else sites
+    gates = {name: kept.to(torch.float32) for name, kept in present_mask(mask, sites).items()}
+    with probe(model, gates=gates):
+        yield
+
+
+def remove_heads_(
+    model: nn.Module,
+    mask: HeadMask,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    sites: Mapping[str, AttentionSite] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Removal:
+    """Delete from `model`, in place, the weights of every head that `mask` drops.
+
+    The smaller model is compared with the gated one on `inputs` (keyword arguments of the base model's forward; made
+    up where absent), in float32. Where they differ by more than 1e-4, or the smaller model does not run, everything is
+    put back and `RemovalError` raised. Parameters keep their identity, but an optimiser that already holds state for
+    them must be made anew.
+
+    Grouped queries: in each site either whole key-value groups go, or the same number of query heads in every group
+    that stays; `InvalidInputError` names a mask that does neither.
+
+    `record` is written to the config's `head_pruning` beside the kept heads.
+    """
+    base = base_of(model)
+    sites = find_sites(base) if sites is None else sites
+    kept = present_mask(mask, sites)
+    for name, vector in kept.items():
+        check_groups(sites[name], vector)
+    inputs = example_inputs(base) if inputs is None else inputs
+    undo: list[Callable[[], None]] = []
+    with in_float32(base):
+        with gated_heads(base, mask, sites):
+            wanted = hidden_states(base, inputs)
+        try:
+            for name, site in sites.items():
+                cut_site_(base, site, kept[name], undo)
+            difference, bypassed = _prove(
+                base, inputs, wanted, [sites[n] for n, v in kept.items() if not v.any()], undo
+            )
+            if not difference <= TOLERANCE:
+                raise RemovalError(
+                    f"{type(base).__name__} without the heads differs from the gated model by {difference:.2g} "
+                    f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
+                )
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+    _write_recipe(model, sites, kept, bypassed, record or {})
+    before = sum(site.num_heads for site in sites.values())
+    after = sum(int(v.sum()) for v in kept.values())
+    return Removal(_original_mask(sites, kept), before, after, difference)
+
+
+def _prove(
+    base: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    wanted: list[Tensor],
+    emptied: list[AttentionSite],
+    undo: list[Callable[[], None]],
+) -> tuple[float, list[str]]:
+    """Return the difference of the cut model to the gated one, and the emptied sites that had to be bypassed.
+
+    Some models run with an empty site, some do not: those are run again with their own code left out there.
+    """
+    bypassed: list[str] = []
+    while True:
+        try:
+            return largest_difference(wanted, hidden_states(base, inputs)), bypassed
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if not emptied or bypassed:
+                reason = " ".join(str(error).split())[:200]
+                raise RemovalError(f"{type(base).__name__} does not run with fewer heads: {reason}") from error
+        for site in emptied:
+            bypass_(base, site, undo)
+            bypassed.append(site.name)
+
+
+def check_groups(site: AttentionSite, kept: Tensor) -> None:
+    """Raise `InvalidInputError` where grouped query heads would be left in unequal groups."""
+    if site.group == 1:
+        return
+    sizes = kept.view(site.num_key_value_heads, site.group).sum(dim=1).tolist()
+    if len(set(sizes) - {0}) > 1:
+        raise invalid(
+            f"mask[{site.name!r}]",
+            f"drop whole groups of {site.group} query heads, or as many heads in every group that stays",
+            sizes,
+            "`select_heads` makes such masks",
+        )
+
+
+def cut_site_(
+    base: PreTrainedModel, site: AttentionSite, kept: Tensor, undo: list[Callable[[], None]] | None = None
+) -> None:
+    """Narrow the weights and attributes of one site to the heads in `kept` (bool `[heads]`); works on meta weights.
+
+    `undo` collects what puts them back, in order. Nothing is proved here: see `remove_heads_`.
+    """
+    if bool(kept.all()):
+        return
+    undo = [] if undo is None else undo
+    for (name, axis), indices in site.kept_indices(kept).items():
+        parameter = base.get_parameter(name)
+        undo.append(_setter(parameter, parameter.data, parameter.grad))
+        parameter.grad = None
+        narrowed = parameter.data.index_select(axis, indices.to(parameter.device))
+        # The Parameter stays the same object, so that a tied copy follows and an optimiser built before fails loudly
+        # instead of training weights that are no longer part of the model.
+        parameter.data = narrowed
+        holder = base.get_submodule(name.rpartition(".")[0])
+        if isinstance(holder, nn.Linear):
+            sizes = {"out_features": holder.weight.shape[0], "in_features": holder.weight.shape[1]}
+        elif isinstance(holder, Conv1D):
+            sizes = {"nx": holder.weight.shape[0], "nf": holder.weight.shape[1]}
+        else:
+            sizes = {}
+        for attribute, size in sizes.items():
+            _set_attribute(holder, attribute, size, undo)
+    counts = site.counts(kept)
+    for path, quantity in site.attributes.items():
+        holder_path, _, attribute = path.rpartition(".")
+        _set_attribute(base.get_submodule(holder_path), attribute, counts[quantity], undo)
+
+
+def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
+    """Narrow an unpruned, perhaps weightless, base model as `recipe` says. Raises where the two do not fit."""
+    for name, site in recipe.sites.items():
+        for piece in site.slices:
+            try:
+                shape = base.get_parameter(piece.parameter).shape
+            except AttributeError:
+                raise UnsupportedModelError(f"{type(base).__name__} has no weight {piece.parameter}") from None
+            if not 0 <= piece.axis < len(shape) or shape[piece.axis] != len(piece.owners):
+                raise UnsupportedModelError(
+                    f"{piece.parameter} has the shape {tuple(shape)}, the recipe expects {len(piece.owners)} "
+                    f"along axis {piece.axis}"
+                )
+        kept = torch.zeros(site.num_heads, dtype=torch.bool)
+        kept[list(recipe.kept_heads[name])] = True
+        check_groups(site, kept)
+        cut_site_(base, site, kept)
+        if name in recipe.bypassed:
+            bypass_(base, site)
+
+
+def _setter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
+    def put_back() -> None:
+        parameter.grad = None
+        parameter.data = data
+        parameter.grad = grad
+
+    return put_back
+
+
+def _set_attribute(module: nn.Module, name: str, value: int, undo: list[Callable[[], None]]) -> None:
+    old = getattr(module, name)
+    undo.append(lambda: setattr(module, name, old))
+    setattr(module, name, value)
+
+
+def _original_mask(sites: Mapping[str, AttentionSite], kept: Mapping[str, Tensor]) -> HeadMask:
+    values = {}
+    for name, site in sites.items():
+        vector = torch.zeros(site.original_num_heads, dtype=torch.bool)
+        vector[list(itertools.compress(site.heads, kept[name].tolist()))] = True
+        values[name] = vector
+    return HeadMask(values)
+
+
+def _write_recipe(
+    model: nn.Module,
+    sites: Mapping[str, AttentionSite],
+    kept: Mapping[str, Tensor],
+    bypassed: list[str],
+    record: Mapping[str, Any],
+) -> None:
+    """Put the recipe into the config of the model, and of its base model where that is another object."""
+    _give_own_configs(model)
+    base = base_of(model)
+    earlier = read_recipe(base.config)
+    mask = _original_mask(sites, kept)
+    originals = earlier.sites if earlier is not None else dict(sites)
+    recipe = Recipe(
+        kept_heads={name: tuple(heads) for name, heads in mask.kept_heads.items()},
+        sites=originals,
+        bypassed=tuple(dict.fromkeys([*(earlier.bypassed if earlier else ()), *bypassed])),
+        record={**(earlier.record if earlier else {}), **record, "pruning_ratio": round(mask.pruning_ratio, 6)},
+    )
+    for config in (model.config, base.config):
+        setattr(config, KEY, recipe.to_json())
+
+
+def _give_own_configs(model: nn.Module) -> None:
+    """Replace the configs that the modules hold by copies: another model built from the same object stays unpruned."""
+    copies: dict[int, Any] = {}
+    originals = []  # kept alive meanwhile, since the copies are looked up by id
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            originals.append(config)
+            module.config = copies[id(config)] if id(config) in copies else copy.deepcopy(config, copies)

@@ -1,0 +1,260 @@
+"""Finding attention sites, and which rows and columns of which weights belong to each head.
+
+No table of model names: a head owns an index of a weight if the gradient of that head's query, key or value reaches
+the index and no other head's does. The output projection is the linear layer whose input equals the concatenated heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from secateur.errors import UnsupportedModelError
+from secateur.model.inputs import example_inputs
+from secateur.model.layout import NOBODY, AttentionSite, HeadSlice
+from secateur.model.probe import HeadReading, probe
+from secateur.model.recipe import read_recipe
+from secateur.model.state import base_of, evaluation_mode, gradients_for_all, in_float32
+
+# Attributes that modelling code reads at run time, by what they count. An attribute is adjusted only where its value
+# is the one expected, and every removal is proved afterwards, so a name too many does no harm.
+_ATTRIBUTES = {
+    "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads"),
+    "key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
+    "group": ("num_key_value_groups", "n_rep"),
+    "width": ("all_head_size", "inner_dim", "split_size"),
+}
+
+
+def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dict[str, AttentionSite]:
+    """Return every attention site that a forward pass of `model` reaches, in the order of the pass.
+
+    Args:
+        model: a transformers model with floating-point weights.
+        inputs: keyword arguments of the base model's forward; made up where absent.
+
+    The model is run once, on a few tokens, in float32, and left as it was. Raises `UnsupportedModelError` naming the
+    site and the reason where heads cannot be told apart, and where the model has no reachable attention.
+    """
+    base = base_of(model)
+    inputs = example_inputs(base) if inputs is None else inputs
+    finder = _Finder(base)
+    with in_float32(base), evaluation_mode(base), gradients_for_all(base), finder.watching(), probe(base, finder.see):
+        base(**inputs)
+    return finder.finish()
+
+
+class _Finder:
+    """Collects what one forward pass shows of every site."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.base = base
+        self.random = torch.Generator().manual_seed(0)
+        self.names = {id(p): n for n, p in base.named_parameters()}
+        self.readings: dict[str, tuple[nn.Module, int, int, int]] = {}
+        self.slices: dict[str, list[HeadSlice]] = {}
+        self.outputs: dict[str, str] = {}
+        self.pending: tuple[str, Tensor] | None = None
+
+    def watching(self) -> _Hooks:
+        """Watch the input of every linear layer."""
+        return _Hooks(self)
+
+    def see(self, reading: HeadReading) -> None:
+        """Take the query, key and value part of a site, and remember what its output projection must read."""
+        site, module = reading.site, reading.module
+        if site not in self.readings:
+            heads, kv_heads = reading.query.shape[1], reading.key.shape[1]
+            if kv_heads and heads % kv_heads:
+                raise UnsupportedModelError(
+                    f"site {site}: {heads} heads do not divide among {kv_heads} key-value heads"
+                )
+            self.readings[site] = (module, heads, kv_heads, reading.outputs.shape[-1])
+            found: list[HeadSlice] = []
+            for role, tensor in (("query", reading.query), ("key", reading.key), ("value", reading.value)):
+                if not heads:
+                    continue
+                pieces = self._pieces(site, module, role, tensor)
+                if not any(self._is_matrix(p) for p in pieces):
+                    raise UnsupportedModelError(
+                        f"site {site}: no weight of its {role} projection belongs to single heads "
+                        "(a normalisation or mixing across heads, or weights outside the site)"
+                    )
+                found += pieces
+            self.slices[site] = found
+        if site not in self.outputs:
+            self.pending = (site, reading.outputs.detach())
+
+    def _is_matrix(self, piece: HeadSlice) -> bool:
+        return self.base.get_parameter(piece.parameter).ndim > 1
+
+    def _pieces(self, site: str, module: nn.Module, role: str, tensor: Tensor) -> list[HeadSlice]:
+        per_head = [tensor[:, h] for h in range(tensor.shape[1])]
+        pieces = self._support(site, module, role, per_head)
+        if not pieces:  # some classes hold their projections beside, not inside, the module that attends
+            parent = self.base.get_submodule(site.rpartition(".")[0])
+            pieces = self._support(site, parent, role, per_head)
+        return pieces
+
+    def _support(self, site: str, module: nn.Module, role: str, per_head: list[Tensor]) -> list[HeadSlice]:
+        """Back-propagate from each head alone; an axis along which the heads reach different indices is theirs."""
+        holders = {
+            id(p): holder for holder in module.modules() for p in holder.parameters(recurse=False) if p.requires_grad
+        }
+        parameters = [p for p in module.parameters() if id(p) in holders and id(p) in self.names]
+        if not parameters or not per_head[0].requires_grad:
+            return []
+        reached: dict[tuple[int, int], list[Tensor]] = {}
+        for tensor in per_head:
+            direction = torch.randn(tensor.shape, generator=self.random).to(tensor)
+            gradients = torch.autograd.grad(tensor, parameters, direction, retain_graph=True, allow_unused=True)
+            for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+                for axis in range(parameter.ndim):
+                    others = [a for a in range(parameter.ndim) if a != axis]
+                    hit = (
+                        torch.zeros(parameter.shape[axis], dtype=torch.bool)
+                        if gradient is None
+                        else ((gradient != 0).any(dim=others) if others else gradient != 0).cpu()
+                    )
+                    reached.setdefault((number, axis), []).append(hit)
+        pieces = []
+        for (number, axis), hits in reached.items():
+            parameter = parameters[number]
+            holder = holders[id(parameter)]
+            owners = _owners(torch.stack(hits), _only_head_axis(holder, parameter, role) == axis)
+            if owners == "mixed":
+                raise UnsupportedModelError(
+                    f"site {site}: an index of {self.names[id(parameter)]} is used by several heads but not by all"
+                )
+            if isinstance(owners, tuple):
+                pieces.append(HeadSlice(self.names[id(parameter)], axis, role, owners))
+        return pieces
+
+    def read_linear(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        """Recognise the output projection by its input, then find which of its columns read which head."""
+        if self.pending is None:
+            return
+        site, heads_out = self.pending
+        if tensor.numel() != heads_out.numel() or not torch.equal(tensor.reshape(-1), heads_out.reshape(-1)):
+            return
+        self.pending = None
+        self.outputs[site] = name
+        heads, width = heads_out.shape[2:]
+        if not heads:
+            return
+        per_head = []
+        for head in range(heads):
+            alone = torch.zeros(*heads_out.shape, device=tensor.device)
+            alone[:, :, head] = torch.randn(*heads_out.shape[:2], width, generator=self.random).to(tensor.device)
+            per_head.append(module.forward(alone.reshape(tensor.shape).to(tensor.dtype)))
+        pieces = self._support(site, module, "output", per_head)
+        if not any(self._is_matrix(p) for p in pieces):
+            raise UnsupportedModelError(f"site {site}: the output projection {name} does not keep heads apart")
+        self.slices[site] += pieces
+
+    def finish(self) -> dict[str, AttentionSite]:
+        if not self.readings:
+            raise UnsupportedModelError(
+                f"{type(self.base).__name__} has no attention that goes through transformers' attention interface"
+            )
+        recipe = read_recipe(self.base.config)
+        found = {}
+        for site, (module, heads, kv_heads, width) in self.readings.items():
+            if site not in self.outputs:
+                raise UnsupportedModelError(
+                    f"site {site}: no linear layer reads the concatenated heads as they are, so none can be narrowed"
+                )
+            original, total, total_kv = tuple(range(heads)), heads, kv_heads
+            if recipe is not None and site in recipe.kept_heads:
+                first = recipe.sites[site]
+                original, total, total_kv = recipe.kept_heads[site], first.num_heads, first.num_key_value_heads
+            if len(original) != heads:
+                raise UnsupportedModelError(
+                    f"site {site}: the config's recipe keeps {len(original)} heads but the model has {heads}"
+                )
+            found[site] = AttentionSite(
+                name=site,
+                num_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=width,
+                slices=tuple(self.slices[site]),
+                attributes=_attributes(site, module, heads, kv_heads, width),
+                output=self.outputs[site],
+                heads=original,
+                original_num_heads=total,
+                original_num_key_value_heads=total_kv,
+            )
+        if recipe is not None:
+            for site in recipe.bypassed:  # never asks for attention, but is still a site
+                first = recipe.sites[site]
+                found[site] = replace(first, num_heads=0, num_key_value_heads=0, slices=(), attributes={}, heads=())
+        return found
+
+
+class _Hooks:
+    """Pre-hooks on every layer with a weight matrix, removed on exit."""
+
+    def __init__(self, finder: _Finder) -> None:
+        self.finder = finder
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for name, module in self.finder.base.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+                self.handles.append(module.register_forward_pre_hook(self._hook(name)))
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                self.finder.read_linear(module, name, args[0])
+
+        return hook
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _owners(hits: Tensor, is_only_axis: bool) -> tuple[int, ...] | str | None:
+    """Turn `hits` [heads, indices] into an owner for each index; None = no head's own, "mixed" = cannot be told."""
+    used = hits.any(dim=0)
+    if not bool(used.any()):
+        return None
+    if len(hits) == 1:  # a single head reaches both axes of its matrix: only the layer's kind tells which is which
+        if not is_only_axis:
+            return None
+    elif bool((hits == hits[0]).all()):
+        return None
+    elif bool((hits.sum(dim=0) > 1).any()):
+        return "mixed"
+    return tuple(torch.where(used, hits.int().argmax(dim=0), NOBODY).tolist())
+
+
+def _only_head_axis(holder: nn.Module, parameter: nn.Parameter, role: str) -> int | None:
+    """Return the axis that would be a lone head's: what a linear layer writes for q, k, v, what the output reads."""
+    if not isinstance(holder, nn.Linear | Conv1D):
+        return None
+    if parameter.ndim == 1:
+        return None if role == "output" else 0
+    written = 1 if isinstance(holder, Conv1D) else 0
+    return 1 - written if role == "output" else written
+
+
+def _attributes(site: str, module: nn.Module, heads: int, kv_heads: int, width: int) -> dict[str, str]:
+    group = heads // kv_heads if kv_heads else 0
+    values = {"heads": heads, "key_value_heads": kv_heads, "group": group, "width": heads * width}
+    return {
+        f"{site}.{name}": quantity
+        for quantity, names in _ATTRIBUTES.items()
+        for name in names
+        if isinstance(value := getattr(module, name, None), int)
+        and not isinstance(value, bool)
+        and value == values[quantity]
+    }

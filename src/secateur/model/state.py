@@ -1,0 +1,75 @@
+"""Borrowing a model: every change made for a measurement is undone, also after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from secateur.errors import UnsupportedModelError
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """Return the encoder or decoder inside a task model (`BertModel` inside `BertForSequenceClassification`).
+
+    Sites are named relative to it, so that scores and masks carry over between a base model and its task models.
+    Raises `TypeError` for anything that is no transformers model, with the way to get one.
+    """
+    if not isinstance(model, PreTrainedModel):
+        hint = "pass the transformers model inside it (PEFT: `get_base_model()`, SentenceTransformer: `[0].auto_model`)"
+        raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}; {hint}")
+    return model.base_model
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and running statistics off, and give every module its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def gradients_for_all(model: nn.Module) -> Iterator[None]:
+    """Let gradients reach every floating-point parameter, whatever the caller froze; `.grad` is never written."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Hold half-precision weights in float32 meanwhile; widening and narrowing back is exact, so nothing changes.
+
+    Raises `UnsupportedModelError` for weights on the meta device and for quantised weights, which have no such copy.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    for tensor in tensors:
+        if tensor.is_meta:
+            raise UnsupportedModelError("the model's weights are on the meta device; load them before pruning")
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError("the model is quantised; prune the full-precision model, then quantise the result")
+    narrow = [(t, t.dtype) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    try:
+        for tensor, _ in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in narrow:
+            tensor.data = tensor.data.to(dtype)

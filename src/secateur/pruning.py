@@ -1,0 +1,273 @@
+"""The whole path in two functions: `score_heads`, and `prune`, which also selects, removes and proves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.data import Text, batches
+from secateur.errors import InvalidInputError, invalid
+from secateur.files import write_text
+from secateur.heads import HeadMask, HeadScores
+from secateur.model.cost import ModelCost, max_length, measure_cost
+from secateur.model.layout import AttentionSite
+from secateur.model.loading import load_model, load_tokenizer
+from secateur.model.proof import TOLERANCE
+from secateur.model.removal import remove_heads_
+from secateur.model.sites import find_sites
+from secateur.model.state import base_of, evaluation_mode
+from secateur.scorers import DEFAULT_SCORER, make_scorer
+from secateur.scorers.base import Scorer, ScoringTask
+from secateur.selection import Scope, select_heads
+
+_PROBE_TEXTS = 8
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What a pruning did and what it cost: plain values, ready for JSON.
+
+    `pruning_ratio` is the fraction of the heads present before that went; `before` and `after` count heads, parameters
+    and multiply-accumulates; `max_difference` is the proof's (float32, at most `tolerance`).
+    """
+
+    model: str
+    scorer: str
+    scope: str
+    requested_ratio: float
+    seed: int
+    num_texts: int
+    mask: HeadMask
+    scores: HeadScores
+    before: ModelCost
+    after: ModelCost
+    max_difference: float
+    scoring_seconds: float
+    tolerance: float = TOLERANCE
+    versions: dict[str, str] = field(default_factory=lambda: environment())
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Fraction of the heads present before that were removed."""
+        return 1 - self.after.heads / self.before.heads
+
+    def __str__(self) -> str:
+        """Say in one line what was kept."""
+        return f"kept {self.after.heads} of {self.before.heads} heads (pruning ratio {self.pruning_ratio:.2f})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {
+            "kind": "pruning_report",
+            "model": self.model,
+            "scorer": self.scorer,
+            "scope": self.scope,
+            "requested_ratio": self.requested_ratio,
+            "pruning_ratio": self.pruning_ratio,
+            "seed": self.seed,
+            "num_texts": self.num_texts,
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "max_difference": self.max_difference,
+            "tolerance": self.tolerance,
+            "scoring_seconds": self.scoring_seconds,
+            "scores": self.scores.to_json()["scores"],
+            "kept_heads": self.mask.kept_heads,
+            "versions": self.versions,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.to_json(), indent=1))
+
+
+def score_heads(
+    model: nn.Module,
+    texts: Sequence[Text] | None = None,
+    scorer: str | Scorer = DEFAULT_SCORER,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    inputs: Sequence[Mapping[str, Tensor]] | None = None,
+    batch_size: int = 32,
+    max_length: int = 128,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> HeadScores:
+    """Score every attention head of `model`, which is left as it was.
+
+    Args:
+        model: a transformers model; of a task model, the base model is scored.
+        texts: calibration texts, unlabelled: strings, or pairs of strings. Not needed by every scorer.
+        scorer: a registered name, with `options` for its constructor, or a `Scorer`.
+        tokenizer: of the model; looked up by the model's name where absent.
+        inputs: ready batches of keyword arguments instead of texts, for models that read something else.
+        batch_size: texts a batch.
+        max_length: tokens a text, at most.
+        seed: for scorers that draw random numbers.
+        progress: whether to show a progress bar on stderr.
+
+    Raises `InvalidInputError` for bad arguments and non-finite scores, `UnsupportedModelError` where heads cannot be
+    told apart.
+    """
+    base = base_of(model)
+    criterion = make_scorer(scorer, **options) if isinstance(scorer, str) else scorer
+    if not isinstance(criterion, Scorer):
+        raise TypeError(f"`scorer` must be a registered name or a Scorer, got {type(scorer).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise invalid("seed", "be a whole number", seed)
+    if inputs is None:
+        if texts is None and criterion.needs_texts:
+            raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
+        made = [] if texts is None else _tokenise(model, texts, tokenizer, batch_size, max_length)
+    else:
+        made = [dict(batch) for batch in inputs]
+    is_pair = texts is not None and len(texts) > 0 and not isinstance(texts[0], str)
+    sites = find_sites(model)
+    task = ScoringTask(base, sites, _forward_arguments(base, made), is_pair, seed, progress)
+    with evaluation_mode(base), _not_inference():
+        found = criterion.score(task)
+    return _in_original_numbering(found, sites, criterion_name(criterion))
+
+
+def prune(
+    model: str | Path | nn.Module,
+    texts: Sequence[Text] | None = None,
+    pruning_ratio: float = 0.5,
+    *,
+    scorer: str | Scorer = DEFAULT_SCORER,
+    scope: Scope = "site",
+    min_heads: int = 1,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 32,
+    max_length: int = 128,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> tuple[PreTrainedModel, PruningReport]:
+    """Score, select, remove and prove; return the smaller model and a report.
+
+    `model` is a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned. The other arguments are those
+    of `score_heads` and `select_heads`. The proof runs on the first few of the texts.
+    """
+    if isinstance(model, str | Path):
+        name = str(model)
+        tokenizer = load_tokenizer(model) if tokenizer is None and texts is not None else tokenizer
+        pruned = load_model(model, device)
+    else:
+        base_of(model)
+        name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        if tokenizer is None and texts is not None:
+            tokenizer = _own_tokenizer(model)
+        pruned = copy.deepcopy(model)
+    before = measure_cost(pruned)
+    # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
+    select_heads(HeadScores({"check": torch.zeros(1)}), pruning_ratio, scope, min_heads)
+    start = time.perf_counter()
+    scores = score_heads(
+        pruned,
+        texts,
+        scorer,
+        tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        progress=progress,
+        **options,
+    )
+    seconds = time.perf_counter() - start
+    mask = select_heads(scores, pruning_ratio, scope, min_heads)
+    inputs = None
+    if texts is not None and tokenizer is not None:
+        first = _tokenise(pruned, texts[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length)
+        inputs = _forward_arguments(base_of(pruned), first)[0]
+    record = {"scorer": scores.scorer, "scope": scope, "base_model": name, "secateur_version": version("secateur")}
+    removal = remove_heads_(pruned, mask, inputs=inputs, record=record)
+    report = PruningReport(
+        model=name,
+        scorer=scores.scorer,
+        scope=scope,
+        requested_ratio=pruning_ratio,
+        seed=seed,
+        num_texts=0 if texts is None else len(texts),
+        mask=removal.mask,
+        scores=scores,
+        before=before,
+        after=measure_cost(pruned),
+        max_difference=removal.max_difference,
+        scoring_seconds=seconds,
+    )
+    return pruned, report
+
+
+def criterion_name(scorer: Scorer) -> str:
+    """Return the registered name of a scorer, or its class's."""
+    from secateur.scorers import SCORERS
+
+    place = f"{type(scorer).__module__}:{type(scorer).__qualname__}"
+    return next((name for name, target in SCORERS.items() if target == place), type(scorer).__name__)
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {package: version(package) for package in ("secateur", "torch", "transformers")}
+
+
+def _in_original_numbering(found: Mapping[str, Tensor], sites: Mapping[str, AttentionSite], scorer: str) -> HeadScores:
+    values = {}
+    for name, site in sites.items():
+        vector = torch.full((site.original_num_heads,), -math.inf, dtype=torch.float64)
+        row = torch.as_tensor(found[name], dtype=torch.float64).detach().cpu()
+        if not bool(torch.isfinite(row).all()):
+            raise InvalidInputError(f"scorer {scorer}: the scores of site {name} are not finite: {row.tolist()}")
+        vector[list(site.heads)] = row
+        values[name] = vector
+    return HeadScores(values, {name: site.original_num_key_value_heads for name, site in sites.items()}, scorer)
+
+
+def _tokenise(
+    model: nn.Module,
+    texts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase | None,
+    batch_size: int,
+    length: int,
+) -> list[dict[str, Tensor]]:
+    tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
+    device = base_of(model).device
+    return batches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
+
+
+def _own_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        raise InvalidInputError("`tokenizer` must be given for a model that was not loaded by name")
+    return load_tokenizer(name)
+
+
+def _forward_arguments(base: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+    """Leave out what the tokenizer makes but the model does not take, and switch caches off: scoring needs none."""
+    import inspect
+
+    accepted = inspect.signature(base.forward).parameters
+    extra = {"use_cache": False} if "use_cache" in accepted else {}
+    return [{**{k: v for k, v in batch.items() if k in accepted}, **extra} for batch in made]
+
+
+@contextmanager
+def _not_inference() -> Iterator[None]:
+    """Let scorers that need gradients work although the caller is inside `torch.inference_mode`."""
+    with torch.inference_mode(False):
+        yield

@@ -1,0 +1,38 @@
+"""The criteria. To add one: write its file, and add its line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from secateur.errors import InvalidInputError, invalid
+
+if TYPE_CHECKING:
+    from secateur.scorers.base import Scorer
+
+SCORERS = {
+    "contribution": "secateur.scorers.contribution:ContributionScorer",
+    "leave_one_out": "secateur.scorers.leave_one_out:LeaveOneOutScorer",
+    "magnitude": "secateur.scorers.magnitude:MagnitudeScorer",
+    "random": "secateur.scorers.random:RandomScorer",
+    "smp": "secateur.scorers.smp:SmpScorer",
+}
+"""Name → where its class is; named rather than imported, so that the command line can list them at once."""
+
+DEFAULT_SCORER = "contribution"
+
+
+def scorer_class(name: str) -> type[Scorer]:
+    """Return the class registered under `name`. Raises `InvalidInputError` naming the choices."""
+    if name not in SCORERS:
+        raise invalid("scorer", f"be one of {', '.join(sorted(SCORERS))}", name)
+    module, _, attribute = SCORERS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def make_scorer(name: str, **options: Any) -> Scorer:
+    """Build the criterion registered under `name`. Raises `InvalidInputError` for an option that it does not have."""
+    try:
+        return scorer_class(name)(**options)
+    except TypeError as error:
+        raise InvalidInputError(f"scorer {name}: {error}") from None

@@ -1,0 +1,86 @@
+"""What every criterion is: something that turns a model and a task's batches into a score for every head."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from secateur.model.layout import AttentionSite
+from secateur.model.probe import HeadReading, probe
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """All that a criterion may look at.
+
+    `model` is the base model, in eval mode. `batches` are keyword arguments of its forward, one mapping a batch.
+    `is_pair` says whether each text is a pair of sentences, which decides how a text is represented. Criteria that
+    draw random numbers draw them from `seed`.
+    """
+
+    model: PreTrainedModel
+    sites: Mapping[str, AttentionSite]
+    batches: Sequence[Batch]
+    is_pair: bool = False
+    seed: int = 0
+    progress: bool = False
+
+    def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+        """Wrap `items` in a progress bar on stderr where the caller wants one."""
+        return tqdm(items, total=total, desc=what, disable=not self.progress, leave=False)
+
+
+class Scorer(ABC):
+    """A criterion of head importance.
+
+    Subclasses set `description` (one line), `source` (paper or "this project"), `passes` (forward passes over the
+    texts, in words) and `needs_texts`, and implement `score`. Options are constructor arguments with defaults.
+    """
+
+    description: ClassVar[str]
+    source: ClassVar[str]
+    passes: ClassVar[str]
+    needs_texts: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(self, task: ScoringTask) -> dict[str, Tensor]:
+        """Return, for each site, the importance of the heads that are there now: `[heads]`, finite, higher = keep."""
+
+
+class StreamingScorer(Scorer):
+    """A criterion that is a mean over texts of something read from each head in one dense pass.
+
+    Subclasses implement `read`; set `weights` where attention maps are needed.
+    """
+
+    passes = "1"
+    weights: ClassVar[bool] = False
+
+    @abstractmethod
+    def read(self, reading: HeadReading, batch: Batch, task: ScoringTask) -> Tensor:
+        """Return a score for each text and head, `[batch, heads]`, higher = keep."""
+
+    def score(self, task: ScoringTask) -> dict[str, Tensor]:
+        """Stream the batches through the model once; at most one site's maps exist at any time."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        batch: Batch = {}
+
+        def add(reading: HeadReading) -> None:
+            rows = self.read(reading, batch, task).double().cpu()
+            sums[reading.site] = sums.get(reading.site, torch.zeros(rows.shape[1])) + rows.sum(dim=0)
+            counts[reading.site] = counts.get(reading.site, 0) + len(rows)
+
+        with torch.no_grad(), probe(task.model, add, weights=self.weights):
+            for batch in task.track(task.batches, len(task.batches), "scoring"):
+                task.model(**batch)
+        return {site: total / counts[site] for site, total in sums.items()}

@@ -1,0 +1,40 @@
+"""What breaks when a head alone is gone: exact for single heads, at the price of a pass for each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.meta.objective import relational_kl, represent
+from secateur.model.probe import probe
+from secateur.scorers.base import Batch, Scorer, ScoringTask
+
+
+class LeaveOneOutScorer(Scorer):
+    """Relational KL between the texts' representations with and without a head; the mean over batches."""
+
+    description = "relational KL of the representations when the head alone is gated"
+    source = "this project, with the loss of arXiv 2011.03770"
+    passes = "1 + number of heads"
+
+    @torch.no_grad()
+    def score(self, task: ScoringTask) -> dict[str, Tensor]:
+        """Run every batch once dense and once for each head."""
+        heads = [(name, h) for name, site in task.sites.items() for h in range(site.num_heads)]
+        scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
+        batches = [batch for batch in task.batches if len(next(iter(batch.values()))) > 1]  # one text has no relations
+        dense = [self._represent(task, batch) for batch in batches]
+        for name, head in task.track(heads, len(heads), "leave one out"):
+            gate = torch.ones(task.sites[name].num_heads)
+            gate[head] = 0
+            with probe(task.model, gates={name: gate}):
+                for batch, before in zip(batches, dense, strict=True):
+                    after = self._represent(task, batch)
+                    scores[name][head] += relational_kl(before, after).double().cpu() / len(batches)
+        return scores
+
+    def _represent(self, task: ScoringTask, batch: Batch) -> Tensor:
+        outputs: Any = task.model(**batch)
+        return represent(task.model, outputs, batch, task.is_pair)

@@ -1,0 +1,41 @@
+"""Size of a head's weights: how much it could write, whatever the texts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.model.layout import AttentionSite, HeadSlice
+from secateur.scorers.base import Scorer, ScoringTask
+
+
+class MagnitudeScorer(Scorer):
+    """Product of the Frobenius norms of a head's value weights and of its part of the output projection.
+
+    The product bounds the norm of the head's value-to-output map. Heads that share a key-value head share its norm.
+    """
+
+    description = "norm of a head's value weights times norm of its output weights"
+    source = "baseline, after magnitude pruning (Han et al. 2015)"
+    passes = "0"
+    needs_texts = False
+
+    def score(self, task: ScoringTask) -> dict[str, Tensor]:
+        """Read the weights alone."""
+        return {name: self._site(task, site) for name, site in task.sites.items()}
+
+    def _site(self, task: ScoringTask, site: AttentionSite) -> Tensor:
+        value = self._squares(task, site.slices_of("value"), site.num_key_value_heads)
+        output = self._squares(task, site.slices_of("output"), site.num_heads)
+        return (value.repeat_interleave(site.group) * output).sqrt()
+
+    def _squares(self, task: ScoringTask, pieces: list[HeadSlice], heads: int) -> Tensor:
+        """Return the sum of squares of each head's weights, `[heads]`; biases do not count."""
+        total = torch.zeros(heads, dtype=torch.float64)
+        for piece in pieces:
+            weight = task.model.get_parameter(piece.parameter).detach().double().cpu()
+            if weight.ndim > 1:
+                rows = weight.square().sum(dim=[a for a in range(weight.ndim) if a != piece.axis])
+                owners = torch.tensor(piece.owners)
+                total.index_add_(0, owners[owners >= 0], rows[owners >= 0])
+        return total

@@ -1,0 +1,22 @@
+"""Scores without knowledge: the floor that every criterion must beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.scorers.base import Scorer, ScoringTask
+
+
+class RandomScorer(Scorer):
+    """Uniform numbers in [0, 1), the same for the same seed."""
+
+    description = "uniform random numbers: the floor that every criterion must beat"
+    source = "baseline"
+    passes = "0"
+    needs_texts = False
+
+    def score(self, task: ScoringTask) -> dict[str, Tensor]:
+        """Draw one number for each head, site by site."""
+        random = torch.Generator().manual_seed(task.seed)
+        return {name: torch.rand(site.num_heads, generator=random) for name, site in task.sites.items()}

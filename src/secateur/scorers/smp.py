@@ -1,0 +1,53 @@
+"""The paper's criterion: a network, meta-trained once, that looks at attention maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from secateur.errors import CheckpointError, InvalidInputError
+from secateur.meta.network import MetaPruner
+from secateur.model.probe import HeadReading
+from secateur.scorers.base import Batch, ScoringTask, StreamingScorer
+
+
+class SmpScorer(StreamingScorer):
+    """Mean over texts of the meta-pruner's score of a head's attention map.
+
+    `pruner` is a `MetaPruner`, a folder or Hub id that `MetaPruner.from_pretrained` reads, or a `.bin` file of the
+    paper's authors.
+    """
+
+    description = "meta-pruner: a small network, trained over several tasks, that reads attention maps"
+    source = "Zhang et al. 2021 (arXiv 2011.03770)"
+    weights = True
+
+    def __init__(self, pruner: MetaPruner | str | Path | None = None) -> None:
+        self.pruner = load_pruner(pruner)
+
+    def score(self, task: ScoringTask) -> dict[str, Tensor]:
+        """Move the network to the model's device, then stream the batches."""
+        self.pruner.to(task.model.device).eval()
+        return super().score(task)
+
+    def read(self, reading: HeadReading, batch: Batch, task: ScoringTask) -> Tensor:
+        """Score each head's map with the channel of the task's kind."""
+        assert reading.weights is not None  # this class asks for them
+        return self.pruner.score_maps(reading.weights.float(), batch.get("attention_mask"), task.is_pair)
+
+
+def load_pruner(pruner: MetaPruner | str | Path | None) -> MetaPruner:
+    """Return the meta-pruner meant by a network, a folder, a Hub id, or the authors' file."""
+    if isinstance(pruner, MetaPruner):
+        return pruner
+    if pruner is None:
+        raise InvalidInputError("scorer smp needs a trained meta-pruner; give its folder, Hub id or file as `pruner`")
+    path = Path(pruner)
+    if path.suffix == ".bin" or path.is_file():
+        return MetaPruner.from_authors_checkpoint(path)
+    try:
+        return MetaPruner.from_pretrained(str(pruner))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{pruner} cannot be loaded as a meta-pruner: {reason}") from None

@@ -1,0 +1,132 @@
+"""What the commands print, and the data of the report page; wording in one place."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from secateur import __version__
+from secateur.heads import HeadScores
+from secateur.pruning import PruningReport
+
+
+def print_table(table: Table) -> None:
+    """Print the title as plain lines and the table to stdout, as wide as the table needs where there is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    title, table.title = table.title, None
+    if title:
+        console.print(title, markup=False, soft_wrap=True)
+    if table.columns:
+        console.print(table)
+
+
+def info_table(facts: dict[str, Any]) -> Table:
+    """Return one row for each attention site of `secateur info`."""
+    title = f"{facts['model']}: {facts['class']}, {facts['parameters']:,} parameters"
+    if not facts["prunable"]:
+        return Table(title=f"{title}\nheads cannot be removed: {facts['reason']}")
+    cost = facts["cost"]
+    work = f"{cost['macs']:,} multiply-accumulates for {cost['batch']} x {cost['length']} tokens"
+    table = Table(Column("attention site", no_wrap=True), title=f"{title}, {cost['heads']} heads, {work}")
+    for column in ("heads", "key-value heads", "removed before"):
+        table.add_column(column, justify="right")
+    for site in facts["sites"]:
+        removed = site["original_heads"] - site["heads"]
+        table.add_row(site["name"], str(site["heads"]), str(site["key_value_heads"]), str(removed))
+    return table
+
+
+def scores_table(scores: HeadScores) -> Table:
+    """Return one row for each site, one column for each head; higher = keep."""
+    table = Table(Column("attention site", no_wrap=True), title=f"importance by {scores.scorer}, higher = keep")
+    widest = max(vector.numel() for vector in scores.values())
+    for head in range(widest):
+        table.add_column(str(head), justify="right")
+    for site, vector in scores.items():
+        table.add_row(site, *("-" if x == float("-inf") else f"{x:.3g}" for x in vector.tolist()))
+    return table
+
+
+def pruning_table(report: PruningReport) -> Table:
+    """Return what a pruning removed: heads, parameters, multiply-accumulates."""
+    table = Table(Column("", no_wrap=True), title=f"{report.model}, heads scored by {report.scorer}")
+    for column in ("before", "after", "ratio"):
+        table.add_column(column, justify="right")
+    for row in _cost_rows(report):
+        table.add_row(row["name"], f"{row['dense']:,}", f"{row['pruned']:,}", f"{row['pruned'] / row['dense']:.3f}")
+    return table
+
+
+def demo_table(result: dict[str, Any]) -> Table:
+    """Return the demo's one table: dense beside pruned."""
+    table = Table(Column("", no_wrap=True), title=f"{result['model']} on {result['data']}: {result['headline']}")
+    for column in ("dense", "pruned", "pruned / dense"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        dense, pruned = row["dense"], row["pruned"]
+        ratio = "" if not dense or pruned is None else f"{pruned / dense:.3f}"
+        table.add_row(row["name"], _shown(dense, row["unit"]), _shown(pruned, row["unit"]), ratio)
+    return table
+
+
+def report_data(
+    report: PruningReport,
+    title: str,
+    command: str,
+    cost: list[dict[str, Any]] | None = None,
+    quality: list[dict[str, Any]] | None = None,
+    times: list[dict[str, Any]] | None = None,
+    notes: list[str] | None = None,
+) -> dict[str, Any]:
+    """Return the data of the report page for one pruning; `cost` rows follow the counted ones."""
+    scores = report.scores.to_json()["scores"]
+    return {
+        "title": title,
+        "model": report.model,
+        "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "secateur_version": __version__,
+        "scorer": report.scorer,
+        "requested_ratio": report.requested_ratio,
+        "scope": report.scope,
+        "sites": [{"name": site, "scores": scores[site], "kept": kept.tolist()} for site, kept in report.mask.items()],
+        "cost": [row for row in _cost_rows(report) if row["name"] != "heads"] + (cost or []),
+        "quality": quality or [],
+        "times": [{"name": "scoring", "seconds": report.scoring_seconds}, *(times or [])],
+        "proof": {
+            "max_difference": report.max_difference,
+            "tolerance": report.tolerance,
+            "probe": "the first texts" if report.num_texts else "random tokens",
+        },
+        "command": command,
+        "environment": report.versions,
+        "notes": notes or [],
+    }
+
+
+def _cost_rows(report: PruningReport) -> list[dict[str, Any]]:
+    before, after = report.before, report.after
+    macs = "multiply-accumulates"
+    return [
+        {"name": "heads", "dense": before.heads, "pruned": after.heads, "unit": ""},
+        {"name": "parameters", "dense": before.parameters, "pruned": after.parameters, "unit": ""},
+        {
+            "name": macs,
+            "dense": before.macs,
+            "pruned": after.macs,
+            "unit": "",
+            "note": f"{before.batch} x {before.length} tokens",
+        },
+    ]
+
+
+def _shown(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if not unit else f"{value:.3f} {unit}" if value < 10 else f"{value:.1f} {unit}"

@@ -1,0 +1,57 @@
+"""Checking a saved model again: what lies on disk, reloaded, against the gated original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from secateur.errors import InvalidInputError
+from secateur.heads import HeadMask
+from secateur.model.inputs import example_inputs
+from secateur.model.loading import load_model
+from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
+from secateur.model.recipe import read_recipe
+from secateur.model.removal import gated_heads
+from secateur.model.state import base_of
+
+
+def verify_checkpoint(
+    folder: str | Path, against: str | Path | None = None, device: torch.device | str | None = None
+) -> dict[str, Any]:
+    """Reload a pruned model and its original, gate the original, and compare their outputs in float32.
+
+    `against` is the original; without it, the one that the checkpoint's recipe names. The result has `equal`,
+    `max_difference`, `tolerance`, `against`, and the numbers of heads `kept` and `dropped`. A model that was fine-tuned
+    after pruning differs, as it should.
+
+    Raises `InvalidInputError` for a model that is not pruned, and where the original cannot be found.
+    """
+    pruned = load_model(folder, device, AutoModel)
+    recipe = read_recipe(base_of(pruned).config)
+    if recipe is None:
+        raise InvalidInputError(f"{folder} is not pruned: its config has no head_pruning entry")
+    original_name = against or recipe.record.get("base_model")
+    if not original_name:
+        raise InvalidInputError(f"{folder} does not say what it was pruned from; give the original with `--against`")
+    original = load_model(original_name, device, AutoModel)
+    vectors = {}
+    for name, kept in recipe.kept_heads.items():
+        vectors[name] = torch.zeros(recipe.sites[name].num_heads, dtype=torch.bool)
+        vectors[name][list(kept)] = True
+    mask = HeadMask(vectors)
+    inputs = example_inputs(original)
+    with gated_heads(original, mask):
+        wanted = hidden_states(original.float(), inputs)
+    difference = largest_difference(wanted, hidden_states(pruned.float(), inputs))
+    return {
+        "folder": str(folder),
+        "against": str(original_name),
+        "equal": difference <= TOLERANCE,
+        "max_difference": difference,
+        "tolerance": TOLERANCE,
+        "kept": mask.num_kept,
+        "dropped": mask.num_heads - mask.num_kept,
+    }

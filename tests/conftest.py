@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import secateur  # noqa: F401 - reloading is part of what every test relies on
+
+torch.set_num_threads(2)
+
+SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
+
+SENTENCES = [
+    "a stirring , funny and finally transporting film",
+    "the plot is thin and the jokes are thinner",
+    "an honest , sensitive story from a first-time director",
+    "it never rises above its clichés",
+    "good",
+    "this is a long sentence that goes on for quite a while so that the padding of the others is real padding",
+]
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    from secateur.demo import demo_model
+    from secateur.errors import InvalidInputError
+
+    try:
+        return demo_model()
+    except InvalidInputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def minilm(minilm_folder):
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(minilm_folder).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(minilm_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(minilm_folder)
+
+
+@pytest.fixture
+def batch(tokenizer):
+    return dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED} with the authors' checkpoints and the GLUE files; set SECATEUR_SHARED")
+    return SHARED

@@ -1,0 +1,225 @@
+"""A pruned model is an ordinary folder: plain `from_pretrained` gives it back bit for bit."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from secateur.errors import CheckpointError
+from secateur.heads import HeadMask
+from secateur.model.inputs import example_inputs
+from secateur.model.proof import hidden_states
+from secateur.model.removal import remove_heads_
+from secateur.model.sites import find_sites
+from tests.tiny import CONFIGS, tiny_model, uneven_mask
+
+
+def pruned(kind, empty=False):
+    model = tiny_model(kind)
+    remove_heads_(model, uneven_mask(find_sites(model), empty))
+    return model
+
+
+def assert_equal(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_round_trip_and_saving_again(kind, tmp_path):
+    model = pruned(kind)
+    model.save_pretrained(tmp_path / "one")
+    again = AutoModel.from_pretrained(tmp_path / "one").eval()
+    assert_equal(model, again)
+    inputs = example_inputs(model)
+    for a, b in zip(hidden_states(model, inputs), hidden_states(again, inputs), strict=True):
+        assert torch.equal(a, b)
+    again.save_pretrained(tmp_path / "two")
+    assert_equal(model, AutoModel.from_pretrained(tmp_path / "two"))
+    written = [json.loads((tmp_path / n / "config.json").read_text())["head_pruning"] for n in ("one", "two")]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "opt"])
+def test_an_emptied_site_comes_back(kind, tmp_path):
+    model = pruned(kind, empty=True)
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    assert_equal(model, again)
+    inputs = example_inputs(model)
+    for a, b in zip(hidden_states(model, inputs), hidden_states(again, inputs), strict=True):
+        assert torch.equal(a, b)
+    assert list(find_sites(again).values())[1].heads == () or list(find_sites(again).values())[-1].heads == ()
+
+
+def test_pruning_again_after_reloading(tmp_path):
+    model = pruned("llama")
+    model.save_pretrained(tmp_path / "one")
+    again = AutoModel.from_pretrained(tmp_path / "one")
+    site = "layers.2.self_attn"
+    assert find_sites(again)[site].heads == (2, 3, 4, 5, 6, 7)
+    remove_heads_(again, HeadMask({site: torch.tensor([False, False, True, False, True, False, True, False])}))
+    again.save_pretrained(tmp_path / "two")
+    last = AutoModel.from_pretrained(tmp_path / "two")
+    assert_equal(again, last)
+    assert last.config.head_pruning["kept_heads"][site] == [2, 4, 6]
+    assert last.layers[2].self_attn.num_key_value_groups == 1
+
+
+@pytest.mark.parametrize(
+    "auto",
+    [
+        AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering,
+        AutoModelForMaskedLM,
+    ],
+)  # fmt: skip
+def test_every_auto_class_reads_a_base_checkpoint(auto, tmp_path):
+    model = pruned("roberta")
+    model.save_pretrained(tmp_path)
+    task_model = auto.from_pretrained(tmp_path)
+    for name, value in task_model.base_model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForSequenceClassification])
+def test_a_pruned_task_model_is_read_by_its_class_and_as_a_base(auto, tmp_path):
+    torch.manual_seed(0)
+    model = auto.from_config(CONFIGS["bert"]())
+    remove_heads_(model, uneven_mask(find_sites(model)))
+    model.save_pretrained(tmp_path)
+    assert_equal(model, auto.from_pretrained(tmp_path))
+    base = AutoModel.from_pretrained(tmp_path)
+    for name, value in model.base_model.state_dict().items():
+        assert torch.equal(value, base.state_dict()[name])
+
+
+def test_causal_models(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["gpt2"]())
+    remove_heads_(model, uneven_mask(find_sites(model)))
+    model.save_pretrained(tmp_path)
+    assert_equal(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_half_precision_and_from_config(tmp_path):
+    model = pruned("bert")
+    model.save_pretrained(tmp_path)
+    half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.encoder.layer[0].attention.self.query.weight.shape == (24, 32)
+    assert half.dtype == torch.bfloat16
+    fresh = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert {k: v.shape for k, v in fresh.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_models_without_a_recipe_load_exactly_as_before(tmp_path):
+    """The same folder, read with and without secateur, in processes of their own: same weights, classes and modules."""
+    tiny_model("bert").save_pretrained(tmp_path)
+    script = """
+import sys, hashlib, json
+if sys.argv[2] == "with": import secateur
+from transformers import AutoModelForSequenceClassification
+import torch
+torch.manual_seed(0)
+m = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+digest = hashlib.sha256()
+for n, v in m.state_dict().items(): digest.update(n.encode() + v.numpy().tobytes())
+names = [type(x).__name__ + n + str(sorted(k for k in vars(x) if "secateur" in k)) for n, x in m.named_modules()]
+ours = [k for k in sys.modules if k.startswith("secateur.")]
+print(json.dumps([digest.hexdigest(), names, m.config.to_dict(), ours]))
+"""
+    seen = []
+    for way in ("with", "without"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), way], capture_output=True, text=True, check=True
+        )
+        seen.append(json.loads(done.stdout))
+    assert seen[0][:3] == seen[1][:3]
+    assert seen[1][3] == []
+    # With secateur imported, not even its model code is loaded for a model without a recipe.
+    assert seen[0][3] == ["secateur.model", "secateur.model.checkpoint"]
+
+
+def test_the_hook_is_installed_once():
+    from secateur.model.checkpoint import install
+
+    wrapped = PreTrainedModel.post_init
+    install()
+    assert PreTrainedModel.post_init is wrapped
+
+
+def damage(**changes):
+    def change(recipe):
+        for path, value in changes.items():
+            target = recipe
+            *parents, last = path.split("__")
+            for key in parents:
+                target = target[int(key)] if isinstance(target, list) else target[key]
+            target[int(last) if isinstance(target, list) else last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damage(format_version=2), "format_version` must be a number from 1 to 1, got 2; a newer secateur"),
+        (damage(format_version=True), "format_version` must be a number"),
+        (lambda r: r.pop("format_version"), "format_version` must be a number"),
+        (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": [0, 4]}), "head indices below 4"),
+        (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": [1, 0]}), "increasing head indices"),
+        (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": [-1]}), "head indices below 4"),
+        (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": ["0"]}), "head indices below 4"),
+        (lambda r: r["kept_heads"].pop("encoder.layer.0.attention.self"), "for the same sites"),
+        (damage(kept_heads=[]), "is damaged"),
+        (damage(layouts=None), "is damaged"),
+        (damage(layouts__0__num_heads=0), "is damaged.*no positive whole number"),
+        (damage(layouts__0__slices__0__3="0x8 9x24"), "is damaged.*impossible run '9x24'"),
+        (damage(layouts__0__slices__0__3="0x8"), "does not fit BertModel.*the recipe expects 8"),
+        (damage(layouts__0__slices__0__0="self.nothing.weight"), "does not fit BertModel.*has no weight"),
+        (damage(layouts__0__attributes={"self.num_attention_heads": "many"}), "is damaged.*unknown quantity"),
+    ],
+)
+def test_damaged_recipes_are_refused_before_any_weight_is_read(change, message, tmp_path):
+    pruned("bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config["head_pruning"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"never to be read")
+    # The file must be there but its content is only opened after the model has been built.
+    with pytest.raises(CheckpointError, match=message):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_recipe_of_another_model_names_the_missing_site(tmp_path):
+    pruned("bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"names the site encoder\.layer\.2\.attention\.self, which BertModel"):
+        AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="which BertModel does not have"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_the_recipe_records_what_was_done(tmp_path):
+    model = tiny_model("bert")
+    record = {"scorer": "contribution", "scope": "site", "base_model": "tiny", "secateur_version": "0"}
+    remove_heads_(model, uneven_mask(find_sites(model)), record=record)
+    entry = copy.deepcopy(model.config.head_pruning)
+    assert {k: entry[k] for k in record} == record
+    assert entry["pruning_ratio"] == 0.25
+    assert entry["kept_heads"]["encoder.layer.2.attention.self"] == [1, 2]

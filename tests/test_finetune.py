@@ -1,0 +1,411 @@
+"""Metrics against examples worked out by hand, and fine-tuning of tiny models on toy texts."""
+
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from secateur.data import Task
+from secateur.errors import InvalidInputError, SecateurError
+from secateur.evaluate import (
+    check_model_fits,
+    classification_metrics,
+    evaluate_model,
+    main_metric,
+    regression_metrics,
+)
+from secateur.finetune import FinetuneResult, finetune
+
+FILLERS = [f"w{i}" for i in range(20)]
+WORDS = ["good", "bad", *FILLERS]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from threads, and threads that wait for each other on a busy machine cost minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tokenizer(tmp_path_factory):
+    vocabulary = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    return BertTokenizer(str(vocabulary), model_max_length=16)
+
+
+@pytest.fixture
+def transformers_warnings():
+    """Let transformers warn as it does for users, whatever the test run is set to."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    yield
+    logging.set_verbosity(verbosity)
+
+
+def decoder_tokenizer():
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<end>", *WORDS])}, unk_token="<end>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", model_max_length=16)
+
+
+def bert_config(**changes):
+    return BertConfig(
+        vocab_size=5 + len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        **changes,
+    )
+
+
+def tiny_bert(seed=0, **changes):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(bert_config(**changes))
+
+
+def toy_task(n, seed, name="toy", pairs=False):
+    """Texts of random words and random lengths; the one word `good` or `bad` somewhere among them is the label."""
+    draw = random.Random(seed)
+    texts, labels = [], []
+    for i in range(n):
+        words = draw.choices(FILLERS, k=draw.randint(2, 8))
+        words.insert(draw.randint(0, len(words)), ["bad", "good"][i % 2])
+        texts.append((words[0], " ".join(words[1:])) if pairs else " ".join(words))
+        labels.append(i % 2)
+    return Task(name, texts, labels)
+
+
+@pytest.fixture
+def base(tmp_path, tokenizer):
+    """A folder with a pre-trained encoder, that is, one without a classification head."""
+    torch.manual_seed(0)
+    BertModel(bert_config()).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_binary_metrics_by_hand():
+    # 2 true positives, 1 false positive, 0 false negatives, 1 true negative.
+    result = classification_metrics([1, 0, 1, 1], [1, 0, 0, 1])
+    assert result == pytest.approx({"accuracy": 0.75, "f1": 0.8, "matthews": 2 / math.sqrt(12)})
+    assert all(type(value) is float for value in result.values())
+
+
+def test_three_classes_by_hand():
+    # F1 by class: 1, 0 and 0.8.
+    result = classification_metrics([0, 2, 2, 2], [0, 1, 2, 2])
+    assert result == pytest.approx({"accuracy": 0.75, "f1_macro": 0.6})
+
+
+def test_the_labels_alone_decide_which_metrics_there_are():
+    # A model with three outputs on a task with two classes: 1 true positive, 0 false positives, 1 false negative.
+    result = classification_metrics([1, 2, 0], [1, 1, 0])
+    assert result["f1"] == pytest.approx(2 / 3)
+    assert set(result) == {"accuracy", "f1", "matthews"}
+
+
+def test_regression_metrics_by_hand():
+    # Deviations -3, -2, -1, 6 and -1.5, -0.5, 0.5, 1.5: 14 / sqrt(50 * 5).
+    result = regression_metrics([1, 2, 3, 10], [1, 2, 3, 4])
+    assert result == pytest.approx({"pearson": 14 / math.sqrt(250), "spearman": 1.0})
+    assert regression_metrics([3, 2, 1], [1, 2, 3]) == pytest.approx({"pearson": -1.0, "spearman": -1.0})
+
+
+@pytest.mark.filterwarnings("error")
+def test_constant_values_give_zero_and_no_warning():
+    zero = {"pearson": 0.0, "spearman": 0.0}
+    assert regression_metrics([2.0, 2.0, 2.0], [1.0, 2.0, 3.0]) == zero
+    assert regression_metrics([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]) == zero
+    assert regression_metrics([1.0], [2.0]) == zero
+    nearly = regression_metrics([1.0, 1.0 + 1e-15, 1.0], [1.0, 2.0, 3.0])
+    assert all(math.isfinite(value) for value in nearly.values())
+    assert classification_metrics([0, 0, 0], [0, 1, 0]) == pytest.approx(
+        {"accuracy": 2 / 3, "f1": 0.0, "matthews": 0.0}
+    )
+    assert classification_metrics([0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0, "matthews": 0.0}
+    assert classification_metrics([0, 0], [1, 2]) == {"accuracy": 0.0, "f1_macro": 0.0}
+
+
+def test_metrics_refuse_what_does_not_match():
+    for metrics in (classification_metrics, regression_metrics):
+        with pytest.raises(InvalidInputError, match="`predicted` must hold one number for each of the 3 labels"):
+            metrics([1, 0], [1, 0, 1])
+        with pytest.raises(InvalidInputError, match="`predicted` must hold one number for each of the 0 labels"):
+            metrics([], [])
+    with pytest.raises(InvalidInputError, match="`predicted` must be finite, got nan"):
+        regression_metrics([1.0, float("nan")], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "expected"),
+    [
+        ("cola", [0, 1], "matthews"),
+        ("CoLA", [0, 1], "matthews"),
+        ("mrpc", [0, 1], "f1"),
+        ("qqp", [0, 1], "f1"),
+        ("sst2", [0, 1], "accuracy"),
+        ("mnli", [0, 1, 2], "accuracy"),
+        ("STS-B", [0.5, 1.0], "spearman"),
+        ("owner/name", [0.5, 1.0], "spearman"),
+        ("cola", [0, 1, 2], "accuracy"),
+        ("mrpc", [0.5, 1.0], "spearman"),
+        ("stsb", [0, 1], "accuracy"),
+    ],
+)
+def test_main_metric_is_one_that_the_task_has(name, labels, expected):
+    assert main_metric(Task(name, ["x"] * len(labels), labels)) == expected
+    metrics = regression_metrics if isinstance(labels[0], float) else classification_metrics
+    assert expected in metrics(labels, labels)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class SaysGood(torch.nn.Module):
+    """A classifier that is always right on the toy task: class 1 where the token `good` (5) is in the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.dropout = torch.nn.Dropout(0.5)
+        self.config = SimpleNamespace(num_labels=2, pad_token_id=0)
+        self.device = torch.device("cpu")
+        self.modes = set()
+
+    def forward(self, input_ids, **inputs):
+        self.modes.add((self.training, self.dropout.training, torch.is_grad_enabled()))
+        good = (input_ids == 5).any(dim=1).float()
+        return SimpleNamespace(logits=torch.stack([1 - good, good], dim=1))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_predictions_stay_with_their_labels(tokenizer, pairs, capfd):
+    model = SaysGood()
+    task = toy_task(30, seed=0, pairs=pairs)
+    kwargs = {"batch_size": 4, "progress": False}
+    assert evaluate_model(model, tokenizer, task, **kwargs) == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
+    wrong = Task("toy", task.texts, [1 - task.labels[0], *task.labels[1:]])
+    assert evaluate_model(model, tokenizer, wrong, **kwargs)["accuracy"] == pytest.approx(29 / 30)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_evaluation_leaves_the_model_as_it_was(tokenizer, capfd):
+    model = SaysGood().train()
+    model.dropout.eval()
+    evaluate_model(model, tokenizer, toy_task(4, seed=0))
+    assert model.modes == {(False, False, False)}
+    assert model.training
+    assert not model.dropout.training
+    assert capfd.readouterr().out == ""
+
+
+def test_evaluation_of_a_decoder_without_padding_token():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=1 + len(WORDS), n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    model, tokenizer = GPT2ForSequenceClassification(config).eval(), decoder_tokenizer()
+    # Alone or padded to the length of another text: the decoder classifies at the last real token.
+    texts = toy_task(20, seed=0).texts
+    with torch.no_grad():
+        alone = [model(**tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in texts]
+    assert set(alone) == {0, 1}
+    task = Task("toy", texts, alone)
+    assert evaluate_model(model, tokenizer, task, progress=False)["accuracy"] == 1.0
+    assert model.config.pad_token_id is None
+    assert tokenizer.pad_token is None
+
+
+def test_evaluation_refuses_models_that_do_not_fit(tokenizer):
+    three, real = Task("t", ["a", "b"], [0, 2]), Task("t", ["a", "b"], [0.5, 2.0])
+    two, one = tiny_bert(), tiny_bert(num_labels=1)
+    with pytest.raises(
+        InvalidInputError, match=r"have 3 outputs or more, one for each class to fit 't'.*num_labels = 2"
+    ):
+        evaluate_model(two, tokenizer, three)
+    with pytest.raises(InvalidInputError, match="have 1 output for a regression to fit 't', got 'num_labels = 2'"):
+        evaluate_model(two, tokenizer, real)
+    with pytest.raises(InvalidInputError, match="num_labels = 1"):
+        evaluate_model(one, tokenizer, toy_task(2, seed=0))
+    with pytest.raises(InvalidInputError, match="`task` must have labels"):
+        evaluate_model(two, tokenizer, Task("t", ["a"]))
+    check_model_fits(tiny_bert(num_labels=3), toy_task(2, seed=0))
+    with pytest.raises(InvalidInputError, match="`model` must be a sequence-classification model, got 'BertModel'"):
+        evaluate_model(BertModel(bert_config()), tokenizer, toy_task(2, seed=0), progress=False)
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------------------
+
+FAST = {"epochs": 1, "batch_size": 8, "device": "cpu", "progress": False}
+
+
+def test_a_tiny_model_learns_which_word_matters(base, tmp_path, tokenizer, transformers_warnings, capfd, caplog):
+    train, dev = toy_task(256, seed=1), toy_task(100, seed=2)
+    untrained = evaluate_model(tiny_bert(), tokenizer, dev, progress=False)
+    assert untrained["accuracy"] < 0.7
+    before = sorted(tmp_path.iterdir())
+    model, result = finetune(
+        base, train, dev, out=tmp_path / "out", epochs=8, learning_rate=5e-3, batch_size=16, device="cpu"
+    )
+    assert logging.get_verbosity() == logging.WARNING
+    assert result.metrics["accuracy"] > 0.9
+    assert result.main_metric == "accuracy"
+    assert result.steps == 8 * 16
+    assert 0 < result.train_loss < math.log(2)
+    assert result.seconds > 0
+    assert not model.training
+    # The folder is an ordinary one, and says what was done.
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])
+    assert not list((tmp_path / "out").glob("checkpoint*"))
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert again.config.problem_type == "single_label_classification"
+    assert again.config.use_cache == tiny_bert().config.use_cache
+    reloaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert evaluate_model(again, reloaded, dev, progress=False) == result.metrics
+    written = json.loads((tmp_path / "out" / "finetune_result.json").read_text())
+    settings = written.pop("settings")
+    assert FinetuneResult(**written) == result
+    assert settings["seed"] == 0
+    assert settings["model"] == str(base)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "fine-tune on toy" in captured.err
+    # The log, because transformers took hold of stderr before this test's capture began.
+    assert "LOAD REPORT" not in caplog.text
+
+
+def test_the_seed_fixes_everything_and_nothing_is_printed(base, capfd):
+    task = toy_task(32, seed=1)
+    states = [finetune(base, task, seed=seed, **FAST)[0].state_dict() for seed in (3, 3, 4)]
+    equal = [all(torch.equal(states[0][name], other[name]) for name in states[0]) for other in states[1:]]
+    assert equal == [True, False]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_loaded_model_is_trained_in_place(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model = tiny_bert()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.config.to_dict() | {"problem_type": "single_label_classification"}
+    same, result = finetune(model, toy_task(20, seed=0, pairs=True), tokenizer=tokenizer, **FAST)
+    assert same is model
+    assert result.metrics == {}
+    assert result.steps == 3
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.config.to_dict() == config
+    assert not list(tmp_path.iterdir())
+
+
+def test_regression_learns(base):
+    def stars(n, seed):
+        task = toy_task(n, seed, name="stars")
+        return Task("stars", task.texts, [4.5 if label else 0.5 for label in task.labels])
+
+    settings = {"epochs": 8, "learning_rate": 5e-3, "batch_size": 16, "device": "cpu", "progress": False}
+    model, result = finetune(base, stars(160, 1), stars(60, 2), **settings)
+    assert model.config.problem_type == "regression"
+    assert model.config.num_labels == 1
+    assert result.main_metric == "spearman"
+    assert result.metrics["pearson"] > 0.8
+
+
+def test_a_decoder_without_padding_token(tmp_path):
+    config = GPT2Config(
+        vocab_size=1 + len(WORDS), n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer = decoder_tokenizer()
+    model, _ = finetune(tmp_path / "gpt2", toy_task(16, 0), tokenizer=tokenizer, out=tmp_path / "out", **FAST)
+    assert tokenizer.pad_token is None
+    assert model.config.pad_token_id == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "<end>"
+
+
+def test_the_head_has_room_for_the_classes_of_both_splits(base):
+    train, dev = Task("t", ["good"] * 8, [0, 1] * 4), Task("t", ["bad"] * 3, [0, 1, 2])
+    model, result = finetune(base, train, dev, **FAST)
+    assert model.config.num_labels == 3
+    assert set(result.metrics) == {"accuracy", "f1_macro"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": Task("t", ["a"])}, "`task` must have labels, got 't'"),
+        ({"dev": Task("d", ["a"])}, "`task` must have labels, got 'd'"),
+        ({"dev": Task("d", ["a"], [0.5])}, "`dev` must be a regression or a classification as the training task is"),
+        ({"epochs": 0}, "`epochs` must be above 0, got 0"),
+        ({"learning_rate": -1.0}, r"`learning_rate` must be above 0, got -1\.0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"max_length": 2}, "`max_length` must be at least 4, got 2"),
+        ({"device": "abacus"}, "`device` must be a device that this machine has"),
+        ({"device": "cpu:1"}, "`device` must name no other device than the first"),
+        ({"tokenizer": None}, "`tokenizer` must be given with a loaded model, got None"),
+        ({"model_or_path": "./missing"}, r"`model` must be a folder that exists, or a Hub id, got '\./missing'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_training(tokenizer, changes, message, monkeypatch):
+    monkeypatch.setattr("secateur.finetune.Trainer", None)
+    arguments = {"model_or_path": tiny_bert(), "task": toy_task(4, 0), "tokenizer": tokenizer} | changes
+    with pytest.raises(InvalidInputError, match=message):
+        finetune(**arguments)
+
+
+def test_a_used_folder_is_refused_before_the_training(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.finetune.Trainer", None)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InvalidInputError, match="`out` must be a new or empty folder"):
+        finetune(tiny_bert(), toy_task(4, 0), tokenizer=tokenizer, out=tmp_path)
+
+
+def test_models_that_do_not_load_or_fit(base, tmp_path, tokenizer):
+    tiny_bert(num_labels=2).save_pretrained(tmp_path / "two")
+    three = Task("t", ["a", "b", "a"], [0, 1, 2])
+    with pytest.raises(
+        InvalidInputError, match="do not fit a model with 3 outputs; where it is fine-tuned for another"
+    ):
+        finetune(tmp_path / "two", three, tokenizer=tokenizer, **FAST)
+    with pytest.raises(InvalidInputError, match="have 3 outputs or more"):
+        finetune(tiny_bert(), three, tokenizer=tokenizer, **FAST)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        InvalidInputError, match=r"`model` must be a folder with a config.json, or a Hub id, got '.*empty'"
+    ):
+        finetune(tmp_path / "empty", three, **FAST)
+    if not torch.cuda.is_available():
+        with pytest.raises(
+            InvalidInputError, match="`device` must be a device that this machine has, such as 'cpu', got 'cuda'"
+        ):
+            finetune(base, three, **{**FAST, "device": "cuda"})
+
+
+def test_a_loss_that_explodes_is_an_error(base, tmp_path):
+    task = Task("t", ["good", "bad"] * 8, [3e38, -3e38] * 8)
+    with pytest.raises(SecateurError, match=r"the training loss became .*; try a lower `learning_rate`"):
+        finetune(base, task, out=tmp_path / "out", **FAST)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,86 @@
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secateur.errors import InvalidInputError
+from secateur.heads import HeadMask, HeadScores
+
+
+def test_scores_round_trip_with_a_removed_head(tmp_path):
+    scores = HeadScores({"a": torch.tensor([1.5, -math.inf, 0.25])}, {"a": 3}, "magnitude")
+    scores.save(tmp_path / "scores.json")
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"] == {"a": [1.5, None, 0.25]}
+    again = HeadScores.load(tmp_path / "scores.json")
+    assert again["a"].tolist() == [1.5, -math.inf, 0.25]
+    assert again.scorer == "magnitude"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_must_be_finite(bad):
+    with pytest.raises(InvalidInputError, match=r"`scores\['layer'\]` must be finite"):
+        HeadScores({"layer": torch.tensor([1.0, bad])})
+
+
+def test_key_value_heads_must_divide():
+    with pytest.raises(InvalidInputError, match="divide the site's 3 heads"):
+        HeadScores({"a": torch.ones(3)}, {"a": 2})
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(2, 2, dtype=torch.bool), torch.ones(0, dtype=torch.bool)])
+def test_mask_must_be_boolean_vectors(bad):
+    with pytest.raises(InvalidInputError, match="vector of booleans"):
+        HeadMask({"a": bad})
+
+
+@pytest.mark.parametrize("empty", [HeadMask, HeadScores])
+def test_empty_is_refused(empty):
+    with pytest.raises(InvalidInputError, match="at least one attention site"):
+        empty({})
+
+
+def test_mask_counts_by_hand():
+    mask = HeadMask({"a": torch.tensor([True, False]), "b": torch.tensor([True, True])})
+    assert (mask.num_heads, mask.num_kept, mask.pruning_ratio) == (4, 3, 0.25)
+    assert str(mask) == "kept 3 of 4 heads (pruning ratio 0.25)"
+    assert mask.kept_heads == {"a": [0], "b": [0, 1]}
+
+
+@given(st.dictionaries(st.text(min_size=1), st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=4))
+def test_mask_round_trip(rows):
+    mask = HeadMask({site: torch.tensor(row) for site, row in rows.items()})
+    assert HeadMask.from_json(json.loads(json.dumps(mask.to_json()))) == mask
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None, [], {}, {"kind": "head_mask"}, {"kind": "head_mask", "mask": []}, {"kind": "head_mask", "mask": {"a": 1}},
+        {"kind": "head_mask", "mask": {"a": [1]}}, {"kind": "head_mask", "mask": {"a": []}},
+        {"kind": "head_mask", "mask": {}},
+    ],
+)  # fmt: skip
+def test_damaged_mask_files(data):
+    with pytest.raises(InvalidInputError):
+        HeadMask.from_json(data)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_any_scores_json_is_read_or_refused(data):
+    with pytest.raises(InvalidInputError):
+        HeadScores.from_json({"kind": "head_scores", "scores": data} if not isinstance(data, dict) else data)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(InvalidInputError, match="name a JSON file that exists"):
+        HeadMask.load(tmp_path / "no.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(InvalidInputError, match="is no JSON file"):
+        HeadMask.load(tmp_path / "broken.json")

@@ -1,0 +1,110 @@
+"""The real model and real texts: all-MiniLM-L6-v2 from its wheel."""
+
+import csv
+import json
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+import secateur
+from secateur.heads import HeadMask
+from secateur.meta.network import MetaPruner
+from secateur.meta.objective import relational_kl, represent
+from secateur.model.probe import probe
+from secateur.model.proof import hidden_states, largest_difference
+from secateur.model.sites import find_sites
+from tests.conftest import SENTENCES
+
+pytestmark = pytest.mark.real
+
+
+def uneven(emptied=3):
+    random = torch.Generator().manual_seed(0)
+    vectors = [torch.rand(12, generator=random) > 0.5 for _ in range(6)]
+    vectors[emptied] = torch.zeros(12, dtype=torch.bool)
+    return HeadMask({f"encoder.layer.{i}.attention.self": v for i, v in enumerate(vectors)})
+
+
+def test_capture_equals_eager_maps(minilm, minilm_folder, batch):
+    maps = []
+    with torch.no_grad(), probe(minilm, lambda r: maps.append(r.weights), weights=True):
+        minilm(**batch)
+    eager = AutoModel.from_pretrained(minilm_folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        wanted = eager(**batch, output_attentions=True).attentions
+    assert len(maps) == 6
+    for one, other in zip(maps, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gated_equals_removed_and_reloads_bit_for_bit(minilm, batch, tmp_path):
+    mask = uneven()
+    dense = hidden_states(minilm, batch)
+    with secateur.gated_heads(minilm, mask):
+        gated = hidden_states(minilm, batch)
+    result = secateur.remove_heads_(minilm, mask)
+    assert result.max_difference <= 1e-4
+    removed = hidden_states(minilm, batch)
+    assert largest_difference(gated, removed) <= 1e-5
+    assert largest_difference(dense, gated) > 0.1
+    minilm.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    state = minilm.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+    for a, b in zip(removed, hidden_states(again, batch), strict=True):
+        assert torch.equal(a, b)
+    task_model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    assert task_model.bert.encoder.layer[3].attention.self.query.weight.shape == (0, 384)
+
+
+def test_prune_in_one_call_leaves_the_model_whole(minilm, tokenizer):
+    before = {k: v.clone() for k, v in minilm.state_dict().items()}
+    small, report = secateur.prune(minilm, SENTENCES, pruning_ratio=0.5, tokenizer=tokenizer)
+    assert str(report) == "kept 36 of 72 heads (pruning ratio 0.50)"
+    assert all(torch.equal(v, before[k]) for k, v in minilm.state_dict().items())
+    assert report.after.parameters < report.before.parameters == 22_713_216
+    # By hand: six layers of q, k, v and o lose half of 384 x 384; the map products lose half of 2 x 128 x 128 x 384.
+    lost = 6 * (4 * 384 * 192 * 128 + 2 * 128 * 128 * 192)
+    assert report.before.macs - report.after.macs == lost
+    assert all(v.sum() == 6 for v in report.mask.values())
+    assert small.config.head_pruning["scorer"] == report.scorer == "contribution"
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_contribution_is_better_than_its_opposite(minilm, tokenizer, batch):
+    """The half that writes most keeps the texts' relations better than the half that writes least."""
+    scores = secateur.score_heads(minilm, SENTENCES, "contribution", tokenizer)
+    kept = secateur.select_heads(scores, 0.5)
+    opposite = HeadMask({site: ~vector for site, vector in kept.items()})
+    with torch.no_grad():
+        dense = represent(minilm, minilm(**batch), batch, is_pair=False)
+        loss = []
+        for mask in (kept, opposite):
+            with secateur.gated_heads(minilm, mask):
+                loss.append(float(relational_kl(dense, represent(minilm, minilm(**batch), batch, is_pair=False))))
+    assert loss[0] < loss[1] / 2
+
+
+def test_the_authors_checkpoints_give_the_expected_scores(minilm, tokenizer, shared):
+    cases = json.loads((shared / "interop" / "expected_scores.json").read_text())["cases"]
+    assert len(cases) >= 4
+    for case in cases:
+        with (shared / "data" / case["task"] / f"{case['split']}.tsv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[slice(*case["rows"])]
+        pair = case["kind"] == "pair"
+        texts = [(r["sentence1"], r["sentence2"]) if pair else r["sentence"] for r in rows]
+        pruner = MetaPruner.from_authors_checkpoint(shared / "interop" / case["checkpoint"])
+        scores = secateur.score_heads(
+            minilm, texts, "smp", tokenizer, pruner=pruner, batch_size=7, max_length=case["max_length"]
+        )
+        found = torch.stack(list(scores.values()))
+        assert (found - torch.tensor(case["scores"])).abs().max() < 1e-4
+        mask = secateur.select_heads(scores, 0.5)
+        assert list(mask.kept_heads.values()) == case["kept_heads_at_ratio_0.5"]
+
+
+def test_sites_of_a_real_model(minilm):
+    sites = find_sites(minilm)
+    assert [site.num_heads for site in sites.values()] == [12] * 6
+    assert {site.head_dim for site in sites.values()} == {32}

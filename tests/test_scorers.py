@@ -1,0 +1,198 @@
+"""Every criterion keeps the contract; the formulas agree with examples done by hand."""
+
+import math
+
+import pytest
+import torch
+
+import secateur
+from secateur.errors import InvalidInputError
+from secateur.heads import HeadMask
+from secateur.meta.network import MetaPruner
+from secateur.meta.objective import relational_kl, represent
+from secateur.model.inputs import example_inputs
+from secateur.model.layout import AttentionSite
+from secateur.model.removal import gated_heads, remove_heads_
+from secateur.model.sites import find_sites
+from secateur.pruning import score_heads
+from secateur.scorers import SCORERS, make_scorer, scorer_class
+from secateur.scorers.base import Scorer
+from secateur.scorers.contribution import contribution_norms, gram_matrices, output_weights
+from tests.tiny import CONFIGS, tiny_model, uneven_mask
+
+
+def _pruner():
+    """A network with weights large enough to tell maps apart; the paper's start cannot."""
+    pruner = MetaPruner().eval()
+    for parameter in pruner.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return {"pruner": pruner}
+
+
+OPTIONS = {"smp": _pruner}
+
+
+def options(name):
+    torch.manual_seed(0)
+    return OPTIONS.get(name, dict)()
+
+
+def inputs_of(model, texts=4):
+    return [example_inputs(model, batch=texts, length=10), example_inputs(model, batch=2, length=7)]
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("kind", ["bert", "albert", "vit", "gpt2", "llama", "bart"])
+def test_every_scorer_scores_every_head_and_leaves_the_model_alone(name, kind):
+    model = tiny_model(kind).train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    scores = score_heads(model, scorer=name, inputs=inputs_of(model), **options(name))
+    assert {s: v.numel() for s, v in scores.items()} == {s: x.num_heads for s, x in find_sites(model).items()}
+    assert all(bool(torch.isfinite(v).all()) for v in scores.values())
+    assert all(len(set(v.tolist())) > 1 for v in scores.values())
+    assert scores.scorer == name
+    assert model.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    again = score_heads(model, scorer=name, inputs=inputs_of(model), **options(name))
+    assert all(torch.equal(scores[s], again[s]) for s in scores)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_scorer_describes_itself(name):
+    cls = scorer_class(name)
+    assert issubclass(cls, Scorer)
+    assert cls.description
+    assert cls.source
+    assert cls.passes
+    assert cls.__doc__
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_pruned_model_is_scored_in_original_numbering(name):
+    model = tiny_model("bert")
+    remove_heads_(model, uneven_mask(find_sites(model)))
+    scores = score_heads(model, scorer=name, inputs=inputs_of(model), **options(name))
+    for site, vector in scores.items():
+        kept = model.config.head_pruning["kept_heads"][site]
+        assert [h for h, x in enumerate(vector.tolist()) if x > -math.inf] == kept
+
+
+@pytest.mark.parametrize("name", ["contribution", "smp"])
+def test_padding_does_not_change_a_score(name):
+    model = tiny_model("bert")
+    batch = example_inputs(model, batch=2, length=8, padding=0)
+    wider = {
+        "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 5), value=0),
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 5), value=0),
+    }
+    one, other = (score_heads(model, scorer=name, inputs=[b], **options(name)) for b in (batch, wider))
+    for site in one:
+        torch.testing.assert_close(one[site], other[site], atol=1e-5, rtol=0)
+
+
+def test_random_depends_on_the_seed_alone():
+    model = tiny_model("bert")
+    draws = [score_heads(model, scorer="random", seed=seed) for seed in (0, 0, 1)]
+    site = next(iter(draws[0]))
+    assert torch.equal(draws[0][site], draws[1][site])
+    assert not torch.equal(draws[0][site], draws[2][site])
+
+
+def test_magnitude_by_hand():
+    model = tiny_model("bert")
+    attention = model.encoder.layer[0].attention
+    with torch.no_grad():
+        attention.self.value.weight.zero_()
+        attention.output.dense.weight.zero_()
+        attention.self.value.weight[8:10, 0] = torch.tensor([3.0, 4.0])  # head 1: norm 5
+        attention.output.dense.weight[0, 8] = 2.0  # head 1: norm 2
+        attention.self.value.weight[16, 0] = 7.0  # head 2 writes nothing
+    scores = score_heads(model, scorer="magnitude")["encoder.layer.0.attention.self"]
+    torch.testing.assert_close(scores, torch.tensor([0.0, 10.0, 0.0, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_contributions_add_up_to_what_the_site_writes(kind):
+    """The sum of all heads' vectors is the output projection's result, less its bias."""
+    model = tiny_model(kind)
+    sites = find_sites(model)
+    inputs = example_inputs(model)
+    outputs, written = {}, {}
+    handles = [
+        model.get_submodule(site.output).register_forward_hook(
+            lambda module, args, result, name=name: written.setdefault(name, result.detach())
+        )
+        for name, site in sites.items()
+    ]
+    with torch.no_grad(), secateur.model.probe.probe(model, lambda r: outputs.setdefault(r.site, r.outputs)):
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    for name, site in sites.items():
+        weights = output_weights(model, site)
+        vectors = torch.einsum("bthi,hij->bthj", outputs[name], weights)
+        bias = getattr(model.get_submodule(site.output), "bias", None)
+        whole = vectors.sum(dim=2) + (0 if bias is None else bias)
+        torch.testing.assert_close(whole, written[name].reshape(whole.shape), atol=1e-4, rtol=1e-4)
+        norms = contribution_norms(outputs[name], gram_matrices(model, site))
+        torch.testing.assert_close(norms, vectors.norm(dim=-1), atol=1e-4, rtol=1e-4)
+
+
+def test_leave_one_out_is_the_kl_of_a_gated_head():
+    model = tiny_model("bert")
+    batch = example_inputs(model, batch=6, length=10)
+    scores = score_heads(model, scorer="leave_one_out", inputs=[batch])
+    site = "encoder.layer.2.attention.self"
+    with torch.no_grad():
+        dense = represent(model, model(**batch), batch, is_pair=False)
+        with gated_heads(model, HeadMask({site: torch.tensor([True, True, False, True])})):
+            gated = represent(model, model(**batch), batch, is_pair=False)
+    assert float(scores[site][2]) == pytest.approx(float(relational_kl(dense, gated)), rel=1e-3)
+    assert float(scores[site][2]) > 0
+
+
+def test_grouped_heads_share_the_norm_of_their_values():
+    model = tiny_model("llama")
+    site: AttentionSite = find_sites(model)["layers.0.self_attn"]
+    values = model.layers[0].self_attn.v_proj.weight.view(4, -1).norm(dim=1).double()
+    outputs = model.layers[0].self_attn.o_proj.weight.T.reshape(8, -1).norm(dim=1).double()
+    expected = (values.repeat_interleave(2) * outputs).detach()
+    torch.testing.assert_close(score_heads(model, scorer="magnitude")[site.name], expected)
+
+
+def test_bad_arguments():
+    model = tiny_model("bert")
+    with pytest.raises(InvalidInputError, match=r"`scorer` must be one of contribution, leave_one_out.*got 'best'"):
+        score_heads(model, [], scorer="best")
+    with pytest.raises(InvalidInputError, match="scorer contribution needs `texts`"):
+        score_heads(model)
+    with pytest.raises(InvalidInputError, match=r"scorer random: RandomScorer.* takes no arguments"):
+        make_scorer("random", speed=3)
+    with pytest.raises(TypeError, match="must be a registered name or a Scorer"):
+        score_heads(model, scorer=3)
+    with pytest.raises(InvalidInputError, match="`tokenizer` must be given"):
+        score_heads(model, ["a text"])
+    with pytest.raises(InvalidInputError, match="`seed` must be a whole number"):
+        score_heads(model, scorer="random", seed=0.5)
+    with pytest.raises(InvalidInputError, match="scorer smp needs a trained meta-pruner"):
+        score_heads(model, scorer="smp", inputs=inputs_of(model))
+
+
+def test_scores_that_are_not_finite_name_the_site():
+    model = tiny_model("bert")
+    with torch.no_grad():
+        model.encoder.layer[2].attention.output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(InvalidInputError, match=r"contribution: the scores of site encoder\.layer\.2.* not finite"):
+        score_heads(model, inputs=inputs_of(model))
+
+
+def test_a_scorer_of_ones_own():
+    class Last(Scorer):
+        description, source, passes, needs_texts = "keeps the last heads", "a test", "0", False
+
+        def score(self, task):
+            return {name: torch.arange(site.num_heads) for name, site in task.sites.items()}
+
+    scores = score_heads(tiny_model("bert"), scorer=Last())
+    mask = secateur.select_heads(scores, 0.5)
+    assert mask.kept_heads["encoder.layer.0.attention.self"] == [2, 3]

@@ -1,0 +1,80 @@
+"""Tiny random models of many kinds, built from configs, and masks that cut them unevenly."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    BartConfig,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    ModernBertConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    RobertaConfig,
+    ViTConfig,
+)
+
+from secateur.heads import HeadMask
+
+_COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 37}
+_TEXT = {**_COMMON, "vocab_size": 99}
+
+CONFIGS = {
+    "bert": lambda: BertConfig(**_TEXT),
+    "roberta": lambda: RobertaConfig(**_TEXT),
+    "distilbert": lambda: DistilBertConfig(vocab_size=99, dim=32, n_layers=3, n_heads=4, hidden_dim=37),
+    "electra": lambda: ElectraConfig(**_TEXT, embedding_size=16),
+    "albert": lambda: AlbertConfig(**_TEXT, embedding_size=16),
+    "vit": lambda: ViTConfig(**_COMMON, image_size=16, patch_size=4),
+    "modernbert": lambda: ModernBertConfig(
+        **_TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+    ),
+    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=99, bos_token_id=1, eos_token_id=1),
+    "llama": lambda: LlamaConfig(**{**_TEXT, "num_attention_heads": 8}, num_key_value_heads=4),
+    "qwen2": lambda: Qwen2Config(**{**_TEXT, "num_attention_heads": 8}, num_key_value_heads=2),
+    "gpt_neox": lambda: GPTNeoXConfig(**_TEXT),
+    "opt": lambda: OPTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=37, vocab_size=99, word_embed_proj_dim=32
+    ),
+    "bart": lambda: BartConfig(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=99,
+    ),
+}  # fmt: skip
+
+
+def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """Build a model whose weights are large enough that every head matters."""
+    torch.manual_seed(seed)
+    model = AutoModel.from_config(CONFIGS[kind]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def uneven_mask(sites, empty: bool = False) -> HeadMask:
+    """Drop another number of heads at each site; grouped ones by their rule. `empty` leaves the second site bare."""
+    vectors = {}
+    for number, (name, site) in enumerate(sites.items()):
+        kept = torch.ones(site.num_heads, dtype=torch.bool)
+        if number == 1 and empty:
+            kept[:] = False
+        elif site.group > 1:
+            if number % 2:
+                kept[:: site.group] = False  # one query head of every group
+            else:
+                kept[: site.group] = False  # the first group whole
+        elif number % 3 == 0:
+            kept[1] = False
+        elif number % 3 == 2:
+            kept[[0, 3]] = False
+        vectors[name] = kept
+    return HeadMask(vectors)
