@@ -3,13 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-OUT ?= demo
 
 .PHONY: demo test lint format clean
 
 demo: $(STAMP)
-	rm -rf $(OUT)
-	$(BIN)/secateur demo --out $(OUT)
+	rm -rf demo
+	$(BIN)/secateur demo --out demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -31,4 +30,4 @@ $(STAMP): pyproject.toml constraints.txt demo-requirements.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(OUT) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache

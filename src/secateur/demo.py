@@ -89,7 +89,7 @@ def run_demo(
         raise InvalidInputError(f"the reloaded model differs from the one that was saved: {proof}")
     with _step("timing dense and pruned in turn, 8 x 128 tokens", seconds, "latency"):
         dense_model = load_model(folder, where, AutoModel)
-        latency = compare_latency({"dense": dense_model, "pruned": reloaded.eval()}, batch=8, length=128)
+        latency = compare_latency({"dense": dense_model, "pruned": reloaded.eval()}, batch=8, length=128, progress=True)
     tuned = {}
     for name, start in (("dense", folder), ("pruned", out / "pruned")):
         with _step(f"fine-tuning {name}: {len(train)} sentences, 3 epochs", seconds, f"fine-tune {name}"):

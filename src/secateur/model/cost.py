@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from secateur.model.inputs import example_inputs
 from secateur.model.probe import count_heads, probe
@@ -66,7 +67,12 @@ def max_length(model: nn.Module, default: int = 512) -> int:
 
 @torch.no_grad()
 def compare_latency(
-    models: Mapping[str, nn.Module], batch: int = 8, length: int = 128, rounds: int = 12, warmup: int = 3
+    models: Mapping[str, nn.Module],
+    batch: int = 8,
+    length: int = 128,
+    rounds: int = 12,
+    warmup: int = 3,
+    progress: bool = False,
 ) -> dict[str, list[float]]:
     """Time one forward pass of each model in turn, round after round, and return the seconds of every round.
 
@@ -82,7 +88,7 @@ def compare_latency(
     for mode in modes:
         mode.__enter__()
     try:
-        for number in range(warmup + rounds):
+        for number in tqdm(range(warmup + rounds), desc="timing", leave=False, disable=not progress):
             for name, run in runs.items():
                 _synchronise()
                 start = time.perf_counter()
