@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AlbertConfig,
     AutoModel,
@@ -16,6 +19,7 @@ from transformers import (
     ModernBertConfig,
     OPTConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     RobertaConfig,
     ViTConfig,
@@ -78,3 +82,30 @@ def uneven_mask(sites, empty: bool = False) -> HeadMask:
             kept[[0, 3]] = False
         vectors[name] = kept
     return HeadMask(vectors)
+
+
+WORDS = ["good", "bad", "film", "plot", "actor", "scene", "music", "story", "end", "start", "red", "blue"]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that knows a dozen words."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special, *WORDS])}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=32, model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def tiny_texts(count: int, seed: int = 0, pairs: bool = False) -> list:
+    """Random sentences of those words, or pairs of them."""
+    draw = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(2, 9)))
+
+    return [(sentence(), sentence()) if pairs else sentence() for _ in range(count)]

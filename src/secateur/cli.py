@@ -290,6 +290,69 @@ def evaluate(
         _echo_metrics(metrics, main_metric(task))
 
 
+@cli.command("meta-train")
+@click.option("--model", "models", multiple=True, required=True, help="Frozen model to learn on; may be repeated.")
+@click.option("--data", "data", multiple=True, required=True, help="A task, as for prune; may be repeated.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for log, checkpoints and pruner.")
+@click.option("--resume", is_flag=True, help="Continue the newest checkpoint in `--out`.")
+@click.option("--steps", default=6000, show_default=True, type=click.IntRange(1), help="Optimiser updates.")
+@click.option("--batch-size", default=60, show_default=True, type=click.IntRange(2), help="Texts a batch.")
+@click.option("--batches-per-step", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--learning-rate", default=0.02, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--optimizer", default="sgd", show_default=True, type=click.Choice(["sgd", "adam"]))
+@click.option("--ratio", "pruning_ratio", default=0.5, show_default=True, type=_Ratio())
+@click.option(
+    "--signal",
+    default="straight_through",
+    show_default=True,
+    type=click.Choice(["straight_through", "leave_one_out", "random_masks"]),
+    help="What teaches the pruner; the first is the paper's.",
+)
+@click.option(
+    "--pool", default=0, show_default=True, type=click.IntRange(0), help="Batches a task drawn again; 0 = fresh."
+)
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--evaluate-every", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--checkpoint-every", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--max-minutes", default=None, type=click.FloatRange(0, min_open=True), help="Stop there, resumable.")
+@click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard, in `--out`.")
+@_length
+@_seed
+def meta_train(
+    models: tuple[str, ...], data: tuple[str, ...], out: Path, resume: bool, max_minutes: float | None,
+    tensorboard: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Meta-train a pruner on the unlabelled texts of several tasks; run it under `accelerate launch` to share the work.
+
+    A task's dev texts, where it has some, judge the run: the log holds the relational KL of the mask they get.
+    """
+    from accelerate import Accelerator
+
+    from secateur.data import load_task
+    from secateur.errors import InvalidInputError
+    from secateur.meta.config import MetaTrainingConfig
+    from secateur.meta.runs import latest_checkpoint
+    from secateur.meta.training import HeldOut, Subject, train_meta_pruner
+    from secateur.model.loading import load_model, load_tokenizer
+
+    config = MetaTrainingConfig(**settings)
+    if resume and latest_checkpoint(out) is None:
+        raise InvalidInputError(f"there is no checkpoint to resume in {out}")
+    accelerator = Accelerator(log_with="tensorboard" if tensorboard else None, project_dir=str(out))
+    if not resume and accelerator.is_main_process:
+        check_new_folder(out)
+    tasks = [load_task(d, "train") for d in data]
+    held_out = [HeldOut(load_task(d, "dev")) for d in data if not Path(d).is_file()]
+    subjects = [Subject(load_model(m, accelerator.device), load_tokenizer(m)) for m in models]
+    train_meta_pruner(
+        subjects, tasks, out, config, held_out=held_out, resume=resume, accelerator=accelerator,
+        stop_after=None if max_minutes is None else 60 * max_minutes,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        finished = (out / "pruner").is_dir()
+        click.echo(f"pruner: {out / 'pruner'}" if finished else f"stopped at {latest_checkpoint(out)}; go on: --resume")
+
+
 @cli.command()
 @_out
 @_seed

@@ -22,6 +22,7 @@ from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
 from secateur.heads import HeadMask, HeadScores
 from secateur.model.cost import ModelCost, max_length, measure_cost
+from secateur.model.inputs import forward_arguments
 from secateur.model.layout import AttentionSite
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.proof import TOLERANCE
@@ -136,7 +137,7 @@ def score_heads(
         made = [dict(batch) for batch in inputs]
     is_pair = texts is not None and len(texts) > 0 and not isinstance(texts[0], str)
     sites = find_sites(model)
-    task = ScoringTask(base, sites, _forward_arguments(base, made), is_pair, seed, progress)
+    task = ScoringTask(base, sites, forward_arguments(base, made), is_pair, seed, progress)
     with evaluation_mode(base), _not_inference():
         found = criterion.score(task)
     return _in_original_numbering(found, sites, criterion_name(criterion))
@@ -193,7 +194,7 @@ def prune(
     inputs = None
     if texts is not None and tokenizer is not None:
         first = _tokenise(pruned, texts[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length)
-        inputs = _forward_arguments(base_of(pruned), first)[0]
+        inputs = forward_arguments(base_of(pruned), first)[0]
     record = {"scorer": scores.scorer, "scope": scope, "base_model": name, "secateur_version": version("secateur")}
     removal = remove_heads_(pruned, mask, inputs=inputs, record=record)
     report = PruningReport(
@@ -255,15 +256,6 @@ def _own_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
     if not name:
         raise InvalidInputError("`tokenizer` must be given for a model that was not loaded by name")
     return load_tokenizer(name)
-
-
-def _forward_arguments(base: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
-    """Leave out what the tokenizer makes but the model does not take, and switch caches off: scoring needs none."""
-    import inspect
-
-    accepted = inspect.signature(base.forward).parameters
-    extra = {"use_cache": False} if "use_cache" in accepted else {}
-    return [{**{k: v for k, v in batch.items() if k in accepted}, **extra} for batch in made]
 
 
 @contextmanager

@@ -25,12 +25,13 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
 
     Channels 1→8→16→32→64→128→2, kernel 4; the first five halve the map (stride 2, padding 1), the last reduces 4×4 to
     1. LeakyReLU(0.2) follows the first five, BatchNorm comes before it from the second to the fifth. Twice a sigmoid
-    gives scores in (0, 2), higher = keep. Weights start at N(0, 0.01), BatchNorm gains at N(1, 0.01).
+    gives scores in (0, 2), higher = keep. Weights start at N(0, 0.01), BatchNorm gains at N(1, 0.01);
+    `initial_std` replaces the first of these numbers.
 
     `from_pretrained`, `save_pretrained` and `push_to_hub` use safetensors and a config.json.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, initial_std: float = 0.01) -> None:
         super().__init__()
         widths = [1, 8, 16, 32, 64, 128]
         layers: list[nn.Module] = []
@@ -43,7 +44,7 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
         self.main = nn.Sequential(*layers)
         for layer in self.main:
             if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0.0, 0.01)
+                nn.init.normal_(layer.weight, 0.0, initial_std)
             elif isinstance(layer, nn.BatchNorm2d):
                 nn.init.normal_(layer.weight, 1.0, 0.01)
 
@@ -51,7 +52,9 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
         """Score `[maps, 128, 128]` and return `[maps, 2]` in (0, 2): column 0 for pairs, column 1 for singles."""
         if maps.ndim != 3 or maps.shape[1:] != (SIZE, SIZE):
             raise invalid("maps", f"have the shape [maps, {SIZE}, {SIZE}]", tuple(maps.shape), "see `to_network_size`")
-        return 2 * self.main(maps.unsqueeze(1)).flatten(1)
+        # Channels last makes these convolutions about twice as fast on a CPU; the values are the same.
+        images = maps.unsqueeze(1).to(memory_format=torch.channels_last)
+        return 2 * self.main(images).flatten(1)
 
     def score_maps(self, weights: Tensor, mask: Tensor | None, is_pair: bool) -> Tensor:
         """Score every head of one site: maps `[batch, heads, tokens, tokens]` → `[batch, heads]` in (0, 2)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,14 @@ def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, pad
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return {key: value.to(base.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def forward_arguments(model: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+    """Leave out of each batch what the base model does not take, and switch caches off: nothing here generates."""
+    base = base_of(model)
+    accepted = inspect.signature(base.forward).parameters
+    extra = {"use_cache": False} if "use_cache" in accepted else {}
+    return [{**{k: v for k, v in batch.items() if k in accepted}, **extra} for batch in made]
 
 
 def _token_ids(config: Any, batch: int, length: int, random: torch.Generator) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from secateur.meta.objective import relational_kl, represent
-from secateur.model.probe import probe
-from secateur.scorers.base import Batch, Scorer, ScoringTask
+from secateur.meta.objective import relational_kl
+from secateur.meta.signals import gated_representations
+from secateur.scorers.base import Scorer, ScoringTask
 
 
 class LeaveOneOutScorer(Scorer):
@@ -25,16 +23,11 @@ class LeaveOneOutScorer(Scorer):
         heads = [(name, h) for name, site in task.sites.items() for h in range(site.num_heads)]
         scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
         batches = [batch for batch in task.batches if len(next(iter(batch.values()))) > 1]  # one text has no relations
-        dense = [self._represent(task, batch) for batch in batches]
+        dense = [gated_representations(task.model, batch, {}, task.is_pair) for batch in batches]
         for name, head in task.track(heads, len(heads), "leave one out"):
             gate = torch.ones(task.sites[name].num_heads)
             gate[head] = 0
-            with probe(task.model, gates={name: gate}):
-                for batch, before in zip(batches, dense, strict=True):
-                    after = self._represent(task, batch)
-                    scores[name][head] += relational_kl(before, after).double().cpu() / len(batches)
+            for batch, before in zip(batches, dense, strict=True):
+                after = gated_representations(task.model, batch, {name: gate}, task.is_pair)
+                scores[name][head] += relational_kl(before, after).double().cpu() / len(batches)
         return scores
-
-    def _represent(self, task: ScoringTask, batch: Batch) -> Tensor:
-        outputs: Any = task.model(**batch)
-        return represent(task.model, outputs, batch, task.is_pair)

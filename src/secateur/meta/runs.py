@@ -1,0 +1,110 @@
+"""The folder of a meta-training run: a log of JSON lines, and checkpoints that are complete or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.files import read_json, write_text
+from secateur.meta.config import MetaTrainingConfig
+from secateur.meta.network import MetaPruner
+
+_FREE = {"steps", "evaluate_every", "checkpoint_every"}  # settings that may change when a run goes on
+
+
+class Log:
+    """JSON lines, written one by one; what lies beyond the step that a run resumes from is taken out first."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if path.exists() and step:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break  # the line that a kill cut short
+                if row["step"] <= step:
+                    kept.append(line)
+        write_text(path, "".join(line + "\n" for line in kept))
+        self.path = path
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def save_checkpoint(
+    out: Path, step: int, pruner: MetaPruner, optimizer: torch.optim.Optimizer, config: MetaTrainingConfig
+) -> None:
+    """Write the state after `step` updates as `checkpoint-STEP`; all but the two newest go once it is complete."""
+    final = out / f"checkpoint-{step}"
+    staging = out / f".{final.name}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    tensors = {f"pruner.{name}": value.contiguous() for name, value in pruner.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {
+            f"optimizer.{number}.{key}": torch.as_tensor(value).contiguous()
+            for key, value in state.items()
+            if value is not None
+        }
+    save_file(tensors, staging / "state.safetensors")
+    write_text(staging / "state.json", json.dumps({"step": step, "config": asdict(config)}, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    staging.rename(final)
+    for old in _checkpoints(out)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    folder: Path, pruner: MetaPruner, optimizer: torch.optim.Optimizer, config: MetaTrainingConfig
+) -> int:
+    """Put a checkpoint's state into the pruner and its optimiser, and return how many updates it has had.
+
+    Raises `CheckpointError` where it is damaged, of another architecture, or was made with other settings than
+    `config`; only the number of steps and how often to evaluate and save may differ.
+    """
+    try:
+        about = read_json(folder / "state.json")
+        tensors = load_file(folder / "state.safetensors", device=str(next(pruner.parameters()).device))
+        made_with = MetaTrainingConfig(**about["config"])
+        step = int(about["step"])
+    except Exception as error:
+        raise CheckpointError(f"{folder} is no complete meta-training checkpoint: {error}") from None
+    for name in sorted({f.name for f in fields(config)} - _FREE):
+        if getattr(made_with, name) != getattr(config, name):
+            raise CheckpointError(
+                f"{folder} was made with {name} = {getattr(made_with, name)!r}, not {getattr(config, name)!r}"
+            )
+    weights = {k.removeprefix("pruner."): v for k, v in tensors.items() if k.startswith("pruner.")}
+    try:
+        pruner.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} holds another architecture: {str(error).splitlines()[-1].strip()}") from None
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".")
+            states.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    return step
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None."""
+    found = _checkpoints(out)
+    return found[-1] if found else None
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    found = [p for p in out.glob("checkpoint-*") if (p / "state.json").is_file() and p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
