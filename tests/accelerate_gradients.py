@@ -24,6 +24,8 @@ def main() -> None:
     if accelerator.is_main_process:
         gradients = {n: p.grad.contiguous() for n, p in training.pruner.named_parameters()}
         save_file(gradients, sys.argv[1], metadata={"processes": str(accelerator.num_processes)})
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # a process that just leaves can make the other abort
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ GOOD = "sentence,label\nfine,1\nbad,0\n"
         ({"--data": "columns.csv"}, "columns.csv"),
         ({"--data": "empty.csv"}, "empty.csv"),
         ({"--scorer": "best"}, "'best' is not one of"),
-        ({"--scorer": "smp"}, "needs a trained meta-pruner"),
+        ({"--scorer": "smp", "--pruner": "nowhere"}, "cannot be loaded as a meta-pruner"),
         ({"--scorer": "smp", "--pruner": "none.bin"}, "there is no meta-pruner checkpoint"),
         ({"--pruner": "x"}, "goes with `--scorer smp` only"),
         ({"--out": "full"}, "be a new or empty folder"),

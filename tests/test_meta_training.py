@@ -426,6 +426,22 @@ def test_the_command_refuses_bad_input_in_one_line(folders, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
+def test_tensorboard_gets_the_losses(folders, tmp_path, capsys):
+    assert cli.main(command(folders, tmp_path / "run", 2, "--tensorboard")) == 0
+    assert "pruner: " in capsys.readouterr().out
+    events = [p.read_bytes() for p in tmp_path.rglob("events.out.tfevents.*")]
+    assert any(b"loss/data" in e for e in events)
+    assert any(b"held_out/data" in e for e in events)
+
+
+def test_a_run_stops_in_time_and_goes_on(folders, tmp_path, capsys):
+    assert cli.main(command(folders, tmp_path / "run", 3, "--max-minutes", "0.00001")) == 0
+    assert "checkpoint-1; go on: --resume" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "pruner").exists()
+    assert cli.main(command(folders, tmp_path / "run", 3, "--resume")) == 0
+    assert [r["step"] for r in rows(tmp_path / "run") if "losses" in r] == [1, 2, 3]
+
+
 def test_readings_reach_the_pruner_streamed():
     """`score_maps` at scoring time and `scores` in training agree on the same maps."""
     run = training()

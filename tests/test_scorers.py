@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import secateur
-from secateur.errors import InvalidInputError
+from secateur.errors import CheckpointError, InvalidInputError
 from secateur.heads import HeadMask
 from secateur.meta.network import MetaPruner
 from secateur.meta.objective import relational_kl, represent
@@ -174,8 +174,8 @@ def test_bad_arguments():
         score_heads(model, ["a text"])
     with pytest.raises(InvalidInputError, match="`seed` must be a whole number"):
         score_heads(model, scorer="random", seed=0.5)
-    with pytest.raises(InvalidInputError, match="scorer smp needs a trained meta-pruner"):
-        score_heads(model, scorer="smp", inputs=inputs_of(model))
+    with pytest.raises(CheckpointError, match="nowhere cannot be loaded as a meta-pruner"):
+        score_heads(model, scorer="smp", inputs=inputs_of(model), pruner="./nowhere")
 
 
 def test_scores_that_are_not_finite_name_the_site():

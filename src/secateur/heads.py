@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,46 @@ from torch import Tensor
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import read_json, write_text
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-@dataclass(frozen=True)
-class HeadScores(Mapping[str, Tensor]):
+
+@dataclass(frozen=True, eq=False)
+class _BySite(Mapping[str, Tensor]):
+    """A mapping from sites to vectors that saves to and loads from JSON."""
+
+    values_by_site: dict[str, Tensor]
+
+    def __getitem__(self, site: str) -> Tensor:
+        return self.values_by_site[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_site)
+
+    def __len__(self) -> int:
+        return len(self.values_by_site)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Rebuild from `to_json`'s data. Raises `InvalidInputError` where the data has another form."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.to_json(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote."""
+        return cls.from_json(read_json(path))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores(_BySite):
     """Importance of every head: site name → float64 vector `[heads]`, higher = keep, -inf = already removed.
 
     `key_value_heads` holds, for each site, how many key-value heads its query heads share (equal to the number of
@@ -30,7 +67,6 @@ class HeadScores(Mapping[str, Tensor]):
     Raises `InvalidInputError` for an empty mapping and for NaN or +inf, naming the site.
     """
 
-    values_by_site: dict[str, Tensor]
     key_value_heads: dict[str, int] = field(default_factory=dict)
     scorer: str = ""
 
@@ -53,15 +89,6 @@ class HeadScores(Mapping[str, Tensor]):
                 )
         object.__setattr__(self, "values_by_site", clean)
         object.__setattr__(self, "key_value_heads", kv_heads)
-
-    def __getitem__(self, site: str) -> Tensor:
-        return self.values_by_site[site]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_by_site)
-
-    def __len__(self) -> int:
-        return len(self.values_by_site)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; a removed head's -inf becomes null."""
@@ -88,21 +115,10 @@ class HeadScores(Mapping[str, Tensor]):
             raise invalid("key_value_heads", "map each site to a whole number", kv_heads)
         return cls(values, kv_heads, str(data.get("scorer", "")))
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, whole or not at all."""
-        write_text(path, json.dumps(self.to_json(), indent=1))
 
-    @classmethod
-    def load(cls, path: str | Path) -> HeadScores:
-        """Read what `save` wrote."""
-        return cls.from_json(read_json(path))
-
-
-@dataclass(frozen=True)
-class HeadMask(Mapping[str, Tensor]):
+@dataclass(frozen=True, eq=False)
+class HeadMask(_BySite):
     """Which heads stay: site name → bool vector `[heads]`, True = kept, original numbering."""
-
-    values_by_site: dict[str, Tensor]
 
     def __post_init__(self) -> None:
         if not self.values_by_site:
@@ -114,15 +130,6 @@ class HeadMask(Mapping[str, Tensor]):
                 raise invalid(f"mask[{site!r}]", "be a vector of booleans, one for each head (True = kept)", vector)
             clean[site] = tensor.clone()
         object.__setattr__(self, "values_by_site", clean)
-
-    def __getitem__(self, site: str) -> Tensor:
-        return self.values_by_site[site]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_by_site)
-
-    def __len__(self) -> int:
-        return len(self.values_by_site)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HeadMask) and self.kept_heads == other.kept_heads and self.shape == other.shape
@@ -170,15 +177,6 @@ class HeadMask(Mapping[str, Tensor]):
             if not all(isinstance(x, bool) for x in row):
                 raise invalid(f"mask[{site!r}]", "be a list of true or false", row)
         return cls({site: torch.tensor(row, dtype=torch.bool) for site, row in rows.items()})
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, whole or not at all."""
-        write_text(path, json.dumps(self.to_json(), indent=1))
-
-    @classmethod
-    def load(cls, path: str | Path) -> HeadMask:
-        """Read what `save` wrote."""
-        return cls.from_json(read_json(path))
 
 
 def _rows(data: Any, kind: str, key: str) -> dict[str, list[Any]]:

@@ -239,6 +239,7 @@ class MetaTraining:
                     save_checkpoint(out, self.step, self.pruner, self.optimizer, self.config)
             bar.update()
         bar.close()
+        self.accelerator.wait_for_everyone()  # others must not leave while the main process is still writing
         self.accelerator.end_training()
         self.pruner.eval()
         if main and self.step >= self.config.steps:

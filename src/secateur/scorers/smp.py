@@ -6,17 +6,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from secateur.errors import CheckpointError, InvalidInputError
+from secateur.errors import CheckpointError
 from secateur.meta.network import MetaPruner
 from secateur.model.probe import HeadReading
 from secateur.scorers.base import Batch, ScoringTask, StreamingScorer
+
+SHIPPED = Path(__file__).parents[1] / "assets" / "smp-minilm"
+"""The meta-pruner that ships with secateur; its card, README.md, says how it was trained."""
 
 
 class SmpScorer(StreamingScorer):
     """Mean over texts of the meta-pruner's score of a head's attention map.
 
     `pruner` is a `MetaPruner`, a folder or Hub id that `MetaPruner.from_pretrained` reads, or a `.bin` file of the
-    paper's authors.
+    paper's authors; by default the one that ships with secateur, meta-trained on all-MiniLM-L6-v2.
     """
 
     description = "meta-pruner: a small network, trained over several tasks, that reads attention maps"
@@ -38,16 +41,14 @@ class SmpScorer(StreamingScorer):
 
 
 def load_pruner(pruner: MetaPruner | str | Path | None) -> MetaPruner:
-    """Return the meta-pruner meant by a network, a folder, a Hub id, or the authors' file."""
+    """Return the meta-pruner meant by a network, a folder, a Hub id, or the authors' file; None is the shipped one."""
     if isinstance(pruner, MetaPruner):
         return pruner
-    if pruner is None:
-        raise InvalidInputError("scorer smp needs a trained meta-pruner; give its folder, Hub id or file as `pruner`")
-    path = Path(pruner)
+    path = SHIPPED if pruner is None else Path(pruner)
     if path.suffix == ".bin" or path.is_file():
         return MetaPruner.from_authors_checkpoint(path)
     try:
-        return MetaPruner.from_pretrained(str(pruner))
+        return MetaPruner.from_pretrained(str(path))
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{pruner} cannot be loaded as a meta-pruner: {reason}") from None

@@ -1,0 +1,160 @@
+"""The paper's comparison before fine-tuning: how well each scorer's mask keeps text representations.
+
+    python benchmarks/representations.py --glue GLUE [--seeds 3] [--pruner name=FOLDER …] [--out FILE]
+
+GLUE is a folder with one folder a task. For each task, heads are scored on training texts; the relational KL of the
+mask is measured on dev texts. Recovery = (random - scorer) / (random - leave_one_out): 0 is random heads, 1 is
+leave-one-out. Similarity is the Spearman correlation on STS-B's test pairs of cosine similarities of mean-pooled
+embeddings, no fine-tuning, heads scored on STS-B's training pairs. Prints Markdown tables, writes raw JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+from secateur.data import Task, batches, load_task
+from secateur.demo import demo_model
+from secateur.evaluate import regression_metrics
+from secateur.files import write_text
+from secateur.heads import HeadMask
+from secateur.meta.training import mask_kl
+from secateur.model.inputs import forward_arguments
+from secateur.model.probe import probe
+from secateur.pruning import environment, score_heads
+from secateur.selection import select_heads
+
+TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
+RATIOS = [0.25, 0.5, 0.75]
+RANDOM_DRAWS = 5
+SCORED, JUDGED, LENGTH = 96, 192, 64
+
+
+def scorers(pruners: dict[str, str | None], seeds: int) -> list[tuple[str, str, dict, int]]:
+    """Return (name in the table, registered name, options, seed) of everything that is compared."""
+    found = [("random", "random", {}, seed) for seed in range(max(RANDOM_DRAWS, seeds))]
+    for seed in range(seeds):
+        found += [(name, name, {}, seed) for name in ("leave_one_out", "contribution")]
+        found += [(name, "smp", {} if folder is None else {"pruner": folder}, seed) for name, folder in pruners.items()]
+    return [*found, ("magnitude", "magnitude", {}, 0)]
+
+
+@torch.no_grad()
+def embeddings(model, tokenizer, sentences: list[str]) -> torch.Tensor:
+    """Return mean-pooled embeddings, `[sentences, width]`, in the order given."""
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    made = forward_arguments(model, batches(tokenizer, [sentences[i] for i in order], 64, LENGTH))
+    rows = []
+    for batch in made:
+        weights = batch["attention_mask"].unsqueeze(-1).float()
+        rows.append((model(**batch).last_hidden_state * weights).sum(1) / weights.sum(1))
+    flat = torch.cat(rows)
+    return flat[torch.argsort(torch.tensor(order))]
+
+
+def similarity(model, tokenizer, task: Task, mask: HeadMask | None) -> float:
+    """Return the Spearman correlation of cosine similarity with gold."""
+    gates = {} if mask is None else {site: row.float() for site, row in mask.items()}
+    with probe(model, gates=gates):
+        first = embeddings(model, tokenizer, [a for a, _ in task.texts])
+        second = embeddings(model, tokenizer, [b for _, b in task.texts])
+    return regression_metrics(torch.cosine_similarity(first, second).tolist(), task.labels)["spearman"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--glue", required=True, type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="*", default=TASKS)
+    parser.add_argument("--pruner", action="append", default=[], help="name=FOLDER, beside the shipped one")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "representations.json")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    pruners: dict[str, str | None] = {"smp": None, **dict(p.split("=", 1) for p in options.pruner)}
+    model, tokenizer = AutoModel.from_pretrained(demo_model()).eval(), AutoTokenizer.from_pretrained(demo_model())
+    rows, similarities, costs = [], [], defaultdict(list)
+    test = load_task(options.glue / "stsb", "test", need_labels=True)
+    if "stsb" in options.tasks:
+        similarities.append(
+            {"scorer": "dense", "ratio": 0.0, "seed": 0, "spearman": similarity(model, tokenizer, test, None)}
+        )
+    for name in options.tasks:
+        train, dev = load_task(options.glue / name, "train"), load_task(options.glue / name, "dev")
+        judged = forward_arguments(model, batches(tokenizer, dev.head(JUDGED, seed=0).texts, 32, LENGTH))
+        for shown, scorer, extra, seed in tqdm(scorers(pruners, options.seeds), desc=name):
+            start = time.perf_counter()
+            texts = train.head(SCORED, seed=seed).texts
+            scores = score_heads(model, texts, scorer, tokenizer, max_length=LENGTH, seed=seed, **extra)
+            costs[shown].append(time.perf_counter() - start)
+            for ratio in RATIOS:
+                mask = select_heads(scores, ratio)
+                kl = mask_kl(model, mask, judged, dev.is_pair)
+                rows.append({"task": name, "scorer": shown, "ratio": ratio, "seed": seed, "kl": kl})
+                if name == "stsb":
+                    found = similarity(model, tokenizer, test, mask)
+                    similarities.append({"scorer": shown, "ratio": ratio, "seed": seed, "spearman": found})
+    result = {
+        "command": "python benchmarks/representations.py --glue GLUE --seeds " + str(options.seeds),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, 2 cores, no GPU, Python {platform.python_version()}",
+        "versions": environment(),
+        "model": "all-MiniLM-L6-v2",
+        "texts": {"scored": SCORED, "judged": JUDGED, "tokens": LENGTH, "judged_split": "dev"},
+        "scoring_seconds": {name: statistics.median(values) for name, values in costs.items()},
+        "rows": rows,
+        "similarity": similarities,
+    }
+    write_text(options.out, json.dumps(result, indent=1) + "\n")
+    print(tables(result))
+
+
+def tables(result: dict) -> str:
+    """Return the result as Markdown."""
+    kl = defaultdict(list)
+    for row in result["rows"]:
+        kl[row["ratio"], row["task"], row["scorer"]].append(row["kl"])
+    names = list(dict.fromkeys(row["scorer"] for row in result["rows"]))
+    tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
+    lines = []
+    for ratio in sorted({row["ratio"] for row in result["rows"]}):
+        lines += ["", f"1000 times the relational KL (recovery), {ratio:.0%} of every layer's heads removed", ""]
+        lines += ["| scorer | " + " | ".join(tasks) + " | mean recovery |", "|---" * (len(tasks) + 2) + "|"]
+        for name in names:
+            cells, recoveries = [], []
+            for task in tasks:
+                own, chance, best = (statistics.mean(kl[ratio, task, n]) for n in (name, "random", "leave_one_out"))
+                recoveries.append((chance - own) / (chance - best))
+                spread = f"±{1000 * statistics.stdev(v):.1f}" if len(v := kl[ratio, task, name]) > 1 else ""
+                cells.append(f"{1000 * own:.1f}{spread} ({recoveries[-1]:.2f})")
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {statistics.mean(recoveries):.2f} |")
+    if result["similarity"]:
+        found = defaultdict(list)
+        for row in result["similarity"]:
+            found[row["scorer"], row["ratio"]].append(row["spearman"])
+        dense = found["dense", 0.0][0]
+        lines += ["", f"STS-B test, Spearman without fine-tuning; dense {dense:.4f}", ""]
+        lines += ["| scorer | " + " | ".join(f"{r:.0%}" for r in RATIOS) + " |", "|---" * (len(RATIOS) + 1) + "|"]
+        for name in names:
+            cells = []
+            for ratio in RATIOS:
+                values = found[name, ratio]
+                spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.4f}{spread} ({statistics.mean(values) / dense:.1%})")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| scorer | seconds to score 96 texts |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.1f} |" for name, seconds in result["scoring_seconds"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
