@@ -108,3 +108,19 @@ def test_sites_of_a_real_model(minilm):
     sites = find_sites(minilm)
     assert [site.num_heads for site in sites.values()] == [12] * 6
     assert {site.head_dim for site in sites.values()} == {32}
+
+
+def test_the_shipped_meta_pruner_beats_random_heads(minilm, tokenizer):
+    """On sentences that it was not trained on, judged on others than those scored."""
+    from secateur.demo import demo_task
+    from secateur.meta.training import Subject, mask_kl
+
+    texts = demo_task()[0].texts
+    judged = Subject(minilm, tokenizer).batches(texts[64:128], 32, 64)
+
+    def loss(scorer, seed=0):
+        scores = secateur.score_heads(minilm, texts[:32], scorer, tokenizer, max_length=64, seed=seed)
+        return mask_kl(minilm, secateur.select_heads(scores, 0.5), judged, is_pair=False)
+
+    chance = [loss("random", seed) for seed in range(5)]
+    assert loss("smp") < sum(chance) / 5
