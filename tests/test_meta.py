@@ -59,11 +59,12 @@ def test_padding_is_taken_out(length, side):
     torch.testing.assert_close(to_network_size(wide, mask), to_network_size(maps))
 
 
-def test_saving_and_loading(tmp_path):
+def test_saving_and_loading(tmp_path, capsys):
     pruner = MetaPruner()
     pruner.save_pretrained(tmp_path / "pruner")
     assert (tmp_path / "pruner" / "model.safetensors").is_file()
     again = MetaPruner.from_pretrained(tmp_path / "pruner")
+    assert capsys.readouterr().out == ""
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in pruner.state_dict().items())
 
 

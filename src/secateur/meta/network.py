@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import pickle
 from pathlib import Path
@@ -60,6 +62,12 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
         """Score every head of one site: maps `[batch, heads, tokens, tokens]` → `[batch, heads]` in (0, 2)."""
         maps = to_network_size(weights, mask)
         return self(maps.flatten(0, 1))[:, PAIR if is_pair else SINGLE].view(maps.shape[:2])
+
+    @classmethod
+    def _from_pretrained(cls, **options: Any) -> MetaPruner:
+        # The mixin prints where it reads from; standard output belongs to results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return super()._from_pretrained(**options)
 
     @classmethod
     def from_authors_checkpoint(cls, path: str | Path) -> MetaPruner:
