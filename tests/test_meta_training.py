@@ -380,6 +380,15 @@ def test_tasks_and_models_that_cannot_be_trained_on():
         MetaTraining([], TASKS, MetaTrainingConfig(), Accelerator(cpu=True))
 
 
+def test_labels_play_no_part_so_one_class_is_enough():
+    one_class = [Task(task.name, task.texts, [0] * len(task)) for task in TASKS]
+    runs = [
+        MetaTraining([subject()], tasks, MetaTrainingConfig(**SMALL), Accelerator(cpu=True))
+        for tasks in (TASKS, one_class)
+    ]
+    assert runs[0].gradients(0) == runs[1].gradients(0)
+
+
 def test_texts_longer_than_the_models_limit_are_cut():
     who = subject()
     batch = who.batch(["good " * 100, "bad"], max_length=128)

@@ -353,6 +353,89 @@ def meta_train(
         click.echo(f"pruner: {out / 'pruner'}" if finished else f"stopped at {latest_checkpoint(out)}; go on: --resume")
 
 
+def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Take the values of a YAML file for the flags that are not given; click checks them as it checks flags."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} is no YAML: {error}") from None
+    flags = {
+        o.opts[0].lstrip("-"): o for o in context.command.params if isinstance(o, click.Option) and o is not parameter
+    }
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise click.BadParameter(f"{path} must hold `flag: value` lines")
+    if unknown := sorted(set(values) - set(flags)):
+        raise click.BadParameter(f"{path} has {', '.join(unknown)}, which is none of {', '.join(sorted(flags))}")
+    named = {}
+    for name, value in values.items():
+        many = isinstance(value, list)
+        named[flags[name].name] = value if many or not flags[name].multiple else [value]
+    context.default_map = named
+    return path
+
+
+@cli.command()
+@click.option(
+    "--config",
+    default=None,
+    is_eager=True,
+    callback=_read_config,
+    expose_value=False,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="YAML file with the flags below, less the dashes.",
+)
+@click.option("--model", required=True, help="Model to prune: a folder or a Hub id.")
+@click.option("--data", multiple=True, required=True, help="A task with train and dev, as for prune; may be repeated.")
+@click.option(
+    "--scorer", "scorers", multiple=True, required=True, type=click.Choice(sorted(SCORERS)), help="May be repeated."
+)
+@click.option(
+    "--ratio", "ratios", multiple=True, default=(0.5,), show_default=True, type=_Ratio(), help="May be repeated."
+)
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Seeds 0, 1, … of each cell.")
+@click.option(
+    "--protocol",
+    default="lite",
+    show_default=True,
+    type=click.Choice(["lite", "full"]),
+    help="lite: 2,000 training texts of 64 tokens; full: all texts, 128 tokens.",
+)
+@click.option("--scope", default="site", show_default=True, type=click.Choice(["site", "global"]))
+@click.option("--texts", "num_texts", default=96, show_default=True, type=click.IntRange(1), help="Calibration texts.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one run.")
+@click.option("--pruner", default=None, help="Meta-pruner for scorer smp.")
+@click.option("--max-train", default=None, type=click.IntRange(1), help="Training texts at most, below the protocol's.")
+@click.option("--jobs", default=None, type=click.IntRange(1), help="Runs at once [default: cores / threads; GPUs]")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the comparison, new or to go on."
+)
+@_device
+@_json
+def compare(out: Path, jobs: int | None, device: str | None, as_json: bool, **settings: Any) -> None:
+    """Prune by several scorers, fine-tune, and set the results side by side; stop and go on at any time."""
+    from dataclasses import asdict
+
+    from secateur.compare import Settings, default_jobs
+    from secateur.compare import compare as run_comparison
+    from secateur.model.loading import check_device
+    from secateur.summary import summarise
+    from secateur.tables import comparison_table, print_table
+
+    chosen = check_device(device)
+    found = Settings(**settings)
+    rows = run_comparison(found, out, jobs=jobs or default_jobs(chosen, found.threads), device=str(chosen))
+    summaries = summarise(rows)
+    if as_json:
+        _print_json([asdict(summary) for summary in summaries])
+    else:
+        print_table(comparison_table(summaries))
+        click.echo(f"runs: {out / 'runs.jsonl'}")
+
+
 @cli.command()
 @_out
 @_seed

@@ -42,6 +42,35 @@ def read_json(path: str | Path) -> Any:
         raise InvalidInputError(f"{path} is no JSON file: {error}") from None
 
 
+def append_line(path: str | Path, row: Any) -> None:
+    """Append `row` as one JSON line that is on the disk when this returns; half a line that a kill left goes first."""
+    path = Path(path)
+    whole = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
+    with path.open("r+b" if path.is_file() else "wb") as file:
+        file.truncate(whole)
+        file.seek(whole)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: str | Path) -> list[Any]:
+    """Read what `append_line` wrote: nothing where there is no file, and without half a line that a kill left.
+
+    Raises `InvalidInputError` for a whole line that is no JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InvalidInputError(f"{path}, line {number} is no JSON: {error}") from None
+    return rows
+
+
 def check_new_folder(path: str | Path) -> Path:
     """Return `path` where it is absent or an empty folder, or raise `InvalidInputError`: results do not mix."""
     path = Path(path)

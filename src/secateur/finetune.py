@@ -74,9 +74,7 @@ def finetune(
     of range, and a folder `out` that is not empty; all of it before the training. Raises `SecateurError` where the
     loss does not stay finite; the model is then of no use.
     """
-    num_labels = max(task.num_labels, 0 if dev is None else dev.num_labels)
-    if dev is not None and dev.is_regression != task.is_regression:
-        raise invalid("dev", "be a regression or a classification as the training task is", dev.name)
+    _check_same_kind(task, dev)
     if not epochs > 0:
         raise invalid("epochs", "be above 0", epochs)
     if not learning_rate > 0:
@@ -92,7 +90,7 @@ def finetune(
     if is_loaded and tokenizer is None:
         raise invalid("tokenizer", "be given with a loaded model", None)
     with quiet_transformers(progress):
-        model = model_or_path if is_loaded else _load(model_or_path, num_labels, task.is_regression)
+        model = model_or_path if is_loaded else load_classifier(model_or_path, task, dev)
         if tokenizer is None:
             tokenizer = load_tokenizer(model_or_path)
         for split in (task, dev):
@@ -136,6 +134,32 @@ def finetune(
                         folder / "finetune_result.json", json.dumps({**asdict(result), "settings": settings}, indent=1)
                     )
     return model, result
+
+
+def load_classifier(path: str | Path, task: Task, dev: Task | None = None) -> Any:
+    """Load a folder or Hub id on the CPU with a classification head that fits the task.
+
+    A new head is drawn from the process's random numbers. Raises `InvalidInputError` for a task without labels and a
+    model that does not load or does not fit.
+    """
+    _check_same_kind(task, dev)
+    num_labels = max(task.num_labels, 0 if dev is None else dev.num_labels)
+    problem = "regression" if task.is_regression else "single_label_classification"
+    try:
+        return load_model(path, "cpu", AutoModelForSequenceClassification, num_labels=num_labels, problem_type=problem)
+    except InvalidInputError as error:
+        if "ignore_mismatched_sizes" not in str(error.__cause__):
+            raise
+        raise InvalidInputError(
+            f"the weights of {str(path)!r} do not fit a model with {num_labels} outputs; where it is fine-tuned for "
+            "another task already, start from its base model"
+        ) from error
+
+
+def _check_same_kind(task: Task, dev: Task | None) -> None:
+    """Refuse a dev task of another kind; asking for the number of labels refuses a task without any."""
+    if task.num_labels and dev is not None and dev.num_labels and dev.is_regression != task.is_regression:
+        raise invalid("dev", "be a regression or a classification as the training task is", dev.name)
 
 
 def _train(
@@ -240,19 +264,6 @@ def _use_cache_kept(config: Any) -> Iterator[None]:
             vars(config).pop("use_cache", None)
         else:
             config.use_cache = use_cache
-
-
-def _load(path: Any, num_labels: int, is_regression: bool) -> Any:
-    problem = "regression" if is_regression else "single_label_classification"
-    try:
-        return load_model(path, "cpu", AutoModelForSequenceClassification, num_labels=num_labels, problem_type=problem)
-    except InvalidInputError as error:
-        if "ignore_mismatched_sizes" not in str(error.__cause__):
-            raise
-        raise InvalidInputError(
-            f"the weights of {str(path)!r} do not fit a model with {num_labels} outputs; where it is fine-tuned for "
-            "another task already, start from its base model"
-        ) from error
 
 
 def _device(device: str | torch.device) -> torch.device:

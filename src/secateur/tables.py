@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from secateur import __version__
 from secateur.heads import HeadScores
 from secateur.pruning import PruningReport
+from secateur.summary import Summary
 
 
 def print_table(table: Table) -> None:
@@ -72,6 +73,39 @@ def demo_table(result: dict[str, Any]) -> Table:
         ratio = "" if not dense or pruned is None else f"{pruned / dense:.3f}"
         table.add_row(row["name"], _shown(dense, row["unit"]), _shown(pruned, row["unit"]), ratio)
     return table
+
+
+def comparison_table(summaries: list[Summary]) -> Table:
+    """Return one row for each ratio and scorer, one column for each task: mean ± std, and the difference to dense."""
+    by_cell = {(s.scorer, s.ratio, s.task): s for s in summaries}
+    tasks = list(dict.fromkeys(s.task for s in summaries))
+    title = "main metric over seeds (pruned - dense; * = unlikely to be chance, paired t-test, p < 0.05)"
+    table = Table(Column("heads removed", no_wrap=True), Column("scorer", no_wrap=True), title=title)
+    for task in [*tasks, "retention"]:
+        table.add_column(task, justify="right")
+    for scorer, ratio in dict.fromkeys((s.scorer, s.ratio) for s in summaries):
+        cells = [by_cell.get((scorer, ratio, task)) for task in tasks]
+        last = cells[-1]
+        retention = "" if last is None or last.retention is None else f"{last.retention:.1%}"
+        table.add_row(f"{ratio:.0%}", scorer, *map(_compared, cells), retention)
+    return table
+
+
+def markdown(table: Table) -> str:
+    """Return a table as Markdown, for pages that keep results."""
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    lines = ["| " + " | ".join(row) + " |" for row in zip(*columns, strict=True)]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
+
+
+def _compared(summary: Summary | None) -> str:
+    if summary is None:
+        return ""
+    spread = "" if summary.std is None else f" ± {summary.std:.3f}"
+    if summary.difference is None:
+        return f"{summary.mean:.3f}{spread}"
+    star = "*" if summary.is_noise is False else ""
+    return f"{summary.mean:.3f}{spread} ({summary.difference:+.3f}{star})"
 
 
 def report_data(

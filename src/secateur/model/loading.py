@@ -21,31 +21,40 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a folder or Hub id with the class that its config names, so that a task head is not lost on the way.
 
-    `model_class` (an Auto class, say) overrides that class; `options` go to its `from_pretrained`. The model arrives in
-    eval mode. Raises `InvalidInputError` where there is no model, and `CheckpointError` where a pruned one cannot be
+    `model_class` (an Auto class, say) overrides that class; `options` go to its `from_pretrained`. A path of a `.gguf`
+    file is read too: its weights are widened to float32, after which the model is one like any other. The model arrives
+    in eval mode. Raises `InvalidInputError` where there is no model, and `CheckpointError` where a pruned one cannot be
     rebuilt.
     """
     _check_exists(model)
+    source, from_file = _source(model)
     small = Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) < _SMALL
     try:
         with quiet_transformers(progress=not small):
             if model_class is None:
-                config = AutoConfig.from_pretrained(model)
+                config = AutoConfig.from_pretrained(source, **from_file)
                 named = (getattr(config, "architectures", None) or [""])[0]
                 model_class = getattr(transformers, named, AutoModel) if named else AutoModel
-            loaded = model_class.from_pretrained(model, **options)
+            if from_file:
+                options = {"dtype": torch.float32, **options, **from_file}
+            loaded = model_class.from_pretrained(source, **options)
     except SecateurError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError and more here
         raise InvalidInputError(f"{model} cannot be loaded as a model: {_first_line(error)}") from error
+    if from_file:
+        # What is left of the quantiser would be saved, and the folder would ask for it when it is loaded.
+        loaded.hf_quantizer, loaded.is_quantized = None, False
+        del loaded.config.quantization_config
     return loaded.to(device or default_device()).eval()
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or Hub id. Raises `InvalidInputError` where there is none."""
     _check_exists(model)
+    source, from_file = _source(model)
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(source, **from_file)
     except Exception as error:
         raise InvalidInputError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
 
@@ -83,8 +92,20 @@ def check_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+def _source(model: str | Path) -> tuple[str | Path, dict[str, str]]:
+    """Return what transformers is asked for: a folder or Hub id, or a `.gguf` file's folder and name."""
+    path = Path(model)
+    return (path.parent, {"gguf_file": path.name}) if _is_gguf(path) else (model, {})
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
+
+
 def _check_exists(model: str | Path) -> None:
     path = Path(model)
+    if _is_gguf(path):
+        return
     if path.exists():
         if not path.is_dir() or not (path / "config.json").is_file():
             raise invalid("model", "be a folder with a config.json, or a Hub id", str(model))

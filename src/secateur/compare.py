@@ -1,0 +1,365 @@
+"""Scorers side by side: scorer x task x ratio x seed, each pruned before fine-tuning and measured after it.
+
+A comparison is a folder: `settings.json`, one file of scores for each scorer, task and seed in `scores/`, and one line
+for each finished run in `runs.jsonl`. It may be stopped at any moment and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers import set_seed
+
+from secateur.data import Task, load_task
+from secateur.errors import InvalidInputError, invalid
+from secateur.evaluate import main_metric
+from secateur.files import append_line, read_json, read_lines, write_text
+from secateur.finetune import finetune, load_classifier
+from secateur.heads import HeadScores
+from secateur.model.loading import check_device, load_model, load_tokenizer, quiet_transformers
+from secateur.model.removal import remove_heads_
+from secateur.pruning import environment, score_heads
+from secateur.scorers import SCORERS
+from secateur.selection import Scope, select_heads
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a run trains: the training texts at most (None: all), tokens a text, and the optimiser's settings."""
+
+    max_train: int | None
+    max_length: int
+    epochs: float
+    learning_rate: float
+    batch_size: int = 32
+
+
+PROTOCOLS = {
+    "lite": Protocol(max_train=2000, max_length=64, epochs=3.0, learning_rate=5e-5),
+    "full": Protocol(max_train=None, max_length=128, epochs=3.0, learning_rate=2e-5),
+}
+"""`lite` is for a laptop: about two minutes a run with MiniLM on two cores."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a comparison's numbers depend on.
+
+    `data` names tasks as `load_task` takes them, each with train and dev; `num_texts` calibration texts are drawn from
+    the training texts with the run's seed, which also draws the training texts, the classification head and their
+    order: dense and pruned runs of one seed are pairs. `threads` is the number of CPU threads of one run: another
+    number rounds otherwise, so it belongs to the settings. `pruner` is the meta-pruner of `smp`.
+    `max_train` lowers the protocol's number of training texts.
+
+    Raises `InvalidInputError` for values outside their ranges and for names that repeat.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    scorers: tuple[str, ...]
+    ratios: tuple[float, ...] = (0.5,)
+    seeds: int = 3
+    protocol: str = "lite"
+    scope: Scope = "site"
+    num_texts: int = 96
+    threads: int = 1
+    pruner: str | None = None
+    max_train: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("data", "scorers", "ratios"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise invalid(name, "name at least one, each once", values)
+        for scorer in self.scorers:
+            if scorer not in SCORERS:
+                raise invalid("scorers", f"be among {', '.join(sorted(SCORERS))}", scorer)
+        for ratio in self.ratios:
+            if not 0 < ratio < 1:
+                raise invalid("ratios", "lie between 0 and 1", ratio)
+        for name in ("seeds", "num_texts", "threads", "max_train"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise invalid(name, "be at least 1", getattr(self, name))
+        if self.protocol not in PROTOCOLS:
+            raise invalid("protocol", f"be one of {', '.join(PROTOCOLS)}", self.protocol)
+        if self.pruner is not None and "smp" not in self.scorers:
+            raise invalid("pruner", "go with the scorer smp", self.pruner)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a comparison; the dense model is the scorer `dense` at ratio 0."""
+
+    data: str
+    scorer: str
+    ratio: float
+    seed: int
+
+
+def plan(settings: Settings) -> list[Run]:
+    """Return every run, seed by seed, so that a comparison that is stopped early has whole seeds."""
+    cells = [(DENSE, 0.0)] + [(scorer, ratio) for ratio in settings.ratios for scorer in settings.scorers]
+    return [
+        Run(data, scorer, ratio, seed)
+        for seed in range(settings.seeds)
+        for data in settings.data
+        for scorer, ratio in cells
+    ]
+
+
+def compare(
+    settings: Settings, out: str | Path, *, jobs: int = 1, device: str | None = None, progress: bool = True
+) -> list[dict[str, Any]]:
+    """Do every run that `out` does not have yet, and return all rows in the order of `plan`.
+
+    `jobs` processes share the runs; with several GPUs each gets one. Rows do not depend on `jobs` or on the order,
+    their `cost` aside.
+
+    Raises `InvalidInputError` where `out` holds a comparison with other settings or is in use by another process, and
+    whatever a run raises; finished runs stay.
+    """
+    if jobs < 1:
+        raise invalid("jobs", "be at least 1", jobs)
+    out = Path(out)
+    _check_tasks(settings)
+    with _owned(out, settings):
+        table = out / "runs.jsonl"
+        done = {_key(row): row for row in read_lines(table)}
+        missing = [run for run in plan(settings) if run not in done]
+        scorings = list(
+            dict.fromkeys(
+                replace(run, ratio=0.0)
+                for run in missing
+                if run.scorer != DENSE and not _scores_file(out, run).is_file()
+            )
+        )
+        place = str(check_device(device))
+        with _workers(jobs, settings.threads, place) as pool:
+            for _ in _each(pool, _score, [(settings, run, out, place) for run in scorings], "scoring", progress):
+                pass
+            calls = [(settings, run, out, place) for run in missing]
+            for row in _each(pool, _train, calls, "fine-tuning", progress):
+                append_line(table, row)
+                done[_key(row)] = row
+    return [done[run] for run in plan(settings)]
+
+
+def default_jobs(device: torch.device, threads: int) -> int:
+    """Return how many runs this machine can do at once: one for each GPU, or as many as the cores have room for."""
+    if device.type == "cuda":
+        return torch.cuda.device_count() if device.index is None else 1
+    return max(1, (os.cpu_count() or 1) // threads)
+
+
+def _key(row: dict[str, Any]) -> Run:
+    return Run(row["data"], row["scorer"], row["ratio"], row["seed"])
+
+
+@contextmanager
+def _owned(out: Path, settings: Settings) -> Iterator[None]:
+    """Hold the folder for this process alone, and check or write its settings."""
+    file = out / "settings.json"
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not file.is_file())):
+        raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
+    if file.is_file() and (found := read_json(file)) != wanted:
+        names = [f.name for f in fields(Settings) if found.get(f.name) != wanted[f.name]]
+        # More seeds only add runs to those that are there.
+        if names != ["seeds"] or settings.seeds < found["seeds"]:
+            raise InvalidInputError(f"{out} holds a comparison with other {', '.join(names)}; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InvalidInputError(f"another process works on the comparison in {out}") from None
+    try:
+        write_text(file, json.dumps(wanted, indent=1))
+        yield
+    finally:
+        lock.release()
+
+
+def _check_tasks(settings: Settings) -> None:
+    """Read every split once before anything is computed, and refuse two tasks of one name."""
+    names: dict[str, str] = {}
+    for data in settings.data:
+        train, _ = _splits(data)
+        if train.name in names:
+            raise InvalidInputError(f"{data} and {names[train.name]} have the same task name {train.name!r}")
+        names[train.name] = data
+
+
+@lru_cache(maxsize=2)
+def _splits(data: str) -> tuple[Task, Task]:
+    return load_task(data, "train", need_labels=True), load_task(data, "dev", need_labels=True)
+
+
+def _scores_file(out: Path, run: Run) -> Path:
+    name = _splits(run.data)[0].name.replace("/", "-")
+    return out / "scores" / f"{name}-{run.scorer}-{run.seed}.json"
+
+
+def _score(settings: Settings, run: Run, out: Path, device: str) -> None:
+    """Score once for all ratios, and write the scores with what they cost."""
+    train, _ = _splits(run.data)
+    options: dict[str, Any] = {"pruner": settings.pruner} if run.scorer == "smp" and settings.pruner is not None else {}
+    with quiet_transformers(False):
+        model, tokenizer = load_model(settings.model, device), load_tokenizer(settings.model)
+    start = time.perf_counter()
+    scores = score_heads(
+        model,
+        train.head(settings.num_texts, seed=run.seed).texts,
+        run.scorer,
+        tokenizer,
+        max_length=PROTOCOLS[settings.protocol].max_length,
+        seed=run.seed,
+        **options,
+    )
+    cost = {"scoring_seconds": time.perf_counter() - start, "peak_memory": _peak_memory()}
+    write_text(_scores_file(out, run), json.dumps({**scores.to_json(), "cost": cost}, indent=1))
+
+
+def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, Any]:
+    """Prune where the run asks for it, fine-tune, and return the row."""
+    protocol = PROTOCOLS[settings.protocol]
+    train, dev = _splits(run.data)
+    limits = [limit for limit in (protocol.max_train, settings.max_train) if limit is not None]
+    train = train.head(min(limits), seed=run.seed) if limits else train
+    # The head is drawn before anything else, so that dense and pruned start from the same one.
+    set_seed(run.seed)
+    with quiet_transformers(False):
+        model, tokenizer = load_classifier(settings.model, train, dev), load_tokenizer(settings.model)
+    cost: dict[str, Any] = {}
+    kept = None
+    if run.scorer != DENSE:
+        data = read_json(_scores_file(out, run))
+        mask = select_heads(HeadScores.from_json(data), run.ratio, settings.scope)
+        remove_heads_(model, mask)
+        kept, cost = mask.kept_heads, dict(data["cost"])
+    _, result = finetune(
+        model,
+        train,
+        dev,
+        tokenizer=tokenizer,
+        epochs=protocol.epochs,
+        learning_rate=protocol.learning_rate,
+        batch_size=protocol.batch_size,
+        max_length=protocol.max_length,
+        seed=run.seed,
+        device=device,
+        progress=False,
+    )
+    return {
+        "data": run.data,
+        "task": train.name,
+        "scorer": run.scorer,
+        "ratio": run.ratio,
+        "seed": run.seed,
+        "metric": main_metric(dev),
+        "value": result.metrics[main_metric(dev)],
+        "metrics": result.metrics,
+        "train_texts": len(train),
+        "dev_texts": len(dev),
+        "train_loss": result.train_loss,
+        "kept_heads": kept,
+        "cost": {**cost, "training_seconds": result.seconds, "training_peak_memory": _peak_memory()},
+        "environment": {**environment(), **_machine(device), "threads": settings.threads},
+    }
+
+
+def _peak_memory() -> int:
+    """Return the most bytes that this process (on a GPU: its tensors) has held so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _machine(device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    return {"device": name, "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def _start_worker(threads: int, gpus: Any, parent: int) -> None:
+    torch.set_num_threads(threads)
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    """End this process when its parent has been killed, which by itself would leave it waiting for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+@contextmanager
+def _workers(jobs: int, threads: int, device: str) -> Iterator[ProcessPoolExecutor | None]:
+    """Yield a pool of fresh processes, each with its threads and its GPU, or None where one job runs in this one."""
+    if jobs == 1:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            yield None
+        finally:
+            torch.set_num_threads(before)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    gpus = None
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        gpus = spawn.Queue()
+        for number in range(jobs):
+            gpus.put(number % torch.cuda.device_count())
+    pool = ProcessPoolExecutor(jobs, spawn, _start_worker, (threads, gpus, os.getpid()))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _each(
+    pool: ProcessPoolExecutor | None,
+    work: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    what: str,
+    progress: bool,
+) -> Iterator[Any]:
+    """Yield the results as they come; the first error stops the rest, after what had finished was yielded."""
+    with tqdm(total=len(calls), desc=what, unit="run", disable=not progress) as bar:
+        if pool is None:
+            for call in calls:
+                yield work(*call)
+                bar.update(1)
+            return
+        waiting = {pool.submit(work, *call) for call in calls}
+        while waiting:
+            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            failed = [f for f in finished if f.exception() is not None]
+            for future in finished - set(failed):
+                yield future.result()
+                bar.update(1)
+            if failed:
+                for future in waiting:
+                    future.cancel()
+                failed[0].result()

@@ -1,0 +1,289 @@
+"""Comparisons: the same rows in any order and after any kill, and what a summary makes of them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from secateur import cli
+from secateur import compare as comparison
+from secateur.compare import DENSE, PROTOCOLS, Protocol, Settings, compare, plan
+from secateur.errors import InvalidInputError
+from secateur.files import append_line, read_lines
+from secateur.summary import ALL_TASKS, summarise
+from secateur.tables import comparison_table, markdown
+from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, and two tasks that it can learn a little of."""
+    folder = tmp_path_factory.mktemp("compare")
+    tiny_model("bert").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for task, pairs in (("singles", False), ("pairs", True)):
+        (folder / task).mkdir()
+        for split, count, seed in (("train", 24, 0), ("dev", 12, 1)):
+            header = "sentence1\tsentence2\tlabel" if pairs else "sentence\tlabel"
+            texts = tiny_texts(count, seed, pairs)
+            lines = ["\t".join([*((t,) if isinstance(t, str) else t), str(int("good" in str(t)))]) for t in texts]
+            (folder / task / f"{split}.tsv").write_text("\n".join([header, *lines]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def settings(folder, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "lite", Protocol(max_train=16, max_length=16, epochs=1, learning_rate=1e-3))
+    return Settings(
+        str(folder / "model"), (str(folder / "singles"), str(folder / "pairs")), ("random", "contribution"),
+        ratios=(0.5,), seeds=2, num_texts=8,
+    )  # fmt: skip
+
+
+def without_cost(rows):
+    return [{name: value for name, value in row.items() if name != "cost"} for row in rows]
+
+
+def test_every_cell_once_with_its_dense_partner(settings, tmp_path):
+    rows = compare(settings, tmp_path / "c", progress=False)
+    assert [(r["task"], r["scorer"], r["ratio"], r["seed"]) for r in rows] == [
+        (task, scorer, ratio, seed)
+        for seed in (0, 1)
+        for task in ("singles", "pairs")
+        for scorer, ratio in ((DENSE, 0.0), ("random", 0.5), ("contribution", 0.5))
+    ]
+    pruned = [r for r in rows if r["scorer"] != DENSE]
+    assert all(len(kept) == 2 for r in pruned for kept in r["kept_heads"].values())
+    assert all(r["cost"]["scoring_seconds"] > 0 for r in pruned)
+    assert len({r["value"] for r in rows}) > 1
+    assert sorted(p.name for p in (tmp_path / "c" / "scores").iterdir())[0] == "pairs-contribution-0.json"
+
+
+def test_stopped_and_resumed_gives_the_rows_of_one_go(settings, tmp_path, monkeypatch):
+    whole = compare(settings, tmp_path / "whole", progress=False)
+    trained = []
+    inner = comparison._train
+
+    def interrupted(*arguments):
+        if len(trained) in (4, 7):
+            trained.append("stopped")
+            raise KeyboardInterrupt
+        trained.append(arguments[1])
+        return inner(*arguments)
+
+    monkeypatch.setattr(comparison, "_train", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compare(settings, tmp_path / "parts", progress=False)
+        table = tmp_path / "parts" / "runs.jsonl"
+        table.write_bytes(table.read_bytes() + b'{"data": "half a li')
+    assert without_cost(compare(settings, tmp_path / "parts", progress=False)) == without_cost(whole)
+    assert len(read_lines(table)) == len(whole)
+    runs = [run for run in trained if run != "stopped"]
+    assert len(runs) == len(set(runs)) == len(whole)  # nothing was done twice
+
+
+def test_more_seeds_go_on_and_other_settings_do_not_mix(settings, folder, tmp_path):
+    from dataclasses import replace
+
+    one = compare(replace(settings, seeds=1), tmp_path / "c", progress=False)
+    two = compare(settings, tmp_path / "c", progress=False)
+    assert two[: len(one)] == one
+    for change in ({"ratios": (0.25,)}, {"seeds": 1}, {"num_texts": 9}):
+        with pytest.raises(InvalidInputError, match=f"other {next(iter(change))}"):
+            compare(replace(settings, **change), tmp_path / "c", progress=False)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "file").write_text("mine")
+    with pytest.raises(InvalidInputError, match="`out` must be a new folder"):
+        compare(settings, tmp_path / "else", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scorers": ("nobody",)}, "scorers"),
+        ({"scorers": ()}, "scorers"),
+        ({"scorers": ("random", "random")}, "scorers"),
+        ({"ratios": (1.0,)}, "ratios"),
+        ({"seeds": 0}, "seeds"),
+        ({"threads": 0}, "threads"),
+        ({"protocol": "heavy"}, "protocol"),
+        ({"pruner": "x"}, "pruner"),
+    ],
+)
+def test_settings_out_of_range(settings, change, message):
+    from dataclasses import replace
+
+    with pytest.raises(InvalidInputError, match=f"`{message}` must"):
+        replace(settings, **change)
+
+
+def test_two_tasks_of_one_name(settings, folder, tmp_path):
+    from dataclasses import replace
+
+    copy = tmp_path / "singles"
+    copy.mkdir()
+    for split in ("train.tsv", "dev.tsv"):
+        (copy / split).write_bytes((folder / "singles" / split).read_bytes())
+    with pytest.raises(InvalidInputError, match="the same task name 'singles'"):
+        compare(replace(settings, data=(settings.data[0], str(copy))), tmp_path / "c", progress=False)
+    assert not (tmp_path / "c").exists()
+
+
+CONFIG = """\
+model: {folder}/model
+data: [{folder}/singles]
+scorer: [random, contribution]
+ratio: [0.5]
+seeds: 2
+texts: 8
+"""
+
+
+def test_killed_at_random_moments_in_two_processes(folder, tmp_path):
+    """Real processes, killed and started again; then the same from one process without a kill."""
+    (tmp_path / "c.yaml").write_text(CONFIG.format(folder=folder))
+    line = [sys.executable, "-m", "secateur.cli", "compare", "--config", str(tmp_path / "c.yaml"), "--device", "cpu"]
+    table = tmp_path / "killed" / "runs.jsonl"
+    moments = random.Random(0)
+    for _ in range(2):
+        process = subprocess.Popen(
+            [*line, "--jobs", "2", "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        before = len(read_lines(table))
+        while process.poll() is None and len(read_lines(table)) == before:
+            time.sleep(0.02)
+        time.sleep(moments.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        # The lock goes with the last process that holds it.
+        assert 0 < len(read_lines(table)) <= 6
+    done = subprocess.run([*line, "--jobs", "2", "--out", str(tmp_path / "killed")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = read_lines(table)
+    assert len({(r["scorer"], r["seed"]) for r in rows}) == len(rows) == 6
+    alone = tmp_path / "alone"
+    assert cli.main([*line[3:], "--jobs", "1", "--out", str(alone)]) == 0
+    key = lambda row: (row["scorer"], row["seed"])  # noqa: E731
+    assert sorted(without_cost(rows), key=key) == sorted(without_cost(read_lines(alone / "runs.jsonl")), key=key)
+
+
+def test_a_folder_in_use_is_refused(settings, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "settings.json").write_text(json.dumps(json.loads(json.dumps(vars(settings)))))
+    with FileLock(tmp_path / "c" / ".lock"), pytest.raises(InvalidInputError, match="another process"):
+        compare(settings, tmp_path / "c", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "is no YAML"),
+        ("- a\n- b", "flag: value"),
+        ("modell: x", "modell"),
+        ("seeds: 0", "seeds"),
+        ("ratio: [1.5]", "ratio"),
+        ("scorer: nobody", "nobody"),
+    ],
+)
+def test_bad_config_is_one_line(text, message, tmp_path, capsys):
+    if message in ("seeds", "ratio", "nobody"):
+        text += f"\nmodel: m\ndata: {tmp_path}" + ("" if "scorer" in text else "\nscorer: random")
+    (tmp_path / "c.yaml").write_text(text)
+    code = cli.main(["compare", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "o")])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_plan_puts_whole_seeds_first(settings):
+    seeds = [run.seed for run in plan(settings)]
+    assert seeds == sorted(seeds)
+    assert len(seeds) == 2 * 2 * 3
+
+
+def row(task, scorer, seed, value, ratio=0.5):
+    return {"task": task, "scorer": scorer, "ratio": 0.0 if scorer == DENSE else ratio, "seed": seed, "value": value}
+
+
+ROWS = [
+    *(row("a", DENSE, s, v) for s, v in enumerate([0.80, 0.90, 0.85])),
+    *(row("a", "x", s, v) for s, v in enumerate([0.70, 0.78, 0.76])),
+    *(row("b", DENSE, s, v) for s, v in enumerate([0.50, 0.50, 0.50])),
+    *(row("b", "x", s, v) for s, v in enumerate([0.40, 0.60, 0.50])),
+]
+
+
+def test_summary_by_hand():
+    found = {(s.task, s.scorer): s for s in summarise(ROWS)}
+    a = found["a", "x"]
+    assert a.mean == pytest.approx(2.24 / 3)
+    assert a.difference == pytest.approx(-0.31 / 3)  # -.10, -.12, -.09
+    # t = mean / (std / sqrt n) = -.10333 / (.015275 / 1.73205) = -11.717; two-sided, 2 degrees of freedom.
+    assert a.p_value == pytest.approx(0.00720, abs=1e-4)
+    assert a.is_noise is False
+    b = found["b", "x"]
+    assert b.difference == pytest.approx(0, abs=1e-12)
+    assert b.is_noise is True
+    mean = found[ALL_TASKS, "x"]
+    assert mean.mean == pytest.approx((a.mean + b.mean) / 2)
+    ratios = [0.70 / 0.80, 0.78 / 0.90, 0.76 / 0.85, 0.8, 1.2, 1.0]
+    assert mean.retention == pytest.approx(sum(ratios) / 6)
+    assert found["a", DENSE].difference is None
+    assert "-0.103*" in markdown(comparison_table(summarise(ROWS)))
+
+
+def test_summary_of_little():
+    only = summarise(ROWS[3:4])[0]
+    assert (only.runs, only.std, only.difference, only.is_noise) == (1, None, None, None)
+    same = summarise([row("a", DENSE, 0, 0.5), row("a", DENSE, 1, 0.6), row("a", "x", 0, 0.4), row("a", "x", 1, 0.5)])
+    assert same[1].is_noise is None or same[1].p_value > 0  # two equal steps prove nothing
+    with pytest.raises(InvalidInputError, match="rows"):
+        summarise([])
+
+
+def test_lines_on_the_disk(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert read_lines(path) == []
+    append_line(path, {"a": 1})
+    with path.open("ab") as file:
+        file.write(b'{"b": ')
+    assert read_lines(path) == [{"a": 1}]
+    append_line(path, {"c": "é\n"})
+    assert read_lines(path) == [{"a": 1}, {"c": "é\n"}]
+    path.write_bytes(b"no json\n" + path.read_bytes())
+    with pytest.raises(InvalidInputError, match="line 1"):
+        read_lines(path)
+
+
+def test_orphans_do_not_stay(folder, tmp_path):
+    """Workers end by themselves when the process that started them is killed."""
+    (tmp_path / "c.yaml").write_text(CONFIG.format(folder=folder))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "secateur.cli", "compare", "--config", str(tmp_path / "c.yaml"), "--jobs", "2",
+         "--device", "cpu", "--out", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "out" / "scores").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.time() + 20
+    while time.time() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("a worker was still there 20 s after its parent's death")
