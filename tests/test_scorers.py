@@ -174,7 +174,7 @@ def test_bad_arguments():
         score_heads(model, ["a text"])
     with pytest.raises(InvalidInputError, match="`seed` must be a whole number"):
         score_heads(model, scorer="random", seed=0.5)
-    with pytest.raises(CheckpointError, match="nowhere cannot be loaded as a meta-pruner"):
+    with pytest.raises(CheckpointError, match="nowhere cannot be loaded as a MetaPruner"):
         score_heads(model, scorer="smp", inputs=inputs_of(model), pruner="./nowhere")
 
 

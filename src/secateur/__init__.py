@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from secateur.errors import UnsupportedModelError as UnsupportedModelError
     from secateur.heads import HeadMask as HeadMask
     from secateur.heads import HeadScores as HeadScores
+    from secateur.meta.joint import JointPruner as JointPruner
     from secateur.meta.network import MetaPruner as MetaPruner
     from secateur.model.removal import gated_heads as gated_heads
     from secateur.model.removal import remove_heads_ as remove_heads_
     from secateur.model.sites import find_sites as find_sites
     from secateur.pruning import PruningReport as PruningReport
     from secateur.pruning import prune as prune
+    from secateur.pruning import refine_mask as refine_mask
     from secateur.pruning import score_heads as score_heads
     from secateur.scorers.base import Scorer as Scorer
     from secateur.selection import select_heads as select_heads
@@ -37,6 +39,7 @@ _WHERE = {
     "HeadMask": "secateur.heads",
     "HeadScores": "secateur.heads",
     "InvalidInputError": "secateur.errors",
+    "JointPruner": "secateur.meta.joint",
     "MetaPruner": "secateur.meta.network",
     "PruningReport": "secateur.pruning",
     "RemovalError": "secateur.errors",
@@ -46,6 +49,7 @@ _WHERE = {
     "find_sites": "secateur.model.sites",
     "gated_heads": "secateur.model.removal",
     "prune": "secateur.pruning",
+    "refine_mask": "secateur.pruning",
     "remove_heads_": "secateur.model.removal",
     "score_heads": "secateur.pruning",
     "select_heads": "secateur.selection",

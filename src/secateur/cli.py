@@ -60,7 +60,7 @@ _scoring = _options(
     click.option(
         "--scorer", default=DEFAULT_SCORER, show_default=True, type=click.Choice(sorted(SCORERS)), help="Criterion."
     ),
-    click.option("--pruner", default=None, help="Meta-pruner for scorer smp: a folder, a Hub id, the authors' .bin."),
+    click.option("--pruner", default=None, help="Meta-pruner of smp, smp-plus: folder, Hub id, the authors' .bin."),
     click.option("--split", default="train", show_default=True, type=click.Choice(["train", "dev", "test"])),
     click.option(
         "--texts", "num_texts", default=_CALIBRATION_TEXTS, show_default=True, type=click.IntRange(1),
@@ -158,12 +158,20 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
     help="The same ratio at every site, or one ranking over the model.",
 )  # fmt: skip
 @click.option("--min-heads", default=1, show_default=True, type=click.IntRange(0), help="Heads a site keeps at least.")
+@click.option(
+    "--refine",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Exchanges of heads to try on the texts after scoring, no labels; each takes a pass.",
+)
 @_scoring
 @_out
 @_json
 def prune(
-    model: str, data: str, ratio: float, scope: Any, min_heads: int, out: Path, as_json: bool, **options: Any
-) -> None:
+    model: str, data: str, ratio: float, scope: Any, min_heads: int, refine: int, out: Path, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder."""
     from secateur.model.loading import check_device, load_tokenizer
     from secateur.pruning import prune as prune_model
@@ -181,6 +189,7 @@ def prune(
         scorer=options["scorer"],
         scope=scope,
         min_heads=min_heads,
+        refine=refine,
         tokenizer=tokenizer,
         batch_size=options["batch_size"],
         max_length=options["max_length"],
@@ -467,8 +476,8 @@ def _calibration(data: str, options: dict[str, Any]) -> Task:
 def _scorer_options(options: dict[str, Any]) -> dict[str, Any]:
     if options["pruner"] is None:
         return {}
-    if options["scorer"] != "smp":
-        raise click.UsageError("`pruner` goes with `--scorer smp` only")
+    if not options["scorer"].startswith("smp"):
+        raise click.UsageError("`pruner` goes with `--scorer smp` and `--scorer smp-plus` only")
     return {"pruner": options["pruner"]}
 
 

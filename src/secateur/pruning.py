@@ -21,6 +21,7 @@ from secateur.data import Text, batches
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
 from secateur.heads import HeadMask, HeadScores
+from secateur.meta.search import MaskLoss, search
 from secateur.model.cost import ModelCost, max_length, measure_cost
 from secateur.model.inputs import forward_arguments
 from secateur.model.layout import AttentionSite
@@ -41,7 +42,9 @@ class PruningReport:
     """What a pruning did and what it cost: plain values, ready for JSON.
 
     `pruning_ratio` is the fraction of the heads present before that went; `before` and `after` count heads, parameters
-    and multiply-accumulates; `max_difference` is the proof's (float32, at most `tolerance`).
+    and multiply-accumulates; `max_difference` is the proof's (float32, at most `tolerance`). `refinement` holds the
+    relational KL of every mask that was tried to improve the one that the scores gave, which comes first; `mask` is the
+    best of them.
     """
 
     model: str
@@ -56,6 +59,7 @@ class PruningReport:
     after: ModelCost
     max_difference: float
     scoring_seconds: float
+    refinement: tuple[float, ...] = ()
     tolerance: float = TOLERANCE
     versions: dict[str, str] = field(default_factory=lambda: environment())
 
@@ -84,6 +88,7 @@ class PruningReport:
             "max_difference": self.max_difference,
             "tolerance": self.tolerance,
             "scoring_seconds": self.scoring_seconds,
+            "refinement": list(self.refinement),
             "scores": self.scores.to_json()["scores"],
             "kept_heads": self.mask.kept_heads,
             "versions": self.versions,
@@ -151,6 +156,7 @@ def prune(
     scorer: str | Scorer = DEFAULT_SCORER,
     scope: Scope = "site",
     min_heads: int = 1,
+    refine: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 32,
     max_length: int = 128,
@@ -161,8 +167,9 @@ def prune(
 ) -> tuple[PreTrainedModel, PruningReport]:
     """Score, select, remove and prove; return the smaller model and a report.
 
-    `model` is a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned. The other arguments are those
-    of `score_heads` and `select_heads`. The proof runs on the first few of the texts.
+    `model` is a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned. `refine` is the number of
+    exchanges that `refine_mask` tries on the texts after scoring. The other arguments are those of `score_heads` and
+    `select_heads`. The proof runs on the first few of the texts.
     """
     if isinstance(model, str | Path):
         name = str(model)
@@ -177,6 +184,8 @@ def prune(
     before = measure_cost(pruned)
     # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
     select_heads(HeadScores({"check": torch.zeros(1)}), pruning_ratio, scope, min_heads)
+    if refine and texts is None:
+        raise InvalidInputError("`refine` needs `texts` to judge masks by")
     start = time.perf_counter()
     scores = score_heads(
         pruned,
@@ -191,6 +200,12 @@ def prune(
     )
     seconds = time.perf_counter() - start
     mask = select_heads(scores, pruning_ratio, scope, min_heads)
+    refinement: list[float] = []
+    if refine and texts is not None:
+        mask, refinement = refine_mask(
+            pruned, mask, texts, tokenizer, steps=refine, batch_size=batch_size, max_length=max_length, seed=seed,
+            progress=progress,
+        )  # fmt: skip
     inputs = None
     if texts is not None and tokenizer is not None:
         first = _tokenise(pruned, texts[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length)
@@ -210,8 +225,56 @@ def prune(
         after=measure_cost(pruned),
         max_difference=removal.max_difference,
         scoring_seconds=seconds,
+        refinement=tuple(refinement),
     )
     return pruned, report
+
+
+def refine_mask(
+    model: nn.Module,
+    mask: HeadMask,
+    texts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    steps: int = 100,
+    batch_size: int = 32,
+    max_length: int = 128,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[HeadMask, list[float]]:
+    """Improve a mask on a task's own texts: exchange heads and keep what lowers the relational KL to the dense model.
+
+    No labels and no gradients; each of the `steps` costs a gated pass over the texts. Every site keeps as many heads as
+    in `mask`. Returns the best mask found, never worse than `mask` on these texts, and the losses of all masks tried,
+    `mask` first. The model is left as it was.
+
+    Raises `InvalidInputError` for fewer than two texts, steps below 0, and a mask that does not fit the model.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise invalid("steps", "be a whole number from 0", steps)
+    base, sites = base_of(model), find_sites(model)
+    there = {name: list(site.heads) for name, site in sites.items() if site.num_heads}
+    for name, heads in there.items():
+        if name not in mask or mask[name].numel() != sites[name].original_num_heads:
+            raise invalid("mask", f"have {sites[name].original_num_heads} entries for site {name}", mask.shape)
+        if bool(mask[name].sum() > mask[name][heads].sum()):
+            raise invalid("mask", f"keep no head of site {name} that is gone already", mask[name].nonzero().flatten())
+    with evaluation_mode(base), _not_inference():
+        made = forward_arguments(base, _tokenise(model, texts, tokenizer, batch_size, max_length))
+        loss = MaskLoss(base, made, not isinstance(texts[0], str))
+        trials = search(
+            loss,
+            HeadMask({name: mask[name][heads] for name, heads in there.items()}),
+            {name: sites[name].num_key_value_heads for name in there},
+            steps,
+            torch.Generator().manual_seed(seed),
+            progress,
+        )
+    best = min(trials, key=lambda trial: trial[1])[0]
+    rows = {name: row.clone() for name, row in mask.items()}
+    for name, heads in there.items():
+        rows[name][heads] = best[name]
+    return HeadMask(rows), [value for _, value in trials]
 
 
 def criterion_name(scorer: Scorer) -> str:

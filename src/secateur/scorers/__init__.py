@@ -16,6 +16,7 @@ SCORERS = {
     "magnitude": "secateur.scorers.magnitude:MagnitudeScorer",
     "random": "secateur.scorers.random:RandomScorer",
     "smp": "secateur.scorers.smp:SmpScorer",
+    "smp-plus": "secateur.scorers.smp_plus:SmpPlusScorer",
 }
 """Name → where its class is; named rather than imported, so that the command line can list them at once."""
 

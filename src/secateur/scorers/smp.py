@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from secateur.errors import CheckpointError
 from secateur.meta.network import MetaPruner
 from secateur.model.probe import HeadReading
 from secateur.scorers.base import Batch, ScoringTask, StreamingScorer
+
+Network = TypeVar("Network", bound=Any)
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "smp-minilm"
 """The meta-pruner that ships with secateur; its card, README.md, says how it was trained."""
@@ -42,13 +45,21 @@ class SmpScorer(StreamingScorer):
 
 def load_pruner(pruner: MetaPruner | str | Path | None) -> MetaPruner:
     """Return the meta-pruner meant by a network, a folder, a Hub id, or the authors' file; None is the shipped one."""
-    if isinstance(pruner, MetaPruner):
+    if (
+        not isinstance(pruner, MetaPruner)
+        and pruner is not None
+        and (Path(pruner).suffix == ".bin" or Path(pruner).is_file())
+    ):
+        return MetaPruner.from_authors_checkpoint(pruner)
+    return read_pruner(MetaPruner, SHIPPED if pruner is None else pruner)
+
+
+def read_pruner(kind: type[Network], pruner: Network | str | Path) -> Network:
+    """Return a network of that kind as it is, or from a folder or Hub id. Raises `CheckpointError` for others."""
+    if isinstance(pruner, kind):
         return pruner
-    path = SHIPPED if pruner is None else Path(pruner)
-    if path.suffix == ".bin" or path.is_file():
-        return MetaPruner.from_authors_checkpoint(path)
     try:
-        return MetaPruner.from_pretrained(str(path))
-    except (OSError, ValueError, RuntimeError) as error:
+        return kind.from_pretrained(str(pruner))
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{pruner} cannot be loaded as a meta-pruner: {reason}") from None
+        raise CheckpointError(f"{pruner} cannot be loaded as a {kind.__name__}: {reason}") from None

@@ -1,0 +1,249 @@
+"""What one dense pass tells about every head, in numbers that do not depend on the model's width.
+
+Per head: how much it writes into the residual stream and how that differs between texts, in which direction compared
+with its site's sum and with the text representations, how much of it the other heads of its site could say, what its
+attention map looks like, and how deep it lies. Per pair of heads of a site: how alike their contributions are.
+
+Everything is a sum over texts, or a comparison of texts with each other: neither padding nor the order or size of
+batches changes it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.errors import InvalidInputError
+from secateur.meta.objective import represent
+from secateur.model.layout import AttentionSite
+from secateur.model.probe import HeadReading, probe
+from secateur.scorers.contribution import output_weights
+
+_TINY = 1e-12
+
+MAP_FEATURES = ("entropy", "confidence", "to first", "to last", "to self", "to previous", "to next")
+SIZE_FEATURES = ("size", "variation", "variation of the first token", "relevance", "relevance of the first token")
+DIRECTION_FEATURES = ("alignment", "alignment of the first token", "cosine with site", "share of site")
+REDUNDANCY_FEATURES = ("unexplained", "unexplained between texts", "nearest head")
+PLACE_FEATURES = ("depth", "height", "site size", "site variation", "heads", "is pair")
+
+FEATURES = SIZE_FEATURES + DIRECTION_FEATURES + REDUNDANCY_FEATURES + MAP_FEATURES + PLACE_FEATURES
+"""The columns of `Evidence.features`.
+
+size: log of the mean norm of the contribution (the `contribution` scorer), less its mean over the site; variation: the
+same of how far a text's mean contribution is from the mean over texts; relevance: log of the covariance (Frobenius)
+between a head's contributions to texts and their representations, less the site's mean. "of the first token": the
+contribution at the first token instead of the mean over tokens. alignment: linear CKA of those two, in [0, 1]. cosine
+with site, share of site: of the head's contribution with and in the sum over its site's heads. unexplained: log of the
+share of a head's contribution that is no linear combination of the other heads', over tokens or between texts;
+nearest head: the largest cosine with another head. entropy is divided by its largest value. depth: 0 first site, 1
+last; height: 1 / sites; site size, site variation: log of the sum over the site's heads, less the mean over sites.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a dense pass over some texts tells about a model's heads.
+
+    `features` `[heads, features]` over all sites in order, finite; `likeness` `[heads, heads]`, the cosine of two
+    heads' contributions over all tokens in [-1, 1], 0 between sites; `heads` maps each site to its number of heads.
+    """
+
+    features: Tensor
+    likeness: Tensor
+    heads: dict[str, int]
+
+    @property
+    def site_numbers(self) -> Tensor:
+        """The number of each head's site, `[heads]`."""
+        counts = torch.tensor(list(self.heads.values()))
+        return torch.repeat_interleave(torch.arange(len(counts)), counts)
+
+    def split(self, values: Tensor) -> dict[str, Tensor]:
+        """Cut a vector over all heads, `[heads]`, into one for each site."""
+        return dict(zip(self.heads, values.split(list(self.heads.values())), strict=True))
+
+
+@torch.no_grad()
+def gather_evidence(
+    model: PreTrainedModel, sites: Mapping[str, AttentionSite], batches: Sequence[Mapping[str, Any]], is_pair: bool
+) -> Evidence:
+    """Run `model` (a base model in evaluation mode) once over the batches and return the evidence.
+
+    Raises `InvalidInputError` where there are fewer than two texts: relations between texts are part of it.
+    """
+    gathered = {name: _Site(output_weights(model, site)) for name, site in sites.items() if site.num_heads}
+    representations = []
+    for batch in batches:
+        calls: dict[str, int] = defaultdict(int)
+
+        def keep(reading: HeadReading, batch: Mapping[str, Any] = batch, calls: dict[str, int] = calls) -> None:
+            gathered[reading.site].add(reading, batch.get("attention_mask"), calls[reading.site])
+            calls[reading.site] += 1
+
+        with probe(model, keep, weights=True):
+            representations.append(represent(model, model(**batch), batch, is_pair).float())
+    targets = torch.cat(representations) if representations else torch.zeros(0, 1)
+    if len(targets) < 2:
+        raise InvalidInputError(f"this scorer compares texts with each other and needs at least 2, got {len(targets)}")
+    targets = torch.nn.functional.normalize(targets - targets.mean(dim=0), dim=1)
+    kernel = _centred(targets @ targets.T)
+    rows = [site.features(kernel) for site in gathered.values()]
+    sizes = torch.stack([row.totals for row in rows])
+    sizes = sizes - sizes.mean(dim=0)
+    features = []
+    for number, row in enumerate(rows):
+        heads = len(row.columns)
+        place = torch.tensor(
+            [number / max(1, len(rows) - 1), 1 / len(rows), *sizes[number].tolist(), heads / 16, float(is_pair)]
+        )
+        features.append(torch.cat([row.columns, place.expand(heads, -1)], dim=1))
+    likeness = torch.block_diag(*(row.likeness for row in rows))
+    return Evidence(
+        torch.cat(features), likeness, {name: len(row.columns) for name, row in zip(gathered, rows, strict=True)}
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One site's share: `columns` `[heads, features less place]`, `likeness` `[heads, heads]`, `totals` `[2]`."""
+
+    columns: Tensor
+    likeness: Tensor
+    totals: Tensor
+
+
+class _Site:
+    """Sums over texts for one site; a site that runs several times in a pass (shared weights) keeps its calls apart."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.heads, self.width = weights.shape[:2]
+        flat = weights.flatten(0, 1)
+        self.products = flat @ flat.T  # of rows of the output projection: [heads · width, heads · width]
+        self.over_tokens = torch.zeros(self.heads, self.heads, device=weights.device)
+        self.norms = torch.zeros(self.heads, device=weights.device)
+        self.maps = torch.zeros(self.heads, len(MAP_FEATURES), device=weights.device)
+        self.texts = 0
+        self.means: dict[int, list[Tensor]] = defaultdict(list)
+        self.firsts: dict[int, list[Tensor]] = defaultdict(list)
+
+    def add(self, reading: HeadReading, mask: Tensor | None, call: int) -> None:
+        outputs = reading.outputs.float()
+        texts, tokens = outputs.shape[:2]
+        real = torch.ones(texts, tokens, device=outputs.device)
+        if mask is not None and mask.shape == (texts, tokens):
+            real = mask.to(real)
+        share = real / real.sum(dim=1, keepdim=True).clamp(min=1)
+        flat = outputs.flatten(2)
+        # Each token counts as much as its text's length leaves it.
+        moments = torch.einsum("bti,btj->ij", flat * share.unsqueeze(-1), flat)
+        self.over_tokens += self._by_heads(moments)
+        own = self.products.view(self.heads, self.width, self.heads, self.width).diagonal(dim1=0, dim2=2)
+        squared = torch.einsum("bthi,ijh,bthj->bth", outputs, own, outputs)
+        self.norms += (squared.clamp(min=0).sqrt() * share.unsqueeze(-1)).sum(dim=(0, 1))
+        self.means[call].append(torch.einsum("bti,bt->bi", flat, share))
+        self.firsts[call].append(flat[:, 0])
+        assert reading.weights is not None  # asked for above
+        self.maps += _map_statistics(reading.weights.float(), real).sum(dim=0)
+        self.texts += texts
+
+    def _by_heads(self, moments: Tensor) -> Tensor:
+        """Turn second moments of all heads' outputs into inner products of their contributions, `[heads, heads]`."""
+        return (moments * self.products).view(self.heads, self.width, self.heads, self.width).sum(dim=(1, 3))
+
+    def features(self, target: Tensor) -> _Row:
+        """Put the sums together; `target` is the texts' centred kernel `[texts, texts]`."""
+        over_tokens = self.over_tokens / self.texts
+        size = (self.norms / self.texts).clamp(min=_TINY).log()
+        variation, relevance, alignment, between = self._between_texts(self.means, target)
+        first_variation, first_relevance, first_alignment, _ = self._between_texts(self.firsts, target)
+        likeness = _cosines(over_tokens)
+        total = over_tokens.sum().clamp(min=_TINY)
+        with_site = over_tokens.sum(dim=1)
+        columns = [
+            *(_relative(x) for x in (size, variation, first_variation, relevance, first_relevance)),
+            alignment,
+            first_alignment,
+            with_site / (over_tokens.diagonal().clamp(min=_TINY) * total).sqrt(),
+            (with_site / total * self.heads).clamp(-5, 5),
+            _unexplained(over_tokens),
+            _unexplained(between),
+            (likeness - 2 * torch.eye(self.heads, device=likeness.device)).amax(dim=1).clamp(min=-1),
+            *(self.maps / self.texts).T,
+        ]
+        totals = torch.stack([total.log() / 2, between.sum().clamp(min=_TINY).log() / 2])
+        return _Row(torch.stack(columns, dim=1).cpu(), likeness.cpu(), totals.cpu())
+
+    def _between_texts(self, kept: Mapping[int, list[Tensor]], target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return variation, relevance and alignment of each head, and the heads' products between texts."""
+        own = self.products.view(self.heads, self.width, self.heads, self.width).diagonal(dim1=0, dim2=2)
+        kernels, between = [], torch.zeros_like(self.over_tokens)
+        for rows in kept.values():
+            flat = torch.cat(rows)
+            flat = flat - flat.mean(dim=0)
+            between += self._by_heads(flat.T @ flat) / len(flat)
+            outputs = flat.view(len(flat), self.heads, self.width)
+            kernels.append(torch.einsum("ahi,ijh,bhj->hab", outputs, own, outputs))
+        kernel = torch.stack(kernels).sum(dim=0)
+        variation = kernel.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=_TINY).log() / 2
+        common = (kernel * target).sum(dim=(1, 2)).clamp(min=_TINY)
+        size, target_size = kernel.norm(dim=(1, 2)).clamp(min=_TINY), target.norm().clamp(min=_TINY)
+        return variation, (common / target_size).log() / 2, common / (size * target_size), between
+
+
+def _map_statistics(weights: Tensor, real: Tensor) -> Tensor:
+    """Return each text's mean over real queries of what its rows look like: `[batch, heads, MAP_FEATURES]`."""
+    texts, _, queries, keys = weights.shape
+    rows = real if queries == real.shape[1] else torch.ones(texts, queries, device=weights.device)
+    share = rows / rows.sum(dim=1, keepdim=True).clamp(min=1)
+    lengths = (real.sum(dim=1) if keys == real.shape[1] else torch.full((texts,), float(keys))).to(weights)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.einsum("bhq,bq->bh", values, share)
+
+    entropy = -torch.special.xlogy(weights, weights).sum(dim=-1)
+    last = (lengths.long() - 1).clamp(min=0).view(-1, 1, 1, 1).expand(-1, weights.shape[1], queries, 1)
+    if real.shape[1] == keys and bool((real[:, 0] == 0).any()):  # padded on the left: the last key is real
+        last = torch.full_like(last, keys - 1)
+    zero = torch.zeros_like(weights[..., 0])
+    square = queries == keys
+    previous = torch.nn.functional.pad(weights.diagonal(-1, 2, 3), (1, 0)) if square else zero
+    following = torch.nn.functional.pad(weights.diagonal(1, 2, 3), (0, 1)) if square else zero
+    return torch.stack(
+        [
+            mean(entropy) / lengths.clamp(min=2).log().view(-1, 1),
+            mean(weights.amax(dim=-1)),
+            mean(weights[..., 0]),
+            mean(weights.gather(-1, last).squeeze(-1)),
+            mean(weights.diagonal(0, 2, 3) if square else zero),
+            mean(previous),
+            mean(following),
+        ],
+        dim=-1,
+    )
+
+
+def _centred(kernel: Tensor) -> Tensor:
+    return kernel - kernel.mean(dim=0) - kernel.mean(dim=1, keepdim=True) + kernel.mean()
+
+
+def _relative(values: Tensor) -> Tensor:
+    return (values - values.mean()).clamp(-6, 6)
+
+
+def _cosines(products: Tensor) -> Tensor:
+    norms = products.diagonal().clamp(min=_TINY).sqrt()
+    return (products / norms / norms.unsqueeze(1)).clamp(-1, 1)
+
+
+def _unexplained(products: Tensor) -> Tensor:
+    """Return log of the share of each head that is no combination of the others, from the inverse of their cosines."""
+    cosines = _cosines(products).double()
+    ridge = cosines + 1e-3 * torch.eye(len(cosines), dtype=torch.float64, device=cosines.device)
+    return (-torch.linalg.inv(ridge).diagonal().clamp(min=1).log()).clamp(min=-7).float()

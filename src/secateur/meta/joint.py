@@ -1,0 +1,127 @@
+"""The joint meta-pruner: scores all heads of a model together, from evidence that does not depend on its width."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from secateur.errors import invalid
+from secateur.meta.evidence import (
+    DIRECTION_FEATURES,
+    FEATURES,
+    MAP_FEATURES,
+    PLACE_FEATURES,
+    REDUNDANCY_FEATURES,
+    Evidence,
+)
+
+EVIDENCE_KINDS = {
+    "direction": DIRECTION_FEATURES,
+    "redundancy": REDUNDANCY_FEATURES,
+    "maps": MAP_FEATURES,
+    "place": PLACE_FEATURES,
+}
+"""Kinds of evidence that a pruner can be made without, for ablations; sizes are always there."""
+
+RELATIONS = 4  # same site, likeness, squared likeness, difference in depth
+
+
+class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", license="apache-2.0"):
+    """Set attention over a model's heads; no positions, so heads of a site may come in any order.
+
+    Each head starts as its evidence, standardised, in a `width`-dimensional vector; `layers` blocks of attention (with
+    a learned bias for pairs of heads: same site, likeness of their contributions, difference in depth) and a small
+    feed-forward network follow. The score is the log of the head's contribution norm, scaled, plus what the network
+    makes of it; higher = keep. A new network adds nothing: it starts as the `contribution` scorer.
+
+    `joint=False` scores each head alone; `without` names kinds of evidence to leave out (see `EVIDENCE_KINDS`).
+    `from_pretrained`, `save_pretrained` and `push_to_hub` use safetensors and a config.json.
+    """
+
+    mean: Tensor
+    std: Tensor
+    used: Tensor
+
+    def __init__(
+        self,
+        width: int = 48,
+        layers: int = 2,
+        attention_heads: int = 4,
+        joint: bool = True,
+        without: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        for kind in without:
+            if kind not in EVIDENCE_KINDS:
+                raise invalid("without", f"name kinds among {', '.join(EVIDENCE_KINDS)}", kind)
+        left_out = {name for kind in without for name in EVIDENCE_KINDS[kind]}
+        self.register_buffer("used", torch.tensor([float(name not in left_out) for name in FEATURES]))
+        self.register_buffer("mean", torch.zeros(len(FEATURES)))
+        self.register_buffer("std", torch.ones(len(FEATURES)))
+        self.embed = nn.Linear(len(FEATURES), width)
+        self.blocks = nn.ModuleList(_Block(width, attention_heads, joint) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.size_scale = nn.Parameter(torch.ones(()))
+
+    def standardise_(self, evidence: list[Evidence]) -> None:
+        """Take the mean and the standard deviation of every feature from the evidence that training will see."""
+        rows = torch.cat([one.features for one in evidence])
+        self.mean.copy_(rows.mean(dim=0))
+        self.std.copy_(rows.std(dim=0).clamp(min=0.05))
+
+    def forward(self, evidence: Evidence) -> Tensor:
+        """Return a score for each head over all sites, `[heads]`, higher = keep."""
+        features = evidence.features.to(self.mean)
+        standard = ((features - self.mean) / self.std).clamp(-5, 5) * self.used
+        sites, likeness = evidence.site_numbers.to(features.device), evidence.likeness.to(features)
+        depth = features[:, FEATURES.index("depth")]
+        relations = torch.stack(
+            [
+                (sites.unsqueeze(0) == sites.unsqueeze(1)).to(features),
+                likeness,
+                likeness.square(),
+                (depth.unsqueeze(0) - depth.unsqueeze(1)).abs(),
+            ]
+        )
+        x = self.embed(standard)
+        for block in self.blocks:
+            x = block(x, relations)
+        return self.size_scale * features[:, FEATURES.index("size")] + self.head(self.norm(x)).squeeze(-1)
+
+    @classmethod
+    def _from_pretrained(cls, **options: Any) -> JointPruner:
+        # The mixin prints where it reads from; standard output belongs to results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return super()._from_pretrained(**options)
+
+
+class _Block(nn.Module):
+    """Attention over all heads with a bias made of their relations, then a feed-forward network."""
+
+    def __init__(self, width: int, heads: int, joint: bool) -> None:
+        super().__init__()
+        self.heads, self.joint = heads, joint
+        if joint:
+            self.norm = nn.LayerNorm(width)
+            self.query_key_value = nn.Linear(width, 3 * width)
+            self.bias = nn.Parameter(torch.zeros(heads, RELATIONS))
+            self.out = nn.Linear(width, width)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor, relations: Tensor) -> Tensor:
+        if self.joint:
+            query, key, value = self.query_key_value(self.norm(x)).view(len(x), 3, self.heads, -1).permute(1, 2, 0, 3)
+            bias = torch.einsum("hr,rij->hij", self.bias, relations)
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            x = x + self.out(mixed.permute(1, 0, 2).flatten(1))
+        return x + self.feed_forward(x)

@@ -1,0 +1,203 @@
+"""Teaching the joint pruner which masks are good: collect trials of masks once, then regress on them.
+
+A sample is some texts of a task with a frozen model: the evidence of one dense pass, and trials, masks with their
+relational KL. Scores are fitted so that the sum over the heads that a mask drops explains the log of its KL among masks
+that drop as many. The search for good masks makes most trials, so that scores learn what a head is worth where it
+matters: when half of the heads are gone already, and the right ones.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.errors import CheckpointError, invalid
+from secateur.files import write_bytes
+from secateur.heads import HeadMask, HeadScores
+from secateur.meta.evidence import FEATURES, Evidence, gather_evidence
+from secateur.meta.joint import JointPruner
+from secateur.meta.search import MaskLoss, search
+from secateur.model.layout import AttentionSite
+from secateur.model.state import evaluation_mode
+from secateur.selection import select_heads
+
+LEAVE_ONE_OUT = 0
+"""The group of trials that each drop a single head; the others are numbered from 1, one a ratio."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Evidence, and trials: `masks` bool `[trials, heads]`, `losses` `[trials]` ≥ 0, `groups` `[trials]`."""
+
+    subject: str
+    task: str
+    evidence: Evidence
+    masks: Tensor
+    losses: Tensor
+    groups: Tensor
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        tensors = {
+            "features": self.evidence.features,
+            "likeness": self.evidence.likeness,
+            "masks": self.masks.to(torch.uint8),
+            "losses": self.losses,
+            "groups": self.groups,
+        }
+        about = {
+            "subject": self.subject,
+            "task": self.task,
+            "heads": json.dumps(self.evidence.heads),
+            "columns": ",".join(FEATURES),
+        }
+        write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, about))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sample:
+        """Read what `save` wrote. Raises `CheckpointError` for evidence with other columns than today's."""
+        with safe_open(path, "pt") as file:
+            about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about["columns"] != ",".join(FEATURES):
+            raise CheckpointError(f"{path} holds evidence of another version; collect it again")
+        evidence = Evidence(tensors["features"], tensors["likeness"], json.loads(about["heads"]))
+        masks = tensors["masks"].bool()
+        return cls(about["subject"], about["task"], evidence, masks, tensors["losses"], tensors["groups"])
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """How trials are made, for each ratio: masks at random, masks near the contribution scorer's, and exchanges.
+
+    `spread`: standard deviation of the Gumbel noise on the log of the contributions' size, in units of their own.
+    """
+
+    ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
+    at_random: int = 6
+    near: int = 10
+    exchanges: int = 24
+    spread: float = 1.0
+    leave_one_out: bool = False
+
+
+@torch.no_grad()
+def collect(
+    model: PreTrainedModel,
+    sites: Mapping[str, AttentionSite],
+    batches: Sequence[Mapping[str, Any]],
+    is_pair: bool,
+    subject: str,
+    task: str,
+    config: TrialConfig,
+    seed: int,
+) -> Sample:
+    """Make one sample from a frozen base model and one or more batches of a task."""
+    random = torch.Generator().manual_seed(seed)
+    with evaluation_mode(model):
+        evidence = gather_evidence(model, sites, batches, is_pair)
+        loss = MaskLoss(model, batches, is_pair)
+        groups = {name: sites[name].num_key_value_heads for name in evidence.heads}
+        sizes = evidence.features[:, FEATURES.index("size")].double()
+        masks, losses, numbers = [], [], []
+
+        def add(mask: HeadMask, value: float, group: int) -> None:
+            masks.append(torch.cat([mask[name] for name in evidence.heads]))
+            losses.append(value)
+            numbers.append(group)
+
+        for number, ratio in enumerate(config.ratios, 1):
+            tried = []
+            for trial in range(config.at_random + config.near):
+                noise = -torch.log(-torch.log(torch.rand(len(sizes), generator=random, dtype=torch.float64)))
+                near = trial >= config.at_random
+                # Half of the noise at most: the nearest trials are the scorer's own mask.
+                spread = config.spread * float(sizes.std()) * float(torch.rand(1, generator=random))
+                noisy = sizes + spread * noise if near else noise
+                mask = select_heads(HeadScores(evidence.split(noisy), groups), ratio)
+                tried.append((mask, loss(mask)))
+            start = min(tried, key=lambda trial: trial[1])[0]
+            for mask, value in tried + search(loss, start, groups, config.exchanges, random)[1:]:
+                add(mask, value, number)
+        if config.leave_one_out:
+            for head in range(len(sizes)):
+                alone = torch.arange(len(sizes)) != head
+                mask = HeadMask(evidence.split(alone))
+                add(mask, loss(mask), LEAVE_ONE_OUT)
+    return Sample(subject, task, evidence, torch.stack(masks), torch.tensor(losses), torch.tensor(numbers))
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of the regression.
+
+    `groups`: which trials teach, as numbered in `Sample`; None is all ratios and no leave-one-out. `jitter`: noise on
+    the standardised evidence, against learning single samples by heart.
+    """
+
+    epochs: int = 150
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    jitter: float = 0.1
+    groups: tuple[int, ...] | None = None
+    seed: int = 0
+
+
+def trial_loss(scores: Tensor, sample: Sample, groups: Sequence[int] | None = None) -> Tensor:
+    """Return how badly scores explain a sample's trials: 0 = perfectly, 1 = not at all, more = the wrong way.
+
+    For each group of trials: the mean squared error of log KL as the sum of the dropped heads' scores, both centred,
+    over the variance of the log KL. Averaged over groups.
+    """
+    chosen = [int(g) for g in sample.groups.unique() if (g != LEAVE_ONE_OUT if groups is None else int(g) in groups)]
+    if not chosen:
+        raise invalid("groups", f"name groups of the sample's, {sample.groups.unique().tolist()}", groups)
+    losses = []
+    for group in chosen:
+        rows = sample.groups == group
+        found = sample.losses[rows].to(scores).clamp(min=1e-9).log()
+        predicted = (~sample.masks[rows]).to(scores) @ scores
+        found, predicted = found - found.mean(), predicted - predicted.mean()
+        losses.append((found - predicted).square().mean() / found.square().mean().clamp(min=1e-6))
+    return torch.stack(losses).mean()
+
+
+def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None = None) -> list[float]:
+    """Train the pruner in place and return the mean loss of every epoch."""
+    config = config or FitConfig()
+    if not samples:
+        raise invalid("samples", "hold at least one", [])
+    random = torch.Generator().manual_seed(config.seed)
+    pruner.train()
+    pruner.standardise_([sample.evidence for sample in samples])
+    optimizer = torch.optim.AdamW(pruner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.epochs * -(-len(samples) // 4)
+    )
+    history = []
+    for _ in range(config.epochs):
+        losses = []
+        for numbers in torch.randperm(len(samples), generator=random).split(4):
+            optimizer.zero_grad()
+            for number in numbers.tolist():
+                sample = samples[number]
+                noise = torch.randn(sample.evidence.features.shape, generator=random) * config.jitter * pruner.std.cpu()
+                noisy = Evidence(sample.evidence.features + noise, sample.evidence.likeness, sample.evidence.heads)
+                loss = trial_loss(pruner(noisy), sample, config.groups)
+                (loss / len(numbers)).backward()
+                losses.append(float(loss.detach()))
+            torch.nn.utils.clip_grad_norm_(pruner.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        history.append(statistics.mean(losses))
+    pruner.eval()
+    return history

@@ -1,0 +1,38 @@
+"""Beyond the paper's criterion: a network that sees what heads write as well as their maps, and all heads together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.meta.evidence import gather_evidence
+from secateur.meta.joint import JointPruner
+from secateur.scorers.base import Scorer, ScoringTask
+from secateur.scorers.smp import read_pruner
+
+SHIPPED = Path(__file__).parents[1] / "assets" / "smp-plus"
+"""The joint meta-pruner that ships with secateur; its card, README.md, says how it was trained."""
+
+
+class SmpPlusScorer(Scorer):
+    """The joint meta-pruner's scores, from the evidence of one dense pass over all texts.
+
+    `pruner` is a `JointPruner`, or a folder or Hub id that `JointPruner.from_pretrained` reads; by default the one that
+    ships with secateur.
+    """
+
+    description = "joint meta-pruner: sees contributions, maps and redundancy, and scores all heads together"
+    source = "this project, after Zhang et al. 2021 (arXiv 2011.03770)"
+    passes = "1"
+
+    def __init__(self, pruner: JointPruner | str | Path | None = None) -> None:
+        self.pruner = read_pruner(JointPruner, SHIPPED if pruner is None else pruner)
+
+    def score(self, task: ScoringTask) -> dict[str, Tensor]:
+        """Gather the evidence and score all heads at once."""
+        batches = list(task.track(task.batches, len(task.batches), "scoring"))
+        evidence = gather_evidence(task.model, task.sites, batches, task.is_pair)
+        found = evidence.split(self.pruner.eval()(evidence).detach())
+        return {name: found.get(name, torch.zeros(0)) for name in task.sites}  # a site may have been emptied before

@@ -1,0 +1,392 @@
+"""The joint pruner: evidence that no width changes, scores for all heads together, search, and fit."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModel, BertConfig
+
+import secateur
+from secateur.errors import CheckpointError, InvalidInputError
+from secateur.heads import HeadMask
+from secateur.meta.evidence import FEATURES, MAP_FEATURES, Evidence, _map_statistics, gather_evidence
+from secateur.meta.joint import EVIDENCE_KINDS, JointPruner
+from secateur.meta.joint_training import LEAVE_ONE_OUT, FitConfig, Sample, TrialConfig, collect, fit, trial_loss
+from secateur.meta.objective import relational_kl
+from secateur.meta.search import MaskLoss, exchange, search
+from secateur.meta.signals import gated_representations
+from secateur.model.inputs import example_inputs, forward_arguments
+from secateur.model.probe import probe
+from secateur.model.removal import gated_heads, remove_heads_
+from secateur.model.sites import find_sites
+from secateur.pruning import refine_mask, score_heads
+from secateur.scorers.contribution import output_weights
+from secateur.scorers.smp_plus import SmpPlusScorer
+from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
+
+RANDOM = torch.Generator().manual_seed(0)
+
+
+def batches_of(model, count=8, size=4, seed=0):
+    from secateur.data import batches
+
+    return forward_arguments(model, batches(tiny_tokenizer(), tiny_texts(count, seed), size, 16))
+
+
+def evidence_of(model, made=None, is_pair=False):
+    return gather_evidence(model, find_sites(model), batches_of(model) if made is None else made, is_pair)
+
+
+def column(evidence, name):
+    return evidence.features[:, FEATURES.index(name)]
+
+
+def learned(seed=0, **options):
+    """A pruner whose scores depend on everything it sees; a new one only looks at the size."""
+    torch.manual_seed(seed)
+    pruner = JointPruner(**options)
+    for parameter in pruner.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return pruner.eval()
+
+
+# --- evidence
+
+
+def contributions(model, batch):
+    """What every head adds to the residual stream, `[heads, texts, tokens, model width]`, made the long way."""
+    sites, found = find_sites(model), []
+    with (
+        torch.no_grad(),
+        probe(
+            model,
+            lambda r: found.append(torch.einsum("bthi,hid->hbtd", r.outputs, output_weights(model, sites[r.site]))),
+        ),
+    ):
+        model(**batch)
+    return found
+
+
+def test_sizes_directions_and_redundancy_by_the_long_way():
+    model = tiny_model("bert")
+    (batch,) = batches_of(model, 6, 6)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    evidence = evidence_of(model, [batch])
+    with torch.no_grad():
+        targets = model(**batch).last_hidden_state.mean(dim=1)
+    targets = torch.nn.functional.normalize(targets - targets.mean(dim=0), dim=1)
+    targets = targets - targets.mean(dim=0)
+    for number, written in enumerate(contributions(model, batch)):
+        rows = slice(4 * number, 4 * number + 4)
+
+        def check(name, expected, rows=rows):
+            torch.testing.assert_close(column(evidence, name)[rows], expected, atol=2e-4, rtol=2e-4)
+
+        size = written.norm(dim=-1).mean(dim=(1, 2)).log()
+        check("size", size - size.mean())
+        texts = written.mean(dim=2)
+        texts = texts - texts.mean(dim=1, keepdim=True)
+        variation = texts.norm(dim=-1).square().mean(dim=1).log() / 2
+        check("variation", variation - variation.mean())
+        cross = torch.stack([(t.T @ targets).norm() for t in texts])
+        relevance = cross.log()
+        relevance = (cross.square() / (targets @ targets.T).norm()).log() / 2
+        check("relevance", relevance - relevance.mean())
+        own = torch.stack([(t @ t.T).norm() for t in texts])
+        check("alignment", cross.square() / (own * (targets @ targets.T).norm()))
+        total = written.sum(dim=0)
+        inner = (written * total).sum(dim=(1, 2, 3))
+        check("cosine with site", inner / (written.flatten(1).norm(dim=1) * total.norm()))
+        check("share of site", 4 * inner / total.square().sum())
+        flat = torch.nn.functional.normalize(written.flatten(1), dim=1)
+        likeness = flat @ flat.T
+        torch.testing.assert_close(evidence.likeness[rows, rows], likeness, atol=1e-4, rtol=1e-4)
+        check("nearest head", (likeness - 2 * torch.eye(4)).amax(dim=1))
+    assert bool((evidence.likeness[:4, 4:] == 0).all())
+
+
+def test_a_copied_head_is_explained_by_the_other():
+    model = tiny_model("bert")
+    attention = model.encoder.layer[1].attention
+    with torch.no_grad():
+        for linear in (attention.self.query, attention.self.key, attention.self.value):
+            linear.weight[8:16] = linear.weight[:8]
+            linear.bias[8:16] = linear.bias[:8]
+        attention.output.dense.weight[:, 8:16] = attention.output.dense.weight[:, :8]
+    evidence = evidence_of(model)
+    unexplained = column(evidence, "unexplained")
+    assert float(unexplained[4:6].max()) < -4
+    assert float(unexplained[6:8].min()) > -4
+    assert column(evidence, "nearest head")[4] == pytest.approx(1, abs=1e-4)
+    assert evidence.likeness[4, 5] == pytest.approx(1, abs=1e-4)
+
+
+def test_what_maps_look_like_by_hand():
+    weights = torch.tensor([[[[1.0, 0, 0], [0.5, 0.5, 0], [0, 0.25, 0.75]]]])
+    found = dict(zip(MAP_FEATURES, _map_statistics(weights, torch.ones(1, 3))[0, 0].tolist(), strict=True))
+    quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert found["entropy"] == pytest.approx((0 + math.log(2) + quarter) / 3 / math.log(3))
+    assert found["confidence"] == pytest.approx((1 + 0.5 + 0.75) / 3)
+    assert found["to first"] == pytest.approx(1.5 / 3)
+    assert found["to last"] == pytest.approx(0.75 / 3)
+    assert found["to self"] == pytest.approx((1 + 0.5 + 0.75) / 3)
+    assert found["to previous"] == pytest.approx((0.5 + 0.25) / 3)
+    assert found["to next"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert", "vit", "gpt2", "llama", "bart"])
+def test_evidence_is_finite_for_every_kind(kind):
+    model = tiny_model(kind)
+    made = forward_arguments(
+        model, [example_inputs(model, batch=4, length=10), example_inputs(model, batch=2, length=7)]
+    )
+    evidence = evidence_of(model, made)
+    assert evidence.features.shape == (sum(s.num_heads for s in find_sites(model).values()), len(FEATURES))
+    assert bool(evidence.features.isfinite().all())
+    assert float(evidence.likeness.abs().max()) <= 1
+
+
+def test_padding_and_batching_and_order_change_nothing():
+    model = tiny_model("bert")
+    (whole,) = batches_of(model, 8, 8)
+    parts = batches_of(model, 8, 2)
+    one = evidence_of(model, [whole])
+    for made in (parts, parts[::-1]):
+        other = evidence_of(model, made)
+        torch.testing.assert_close(other.features, one.features, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(other.likeness, one.likeness, atol=1e-4, rtol=1e-4)
+    wider = {k: torch.nn.functional.pad(v, (0, 5)) if isinstance(v, torch.Tensor) else v for k, v in whole.items()}
+    torch.testing.assert_close(evidence_of(model, [wider]).features, one.features, atol=1e-4, rtol=1e-4)
+
+
+def test_one_text_is_too_few():
+    model = tiny_model("bert")
+    with pytest.raises(InvalidInputError, match="at least 2, got 1"):
+        evidence_of(model, batches_of(model, 1, 1))
+
+
+# --- the network
+
+
+def permuted(evidence, order):
+    return Evidence(evidence.features[order], evidence.likeness[order][:, order], evidence.heads)
+
+
+def test_heads_of_a_site_may_come_in_any_order():
+    evidence = evidence_of(tiny_model("bert"))
+    pruner = learned()
+    order = torch.cat([torch.tensor([2, 0, 3, 1]) + 4 * site for site in range(3)])
+    with torch.no_grad():
+        torch.testing.assert_close(pruner(permuted(evidence, order)), pruner(evidence)[order], atol=1e-5, rtol=1e-5)
+
+
+def test_a_new_network_is_the_contribution_scorer():
+    evidence = evidence_of(tiny_model("bert"))
+    with torch.no_grad():
+        assert torch.equal(JointPruner().eval()(evidence), column(evidence, "size"))
+
+
+def test_one_pruner_serves_models_of_other_widths_depths_and_head_counts():
+    pruner = learned()
+    for width, layers, heads in ((32, 2, 4), (48, 5, 2), (96, 3, 12)):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=99, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=37
+        )
+        model = AutoModel.from_config(config).eval()
+        scores = score_heads(model, inputs=[example_inputs(model)], scorer=SmpPlusScorer(pruner))
+        assert [len(v) for v in scores.values()] == [heads] * layers
+        assert all(bool(v.isfinite().all()) for v in scores.values())
+
+
+def test_heads_are_scored_together_unless_told_otherwise():
+    evidence = evidence_of(tiny_model("bert"))
+    changed = Evidence(evidence.features.clone(), evidence.likeness, evidence.heads)
+    changed.features[5] += 1
+    for joint in (True, False):
+        pruner = learned(joint=joint)
+        with torch.no_grad():
+            differ = (pruner(changed) - pruner(evidence)).abs() > 1e-6
+        assert bool(differ[5])
+        assert bool(differ[[0, 4, 11]].any()) is joint
+
+
+@pytest.mark.parametrize("kind", EVIDENCE_KINDS)
+def test_evidence_that_is_left_out_is_not_seen(kind):
+    evidence = evidence_of(tiny_model("bert"))
+    changed = Evidence(evidence.features.clone(), evidence.likeness, evidence.heads)
+    for name in EVIDENCE_KINDS[kind]:
+        if name != "depth":
+            changed.features[:, FEATURES.index(name)] += torch.rand(12)
+    with torch.no_grad():
+        blind, seeing = learned(without=(kind,)), learned()
+        assert torch.equal(blind(changed), blind(evidence))
+        assert not torch.equal(seeing(changed), seeing(evidence))
+    with pytest.raises(InvalidInputError, match="`without` must name kinds among"):
+        JointPruner(without=("nothing",))
+
+
+def test_saved_and_loaded_it_scores_alike(tmp_path, capsys):
+    evidence = evidence_of(tiny_model("bert"))
+    pruner = learned(width=24, layers=1, without=("maps",))
+    pruner.standardise_([evidence])
+    pruner.save_pretrained(tmp_path / "p")
+    again = JointPruner.from_pretrained(str(tmp_path / "p")).eval()
+    with torch.no_grad():
+        assert torch.equal(again(evidence), pruner(evidence))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(CheckpointError, match="cannot be loaded as a JointPruner"):
+        SmpPlusScorer(tmp_path / "nowhere")
+
+
+# --- the search
+
+
+def test_the_loss_of_a_mask_is_the_objective():
+    model = tiny_model("bert")
+    made = batches_of(model)
+    mask = uneven_mask(find_sites(model))
+    gates = {site: row.float() for site, row in mask.items()}
+    with torch.no_grad():
+        expected = [
+            float(
+                relational_kl(gated_representations(model, b, {}, False), gated_representations(model, b, gates, False))
+            )
+            for b in made
+        ]
+    assert MaskLoss(model, made, False)(mask) == pytest.approx(sum(expected) / 2)
+    with pytest.raises(InvalidInputError, match="at least 2 texts"):
+        MaskLoss(model, batches_of(model, 2, 1), False)
+
+
+def test_an_exchange_keeps_the_number_of_heads_and_of_groups():
+    random = torch.Generator().manual_seed(1)
+    start = HeadMask(
+        {"a": torch.tensor([True, True, False, False]), "b": torch.tensor([True, False] * 2 + [False] * 2)}
+    )
+    groups = {"a": 4, "b": 3}
+    seen = set()
+    for _ in range(300):
+        mask = exchange(start, groups, random)
+        assert mask is not None
+        assert mask != start
+        seen.add(str(mask.kept_heads))
+        assert {k: int(v.sum()) for k, v in mask.items()} == {"a": 2, "b": 2}
+        assert sorted(mask["b"].view(3, 2).sum(dim=1).tolist()) == [0, 1, 1]
+    # a: 2 x 2 swaps. b: a swap inside each of two groups, and the empty group's pattern with either of theirs.
+    assert len(seen) == 4 + 2 + 2
+    assert exchange(HeadMask({"a": torch.ones(3, dtype=torch.bool)}), {"a": 3}, random) is None
+
+
+def test_search_goes_on_from_the_best():
+    model = tiny_model("bert")
+    start = HeadMask({name: torch.tensor([True, True, False, False]) for name in find_sites(model)})
+    loss = MaskLoss(model, batches_of(model), False)
+    trials = search(loss, start, dict.fromkeys(start, 4), 25, torch.Generator().manual_seed(0))
+    assert len(trials) == 26
+    assert trials[0][0] == start
+    best = start, trials[0][1]
+    for mask, value in trials[1:]:
+        apart = sum(int((mask[s] != best[0][s]).sum()) for s in start)
+        assert apart == 2
+        assert value == pytest.approx(loss(mask))
+        best = min(best, (mask, value), key=lambda t: t[1])
+    assert best[1] < trials[0][1]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_refining_lowers_the_loss_and_leaves_the_model_alone(kind):
+    model, tokenizer, texts = tiny_model(kind), tiny_tokenizer(), tiny_texts(12)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    scores = score_heads(model, texts, "random", tokenizer)
+    start = secateur.select_heads(scores, 0.5)
+    mask, losses = refine_mask(model, start, texts, tokenizer, steps=30)
+    assert len(losses) == 31
+    assert min(losses) < losses[0]
+    assert {s: int(v.sum()) for s, v in mask.items()} == {s: int(v.sum()) for s, v in start.items()}
+    loss = MaskLoss(model, forward_arguments(model, [dict(tokenizer(texts, padding=True, return_tensors="pt"))]), False)
+    assert loss(mask) == pytest.approx(min(losses), rel=1e-4)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert refine_mask(model, start, texts, tokenizer, steps=0)[0] == start
+    with gated_heads(model, mask):
+        pass  # the mask obeys the model's groups
+
+
+def test_refining_a_pruned_model_never_brings_a_head_back():
+    model, tokenizer, texts = tiny_model("bert"), tiny_tokenizer(), tiny_texts(12)
+    gone = HeadMask({name: torch.tensor([False, True, True, True]) for name in find_sites(model)})
+    remove_heads_(model, gone)
+    start = HeadMask({name: torch.tensor([False, True, False, True]) for name in gone})
+    mask, _ = refine_mask(model, start, texts, tokenizer, steps=20)
+    assert all(not bool(row[0]) and int(row.sum()) == 2 for row in mask.values())
+    with pytest.raises(InvalidInputError, match="that is gone already"):
+        refine_mask(model, HeadMask({name: ~row for name, row in gone.items()}), texts, tokenizer, steps=1)
+
+
+def test_prune_refines_and_reports_it():
+    model, tokenizer, texts = tiny_model("bert"), tiny_tokenizer(), tiny_texts(12)
+    pruned, report = secateur.prune(model, texts, 0.5, scorer="random", tokenizer=tokenizer, refine=15)
+    assert len(report.refinement) == 16
+    assert report.to_json()["refinement"][0] >= min(report.refinement)
+    assert pruned.config.head_pruning["kept_heads"] == report.mask.kept_heads
+    with pytest.raises(InvalidInputError, match="`refine` needs `texts`"):
+        secateur.prune(model, scorer="magnitude", refine=5)
+    with pytest.raises(InvalidInputError, match="`steps` must be a whole number"):
+        refine_mask(model, report.mask, texts, tokenizer, steps=-1)
+
+
+# --- the fit
+
+
+def sample_of(model, seed=0, texts=8, **settings):
+    config = TrialConfig(**{"ratios": (0.5,), "at_random": 4, "near": 4, "exchanges": 8, **settings})
+    made = batches_of(model, texts, texts // 2, seed)
+    return collect(model, find_sites(model), made, False, "tiny", "words", config, seed)
+
+
+def test_a_sample_holds_what_masks_cost(tmp_path):
+    model = tiny_model("bert")
+    sample = sample_of(model, ratios=(0.25, 0.5), leave_one_out=True)
+    assert sample.masks.shape == (2 * 16 + 12, 12)
+    counts = {int(g): set(sample.masks[sample.groups == g].sum(dim=1).tolist()) for g in sample.groups.unique()}
+    assert counts == {LEAVE_ONE_OUT: {11}, 1: {9}, 2: {6}}
+    loss = MaskLoss(model, batches_of(model), False)
+    for number in (0, 20, 40):
+        mask = HeadMask(sample.evidence.split(sample.masks[number]))
+        assert float(sample.losses[number]) == pytest.approx(loss(mask), rel=1e-4)
+    sample.save(tmp_path / "s.safetensors")
+    again = Sample.load(tmp_path / "s.safetensors")
+    assert torch.equal(again.masks, sample.masks)
+    assert torch.equal(again.evidence.features, sample.evidence.features)
+    assert again.evidence.heads == sample.evidence.heads
+    assert torch.equal(sample_of(model, ratios=(0.25, 0.5), leave_one_out=True).masks, sample.masks)
+
+
+def test_the_regression_by_hand():
+    evidence = Evidence(torch.zeros(3, len(FEATURES)), torch.eye(3), {"a": 3})
+    masks = torch.tensor([[True, True, False], [True, False, True], [False, True, True]])
+    importance = torch.tensor([0.3, 1.0, 2.0])
+    sample = Sample("m", "t", evidence, masks, ((~masks).float() @ importance).exp(), torch.ones(3, dtype=torch.long))
+    assert float(trial_loss(importance, sample)) == pytest.approx(0, abs=1e-6)
+    assert float(trial_loss(importance + 5, sample)) == pytest.approx(0, abs=1e-5)  # only differences count
+    assert float(trial_loss(torch.zeros(3), sample)) == pytest.approx(1, abs=1e-6)
+    assert float(trial_loss(-importance, sample)) == pytest.approx(4, abs=1e-5)
+    with pytest.raises(InvalidInputError, match="`groups` must name groups"):
+        trial_loss(importance, sample, [7])
+
+
+def test_a_fit_explains_trials_that_it_did_not_see():
+    model = tiny_model("bert")
+    samples = [sample_of(model, seed, texts=48, at_random=12, near=12) for seed in range(5)]
+    torch.manual_seed(0)
+    pruner = JointPruner(width=16, layers=1)
+    with torch.no_grad():
+        before = float(trial_loss(pruner.eval()(samples[4].evidence), samples[4]))
+    history = fit(pruner, samples[:4], FitConfig(epochs=60))
+    with torch.no_grad():
+        after = float(trial_loss(pruner(samples[4].evidence), samples[4]))
+    assert history[-1] < 0.5 * history[0]
+    assert after < min(before, 0.8)
+    assert all(torch.isfinite(p).all() for p in pruner.parameters())
+    with pytest.raises(InvalidInputError, match="samples"):
+        fit(pruner, [])
