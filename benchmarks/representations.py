@@ -1,11 +1,12 @@
 """The paper's comparison before fine-tuning: how well each scorer's mask keeps text representations.
 
-    python benchmarks/representations.py --glue GLUE [--seeds 3] [--pruner name=FOLDER …] [--out FILE]
+    python benchmarks/representations.py --glue GLUE [--seeds 3] [--pruner name=SCORER:FOLDER …] [--out FILE]
 
 GLUE is a folder with one folder a task. For each task, heads are scored on training texts; the relational KL of the
 mask is measured on dev texts. Recovery = (random - scorer) / (random - leave_one_out): 0 is random heads, 1 is
 leave-one-out. Similarity is the Spearman correlation on STS-B's test pairs of cosine similarities of mean-pooled
-embeddings, no fine-tuning, heads scored on STS-B's training pairs. Prints Markdown tables, writes raw JSON.
+embeddings, no fine-tuning, heads scored on STS-B's training pairs. Prints Markdown tables and writes raw JSON after
+every task; what the file has already is not measured again.
 """
 
 from __future__ import annotations
@@ -13,26 +14,27 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
 
 from secateur.data import Task, batches, load_task
 from secateur.demo import demo_model
 from secateur.evaluate import regression_metrics
-from secateur.files import write_text
+from secateur.files import read_json, write_text
 from secateur.heads import HeadMask
-from secateur.meta.objective import relational_kl
-from secateur.meta.signals import gated_representations
+from secateur.meta.search import MaskLoss
 from secateur.model.inputs import forward_arguments
+from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.probe import probe
-from secateur.pruning import environment, score_heads
+from secateur.pruning import environment, refine_mask, score_heads
 from secateur.selection import select_heads
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
@@ -41,14 +43,34 @@ RANDOM_DRAWS = 5
 SCORED, JUDGED, LENGTH = 96, 128, 64
 
 
-def scorers(pruners: dict[str, str | None], seeds: int) -> list[tuple[str, str, dict, int]]:
-    """Return (name in the table, registered name, options, seed) of everything that is compared."""
-    found = [("random", "random", {}, seed) for seed in range(max(RANDOM_DRAWS, seeds))]
-    for seed in range(seeds):
-        found.append(("contribution", "contribution", {}, seed))
-        found += [(name, "smp", {} if folder is None else {"pruner": folder}, seed) for name, folder in pruners.items()]
-    # These two are dear or need no texts: one draw.
-    return [*found, ("leave_one_out", "leave_one_out", {}, 0), ("magnitude", "magnitude", {}, 0)]
+@dataclass(frozen=True)
+class Method:
+    """What is compared: a name in the tables, a registered scorer, its pruner if any, and how many draws of texts."""
+
+    name: str
+    scorer: str
+    draws: int
+    pruner: str | None = None
+    refine: int = 0
+
+
+def methods(options: argparse.Namespace) -> list[Method]:
+    """Return everything that is compared; a pruner's folder may hold {task}, which becomes the task's name."""
+    seeds = options.seeds
+    found = [
+        Method("random", "random", max(RANDOM_DRAWS, seeds)),
+        Method("contribution", "contribution", seeds),
+        Method("smp", "smp", seeds),
+        # These two are dear or need no texts: one draw.
+        Method("leave_one_out", "leave_one_out", 1),
+        Method("magnitude", "magnitude", 1),
+    ]
+    for text in options.pruner:
+        name, _, rest = text.partition("=")
+        scorer, _, folder = rest.partition(":")
+        scorer, _, refine = scorer.partition("+")
+        found.append(Method(name, scorer, seeds, folder or None, int(refine or 0)))
+    return [m for m in found if not options.only or m.name in options.only]
 
 
 @torch.no_grad()
@@ -78,53 +100,58 @@ def main() -> None:
     parser.add_argument("--glue", required=True, type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="*", default=TASKS)
-    parser.add_argument("--pruner", action="append", default=[], help="name=FOLDER, beside the shipped one")
+    parser.add_argument(
+        "--pruner", action="append", default=[], help="name=SCORER[+exchanges][:FOLDER], one more method"
+    )
+    parser.add_argument("--only", nargs="*", help="names of the methods to measure")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "representations.json")
     options = parser.parse_args()
-    torch.set_num_threads(2)
-    pruners: dict[str, str | None] = {"smp": None, **dict(p.split("=", 1) for p in options.pruner)}
-    model, tokenizer = AutoModel.from_pretrained(demo_model()).eval(), AutoTokenizer.from_pretrained(demo_model())
-    rows, similarities, costs = [], [], defaultdict(list)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    old = read_json(options.out) if options.out.is_file() else {"rows": [], "similarity": [], "scoring_seconds": {}}
+    rows, similarities = old["rows"], old["similarity"]
+    done = {(row["task"], row["scorer"], row["seed"]) for row in rows}
+    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     test = load_task(options.glue / "stsb", "test", need_labels=True)
-    if "stsb" in options.tasks:
+    if not similarities:
         similarities.append(
             {"scorer": "dense", "ratio": 0.0, "seed": 0, "spearman": similarity(model, tokenizer, test, None)}
         )
     for name in options.tasks:
         train, dev = load_task(options.glue / name, "train"), load_task(options.glue / name, "dev")
-        judged = forward_arguments(model, batches(tokenizer, dev.head(JUDGED, seed=0).texts, 32, LENGTH))
-        with torch.no_grad():
-            dense = [gated_representations(model, batch, {}, dev.is_pair) for batch in judged]
-        for shown, scorer, extra, seed in tqdm(scorers(pruners, options.seeds), desc=name):
-            start = time.perf_counter()
+        loss = MaskLoss(
+            model, forward_arguments(model, batches(tokenizer, dev.head(JUDGED, seed=0).texts, 32, LENGTH)), dev.is_pair
+        )
+        wanted = [(m, seed) for m in methods(options) for seed in range(m.draws) if (name, m.name, seed) not in done]
+        costs = defaultdict(list)
+        for method, seed in tqdm(wanted, desc=name):
+            extra = {} if method.pruner is None else {"pruner": method.pruner.format(task=name)}
             texts = train.head(SCORED, seed=seed).texts
-            scores = score_heads(model, texts, scorer, tokenizer, max_length=LENGTH, seed=seed, **extra)
-            costs[shown].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            scores = score_heads(model, texts, method.scorer, tokenizer, max_length=LENGTH, seed=seed, **extra)
+            costs[method.name].append(time.perf_counter() - start)
             for ratio in RATIOS:
                 mask = select_heads(scores, ratio)
-                gates = {site: row.float() for site, row in mask.items()}
-                with torch.no_grad():
-                    kls = [
-                        float(relational_kl(before, gated_representations(model, batch, gates, dev.is_pair)))
-                        for before, batch in zip(dense, judged, strict=True)
-                    ]
-                kl = statistics.mean(kls)
-                rows.append({"task": name, "scorer": shown, "ratio": ratio, "seed": seed, "kl": kl})
+                if method.refine:
+                    mask, _ = refine_mask(
+                        model, mask, texts, tokenizer, steps=method.refine, max_length=LENGTH, seed=seed
+                    )
+                rows.append({"task": name, "scorer": method.name, "ratio": ratio, "seed": seed, "kl": loss(mask)})
                 if name == "stsb":
                     found = similarity(model, tokenizer, test, mask)
-                    similarities.append({"scorer": shown, "ratio": ratio, "seed": seed, "spearman": found})
-    result = {
-        "command": "python benchmarks/representations.py --glue GLUE --seeds " + str(options.seeds),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, 2 cores, no GPU, Python {platform.python_version()}",
-        "versions": environment(),
-        "model": "all-MiniLM-L6-v2",
-        "texts": {"scored": SCORED, "judged": JUDGED, "tokens": LENGTH, "judged_split": "dev"},
-        "scoring_seconds": {name: statistics.median(values) for name, values in costs.items()},
-        "rows": rows,
-        "similarity": similarities,
-    }
-    write_text(options.out, json.dumps(result, indent=1) + "\n")
+                    similarities.append({"scorer": method.name, "ratio": ratio, "seed": seed, "spearman": found})
+        seconds = {m: statistics.median(values) for m, values in costs.items()}
+        result = {
+            "command": "python benchmarks/representations.py --glue GLUE --seeds " + str(options.seeds),
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, 2 cores, no GPU, Python {platform.python_version()}",
+            "versions": environment(),
+            "model": "all-MiniLM-L6-v2",
+            "texts": {"scored": SCORED, "judged": JUDGED, "tokens": LENGTH, "judged_split": "dev"},
+            "scoring_seconds": {**seconds, **old["scoring_seconds"]},
+            "rows": rows,
+            "similarity": similarities,
+        }
+        write_text(options.out, json.dumps(result, indent=1) + "\n")
     print(tables(result))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from secateur.errors import invalid
 from secateur.meta.evidence import (
@@ -79,22 +81,32 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
 
     def forward(self, evidence: Evidence) -> Tensor:
         """Return a score for each head over all sites, `[heads]`, higher = keep."""
-        features = evidence.features.to(self.mean)
-        standard = ((features - self.mean) / self.std).clamp(-5, 5) * self.used
-        sites, likeness = evidence.site_numbers.to(features.device), evidence.likeness.to(features)
-        depth = features[:, FEATURES.index("depth")]
+        return self.score_all([evidence])[0]
+
+    def score_all(self, many: Sequence[Evidence]) -> list[Tensor]:
+        """Return what `forward` does for each of several models or sets of texts, at once."""
+        place = self.mean.device
+        features = pad_sequence([one.features for one in many], batch_first=True).to(place)
+        sites = pad_sequence([one.site_numbers for one in many], batch_first=True, padding_value=-1).to(place)
+        likeness = features.new_zeros(*sites.shape, sites.shape[1])
+        for number, one in enumerate(many):
+            likeness[number, : len(one.features), : len(one.features)] = one.likeness
+        depth = features[..., FEATURES.index("depth")]
         relations = torch.stack(
             [
-                (sites.unsqueeze(0) == sites.unsqueeze(1)).to(features),
+                (sites.unsqueeze(1) == sites.unsqueeze(2)).to(features),
                 likeness,
                 likeness.square(),
-                (depth.unsqueeze(0) - depth.unsqueeze(1)).abs(),
-            ]
+                (depth.unsqueeze(1) - depth.unsqueeze(2)).abs(),
+            ],
+            dim=1,
         )
-        x = self.embed(standard)
+        real = (sites >= 0)[:, None, None]
+        x = self.embed(((features - self.mean) / self.std).clamp(-5, 5) * self.used)
         for block in self.blocks:
-            x = block(x, relations)
-        return self.size_scale * features[:, FEATURES.index("size")] + self.head(self.norm(x)).squeeze(-1)
+            x = block(x, relations, real)
+        scores = self.size_scale * features[..., FEATURES.index("size")] + self.head(self.norm(x)).squeeze(-1)
+        return [row[: len(one.features)] for row, one in zip(scores, many, strict=True)]
 
     @classmethod
     def _from_pretrained(cls, **options: Any) -> JointPruner:
@@ -118,10 +130,11 @@ class _Block(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
 
-    def forward(self, x: Tensor, relations: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relations: Tensor, real: Tensor) -> Tensor:
+        """Take and return `[models, heads, width]`; `relations` `[models, RELATIONS, heads, heads]`; `real`: a head."""
         if self.joint:
-            query, key, value = self.query_key_value(self.norm(x)).view(len(x), 3, self.heads, -1).permute(1, 2, 0, 3)
-            bias = torch.einsum("hr,rij->hij", self.bias, relations)
-            mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-            x = x + self.out(mixed.permute(1, 0, 2).flatten(1))
+            parts = self.query_key_value(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            bias = torch.einsum("hr,brij->bhij", self.bias, relations).masked_fill(~real, -1e9)
+            mixed = nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=bias)
+            x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.feed_forward(x)

@@ -145,6 +145,7 @@ class FitConfig:
     """
 
     epochs: int = 150
+    batch_size: int = 8
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     jitter: float = 0.1
@@ -153,10 +154,10 @@ class FitConfig:
 
 
 def trial_loss(scores: Tensor, sample: Sample, groups: Sequence[int] | None = None) -> Tensor:
-    """Return how badly scores explain a sample's trials: 0 = perfectly, 1 = not at all, more = the wrong way.
+    """Return how badly scores explain a sample's trials: 0 = perfectly, 1 = not at all, 2 = the wrong way.
 
-    For each group of trials: the mean squared error of log KL as the sum of the dropped heads' scores, both centred,
-    over the variance of the log KL. Averaged over groups.
+    For each group of trials: 1 - the correlation of log KL with the sum of the dropped heads' scores. Averaged over
+    groups. Neither the level nor the scale of a sample's losses counts, which differ from model to model.
     """
     chosen = [int(g) for g in sample.groups.unique() if (g != LEAVE_ONE_OUT if groups is None else int(g) in groups)]
     if not chosen:
@@ -167,7 +168,7 @@ def trial_loss(scores: Tensor, sample: Sample, groups: Sequence[int] | None = No
         found = sample.losses[rows].to(scores).clamp(min=1e-9).log()
         predicted = (~sample.masks[rows]).to(scores) @ scores
         found, predicted = found - found.mean(), predicted - predicted.mean()
-        losses.append((found - predicted).square().mean() / found.square().mean().clamp(min=1e-6))
+        losses.append(1 - (found * predicted).sum() / (found.norm() * predicted.norm()).clamp(min=1e-9))
     return torch.stack(losses).mean()
 
 
@@ -181,23 +182,29 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
     pruner.standardise_([sample.evidence for sample in samples])
     optimizer = torch.optim.AdamW(pruner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.epochs * -(-len(samples) // 4)
+        optimizer, config.learning_rate, total_steps=config.epochs * -(-len(samples) // config.batch_size)
     )
     history = []
     for _ in range(config.epochs):
         losses = []
-        for numbers in torch.randperm(len(samples), generator=random).split(4):
+        for numbers in torch.randperm(len(samples), generator=random).split(config.batch_size):
+            chosen = [samples[number] for number in numbers.tolist()]
+            noisy = [_jittered(sample.evidence, config.jitter * pruner.std.cpu(), random) for sample in chosen]
+            scores = pruner.score_all(noisy)
+            loss = torch.stack(
+                [trial_loss(row, sample, config.groups) for row, sample in zip(scores, chosen, strict=True)]
+            ).mean()
+            losses.append(float(loss.detach()))
             optimizer.zero_grad()
-            for number in numbers.tolist():
-                sample = samples[number]
-                noise = torch.randn(sample.evidence.features.shape, generator=random) * config.jitter * pruner.std.cpu()
-                noisy = Evidence(sample.evidence.features + noise, sample.evidence.likeness, sample.evidence.heads)
-                loss = trial_loss(pruner(noisy), sample, config.groups)
-                (loss / len(numbers)).backward()
-                losses.append(float(loss.detach()))
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(pruner.parameters(), 1.0)
             optimizer.step()
             schedule.step()
         history.append(statistics.mean(losses))
     pruner.eval()
     return history
+
+
+def _jittered(evidence: Evidence, spread: Tensor, random: torch.Generator) -> Evidence:
+    noise = torch.randn(evidence.features.shape, generator=random) * spread
+    return Evidence(evidence.features + noise, evidence.likeness, evidence.heads)

@@ -1,0 +1,93 @@
+"""Draw the comparisons for the docs from their raw files.
+
+python benchmarks/plots.py     # → docs/representations.svg, docs/glue.svg
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+from secateur.files import read_json, read_lines
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+COLOURS = {
+    "random": "#888888",
+    "contribution": "#1b7837",
+    "smp": "#762a83",
+    "smp-plus": "#c51b7d",
+    "leave_one_out": "#2166ac",
+    "magnitude": "#b35806",
+}
+
+
+def representations() -> None:
+    """Relational KL as a share of random heads', mean over tasks; the band is the standard deviation over draws."""
+    rows = read_json(RESULTS / "representations.json")["rows"]
+    kl = defaultdict(list)
+    for row in rows:
+        kl[row["scorer"], row["ratio"], row["task"]].append((row["seed"], row["kl"]))
+    tasks, ratios = sorted({r["task"] for r in rows}), sorted({r["ratio"] for r in rows})
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    for scorer, colour in COLOURS.items():
+        means, spreads = [], []
+        for ratio in ratios:
+            shares = defaultdict(list)
+            for task in tasks:
+                chance = statistics.mean(v for _, v in kl["random", ratio, task])
+                for seed, value in kl.get((scorer, ratio, task), []):
+                    shares[seed].append(value / chance)
+            draws = [statistics.mean(values) for values in shares.values() if len(values) == len(tasks)]
+            if draws:
+                means.append(statistics.mean(draws))
+                spreads.append(statistics.stdev(draws) if len(draws) > 1 else 0.0)
+        if len(means) == len(ratios):
+            axes.plot(ratios, means, marker="o", color=colour, label=scorer)
+            low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+            axes.fill_between(ratios, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="fraction of every layer's heads removed", ylabel="relational KL / that of random heads")
+    axes.set_xticks(ratios)
+    axes.legend(frameon=False)
+    _save(figure, "representations")
+
+
+def glue() -> None:
+    """Each run's metric less that of the dense model with the same seed."""
+    rows = read_lines(RESULTS / "glue.jsonl")
+    dense = {(r["task"], r["seed"]): r["value"] for r in rows if r["scorer"] == "dense"}
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    scorers = [s for s in COLOURS if any(r["scorer"] == s for r in rows)]
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    for place, scorer in enumerate(scorers):
+        found = [r for r in rows if r["scorer"] == scorer]
+        x = [tasks.index(r["task"]) + (place - (len(scorers) - 1) / 2) * 0.15 for r in found]
+        y = [100 * (r["value"] - dense[r["task"], r["seed"]]) for r in found]
+        axes.scatter(x, y, color=COLOURS[scorer], label=scorer, s=28)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set(ylabel="pruned - dense, points; a dot a seed")
+    axes.legend(frameon=False, ncols=2, fontsize=8)
+    _save(figure, "glue")
+
+
+def _save(figure: plt.Figure, name: str) -> None:
+    for side in ("top", "right"):
+        figure.axes[0].spines[side].set_visible(False)
+    figure.tight_layout()
+    # No date and fixed ids, so that the same numbers give the same file.
+    plt.rcParams["svg.hashsalt"] = "secateur"
+    figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
+    print(DOCS / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    representations()
+    if (RESULTS / "glue.jsonl").is_file():
+        glue()
