@@ -1,5 +1,6 @@
 """Every criterion keeps the contract; the formulas agree with examples done by hand."""
 
+import copy
 import math
 
 import pytest
@@ -19,6 +20,8 @@ from secateur.scorers import SCORERS, make_scorer, scorer_class
 from secateur.scorers.base import Scorer
 from secateur.scorers.contribution import contribution_norms, gram_matrices, output_weights
 from tests.tiny import CONFIGS, tiny_model, uneven_mask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _pruner():
@@ -41,19 +44,33 @@ def inputs_of(model, texts=4):
     return [example_inputs(model, batch=texts, length=10), example_inputs(model, batch=2, length=7)]
 
 
+def condition(model):
+    """All of a model that a scorer could leave changed."""
+    return (
+        {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()},
+        {name: (p.requires_grad, p.grad is None) for name, p in model.named_parameters()},
+        {name: module.training for name, module in model.named_modules()},
+        {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
+        copy.deepcopy(model.config.to_dict()),
+        {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")},
+        torch.get_rng_state().tolist(),
+    )
+
+
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("kind", ["bert", "albert", "vit", "gpt2", "llama", "bart"])
 def test_every_scorer_scores_every_head_and_leaves_the_model_alone(name, kind):
     model = tiny_model(kind).train()
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    scores = score_heads(model, scorer=name, inputs=inputs_of(model), **options(name))
+    model.get_input_embeddings().requires_grad_(False)
+    chosen = options(name)
+    before = condition(model)
+    scores = score_heads(model, scorer=name, inputs=inputs_of(model), **chosen)
     assert {s: v.numel() for s, v in scores.items()} == {s: x.num_heads for s, x in find_sites(model).items()}
     assert all(bool(torch.isfinite(v).all()) for v in scores.values())
     assert all(len(set(v.tolist())) > 1 for v in scores.values())
     assert scores.scorer == name
-    assert model.training
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    again = score_heads(model, scorer=name, inputs=inputs_of(model), **options(name))
+    assert condition(model) == before
+    again = score_heads(model, scorer=name, inputs=inputs_of(model), **chosen)
     assert all(torch.equal(scores[s], again[s]) for s in scores)
 
 
@@ -77,7 +94,7 @@ def test_a_pruned_model_is_scored_in_original_numbering(name):
         assert [h for h, x in enumerate(vector.tolist()) if x > -math.inf] == kept
 
 
-@pytest.mark.parametrize("name", ["contribution", "smp"])
+@pytest.mark.parametrize("name", ["confidence", "contribution", "entropy", "smp"])
 def test_padding_does_not_change_a_score(name):
     model = tiny_model("bert")
     batch = example_inputs(model, batch=2, length=8, padding=0)
@@ -162,7 +179,7 @@ def test_grouped_heads_share_the_norm_of_their_values():
 
 def test_bad_arguments():
     model = tiny_model("bert")
-    with pytest.raises(InvalidInputError, match=r"`scorer` must be one of contribution, leave_one_out.*got 'best'"):
+    with pytest.raises(InvalidInputError, match=r"`scorer` must be one of confidence, contribution.*got 'best'"):
         score_heads(model, [], scorer="best")
     with pytest.raises(InvalidInputError, match="scorer contribution needs `texts`"):
         score_heads(model)

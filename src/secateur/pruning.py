@@ -129,16 +129,20 @@ def score_heads(
         raise TypeError(f"`scorer` must be a registered name or a Scorer, got {type(scorer).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise invalid("seed", "be a whole number", seed)
-    if inputs is None:
-        if texts is None and criterion.needs_texts:
-            raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
-        made = [] if texts is None else _tokenise(model, texts, tokenizer, batch_size, max_length)
-    else:
-        made = [dict(batch) for batch in inputs]
-    is_pair = texts is not None and len(texts) > 0 and not isinstance(texts[0], str)
-    sites = find_sites(model)
-    task = ScoringTask(base, sites, forward_arguments(base, made), is_pair, seed, progress)
-    with evaluation_mode(base), _not_inference():
+    with evaluation_mode(base), _with_gradients():
+        if inputs is None:
+            if texts is None and criterion.needs_texts:
+                raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
+            made = []
+            if texts is not None:
+                tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
+                made = _tokenise(model, texts, tokenizer, batch_size, max_length)
+        else:
+            made = [dict(batch) for batch in inputs]
+        is_pair = texts is not None and len(texts) > 0 and not isinstance(texts[0], str)
+        sites = find_sites(model)
+        special_ids = _special_ids(base.config.get_text_config() if tokenizer is None else tokenizer)
+        task = ScoringTask(base, sites, forward_arguments(base, made), is_pair, seed, progress, special_ids)
         found = criterion.score(task)
     return _in_original_numbering(found, sites, criterion_name(criterion))
 
@@ -242,13 +246,21 @@ def _in_original_numbering(found: Mapping[str, Tensor], sites: Mapping[str, Atte
 def _tokenise(
     model: nn.Module,
     texts: Sequence[Text],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     length: int,
 ) -> list[dict[str, Tensor]]:
-    tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
     device = base_of(model).device
     return batches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
+
+
+def _special_ids(source: Any) -> frozenset[int]:
+    """Return the ids of the tokens that stand for no word, as a tokenizer or a config names them."""
+    found: set[Any] = set()
+    for kind in ("bos", "eos", "cls", "sep", "pad"):
+        value = getattr(source, f"{kind}_token_id", None)
+        found.update(value if isinstance(value, list | tuple) else [value])
+    return frozenset(found - {None})
 
 
 def _own_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
@@ -259,7 +271,7 @@ def _own_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _not_inference() -> Iterator[None]:
-    """Let scorers that need gradients work although the caller is inside `torch.inference_mode`."""
-    with torch.inference_mode(False):
+def _with_gradients() -> Iterator[None]:
+    """Let scorers that need gradients work although the caller is inside `inference_mode` or `no_grad`."""
+    with torch.inference_mode(False), torch.enable_grad():
         yield

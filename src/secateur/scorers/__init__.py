@@ -11,10 +11,13 @@ if TYPE_CHECKING:
     from secateur.scorers.base import Scorer
 
 SCORERS = {
+    "confidence": "secateur.scorers.confidence:ConfidenceScorer",
     "contribution": "secateur.scorers.contribution:ContributionScorer",
+    "entropy": "secateur.scorers.entropy:EntropyScorer",
     "leave_one_out": "secateur.scorers.leave_one_out:LeaveOneOutScorer",
     "magnitude": "secateur.scorers.magnitude:MagnitudeScorer",
     "random": "secateur.scorers.random:RandomScorer",
+    "relational_taylor": "secateur.scorers.relational_taylor:RelationalTaylorScorer",
     "smp": "secateur.scorers.smp:SmpScorer",
 }
 """Name → where its class is; named rather than imported, so that the command line can list them at once."""

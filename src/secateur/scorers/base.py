@@ -24,7 +24,8 @@ class ScoringTask:
 
     `model` is the base model, in eval mode. `batches` are keyword arguments of its forward, one mapping a batch.
     `is_pair` says whether each text is a pair of sentences, which decides how a text is represented. Criteria that
-    draw random numbers draw them from `seed`.
+    draw random numbers draw them from `seed`. `special_ids` are the token ids that stand for no word: of the start and
+    end of a text, separators and padding.
     """
 
     model: PreTrainedModel
@@ -33,6 +34,7 @@ class ScoringTask:
     is_pair: bool = False
     seed: int = 0
     progress: bool = False
+    special_ids: frozenset[int] = frozenset()
 
     def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
         """Wrap `items` in a progress bar on stderr where the caller wants one."""
@@ -43,13 +45,15 @@ class Scorer(ABC):
     """A criterion of head importance.
 
     Subclasses set `description` (one line), `source` (paper or "this project"), `passes` (forward passes over the
-    texts, in words) and `needs_texts`, and implement `score`. Options are constructor arguments with defaults.
+    texts, in words), `needs_texts` and `needs_gradients` (whether they back-propagate through the model), and implement
+    `score`. Options are constructor arguments with defaults.
     """
 
     description: ClassVar[str]
     source: ClassVar[str]
     passes: ClassVar[str]
     needs_texts: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
@@ -84,3 +88,14 @@ class StreamingScorer(Scorer):
             for batch in task.track(task.batches, len(task.batches), "scoring"):
                 task.model(**batch)
         return {site: total / counts[site] for site, total in sums.items()}
+
+
+def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Average `[batch, tokens, heads]` over the tokens that `mask` `[batch, tokens]` marks with 1: `[batch, heads]`.
+
+    A mask of another shape counts as none, as a decoder's tokens have none here. A text without any such token gets 0.
+    """
+    if mask is None or mask.shape != values.shape[:2]:
+        return values.mean(dim=1)
+    weights = mask.to(values).unsqueeze(-1)
+    return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
