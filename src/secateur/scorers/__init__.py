@@ -14,11 +14,13 @@ SCORERS = {
     "confidence": "secateur.scorers.confidence:ConfidenceScorer",
     "contribution": "secateur.scorers.contribution:ContributionScorer",
     "entropy": "secateur.scorers.entropy:EntropyScorer",
+    "fisher": "secateur.scorers.fisher:FisherScorer",
     "leave_one_out": "secateur.scorers.leave_one_out:LeaveOneOutScorer",
     "magnitude": "secateur.scorers.magnitude:MagnitudeScorer",
     "random": "secateur.scorers.random:RandomScorer",
     "relational_taylor": "secateur.scorers.relational_taylor:RelationalTaylorScorer",
     "smp": "secateur.scorers.smp:SmpScorer",
+    "taylor": "secateur.scorers.taylor:TaylorScorer",
 }
 """Name → where its class is; named rather than imported, so that the command line can list them at once."""
 

@@ -10,12 +10,29 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.data import Task
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import HeadReading, probe
 
 Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What criteria that need labels get besides the batches.
+
+    `model` is the model that the caller gave, with whatever head it has. `labels` holds a tensor `[batch]` for each
+    batch: int64 classes, or float32 for a regression. `task` holds the same labels with their texts, to fine-tune on;
+    where the caller gave ready inputs, `tokenizer` is None and the texts are placeholders.
+    """
+
+    model: PreTrainedModel
+    labels: Sequence[Tensor]
+    task: Task
+    tokenizer: PreTrainedTokenizerBase | None
+    max_length: int
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,7 @@ class ScoringTask:
     `model` is the base model, in eval mode. `batches` are keyword arguments of its forward, one mapping a batch.
     `is_pair` says whether each text is a pair of sentences, which decides how a text is represented. Criteria that
     draw random numbers draw them from `seed`. `special_ids` are the token ids that stand for no word: of the start and
-    end of a text, separators and padding.
+    end of a text, separators and padding. `supervision` is there for criteria that need labels alone.
     """
 
     model: PreTrainedModel
@@ -35,6 +52,7 @@ class ScoringTask:
     seed: int = 0
     progress: bool = False
     special_ids: frozenset[int] = frozenset()
+    supervision: Supervision | None = None
 
     def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
         """Wrap `items` in a progress bar on stderr where the caller wants one."""
@@ -45,19 +63,25 @@ class Scorer(ABC):
     """A criterion of head importance.
 
     Subclasses set `description` (one line), `source` (paper or "this project"), `passes` (forward passes over the
-    texts, in words), `needs_texts` and `needs_gradients` (whether they back-propagate through the model), and implement
-    `score`. Options are constructor arguments with defaults.
+    texts, in words), `needs_texts`, `needs_labels` (with a model that is fine-tuned on them: see `LabelledScorer`) and
+    `needs_gradients` (whether they back-propagate through the model), and implement `score`. Options are constructor
+    arguments with defaults.
     """
 
     description: ClassVar[str]
     source: ClassVar[str]
     passes: ClassVar[str]
     needs_texts: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
-        """Return, for each site, the importance of the heads that are there now: `[heads]`, finite, higher = keep."""
+        """Return, for each site, the importance of the heads that are there now: `[heads]`, finite, higher = keep.
+
+        Or a symmetric matrix `[heads, heads]` whose diagonal is the importance and whose sum over the rows and columns
+        of several heads is what removing all of them costs: the `interactions` of `HeadScores`.
+        """
 
 
 class StreamingScorer(Scorer):
