@@ -2,14 +2,16 @@
 
 import itertools
 import math
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, CLIPTextConfig
 
 import secateur
-from secateur.errors import InvalidInputError, UnsupportedModelError
+from secateur.errors import InvalidInputError, SecateurError, UnsupportedModelError
 from secateur.heads import HeadScores
 from secateur.meta.objective import relations, represent
 from secateur.model.classifier import with_new_head
@@ -18,7 +20,9 @@ from secateur.model.probe import HeadReading, probe
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
 from secateur.pruning import score_heads
-from secateur.scorers import SCORERS, labelled, make_scorer, scorer_class
+from secateur.scorers import SCORERS, dsp, labelled, learned, make_scorer, scorer_class
+from secateur.scorers.dsp import relaxed_top_k
+from secateur.scorers.l0 import hard_concrete, open_probability
 from secateur.scorers.labelled import text_losses
 from secateur.scorers.relational_taylor import kl_sample
 from secateur.selection import select_heads
@@ -278,7 +282,7 @@ def test_a_base_model_gets_a_head_on_a_copy(name):
     model, scores = tiny_model("bert").train(), []
     given = {"labels": [1, 0] * 4, "max_length": 16, "batch_size": 4}
     for seed in (0, 0, 1):
-        torch.rand(1)  # the seed alone decides, not torch's state
+        torch.rand(1), random.random(), np.random.rand()  # the seed alone decides, not the state of a generator
         before = condition(model)
         scores.append(score_heads(model, TEXTS, name, tiny_tokenizer(), seed=seed, warmup_epochs=1, **given))
         assert condition(model) == before
@@ -346,3 +350,165 @@ def test_prune_with_labels():
     assert report.after.heads == 6
     assert report.scorer == "fisher"
     assert type(pruned).__name__ == "BertModel"
+
+
+def test_hard_concrete_by_hand():
+    """At log α = 0 and u = 0.5 half open; far out in u, and at odds of 1 to 8, the stretched gate is clipped."""
+    found = hard_concrete(torch.zeros(4), torch.tensor([0.5, 0.001, 0.999, 1 / 9]))
+    below = 1 / (1 + 8**1.5) * 1.2 - 0.1
+    assert below < 0
+    assert found.tolist() == pytest.approx([0.5, 0.0, 1.0, 0.0])
+    found = hard_concrete(torch.tensor([math.log(2.0)]), torch.tensor([0.5]))
+    assert float(found) == pytest.approx(2**1.5 / (1 + 2**1.5) * 1.2 - 0.1)
+
+
+@pytest.mark.parametrize("log_alpha", [-3.0, -1.0, 0.0, 2.0])
+def test_open_probability_is_the_share_of_gates_above_zero(log_alpha):
+    uniform = (torch.arange(100_000) + 0.5) / 100_000
+    gates = hard_concrete(torch.full_like(uniform, log_alpha), uniform)
+    assert float((gates > 0).double().mean()) == pytest.approx(
+        float(open_probability(torch.tensor(log_alpha))), abs=1e-4
+    )
+
+
+def adam_by_hand(start, slope, rate, steps):
+    """One number under Adam with the schedule of `finetune`: it rises over the first tenth, then falls to 0."""
+    x, m, v, warmup = start, 0.0, 0.0, math.ceil(0.1 * steps)
+    for t in range(1, steps + 1):
+        g = slope(x)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        factor = (t - 1) / warmup if t - 1 < warmup else (steps - t + 1) / (steps - warmup)
+        x -= rate * factor * (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    return x
+
+
+def test_l0_heads_that_write_nothing_pay_the_penalty_alone():
+    """Their log α follows from the penalty by hand; that of the heads which do write follows the loss too."""
+    model = tiny_classifier("bert", 2)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.attention.output.dense.weight[:, :24] = 0
+    labels = [0, 1] * 4
+    given = {"inputs": [example_inputs(model, batch=8, length=8)], "labels": labels, "learning_rate": 1e-12}
+
+    def slope(x):
+        p = 1 / (1 + math.exp(-(x + 2 / 3 * math.log(11))))
+        return 0.02 * p * (1 - p)
+
+    scores = score_heads(model, scorer="l0", penalty=0.02, start=1.5, epochs=20, **given)
+    expected = adam_by_hand(1.5, slope, 0.1, 20)
+    assert expected < 1
+    for vector in scores.values():
+        assert vector[:3].tolist() == pytest.approx([expected] * 3, rel=1e-4)
+        assert float(vector[3]) != pytest.approx(expected, rel=1e-2)
+    free = score_heads(model, scorer="l0", penalty=0, start=1.5, epochs=20, **given)
+    for vector in free.values():
+        assert vector[:3].tolist() == pytest.approx([1.5] * 3, abs=1e-4)
+        assert float(vector[3]) != pytest.approx(1.5, rel=1e-2)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_relaxed_top_k_by_enumeration(k):
+    """At temperature 1 the softmaxes are Plackett-Luce's first step, and the next ones fall by what was taken."""
+    keys = torch.tensor([0.3, -1.2, 2.0, 0.9], dtype=torch.float64)
+    weights, expected = keys.exp().tolist(), [0.0] * 4
+    for _ in range(k):
+        share = [w / sum(weights) for w in weights]
+        expected = [e + s for e, s in zip(expected, share, strict=True)]
+        weights = [w * (1 - s) for w, s in zip(weights, share, strict=True)]
+    found = relaxed_top_k(keys, k, 1.0)
+    assert found.tolist() == pytest.approx(expected)
+    assert float(found.sum()) == pytest.approx(k)
+    best = [0.0] * 4
+    for i in (2, 3, 0)[:k]:
+        best[i] = 1.0
+    assert relaxed_top_k(keys, k, 0.01).tolist() == pytest.approx(best, abs=1e-6)
+
+
+def test_straight_through_is_hard_forward_and_relaxed_backward():
+    soft_keys = torch.tensor([0.3, -1.2, 2.0, 0.9], requires_grad=True)
+    hard_keys = soft_keys.detach().clone().requires_grad_()
+    direction = torch.tensor([1.0, 2.0, -1.0, 0.5])
+    hard = relaxed_top_k(hard_keys, 2, 0.7, straight_through=True)
+    assert hard.tolist() == pytest.approx([0, 0, 1, 1], abs=1e-6)
+    (hard * direction).sum().backward()
+    (relaxed_top_k(soft_keys, 2, 0.7) * direction).sum().backward()
+    torch.testing.assert_close(hard_keys.grad, soft_keys.grad)
+    step = torch.tensor([1e-3, 0, 0, 0])
+    with torch.no_grad():
+        more, less = (relaxed_top_k(soft_keys.double() + s * step, 2, 0.7) for s in (1, -1))
+    slope = ((more - less) * direction).sum() / 2e-3
+    assert float(soft_keys.grad[0]) == pytest.approx(float(slope), rel=1e-3)
+
+
+def test_dsp_keeps_as_many_heads_as_the_ratio_leaves(monkeypatch):
+    """Gumbel keys are the weights plus noise, the gates sum to k over the whole model, and the temperature falls."""
+    seen = []
+
+    def remember(keys, k, temperature, straight_through):
+        seen.append((k, temperature, straight_through))
+        return relaxed_top_k(keys, k, temperature, straight_through)
+
+    def losses(model, batch, labels, gates):
+        assert model.training  # with dropout, as one fine-tunes
+        return text_losses(model, batch, labels, gates)
+
+    monkeypatch.setattr(learned, "text_losses", losses)
+    monkeypatch.setattr(dsp, "relaxed_top_k", remember)
+    model, given = tiny_classifier("bert"), {"labels": [0, 1, 2, 0], "batch_size": 2, "tokenizer": tiny_tokenizer()}
+    score_heads(model, tiny_texts(4), "dsp", pruning_ratio=0.75, final_temperature=0.04, epochs=1.5, **given)
+    assert [s[0] for s in seen] == [3] * 3
+    assert [s[1] for s in seen] == pytest.approx([1.0, 0.2, 0.04])
+    seen.clear()
+    secateur.prune(model, tiny_texts(4), 0.25, scorer="dsp", straight_through=True, **given)
+    assert {(k, hard) for k, _, hard in seen} == {(9, True)}
+
+
+def test_gumbel_noise_has_its_mean_and_spread(monkeypatch):
+    monkeypatch.setattr(dsp, "relaxed_top_k", lambda keys, *rest: keys)
+    torch.manual_seed(0)
+    keys = make_scorer("dsp").gates(torch.full((200_000,), 5.0), SimpleNamespace(pruning_ratio=0.5), 0.0)
+    assert float(keys.mean()) == pytest.approx(5 + 0.5772, abs=0.02)  # Euler's constant
+    assert float(keys.var()) == pytest.approx(math.pi**2 / 6, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["l0", "dsp"])
+def test_the_head_that_the_classes_hang_on_is_learned(name):
+    """Heads 0 to 2 write next to nothing; what tells the classes apart goes through head 3."""
+    model = tiny_model("bert")
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.attention.output.dense.weight[:, :24] *= 0.01
+            layer.attention.output.dense.weight[:, 24:] *= 3
+    scores = score_heads(
+        model, TEXTS * 4, name, tiny_tokenizer(), labels=[1, 0] * 16, batch_size=8, epochs=10, learning_rate=3e-3,
+        warmup_epochs=5, warmup_learning_rate=3e-3,
+    )  # fmt: skip
+    total = torch.stack(list(scores.values())).sum(dim=0)
+    assert int(total.argmax()) == 3
+
+
+def test_learning_that_diverges_names_the_remedy():
+    model = tiny_model("bert").train()
+    before = condition(model)
+    with pytest.raises(SecateurError, match="the loss became nan; try a lower `learning_rate`"):
+        score_heads(model, TEXTS, "dsp", tiny_tokenizer(), labels=[1, 0] * 4, learning_rate=1e30)
+    assert condition(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "rule"),
+    [
+        ("l0", "epochs", 0, "be a number above 0"),
+        ("l0", "penalty", -1, "be a number from 0"),
+        ("l0", "start", math.inf, "be a finite number"),
+        ("dsp", "learning_rate", "fast", "be a number above 0"),
+        ("dsp", "gate_learning_rate", True, "be a number above 0"),
+        ("dsp", "final_temperature", 0, "be a number above 0"),
+    ],
+)
+def test_options_out_of_range(name, option, value, rule):
+    with pytest.raises(InvalidInputError, match=f"`{option}` must {rule}, got {value!r}"):
+        make_scorer(name, **{option: value})
+    with pytest.raises(InvalidInputError, match=r"`pruning_ratio` must be in \[0, 1\), got 1"):
+        score_heads(tiny_model("bert"), scorer="random", pruning_ratio=1)

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,6 +72,9 @@ def condition(model):
         copy.deepcopy(model.config.to_dict()),
         {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")},
         torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        np.random.get_state()[2],
     )
 
 

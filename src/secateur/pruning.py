@@ -31,7 +31,7 @@ from secateur.model.sites import find_sites
 from secateur.model.state import base_of, evaluation_mode
 from secateur.scorers import DEFAULT_SCORER, make_scorer
 from secateur.scorers.base import Scorer, ScoringTask, Supervision
-from secateur.selection import Scope, select_heads
+from secateur.selection import Scope, check_pruning_ratio, select_heads
 
 _PROBE_TEXTS = 8
 
@@ -105,6 +105,7 @@ def score_heads(
     batch_size: int = 32,
     max_length: int = 128,
     seed: int = 0,
+    pruning_ratio: float = 0.5,
     progress: bool = False,
     **options: Any,
 ) -> HeadScores:
@@ -121,6 +122,7 @@ def score_heads(
         batch_size: texts a batch.
         max_length: tokens a text, at most.
         seed: for scorers that draw random numbers.
+        pruning_ratio: what the scores will be selected with, for scorers that learn a subset of that size (`dsp`).
         progress: whether to show a progress bar on stderr.
 
     Raises `InvalidInputError` for bad arguments, missing texts or labels, and non-finite scores,
@@ -132,6 +134,7 @@ def score_heads(
         raise TypeError(f"`scorer` must be a registered name or a Scorer, got {type(scorer).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise invalid("seed", "be a whole number", seed)
+    check_pruning_ratio(pruning_ratio)
     with evaluation_mode(model), _with_gradients():
         if inputs is None:
             if texts is None and criterion.needs_texts:
@@ -151,7 +154,7 @@ def score_heads(
                 raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `labels`, one for each text")
             taught = _supervise(model, made, labels, texts if inputs is None else None, tokenizer, max_length)
         task = ScoringTask(
-            base, sites, forward_arguments(base, made), is_pair, seed, progress, special_ids, supervision=taught
+            base, sites, forward_arguments(base, made), is_pair, seed, progress, special_ids, taught, pruning_ratio
         )
         found = criterion.score(task)
     return _in_original_numbering(found, sites, criterion_name(criterion))
@@ -202,6 +205,7 @@ def prune(
         batch_size=batch_size,
         max_length=max_length,
         seed=seed,
+        pruning_ratio=pruning_ratio,
         progress=progress,
         **options,
     )
@@ -267,14 +271,15 @@ def _supervise(
     labels: Sequence[int] | Sequence[float],
     texts: Sequence[Text] | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int,
+    length: int,
 ) -> Supervision:
     """Lay the labels beside the batches. Raises `InvalidInputError` unless there is one valid label for each text."""
     sizes = [len(next(iter(batch.values()))) for batch in made]
-    task = Task("calibration", list(texts) if texts is not None else [""] * sum(sizes), list(labels))
+    task = Task("calibration", [""] * sum(sizes) if texts is None else list(texts), list(labels))
     dtype = torch.float32 if task.is_regression else torch.int64
     rows = torch.tensor(task.labels, dtype=dtype, device=model.device).split(sizes)
-    return Supervision(model, rows, task, tokenizer if texts is not None else None, max_length)
+    own = None if texts is None else tokenizer
+    return Supervision(model, rows, task, own, min(length, max_length(model, length)))
 
 
 def _tokenise(

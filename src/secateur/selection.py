@@ -35,8 +35,7 @@ def select_heads(scores: HeadScores, pruning_ratio: float = 0.5, scope: Scope = 
 
     Raises `InvalidInputError` for values outside their ranges.
     """
-    if isinstance(pruning_ratio, bool) or not isinstance(pruning_ratio, int | float) or not 0 <= pruning_ratio < 1:
-        raise invalid("pruning_ratio", "be in [0, 1)", pruning_ratio)
+    check_pruning_ratio(pruning_ratio)
     if scope not in get_args(Scope):
         raise invalid("scope", "be 'site' or 'global'", scope)
     if isinstance(min_heads, bool) or not isinstance(min_heads, int) or min_heads < 0:
@@ -52,7 +51,13 @@ def select_heads(scores: HeadScores, pruning_ratio: float = 0.5, scope: Scope = 
     return HeadMask({**mask, **better})
 
 
-def _budget(heads: int, pruning_ratio: float) -> int:
+def check_pruning_ratio(pruning_ratio: float) -> None:
+    """Raise `InvalidInputError` unless the ratio is a number in [0, 1)."""
+    if isinstance(pruning_ratio, bool) or not isinstance(pruning_ratio, int | float) or not 0 <= pruning_ratio < 1:
+        raise invalid("pruning_ratio", "be in [0, 1)", pruning_ratio)
+
+
+def budget(heads: int, pruning_ratio: float) -> int:
     """Return how many of `heads` may go; the small term undoes rounding, as in 0.29 * 100 = 28.999…"""
     return math.floor(pruning_ratio * heads + 1e-9)
 
@@ -73,7 +78,7 @@ def _select_in_site(scores: HeadScores, site: str, pruning_ratio: float, min_hea
     vector, groups = scores[site], _groups(scores, site)
     kept = torch.zeros(vector.numel(), dtype=torch.bool)
     present = sum(len(g) for g in groups)
-    target = max(present - _budget(present, pruning_ratio), min(min_heads, present))
+    target = max(present - budget(present, pruning_ratio), min(min_heads, present))
     if not target:
         return kept
     shapes = list(itertools.product(range(1, len(groups) + 1), range(1, max(map(len, groups)) + 1)))
@@ -93,14 +98,14 @@ def _best_of_shape(vector: Tensor, groups: list[list[int]], num_groups: int, per
 def _select_globally(scores: HeadScores, pruning_ratio: float, min_heads: int) -> HeadMask:
     units = [(site, group) for site in scores for group in _groups(scores, site)]
     left = {site: sum(len(g) for g in _groups(scores, site)) for site in scores}
-    budget = _budget(sum(left.values()), pruning_ratio)
+    allowed = budget(sum(left.values()), pruning_ratio)
     means = torch.stack([scores[site][group].mean() for site, group in units])
     values = {site: vector > -math.inf for site, vector in scores.items()}
     for number in reversed(_ranked(means)):
         site, group = units[number]
-        if len(group) <= budget and left[site] - len(group) >= min_heads:
+        if len(group) <= allowed and left[site] - len(group) >= min_heads:
             values[site][group] = False
-            budget -= len(group)
+            allowed -= len(group)
             left[site] -= len(group)
     return HeadMask(values)
 

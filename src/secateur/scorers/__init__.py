@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 SCORERS = {
     "confidence": "secateur.scorers.confidence:ConfidenceScorer",
     "contribution": "secateur.scorers.contribution:ContributionScorer",
+    "dsp": "secateur.scorers.dsp:DspScorer",
     "entropy": "secateur.scorers.entropy:EntropyScorer",
     "fisher": "secateur.scorers.fisher:FisherScorer",
+    "l0": "secateur.scorers.l0:L0Scorer",
     "leave_one_out": "secateur.scorers.leave_one_out:LeaveOneOutScorer",
     "magnitude": "secateur.scorers.magnitude:MagnitudeScorer",
     "random": "secateur.scorers.random:RandomScorer",

@@ -42,7 +42,8 @@ class ScoringTask:
     `model` is the base model, in eval mode. `batches` are keyword arguments of its forward, one mapping a batch.
     `is_pair` says whether each text is a pair of sentences, which decides how a text is represented. Criteria that
     draw random numbers draw them from `seed`. `special_ids` are the token ids that stand for no word: of the start and
-    end of a text, separators and padding. `supervision` is there for criteria that need labels alone.
+    end of a text, separators and padding. `supervision` is there for criteria that need labels alone. `pruning_ratio`
+    is what the caller means to select with, for criteria that learn a subset of that size.
     """
 
     model: PreTrainedModel
@@ -53,6 +54,7 @@ class ScoringTask:
     progress: bool = False
     special_ids: frozenset[int] = frozenset()
     supervision: Supervision | None = None
+    pruning_ratio: float = 0.5
 
     def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
         """Wrap `items` in a progress bar on stderr where the caller wants one."""

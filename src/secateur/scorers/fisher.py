@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur.scorers.base import ScoringTask
-from secateur.scorers.labelled import LabelledScorer
+from secateur.scorers.labelled import LabelledScorer, gate_gradients, num_texts
 
 
 class FisherScorer(LabelledScorer):
@@ -32,10 +32,9 @@ class FisherScorer(LabelledScorer):
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Run the batches forward and back once, after the fine-tuning that the model may need."""
         sums = {n: torch.zeros(s.num_heads, s.num_heads, dtype=torch.float64) for n, s in task.sites.items()}
-        texts = 0
-        for rows in self.gate_gradients(task):
-            for name, row in rows.items():
-                sums[name] += row.T @ row
-            texts += len(row)
-        matrices = {name: total / texts for name, total in sums.items()}
+        with self.classifier(task) as model:
+            for rows in gate_gradients(task, model):
+                for name, row in rows.items():
+                    sums[name] += row.T @ row
+        matrices = {name: total / num_texts(task) for name, total in sums.items()}
         return matrices if self.rearrange else {name: matrix.diagonal() for name, matrix in matrices.items()}

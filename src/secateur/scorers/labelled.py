@@ -89,29 +89,17 @@ class LabelledScorer(Scorer):
             with evaluation_mode(model) if tokenizer is None else ready_to_evaluate(model, tokenizer):
                 yield model
 
-    def gate_gradients(self, task: ScoringTask) -> Iterator[dict[str, Tensor]]:
-        """Yield, for each batch, the derivative of every text's loss on every gate at 1: `[batch, heads]` a site."""
-        with self.classifier(task) as model:
-            batches = zip(task.batches, supervision(task).labels, strict=True)
-            for batch, labels in task.track(batches, len(task.batches), "scoring"):
-                gates = {
-                    name: torch.ones(len(labels), site.num_heads, device=model.device, requires_grad=True)
-                    for name, site in task.sites.items()
-                }
-                # Texts do not see each other, so the gradient of the sum holds each text's own.
-                total = text_losses(model, batch, labels, gates).sum()
-                found = torch.autograd.grad(total, list(gates.values()), allow_unused=True)
-                yield {
-                    name: torch.zeros(gate.shape, dtype=torch.float64) if row is None else row.double().cpu()
-                    for (name, gate), row in zip(gates.items(), found, strict=True)
-                }
-
 
 def supervision(task: ScoringTask) -> Supervision:
     """Return the task's labels and model. Raises `InvalidInputError` where it has none."""
     if task.supervision is None:
         raise InvalidInputError("this scorer needs `labels`, one for each text")
     return task.supervision
+
+
+def num_texts(task: ScoringTask) -> int:
+    """Return how many labelled texts there are."""
+    return len(supervision(task).task)
 
 
 def text_losses(model: PreTrainedModel, batch: Batch, labels: Tensor, gates: Mapping[str, Tensor]) -> Tensor:
@@ -121,6 +109,23 @@ def text_losses(model: PreTrainedModel, batch: Batch, labels: Tensor, gates: Map
     if labels.is_floating_point():
         return (logits[:, 0] - labels).square()
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def gate_gradients(task: ScoringTask, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """Yield, for each batch, the derivative of every text's loss on every gate at 1: `[batch, heads]` a site."""
+    batches = zip(task.batches, supervision(task).labels, strict=True)
+    for batch, labels in task.track(batches, len(task.batches), "scoring"):
+        gates = {
+            name: torch.ones(len(labels), site.num_heads, device=model.device, requires_grad=True)
+            for name, site in task.sites.items()
+        }
+        # Texts do not see each other, so the gradient of the sum holds each text's own.
+        total = text_losses(model, batch, labels, gates).sum()
+        found = torch.autograd.grad(total, list(gates.values()), allow_unused=True)
+        yield {
+            name: torch.zeros(gate.shape, dtype=torch.float64) if row is None else row.double().cpu()
+            for (name, gate), row in zip(gates.items(), found, strict=True)
+        }
 
 
 def is_number(value: Any, *, least: float = float("-inf"), above: float = float("-inf")) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur.scorers.base import ScoringTask
-from secateur.scorers.labelled import LabelledScorer
+from secateur.scorers.labelled import LabelledScorer, gate_gradients, num_texts
 
 
 class TaylorScorer(LabelledScorer):
@@ -29,12 +29,11 @@ class TaylorScorer(LabelledScorer):
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Run the batches forward and back once, after the fine-tuning that the model may need."""
         sums = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
-        texts = 0
-        for rows in self.gate_gradients(task):
-            for name, row in rows.items():
-                sums[name] += row.abs().sum(dim=0)
-            texts += len(row)
-        means = {name: total / texts for name, total in sums.items()}
+        with self.classifier(task) as model:
+            for rows in gate_gradients(task, model):
+                for name, row in rows.items():
+                    sums[name] += row.abs().sum(dim=0)
+        means = {name: total / num_texts(task) for name, total in sums.items()}
         if not self.normalize:
             return means
         return {name: mean / mean.norm().clamp_min(1e-20) for name, mean in means.items()}
