@@ -118,9 +118,10 @@ def test_every_scorer_describes_itself(name):
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_a_pruned_model_is_scored_in_original_numbering(name):
-    model = model_for(name, "bert")
-    remove_heads_(model, uneven_mask(find_sites(model)))
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_pruned_model_is_scored_in_original_numbering(name, kind):
+    model = model_for(name, kind)
+    remove_heads_(model, uneven_mask(find_sites(model), empty=True))
     scores = score_inputs(model, name, **options(name))
     for site, vector in scores.items():
         kept = model.config.head_pruning["kept_heads"][site]

@@ -250,14 +250,14 @@ def environment() -> dict[str, str]:
 def _in_original_numbering(found: Mapping[str, Tensor], sites: Mapping[str, AttentionSite], scorer: str) -> HeadScores:
     values, interactions = {}, {}
     for name, site in sites.items():
-        count, heads = site.original_num_heads, list(site.heads)
+        count, heads = site.original_num_heads, torch.tensor(site.heads, dtype=torch.int64)
         vector = torch.full((count,), -math.inf, dtype=torch.float64)
         row = torch.as_tensor(found[name], dtype=torch.float64).detach().cpu()
         if not bool(torch.isfinite(row).all()):
             raise InvalidInputError(f"scorer {scorer}: the scores of site {name} are not finite: {row.tolist()}")
         if row.ndim == 2:
             interactions[name] = torch.zeros(count, count, dtype=torch.float64)
-            interactions[name][torch.tensor(heads)[:, None], torch.tensor(heads)] = row
+            interactions[name][heads[:, None], heads] = row
             row = row.diagonal()
         vector[heads] = row
         values[name] = vector

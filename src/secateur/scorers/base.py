@@ -113,7 +113,8 @@ class StreamingScorer(Scorer):
         with torch.no_grad(), probe(task.model, add, weights=self.weights):
             for batch in task.track(task.batches, len(task.batches), "scoring"):
                 task.model(**batch)
-        return {site: total / counts[site] for site, total in sums.items()}
+        # A site that an earlier pruning left without heads may never be reached.
+        return {name: sums[name] / counts[name] if name in sums else torch.zeros(0) for name in task.sites}
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:

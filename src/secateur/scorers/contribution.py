@@ -27,7 +27,7 @@ class ContributionScorer(StreamingScorer):
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Prepare each head's Gram matrix, then stream the batches."""
-        self._grams = {name: gram_matrices(task.model, site) for name, site in task.sites.items()}
+        self._grams = {name: gram_matrices(task.model, site) for name, site in task.sites.items() if site.num_heads}
         try:
             return super().score(task)
         finally:
@@ -35,6 +35,8 @@ class ContributionScorer(StreamingScorer):
 
     def read(self, reading: HeadReading, batch: Batch, task: ScoringTask) -> Tensor:
         """Return the mean contribution norm of each text and head."""
+        if reading.site not in self._grams:  # emptied by an earlier pruning
+            return reading.outputs.new_zeros(len(reading.outputs), 0)
         norms = contribution_norms(reading.outputs, self._grams[reading.site])
         return mean_over_tokens(norms, batch.get("attention_mask"))
 
