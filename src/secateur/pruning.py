@@ -135,7 +135,7 @@ def score_heads(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise invalid("seed", "be a whole number", seed)
     check_pruning_ratio(pruning_ratio)
-    with evaluation_mode(model), _with_gradients():
+    with evaluation_mode(model), _not_inference(), torch.enable_grad():
         if inputs is None:
             if texts is None and criterion.needs_texts:
                 raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
@@ -310,7 +310,7 @@ def _own_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _with_gradients() -> Iterator[None]:
-    """Let scorers that need gradients work although the caller is inside `inference_mode` or `no_grad`."""
-    with torch.inference_mode(False), torch.enable_grad():
+def _not_inference() -> Iterator[None]:
+    """Let scorers that need gradients work although the caller is inside `torch.inference_mode`."""
+    with torch.inference_mode(False):
         yield
