@@ -57,14 +57,14 @@ class LabelledScorer(Scorer):
         given, labelled = supervision(task).model, supervision(task).task
         has_head = is_classifier(given)
         epochs = self.warmup_epochs if self.warmup_epochs is not None else 0.0 if has_head else WARMUP_EPOCHS
-        tokenizer = supervision(task).tokenizer
+        tokenizer, seed = supervision(task).tokenizer, task.seed % 2**32  # numpy takes no other seeds
         if epochs and tokenizer is None:
             raise InvalidInputError(
                 "`inputs` hold no texts to fine-tune a classification head on; give `texts`, or a model that is "
                 "fine-tuned already, and leave `warmup_epochs` as it is"
             )
         with random_states_kept():
-            set_seed(task.seed)
+            set_seed(seed)
             if not has_head:
                 model = with_new_head(task.model, labelled.num_labels, labelled.is_regression)
             else:
@@ -81,7 +81,7 @@ class LabelledScorer(Scorer):
                     learning_rate=self.warmup_learning_rate,
                     batch_size=len(supervision(task).labels[0]),
                     max_length=supervision(task).max_length,
-                    seed=task.seed,
+                    seed=seed,
                     device=model.device,
                     progress=task.progress,
                 )
