@@ -25,6 +25,15 @@ SENTENCES = [
 ]
 
 
+@pytest.fixture
+def one_thread():
+    """Tiny matrices gain nothing from threads, and threads that wait for each other on a busy machine cost minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def minilm_folder() -> Path:
     from secateur.demo import demo_model

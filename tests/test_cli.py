@@ -83,6 +83,27 @@ def test_score_writes_what_select_reads(minilm_folder, texts, tmp_path, capsys):
     assert "encoder.layer.5.attention.self" in text
 
 
+def test_scorers_that_need_labels_read_them_from_the_data(tmp_path, capsys, one_thread):
+    from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
+
+    tiny_model("bert").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    data = tmp_path / "texts.csv"
+    data.write_text("sentence,label\n" + "\n".join(f"{t},{i % 2}" for i, t in enumerate(tiny_texts(8))) + "\n")
+    given = (tmp_path / "model", "--data", data, "--scorer", "taylor", "--option", "warmup_epochs=1")
+    found = {}
+    for normalize in ("true", "false"):
+        code, text, _ = run(capsys, "score", *given, "--option", f"normalize={normalize}", "--json")
+        assert code == 0
+        found[normalize] = json.loads(text)["scores"]["encoder.layer.0.attention.self"]
+    assert sum(x * x for x in found["true"]) == pytest.approx(1)
+    assert sum(x * x for x in found["false"]) != pytest.approx(1)
+    code, text, _ = run(capsys, "prune", *given, "--out", tmp_path / "out", "--json")
+    assert code == 0
+    assert json.loads(text)["scorer"] == "taylor"
+    assert json.loads(text)["after"]["heads"] == 6
+
+
 @pytest.mark.real
 def test_finetune_and_evaluate_a_pruned_model(minilm_folder, texts, tmp_path, capsys):
     folder = tmp_path / "data"
@@ -151,6 +172,10 @@ GOOD = "sentence,label\nfine,1\nbad,0\n"
         ({"--scorer": "smp", "--pruner": "none.bin"}, "there is no meta-pruner checkpoint"),
         ({"--pruner": "x"}, "goes with `--scorer smp` and"),
         ({"--out": "full"}, "be a new or empty folder"),
+        ({"--scorer": "taylor", "--data": "plain.csv"}, "plain.csv has no labels; this step needs a `label` column"),
+        ({"--scorer": "fisher", "--option": "warmup_epochs=-1"}, "`warmup_epochs` must be None or a number from 0"),
+        ({"--option": "speed"}, "`option` must be NAME=VALUE, got speed"),
+        ({"--option": "speed=3"}, "scorer contribution: "),
         ({"--device": "abacus"}, "`device` must be a device that this machine has"),
         ({"--texts": "0"}, "0 is not in the range"),
         ({"MODEL": "columns.csv"}, "be a folder with a config.json"),
@@ -164,6 +189,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(change, message, minilm_folder
     (tmp_path / "good.csv").write_text(GOOD)
     (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "plain.csv").write_text("sentence\nfine\nbad\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "keep.txt").write_text("mine")
     if change.get("MODEL") == "fnet":

@@ -1,7 +1,10 @@
 """Every criterion keeps the contract; the formulas agree with examples done by hand."""
 
+import copy
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +21,9 @@ from secateur.pruning import score_heads
 from secateur.scorers import SCORERS, make_scorer, scorer_class
 from secateur.scorers.base import Scorer
 from secateur.scorers.contribution import contribution_norms, gram_matrices, output_weights
-from tests.tiny import CONFIGS, tiny_model, uneven_mask
+from tests.tiny import CONFIGS, tiny_classifier, tiny_model, uneven_mask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _pruner():
@@ -37,24 +42,69 @@ def options(name):
     return OPTIONS.get(name, dict)()
 
 
+def model_for(name, kind):
+    return tiny_classifier(kind) if scorer_class(name).needs_labels else tiny_model(kind)
+
+
 def inputs_of(model, texts=4):
-    return [example_inputs(model, batch=texts, length=10), example_inputs(model, batch=2, length=7)]
+    made = [example_inputs(model, batch=texts, length=10), example_inputs(model, batch=2, length=7)]
+    if model.config.model_type == "bart":
+        for batch in made:
+            batch["input_ids"][:, -1] = model.config.eos_token_id  # where it classifies
+            batch["attention_mask"][:, -1] = 1
+    return made
+
+
+LABELS = [0, 1, 2, 1, 0, 2]
+
+
+def score_inputs(model, name, **chosen):
+    return score_heads(model, scorer=name, inputs=inputs_of(model), labels=LABELS, **chosen)
+
+
+def condition(model):
+    """All of a model that a scorer could leave changed."""
+    return (
+        {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()},
+        {name: (p.requires_grad, p.grad is None) for name, p in model.named_parameters()},
+        {name: module.training for name, module in model.named_modules()},
+        {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
+        copy.deepcopy(model.config.to_dict()),
+        {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")},
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        np.random.get_state()[2],
+    )
 
 
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("kind", ["bert", "albert", "vit", "gpt2", "llama", "bart"])
 def test_every_scorer_scores_every_head_and_leaves_the_model_alone(name, kind):
-    model = tiny_model(kind).train()
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    scores = score_heads(model, scorer=name, inputs=inputs_of(model), **options(name))
+    model = model_for(name, kind).train()
+    model.get_input_embeddings().requires_grad_(False)
+    chosen = options(name)
+    before = condition(model)
+    scores = score_inputs(model, name, **chosen)
     assert {s: v.numel() for s, v in scores.items()} == {s: x.num_heads for s, x in find_sites(model).items()}
     assert all(bool(torch.isfinite(v).all()) for v in scores.values())
     assert all(len(set(v.tolist())) > 1 for v in scores.values())
     assert scores.scorer == name
-    assert model.training
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    again = score_heads(model, scorer=name, inputs=inputs_of(model), **options(name))
+    assert condition(model) == before
+    again = score_inputs(model, name, **chosen)
     assert all(torch.equal(scores[s], again[s]) for s in scores)
+
+
+@pytest.mark.parametrize("name", [name for name in SCORERS if scorer_class(name).needs_texts])
+def test_every_scorer_leaves_the_model_alone_when_it_fails(name):
+    model = model_for(name, "bert").train()
+    chosen = options(name)
+    before = condition(model)
+    broken = inputs_of(model)
+    broken[-1]["input_ids"][0, 0] = 99  # beyond the vocabulary
+    with pytest.raises(IndexError):
+        score_heads(model, scorer=name, inputs=broken, labels=LABELS, **chosen)
+    assert condition(model) == before
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -68,16 +118,17 @@ def test_every_scorer_describes_itself(name):
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_a_pruned_model_is_scored_in_original_numbering(name):
-    model = tiny_model("bert")
-    remove_heads_(model, uneven_mask(find_sites(model)))
-    scores = score_heads(model, scorer=name, inputs=inputs_of(model), **options(name))
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_pruned_model_is_scored_in_original_numbering(name, kind):
+    model = model_for(name, kind)
+    remove_heads_(model, uneven_mask(find_sites(model), empty=True))
+    scores = score_inputs(model, name, **options(name))
     for site, vector in scores.items():
         kept = model.config.head_pruning["kept_heads"][site]
         assert [h for h, x in enumerate(vector.tolist()) if x > -math.inf] == kept
 
 
-@pytest.mark.parametrize("name", ["contribution", "smp"])
+@pytest.mark.parametrize("name", ["confidence", "contribution", "entropy", "smp"])
 def test_padding_does_not_change_a_score(name):
     model = tiny_model("bert")
     batch = example_inputs(model, batch=2, length=8, padding=0)
@@ -162,7 +213,7 @@ def test_grouped_heads_share_the_norm_of_their_values():
 
 def test_bad_arguments():
     model = tiny_model("bert")
-    with pytest.raises(InvalidInputError, match=r"`scorer` must be one of contribution, leave_one_out.*got 'best'"):
+    with pytest.raises(InvalidInputError, match=r"`scorer` must be one of confidence, contribution.*got 'best'"):
         score_heads(model, [], scorer="best")
     with pytest.raises(InvalidInputError, match="scorer contribution needs `texts`"):
         score_heads(model)

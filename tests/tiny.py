@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AlbertConfig,
     AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
     DistilBertConfig,
@@ -57,7 +59,21 @@ CONFIGS = {
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """Build a model whose weights are large enough that every head matters."""
     torch.manual_seed(seed)
-    model = AutoModel.from_config(CONFIGS[kind]())
+    return _stirred(AutoModel.from_config(CONFIGS[kind]()))
+
+
+def tiny_classifier(kind: str, num_labels: int = 3, seed: int = 0) -> PreTrainedModel:
+    """Build a classification model of the same kind."""
+    torch.manual_seed(seed)
+    config = CONFIGS[kind]()
+    config.num_labels = num_labels
+    if getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = 0  # decoders classify at the last token that is no padding
+    auto = AutoModelForImageClassification if kind == "vit" else AutoModelForSequenceClassification
+    return _stirred(auto.from_config(config))
+
+
+def _stirred(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -19,10 +19,11 @@ import click
 from secateur import __version__
 from secateur.errors import SecateurError
 from secateur.files import check_new_folder, new_folder
-from secateur.scorers import DEFAULT_SCORER, SCORERS
+from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer, scorer_class
 
 if TYPE_CHECKING:
     from secateur.data import Task
+    from secateur.scorers.base import Scorer
 
 _CALIBRATION_TEXTS = 256
 
@@ -59,6 +60,10 @@ _data = click.option(
 _scoring = _options(
     click.option(
         "--scorer", default=DEFAULT_SCORER, show_default=True, type=click.Choice(sorted(SCORERS)), help="Criterion."
+    ),
+    click.option(
+        "--option", "scorer_options", multiple=True, metavar="NAME=VALUE",
+        help="An option of the scorer, such as warmup_epochs=1; may be repeated.",
     ),
     click.option("--pruner", default=None, help="Meta-pruner of smp, smp-plus: folder, Hub id, the authors' .bin."),
     click.option("--split", default="train", show_default=True, type=click.Choice(["train", "dev", "test"])),
@@ -120,7 +125,7 @@ def info(model: str, device: str | None, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores to this JSON file.")
 @_json
 def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Score every attention head of MODEL on a task's unlabelled texts."""
+    """Score every attention head of MODEL on a task's texts; some scorers need their labels too."""
     from secateur.model.loading import check_device, load_model, load_tokenizer
     from secateur.pruning import score_heads
     from secateur.tables import print_table, scores_table
@@ -128,17 +133,18 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
     if out is not None and out.parent != Path() and not out.parent.is_dir():
         raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
     device = check_device(options["device"])
+    scorer = _scorer(options)
     task = _calibration(data, options)
     scores = score_heads(
         load_model(model, device),
         task.texts,
-        options["scorer"],
+        scorer,
         load_tokenizer(model),
+        labels=task.labels,
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         seed=options["seed"],
         progress=True,
-        **_scorer_options(options),
     )
     if out is not None:
         scores.save(out)
@@ -180,23 +186,24 @@ def prune(
 
     check_new_folder(out)
     device = check_device(options["device"])
+    scorer = _scorer(options)
     task = _calibration(data, options)
     tokenizer = load_tokenizer(model)
     pruned, report = prune_model(
         model,
         task.texts,
         ratio,
-        scorer=options["scorer"],
+        scorer=scorer,
         scope=scope,
         min_heads=min_heads,
         refine=refine,
         tokenizer=tokenizer,
+        labels=task.labels,
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         seed=options["seed"],
         device=str(device),
         progress=True,
-        **_scorer_options(options),
     )
     with new_folder(out) as folder:
         pruned.save_pretrained(folder)
@@ -470,15 +477,27 @@ def _calibration(data: str, options: dict[str, Any]) -> Task:
     """Load the calibration texts, a random choice of the data's rows that depends on the seed alone."""
     from secateur.data import load_task
 
-    return load_task(data, options["split"]).head(options["num_texts"], seed=options["seed"])
+    need_labels = scorer_class(options["scorer"]).needs_labels
+    task = load_task(data, options["split"], need_labels=need_labels)
+    return task.head(options["num_texts"], seed=options["seed"])
 
 
-def _scorer_options(options: dict[str, Any]) -> dict[str, Any]:
-    if options["pruner"] is None:
-        return {}
-    if not options["scorer"].startswith("smp"):
-        raise click.UsageError("`pruner` goes with `--scorer smp` and `--scorer smp-plus` only")
-    return {"pruner": options["pruner"]}
+def _scorer(options: dict[str, Any]) -> Scorer:
+    """Build the scorer with its options; values are JSON where they can be read as such, else strings."""
+    chosen: dict[str, Any] = {}
+    for item in options["scorer_options"]:
+        name, equals, value = item.partition("=")
+        if not name or not equals:
+            raise click.UsageError(f"`option` must be NAME=VALUE, got {item}")
+        try:
+            chosen[name] = json.loads(value)
+        except ValueError:
+            chosen[name] = value
+    if options["pruner"] is not None:
+        if not options["scorer"].startswith("smp"):
+            raise click.UsageError("`pruner` goes with `--scorer smp` and `--scorer smp-plus` only")
+        chosen["pruner"] = options["pruner"]
+    return make_scorer(options["scorer"], **chosen)
 
 
 def _echo_metrics(metrics: dict[str, float], main: str) -> None:

@@ -36,7 +36,7 @@ from secateur.heads import HeadScores
 from secateur.model.loading import check_device, load_model, load_tokenizer, quiet_transformers
 from secateur.model.removal import remove_heads_
 from secateur.pruning import environment, score_heads
-from secateur.scorers import SCORERS
+from secateur.scorers import SCORERS, scorer_class
 from secateur.selection import Scope, select_heads
 
 DENSE = "dense"
@@ -64,11 +64,11 @@ PROTOCOLS = {
 class Settings:
     """Everything that a comparison's numbers depend on.
 
-    `data` names tasks as `load_task` takes them, each with train and dev; `num_texts` calibration texts are drawn from
-    the training texts with the run's seed, which also draws the training texts, the classification head and their
-    order: dense and pruned runs of one seed are pairs. `threads` is the number of CPU threads of one run: another
-    number rounds otherwise, so it belongs to the settings. `pruner` is the meta-pruner of `smp`.
-    `max_train` lowers the protocol's number of training texts.
+    `data` names tasks as `load_task` takes them, each with train and dev. A run's seed draws its `num_texts`
+    calibration texts from the training texts (with their labels, for scorers that need those), its training texts, the
+    classification head and their order: dense and pruned runs of one seed are pairs. `threads` is the number of CPU
+    threads of one run: another number rounds otherwise, so it belongs to the settings. `pruner` is the meta-pruner of
+    `smp`. `max_train` lowers the protocol's number of training texts.
 
     Raises `InvalidInputError` for values outside their ranges and for names that repeat.
     """
@@ -147,7 +147,7 @@ def compare(
         missing = [run for run in plan(settings) if run not in done]
         scorings = list(
             dict.fromkeys(
-                replace(run, ratio=0.0)
+                run if scorer_class(run.scorer).needs_ratio else replace(run, ratio=0.0)
                 for run in missing
                 if run.scorer != DENSE and not _scores_file(out, run).is_file()
             )
@@ -216,21 +216,24 @@ def _splits(data: str) -> tuple[Task, Task]:
 
 def _scores_file(out: Path, run: Run) -> Path:
     name = _splits(run.data)[0].name.replace("/", "-")
-    return out / "scores" / f"{name}-{run.scorer}-{run.seed}.json"
+    ratio = f"-{run.ratio:g}" if scorer_class(run.scorer).needs_ratio else ""
+    return out / "scores" / f"{name}-{run.scorer}{ratio}-{run.seed}.json"
 
 
 def _score(settings: Settings, run: Run, out: Path, device: str) -> None:
-    """Score once for all ratios, and write the scores with what they cost."""
-    train, _ = _splits(run.data)
+    """Score, once for all ratios where the scorer allows it, and write the scores with what they cost."""
+    train = _splits(run.data)[0].head(settings.num_texts, seed=run.seed)
     options: dict[str, Any] = {"pruner": settings.pruner} if run.scorer == "smp" and settings.pruner is not None else {}
     with quiet_transformers(False):
         model, tokenizer = load_model(settings.model, device), load_tokenizer(settings.model)
     start = time.perf_counter()
     scores = score_heads(
         model,
-        train.head(settings.num_texts, seed=run.seed).texts,
+        train.texts,
         run.scorer,
         tokenizer,
+        labels=train.labels,
+        pruning_ratio=run.ratio,
         max_length=PROTOCOLS[settings.protocol].max_length,
         seed=run.seed,
         **options,

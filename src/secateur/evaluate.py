@@ -113,7 +113,7 @@ def evaluate_model(
     order = sorted(range(len(task)), key=lambda i: sum(map(len, task.texts[i])) if task.is_pair else len(task.texts[i]))
     inputs = batches(tokenizer, [task.texts[i] for i in order], batch_size, max_length)
     rows: list[torch.Tensor] = []
-    with _ready_to_evaluate(model, tokenizer, device) as place, torch.no_grad():
+    with ready_to_evaluate(model, tokenizer, device) as place, torch.no_grad():
         for batch in tqdm(inputs, desc=f"evaluate {task.name}", unit="batch", leave=False, disable=not progress):
             logits = getattr(model(**{name: tensor.to(place) for name, tensor in batch.items()}), "logits", None)
             if logits is None or logits.ndim != 2:
@@ -127,7 +127,7 @@ def evaluate_model(
 
 
 @contextmanager
-def _ready_to_evaluate(model: Any, tokenizer: Any, device: str | torch.device | None) -> Iterator[torch.device]:
+def ready_to_evaluate(model: Any, tokenizer: Any, device: str | torch.device | None = None) -> Iterator[torch.device]:
     """Put the model on the device and in evaluation mode, yield the device, and undo all of it at the end."""
     place, pad_token_id = model.device, model.config.pad_token_id
     try:

@@ -62,13 +62,17 @@ class HeadScores(_BySite):
     """Importance of every head: site name → float64 vector `[heads]`, higher = keep, -inf = already removed.
 
     `key_value_heads` holds, for each site, how many key-value heads its query heads share (equal to the number of
-    heads where nothing is shared). `scorer` names the criterion.
+    heads where nothing is shared). `scorer` names the criterion. `interactions` holds, for the sites of a criterion
+    that knows them, a symmetric float64 matrix `[heads, heads]`: its sum over the rows and columns of several heads is
+    what removing all of them costs, 0 for heads already removed; `select_heads` takes it into account.
 
-    Raises `InvalidInputError` for an empty mapping and for NaN or +inf, naming the site.
+    Raises `InvalidInputError` for an empty mapping and for NaN or +inf, naming the site, and for interactions that are
+    not finite or of another shape.
     """
 
     key_value_heads: dict[str, int] = field(default_factory=dict)
     scorer: str = ""
+    interactions: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.values_by_site:
@@ -89,15 +93,26 @@ class HeadScores(_BySite):
                 )
         object.__setattr__(self, "values_by_site", clean)
         object.__setattr__(self, "key_value_heads", kv_heads)
+        matrices = {site: torch.as_tensor(m, dtype=torch.float64) for site, m in self.interactions.items()}
+        for site, matrix in matrices.items():
+            if site not in clean:
+                raise invalid("interactions", "name sites that have scores", site)
+            count = clean[site].numel()
+            if matrix.shape != (count, count) or not bool(torch.isfinite(matrix).all()):
+                raise invalid(f"interactions[{site!r}]", f"be finite numbers [{count}, {count}]", tuple(matrix.shape))
+        object.__setattr__(self, "interactions", matrices)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; a removed head's -inf becomes null."""
-        return {
+        data = {
             "kind": "head_scores",
             "scorer": self.scorer,
             "scores": {s: [None if x == -math.inf else x for x in v.tolist()] for s, v in self.items()},
             "key_value_heads": dict(self.key_value_heads),
         }
+        if self.interactions:
+            data["interactions"] = {site: matrix.tolist() for site, matrix in self.interactions.items()}
+        return data
 
     @classmethod
     def from_json(cls, data: Any) -> HeadScores:
@@ -113,7 +128,13 @@ class HeadScores(_BySite):
             isinstance(n, int) and not isinstance(n, bool) for n in kv_heads.values()
         ):
             raise invalid("key_value_heads", "map each site to a whole number", kv_heads)
-        return cls(values, kv_heads, str(data.get("scorer", "")))
+        try:
+            interactions = {
+                site: torch.tensor(matrix, dtype=torch.float64) for site, matrix in data.get("interactions", {}).items()
+            }
+        except (AttributeError, TypeError, ValueError):
+            raise invalid("interactions", "map each site to rows of numbers", data["interactions"]) from None
+        return cls(values, kv_heads, str(data.get("scorer", "")), interactions)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.data import Text, batches
+from secateur.data import Task, Text, batches
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
 from secateur.heads import HeadMask, HeadScores
@@ -31,8 +31,8 @@ from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of, evaluation_mode
 from secateur.scorers import DEFAULT_SCORER, make_scorer
-from secateur.scorers.base import Scorer, ScoringTask
-from secateur.selection import Scope, select_heads
+from secateur.scorers.base import Scorer, ScoringTask, Supervision
+from secateur.selection import Scope, check_pruning_ratio, select_heads
 
 _PROBE_TEXTS = 8
 
@@ -105,10 +105,12 @@ def score_heads(
     scorer: str | Scorer = DEFAULT_SCORER,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    labels: Sequence[int] | Sequence[float] | None = None,
     inputs: Sequence[Mapping[str, Tensor]] | None = None,
     batch_size: int = 32,
     max_length: int = 128,
     seed: int = 0,
+    pruning_ratio: float = 0.5,
     progress: bool = False,
     **options: Any,
 ) -> HeadScores:
@@ -119,14 +121,17 @@ def score_heads(
         texts: calibration texts, unlabelled: strings, or pairs of strings. Not needed by every scorer.
         scorer: a registered name, with `options` for its constructor, or a `Scorer`.
         tokenizer: of the model; looked up by the model's name where absent.
+        labels: one for each text, for scorers that need them: classes from 0 up, or floats for a regression. Such
+            scorers look at the loss of `model` where it has a classification head, and of a fine-tuned copy elsewhere.
         inputs: ready batches of keyword arguments instead of texts, for models that read something else.
         batch_size: texts a batch.
         max_length: tokens a text, at most.
         seed: for scorers that draw random numbers.
+        pruning_ratio: what the scores will be selected with, for scorers that learn a subset of that size (`dsp`).
         progress: whether to show a progress bar on stderr.
 
-    Raises `InvalidInputError` for bad arguments and non-finite scores, `UnsupportedModelError` where heads cannot be
-    told apart.
+    Raises `InvalidInputError` for bad arguments, missing texts or labels, and non-finite scores,
+    `UnsupportedModelError` where heads cannot be told apart.
     """
     base = base_of(model)
     criterion = make_scorer(scorer, **options) if isinstance(scorer, str) else scorer
@@ -134,16 +139,28 @@ def score_heads(
         raise TypeError(f"`scorer` must be a registered name or a Scorer, got {type(scorer).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise invalid("seed", "be a whole number", seed)
-    if inputs is None:
-        if texts is None and criterion.needs_texts:
-            raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
-        made = [] if texts is None else _tokenise(model, texts, tokenizer, batch_size, max_length)
-    else:
-        made = [dict(batch) for batch in inputs]
-    is_pair = texts is not None and len(texts) > 0 and not isinstance(texts[0], str)
-    sites = find_sites(model)
-    task = ScoringTask(base, sites, forward_arguments(base, made), is_pair, seed, progress)
-    with evaluation_mode(base), _not_inference():
+    check_pruning_ratio(pruning_ratio)
+    with evaluation_mode(model), _not_inference(), torch.enable_grad():
+        if inputs is None:
+            if texts is None and criterion.needs_texts:
+                raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
+            made = []
+            if texts is not None:
+                tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
+                made = _tokenise(model, texts, tokenizer, batch_size, max_length)
+        else:
+            made = [dict(batch) for batch in inputs]
+        is_pair = texts is not None and len(texts) > 0 and not isinstance(texts[0], str)
+        sites = find_sites(model)
+        special_ids = _special_ids(base.config.get_text_config() if tokenizer is None else tokenizer)
+        taught = None
+        if criterion.needs_labels:
+            if labels is None:
+                raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `labels`, one for each text")
+            taught = _supervise(model, made, labels, texts if inputs is None else None, tokenizer, max_length)
+        task = ScoringTask(
+            base, sites, forward_arguments(base, made), is_pair, seed, progress, special_ids, taught, pruning_ratio
+        )
         found = criterion.score(task)
     return _in_original_numbering(found, sites, criterion_name(criterion))
 
@@ -158,6 +175,7 @@ def prune(
     min_heads: int = 1,
     refine: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    labels: Sequence[int] | Sequence[float] | None = None,
     batch_size: int = 32,
     max_length: int = 128,
     seed: int = 0,
@@ -192,9 +210,11 @@ def prune(
         texts,
         scorer,
         tokenizer,
+        labels=labels,
         batch_size=batch_size,
         max_length=max_length,
         seed=seed,
+        pruning_ratio=pruning_ratio,
         progress=progress,
         **options,
     )
@@ -291,27 +311,58 @@ def environment() -> dict[str, str]:
 
 
 def _in_original_numbering(found: Mapping[str, Tensor], sites: Mapping[str, AttentionSite], scorer: str) -> HeadScores:
-    values = {}
+    values, interactions = {}, {}
     for name, site in sites.items():
-        vector = torch.full((site.original_num_heads,), -math.inf, dtype=torch.float64)
+        count, heads = site.original_num_heads, torch.tensor(site.heads, dtype=torch.int64)
+        vector = torch.full((count,), -math.inf, dtype=torch.float64)
         row = torch.as_tensor(found[name], dtype=torch.float64).detach().cpu()
         if not bool(torch.isfinite(row).all()):
             raise InvalidInputError(f"scorer {scorer}: the scores of site {name} are not finite: {row.tolist()}")
-        vector[list(site.heads)] = row
+        if row.ndim == 2:
+            interactions[name] = torch.zeros(count, count, dtype=torch.float64)
+            interactions[name][heads[:, None], heads] = row
+            row = row.diagonal()
+        vector[heads] = row
         values[name] = vector
-    return HeadScores(values, {name: site.original_num_key_value_heads for name, site in sites.items()}, scorer)
+    kv_heads = {name: site.original_num_key_value_heads for name, site in sites.items()}
+    return HeadScores(values, kv_heads, scorer, interactions)
+
+
+def _supervise(
+    model: Any,
+    made: Sequence[Mapping[str, Tensor]],
+    labels: Sequence[int] | Sequence[float],
+    texts: Sequence[Text] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int,
+) -> Supervision:
+    """Lay the labels beside the batches. Raises `InvalidInputError` unless there is one valid label for each text."""
+    sizes = [len(next(iter(batch.values()))) for batch in made]
+    task = Task("calibration", [""] * sum(sizes) if texts is None else list(texts), list(labels))
+    dtype = torch.float32 if task.is_regression else torch.int64
+    rows = torch.tensor(task.labels, dtype=dtype, device=model.device).split(sizes)
+    own = None if texts is None else tokenizer
+    return Supervision(model, rows, task, own, min(length, max_length(model, length)))
 
 
 def _tokenise(
     model: nn.Module,
     texts: Sequence[Text],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     length: int,
 ) -> list[dict[str, Tensor]]:
-    tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
     device = base_of(model).device
     return batches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
+
+
+def _special_ids(source: Any) -> frozenset[int]:
+    """Return the ids of the tokens that stand for no word, as a tokenizer or a config names them."""
+    found: set[Any] = set()
+    for kind in ("bos", "eos", "cls", "sep", "pad"):
+        value = getattr(source, f"{kind}_token_id", None)
+        found.update(value if isinstance(value, list | tuple) else [value])
+    return frozenset(found - {None})
 
 
 def _own_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:

@@ -27,10 +27,15 @@ def select_heads(scores: HeadScores, pruning_ratio: float = 0.5, scope: Scope = 
 
     Grouped queries: at scope "site" a site keeps some of its groups and the same number of heads in each, whichever
     choice has the highest sum of scores among those nearest to the budget; at scope "global" whole groups go, ranked
-    by their mean score. Raises `InvalidInputError` for values outside their ranges.
+    by their mean score.
+
+    Where `scores` has interactions, heads of a site without groups are then rearranged (Kwon et al. 2022, arXiv
+    2204.09656): kept heads, from the lowest score up, are swapped for the dropped one with which that lowers the cost
+    of all dropped heads together most, if any does. Every site keeps as many heads as before.
+
+    Raises `InvalidInputError` for values outside their ranges.
     """
-    if isinstance(pruning_ratio, bool) or not isinstance(pruning_ratio, int | float) or not 0 <= pruning_ratio < 1:
-        raise invalid("pruning_ratio", "be in [0, 1)", pruning_ratio)
+    check_pruning_ratio(pruning_ratio)
     if scope not in get_args(Scope):
         raise invalid("scope", "be 'site' or 'global'", scope)
     if isinstance(min_heads, bool) or not isinstance(min_heads, int) or min_heads < 0:
@@ -38,11 +43,21 @@ def select_heads(scores: HeadScores, pruning_ratio: float = 0.5, scope: Scope = 
     if not isinstance(scores, HeadScores):
         raise invalid("scores", "be HeadScores", type(scores).__name__)
     if scope == "site":
-        return HeadMask({site: _select_in_site(scores, site, pruning_ratio, min_heads) for site in scores})
-    return _select_globally(scores, pruning_ratio, min_heads)
+        mask = HeadMask({site: _select_in_site(scores, site, pruning_ratio, min_heads) for site in scores})
+    else:
+        mask = _select_globally(scores, pruning_ratio, min_heads)
+    ungrouped = [site for site in scores.interactions if scores.key_value_heads[site] == scores[site].numel()]
+    better = {site: _rearranged(mask[site], scores[site], scores.interactions[site]) for site in ungrouped}
+    return HeadMask({**mask, **better})
 
 
-def _budget(heads: int, pruning_ratio: float) -> int:
+def check_pruning_ratio(pruning_ratio: float) -> None:
+    """Raise `InvalidInputError` unless the ratio is a number in [0, 1)."""
+    if isinstance(pruning_ratio, bool) or not isinstance(pruning_ratio, int | float) or not 0 <= pruning_ratio < 1:
+        raise invalid("pruning_ratio", "be in [0, 1)", pruning_ratio)
+
+
+def budget(heads: int, pruning_ratio: float) -> int:
     """Return how many of `heads` may go; the small term undoes rounding, as in 0.29 * 100 = 28.999…"""
     return math.floor(pruning_ratio * heads + 1e-9)
 
@@ -63,7 +78,7 @@ def _select_in_site(scores: HeadScores, site: str, pruning_ratio: float, min_hea
     vector, groups = scores[site], _groups(scores, site)
     kept = torch.zeros(vector.numel(), dtype=torch.bool)
     present = sum(len(g) for g in groups)
-    target = max(present - _budget(present, pruning_ratio), min(min_heads, present))
+    target = max(present - budget(present, pruning_ratio), min(min_heads, present))
     if not target:
         return kept
     shapes = list(itertools.product(range(1, len(groups) + 1), range(1, max(map(len, groups)) + 1)))
@@ -83,13 +98,32 @@ def _best_of_shape(vector: Tensor, groups: list[list[int]], num_groups: int, per
 def _select_globally(scores: HeadScores, pruning_ratio: float, min_heads: int) -> HeadMask:
     units = [(site, group) for site in scores for group in _groups(scores, site)]
     left = {site: sum(len(g) for g in _groups(scores, site)) for site in scores}
-    budget = _budget(sum(left.values()), pruning_ratio)
+    allowed = budget(sum(left.values()), pruning_ratio)
     means = torch.stack([scores[site][group].mean() for site, group in units])
     values = {site: vector > -math.inf for site, vector in scores.items()}
     for number in reversed(_ranked(means)):
         site, group = units[number]
-        if len(group) <= budget and left[site] - len(group) >= min_heads:
+        if len(group) <= allowed and left[site] - len(group) >= min_heads:
             values[site][group] = False
-            budget -= len(group)
+            allowed -= len(group)
             left[site] -= len(group)
     return HeadMask(values)
+
+
+def _rearranged(kept: Tensor, vector: Tensor, matrix: Tensor) -> Tensor:
+    """Swap kept heads of a site against dropped ones while the sum of `matrix` over the dropped ones falls."""
+    kept = kept.clone()
+    for head in reversed(_ranked(torch.where(kept, vector, -math.inf))[: int(kept.sum())]):
+        dropped = (~kept & (vector > -math.inf)).nonzero().flatten()
+        if not len(dropped):
+            break
+        sums = matrix[:, dropped].sum(dim=1)
+        # What the sum over the dropped heads gains when `head` joins them and one of them, in turn, leaves.
+        gains = (
+            matrix[head, head] + 2 * (sums[head] - matrix[head, dropped])
+            - 2 * sums[dropped] + matrix[dropped, dropped]
+        )  # fmt: skip
+        best = int(gains.argmin())
+        if float(gains[best]) < 0:
+            kept[head], kept[dropped[best]] = False, True
+    return kept

@@ -11,12 +11,19 @@ if TYPE_CHECKING:
     from secateur.scorers.base import Scorer
 
 SCORERS = {
+    "confidence": "secateur.scorers.confidence:ConfidenceScorer",
     "contribution": "secateur.scorers.contribution:ContributionScorer",
+    "dsp": "secateur.scorers.dsp:DspScorer",
+    "entropy": "secateur.scorers.entropy:EntropyScorer",
+    "fisher": "secateur.scorers.fisher:FisherScorer",
+    "l0": "secateur.scorers.l0:L0Scorer",
     "leave_one_out": "secateur.scorers.leave_one_out:LeaveOneOutScorer",
     "magnitude": "secateur.scorers.magnitude:MagnitudeScorer",
     "random": "secateur.scorers.random:RandomScorer",
+    "relational_taylor": "secateur.scorers.relational_taylor:RelationalTaylorScorer",
     "smp": "secateur.scorers.smp:SmpScorer",
     "smp-plus": "secateur.scorers.smp_plus:SmpPlusScorer",
+    "taylor": "secateur.scorers.taylor:TaylorScorer",
 }
 """Name → where its class is; named rather than imported, so that the command line can list them at once."""
 

@@ -10,12 +10,29 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.data import Task
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import HeadReading, probe
 
 Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What criteria that need labels get besides the batches.
+
+    `model` is the model that the caller gave, with whatever head it has. `labels` holds a tensor `[batch]` for each
+    batch: int64 classes, or float32 for a regression. `task` holds the same labels with their texts, to fine-tune on;
+    where the caller gave ready inputs, `tokenizer` is None and the texts are placeholders.
+    """
+
+    model: PreTrainedModel
+    labels: Sequence[Tensor]
+    task: Task
+    tokenizer: PreTrainedTokenizerBase | None
+    max_length: int
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,9 @@ class ScoringTask:
 
     `model` is the base model, in eval mode. `batches` are keyword arguments of its forward, one mapping a batch.
     `is_pair` says whether each text is a pair of sentences, which decides how a text is represented. Criteria that
-    draw random numbers draw them from `seed`.
+    draw random numbers draw them from `seed`. `special_ids` are the token ids that stand for no word: of the start and
+    end of a text, separators and padding. `supervision` is there for criteria that need labels alone. `pruning_ratio`
+    is what the caller means to select with, for criteria that learn a subset of that size.
     """
 
     model: PreTrainedModel
@@ -33,6 +52,9 @@ class ScoringTask:
     is_pair: bool = False
     seed: int = 0
     progress: bool = False
+    special_ids: frozenset[int] = frozenset()
+    supervision: Supervision | None = None
+    pruning_ratio: float = 0.5
 
     def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
         """Wrap `items` in a progress bar on stderr where the caller wants one."""
@@ -43,17 +65,26 @@ class Scorer(ABC):
     """A criterion of head importance.
 
     Subclasses set `description` (one line), `source` (paper or "this project"), `passes` (forward passes over the
-    texts, in words) and `needs_texts`, and implement `score`. Options are constructor arguments with defaults.
+    texts, in words), `needs_texts`, `needs_labels` (with a model that is fine-tuned on them: see `LabelledScorer`),
+    `needs_gradients` (whether they back-propagate through the model) and `needs_ratio` (whether scores are good for one
+    pruning ratio alone), and implement `score`. Options are constructor arguments with defaults.
     """
 
     description: ClassVar[str]
     source: ClassVar[str]
     passes: ClassVar[str]
     needs_texts: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
+    needs_ratio: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
-        """Return, for each site, the importance of the heads that are there now: `[heads]`, finite, higher = keep."""
+        """Return, for each site, the importance of the heads that are there now: `[heads]`, finite, higher = keep.
+
+        Or a symmetric matrix `[heads, heads]` whose diagonal is the importance and whose sum over the rows and columns
+        of several heads is what removing all of them costs: the `interactions` of `HeadScores`.
+        """
 
 
 class StreamingScorer(Scorer):
@@ -83,4 +114,16 @@ class StreamingScorer(Scorer):
         with torch.no_grad(), probe(task.model, add, weights=self.weights):
             for batch in task.track(task.batches, len(task.batches), "scoring"):
                 task.model(**batch)
-        return {site: total / counts[site] for site, total in sums.items()}
+        # A site that an earlier pruning left without heads may never be reached.
+        return {name: sums[name] / counts[name] if name in sums else torch.zeros(0) for name in task.sites}
+
+
+def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Average `[batch, tokens, heads]` over the tokens that `mask` `[batch, tokens]` marks with 1: `[batch, heads]`.
+
+    A mask of another shape counts as none, as a decoder's tokens have none here. A text without any such token gets 0.
+    """
+    if mask is None or mask.shape != values.shape[:2]:
+        return values.mean(dim=1)
+    weights = mask.to(values).unsqueeze(-1)
+    return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)

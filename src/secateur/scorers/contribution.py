@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.model.layout import NOBODY, AttentionSite
 from secateur.model.probe import HeadReading
-from secateur.scorers.base import Batch, ScoringTask, StreamingScorer
+from secateur.scorers.base import Batch, ScoringTask, StreamingScorer, mean_over_tokens
 
 
 class ContributionScorer(StreamingScorer):
@@ -27,7 +27,7 @@ class ContributionScorer(StreamingScorer):
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Prepare each head's Gram matrix, then stream the batches."""
-        self._grams = {name: gram_matrices(task.model, site) for name, site in task.sites.items()}
+        self._grams = {name: gram_matrices(task.model, site) for name, site in task.sites.items() if site.num_heads}
         try:
             return super().score(task)
         finally:
@@ -35,7 +35,10 @@ class ContributionScorer(StreamingScorer):
 
     def read(self, reading: HeadReading, batch: Batch, task: ScoringTask) -> Tensor:
         """Return the mean contribution norm of each text and head."""
-        return _mean_over_tokens(contribution_norms(reading.outputs, self._grams[reading.site]), batch)
+        if reading.site not in self._grams:  # emptied by an earlier pruning
+            return reading.outputs.new_zeros(len(reading.outputs), 0)
+        norms = contribution_norms(reading.outputs, self._grams[reading.site])
+        return mean_over_tokens(norms, batch.get("attention_mask"))
 
 
 def output_weights(model: Any, site: AttentionSite) -> Tensor:
@@ -59,12 +62,3 @@ def contribution_norms(outputs: Tensor, grams: Tensor) -> Tensor:
     x = outputs.float()
     squared = (torch.einsum("bthi,hij->bthj", x, grams.to(x.device)) * x).sum(dim=-1)
     return squared.clamp(min=0).sqrt()
-
-
-def _mean_over_tokens(values: Tensor, batch: Batch) -> Tensor:
-    """Average `[batch, tokens, heads]` over the tokens that the batch's attention mask calls real."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.shape != values.shape[:2]:  # no padding, or a decoder whose tokens have no mask here
-        return values.mean(dim=1)
-    weights = mask.to(values).unsqueeze(-1)
-    return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
