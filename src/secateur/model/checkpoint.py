@@ -49,9 +49,10 @@ def _narrow(model: PreTrainedModel) -> None:
     from secateur.errors import CheckpointError, SecateurError
     from secateur.model.recipe import KEY, read_recipe
     from secateur.model.removal import replay_
+    from secateur.model.state import base_of
 
     recipe = read_recipe(model.config)
-    base = model.base_model
+    base = base_of(model)
     if recipe is None or getattr(base, _DONE, False):
         return
     missing = [site for site in recipe.sites if not _has(base, site)]

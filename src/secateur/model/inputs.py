@@ -15,8 +15,11 @@ from secateur.model.state import base_of
 
 
 @torch.inference_mode(False)  # inputs made in inference mode could not be differentiated through
-def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, padding: int = 3) -> dict[str, Any]:
-    """Return keyword arguments for one forward pass of the base model, the same at every call.
+def example_inputs(
+    model: PreTrainedModel, batch: int = 2, length: int = 12, padding: int = 3, seed: int = 0
+) -> dict[str, Any]:
+    """Return keyword arguments for one forward pass of the base model, the same at every call with
+    the same arguments.
 
     Text: `[batch, length]` token ids drawn at random, the last `padding` tokens of every second text masked out.
     Images: `[batch, channels, height, width]` noise. Speech: noise of the length the model wants.
@@ -25,7 +28,7 @@ def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, pad
     base = base_of(model)
     config = base.config.get_text_config() if base.main_input_name == "input_ids" else base.config
     accepted = inspect.signature(base.forward).parameters
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     inputs: dict[str, Any] = {}
     name = base.main_input_name
     if name == "input_ids":

@@ -18,17 +18,17 @@ from transformers.pytorch_utils import Conv1D
 from secateur.errors import UnsupportedModelError
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import NOBODY, AttentionSite, HeadSlice
-from secateur.model.probe import HeadReading, probe
+from secateur.model.probe import HeadReading, prepare, probe
 from secateur.model.recipe import read_recipe
 from secateur.model.state import base_of, evaluation_mode, gradients_for_all, in_float32
 
 # Attributes that modelling code reads at run time, by what they count. An attribute is adjusted only where its value
 # is the one expected, and every removal is proved afterwards, so a name too many does no harm.
 _ATTRIBUTES = {
-    "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads"),
+    "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "num_attn_heads"),
     "key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
     "group": ("num_key_value_groups", "n_rep"),
-    "width": ("all_head_size", "inner_dim", "split_size"),
+    "width": ("all_head_size", "inner_dim", "split_size", "embed_dim"),
 }
 
 
@@ -45,6 +45,8 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
     base = base_of(model)
     inputs = example_inputs(base) if inputs is None else inputs
     finder = _Finder(base)
+    with in_float32(base):
+        prepare(base, inputs)
     with in_float32(base), evaluation_mode(base), gradients_for_all(base), finder.watching(), probe(base, finder.see):
         base(**inputs)
     return finder.finish()
@@ -70,20 +72,20 @@ class _Finder:
         """Take the query, key and value part of a site, and remember what its output projection must read."""
         site, module = reading.site, reading.module
         if site not in self.readings:
-            heads, kv_heads = reading.query.shape[1], reading.key.shape[1]
+            heads = reading.outputs.shape[2]
+            kv_heads = heads if reading.key is None else reading.key.shape[1]
             if kv_heads and heads % kv_heads:
                 raise UnsupportedModelError(
                     f"site {site}: {heads} heads do not divide among {kv_heads} key-value heads"
                 )
             self.readings[site] = (module, heads, kv_heads, reading.outputs.shape[-1])
             found: list[HeadSlice] = []
-            for role, tensor in (("query", reading.query), ("key", reading.key), ("value", reading.value)):
-                if not heads:
-                    continue
-                pieces = self._pieces(site, module, role, tensor)
+            for role, per_head in _heads_of(reading).items():
+                pieces = self._pieces(site, module, role, per_head)
                 if not any(self._is_matrix(p) for p in pieces):
+                    what = "projections" if role == "head" else f"{role} projection"
                     raise UnsupportedModelError(
-                        f"site {site}: no weight of its {role} projection belongs to single heads "
+                        f"site {site}: no weight of its {what} belongs to single heads "
                         "(a normalisation or mixing across heads, or weights outside the site)"
                     )
                 found += pieces
@@ -94,8 +96,7 @@ class _Finder:
     def _is_matrix(self, piece: HeadSlice) -> bool:
         return self.base.get_parameter(piece.parameter).ndim > 1
 
-    def _pieces(self, site: str, module: nn.Module, role: str, tensor: Tensor) -> list[HeadSlice]:
-        per_head = [tensor[:, h] for h in range(tensor.shape[1])]
+    def _pieces(self, site: str, module: nn.Module, role: str, per_head: list[Tensor]) -> list[HeadSlice]:
         pieces = self._support(site, module, role, per_head)
         if not pieces:  # some classes hold their projections beside, not inside, the module that attends
             parent = self.base.get_submodule(site.rpartition(".")[0])
@@ -161,7 +162,8 @@ class _Finder:
     def finish(self) -> dict[str, AttentionSite]:
         if not self.readings:
             raise UnsupportedModelError(
-                f"{type(self.base).__name__} has no attention that goes through transformers' attention interface"
+                f"{type(self.base).__name__} has no attention whose heads can be told apart where its output projection reads "
+                "them"
             )
         recipe = read_recipe(self.base.config)
         found = {}
@@ -195,6 +197,22 @@ class _Finder:
                 first = recipe.sites[site]
                 found[site] = replace(first, num_heads=0, num_key_value_heads=0, slices=(), attributes={}, heads=())
         return found
+
+
+def _heads_of(reading: HeadReading) -> dict[str, list[Tensor]]:
+    """Return by role what each head computed from weights of its own; nothing for a site without heads."""
+    if not reading.outputs.shape[2]:
+        return {}
+    if reading.query is None or reading.key is None or reading.value is None:
+        # The scores too: a softmax is blind to what it adds to a whole row, so the outputs do not show the key's bias.
+        assert reading.scores is not None
+        parts = zip(reading.scores.unbind(dim=1), reading.outputs.unbind(dim=2), strict=True)
+        return {"head": [torch.cat([scores.flatten(), outputs.flatten()]) for scores, outputs in parts]}
+    return {
+        "query": list(reading.query.unbind(dim=1)),
+        "key": list(reading.key.unbind(dim=1)),
+        "value": list(reading.value.unbind(dim=1)),
+    }
 
 
 class _Hooks:
