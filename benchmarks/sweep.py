@@ -31,7 +31,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 
 import torch
 import transformers
-from benchmarks.tiny_configs import candidate
+from benchmarks.tiny_configs import CANDIDATES, candidate
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -120,7 +120,7 @@ def build(model_type: str) -> PreTrainedModel:
     if config_class not in MODEL_MAPPING:
         raise ValueError("AutoModel knows no class for it")
     first: Exception | None = None
-    for number in range(4):
+    for number in range(CANDIDATES):
         try:
             config = candidate(config_class, number)
             with torch.device("meta"):
@@ -347,8 +347,8 @@ def page(report: dict[str, Any]) -> str:
         f"{report['versions']['transformers']}, torch {report['versions']['torch']}). Raw results: "
         "[benchmarks/results/sweep.json](../benchmarks/results/sweep.json).",
         "",
-        "Every model type was built tiny with random weights and run on made-up inputs of its kind. Checked by plain "
-        "means that share no code with secateur's own proof: gates of ones change nothing; a closed gate equals zeros in "
+        "Every model type was built tiny with random weights and run on made-up inputs of its kind. Checked by "
+        "plain means that share no code with secateur's own proof: gates of ones change nothing; a closed gate equals zeros in "
         "the output projection; the smaller model equals the gated one on inputs that the proof has not seen (float32, "
         "1e-4); what `AutoModel.from_pretrained` reads back is equal bit for bit. Models of several parts were given "
         "text alone where they take it: the sites counted are those that this reaches.",

@@ -1,12 +1,11 @@
 """A tiny config for any model type of transformers, by the names of the settings that its config has.
 
-No table of models: `hidden_size` means the same in all of them. Where the tiny config does not build, `candidates`
-offers ever more cautious ones.
+No table of models: `hidden_size` means the same in all of them. Where the tiny config does not build, `candidate`
+offers ever more cautious ones, by number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -86,6 +85,11 @@ SETTINGS: dict[str, Any] = {
     "mamba_num_heads": 8,
     "mamba_head_dim": 8,
     "ssm_state_size": 8,
+    "full_attention_interval": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "mamba_expand": 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
@@ -107,26 +111,24 @@ _LISTS = {
     **dict.fromkeys(["depths"], 1),
     **dict.fromkeys(["conv_dim", "tdnn_dim"], WIDTH),
 }
+_OFTEN_NONE = ("hidden_size", "d_model", "n_embd")
 _CAUTIOUS = ("num_key_value_heads", "head_dim", "image_size", "kv_channels", "num_kv_heads")
 
 
-def candidates(config_class: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
-    """Yield configs to try in turn: tiny, tiny with the derived sizes left alone, and few layers only.
-
-    Each may raise: then the next one is not reached, so the caller asks for them by number with `candidate`.
-    """
-    for number in range(4):
-        yield candidate(config_class, number)
+CANDIDATES = 5
 
 
 def candidate(config_class: type[PreTrainedConfig], number: int) -> PreTrainedConfig:
-    """Return the config of this number, from 0 (everything tiny) to 3 (few layers)."""
+    """Return the config of this number, from 0 (everything tiny) to 4 (few layers, all else as it comes)."""
     if number == 0:
         settings = SETTINGS
     elif number == 1:
         settings = {k: v for k, v in SETTINGS.items() if k != "image_size"}
     elif number == 2:
         settings = {k: v for k, v in SETTINGS.items() if k not in _CAUTIOUS}
+    elif number == 3:  # rotary embeddings in sections want heads of 128
+        wide = {**dict.fromkeys(_WIDTHS.split(), 512), **dict.fromkeys(_INNER.split(), 256), "head_dim": 128}
+        settings = {**SETTINGS, **wide}
     else:
         settings = {k: SETTINGS[k] for k in _LAYERS.split()}
     return _tiny(config_class, settings)
@@ -144,12 +146,15 @@ def _tiny(config_class: type[PreTrainedConfig], settings: dict[str, Any]) -> Pre
             changes[name], tokens = tokens, tokens + 1
         elif isinstance(default, list | tuple) and name in _LISTS and default and isinstance(default[0], int):
             changes[name] = type(default)([_LISTS[name]] * len(default))
-        elif isinstance(default, bool) or not isinstance(default, int | type(None)):
-            continue
-        elif (name in settings and (default is not None or name in _WIDTHS.split()[:3] + ["num_key_value_heads"])) or (
-            name in renamed and renamed[name] not in known and name in settings
-        ):
-            changes[name] = settings[name]
+        elif not isinstance(default, bool) and isinstance(default, int | type(None)):
+            known_here = name in known and (default is not None or name in (*_OFTEN_NONE, "num_key_value_heads"))
+            known_elsewhere = name in renamed and renamed[name] not in known
+            if name in settings and (known_here or known_elsewhere):
+                changes[name] = settings[name]
+    if "kv_lora_rank" in known and "num_key_value_heads" in changes:
+        changes["num_key_value_heads"] = changes["num_attention_heads"]  # latent attention shares no heads
+    if "layer_types" in known and "num_hidden_layers" in changes:
+        changes |= _one_of_each_kind(config_class)
     if config_class.sub_configs:
         filled = config_class()
         for name in config_class.sub_configs:
@@ -157,3 +162,14 @@ def _tiny(config_class: type[PreTrainedConfig], settings: dict[str, Any]) -> Pre
             if isinstance(part, PreTrainedConfig):
                 changes[name] = _tiny(type(part), settings)
     return config_class(**changes)
+
+
+def _one_of_each_kind(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Return settings with a layer of each kind that the full model mixes, attention among them."""
+    try:
+        kinds = list(dict.fromkeys(config_class().layer_types or []))
+    except Exception:
+        return {}
+    if len(kinds) < 2:
+        return {}
+    return {"layer_types": kinds, "num_hidden_layers": len(kinds)}

@@ -9,7 +9,7 @@ there and gates multiply it there. Maps are the softmax results themselves, wher
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -196,7 +196,8 @@ def _look(base: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, DirectS
     def read(layer: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             for name, result in list(pending.items()):
-                if args and isinstance(args[0], Tensor) and _reads_heads(result, args[0]):
+                by_head = _by_head(result, args[0]) if args and isinstance(args[0], Tensor) else None
+                if by_head is not None and reads_heads(result, args[0], by_head.shape[:3]):
                     del pending[name]
                     if name in sites and sites[name].output != layer:
                         unclear.add(name)
@@ -219,12 +220,15 @@ def _look(base: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, DirectS
     return {name: site for name, site in sites.items() if name not in unclear}
 
 
-def _reads_heads(result: Tensor, read: Tensor) -> bool:
-    """Does each head's chunk of `read` depend on that head of `result`, and on no other?"""
-    by_head = _by_head(result, read)
-    if by_head is None or not read.requires_grad or not read.is_floating_point():
+def reads_heads(result: Tensor, read: Tensor, shape: Sequence[int]) -> bool:
+    """Does each head's chunk of `read` depend on that head of `result`, and on no other?
+
+    `shape` is `[batch, heads, queries]`; `result` has these three dimensions, in this or the attention interface's
+    order, and one more, or batch and heads as one.
+    """
+    if not (read.requires_grad and result.requires_grad and read.is_floating_point()):
         return False
-    batch, heads, queries = by_head.shape[:3]
+    batch, heads, queries = shape
     chunks = read.reshape(batch, queries, heads, -1)
     random = torch.Generator().manual_seed(0)
     for head in range(heads):
@@ -232,9 +236,9 @@ def _reads_heads(result: Tensor, read: Tensor) -> bool:
         (gradient,) = torch.autograd.grad(chunks[:, :, head], result, direction, retain_graph=True, allow_unused=True)
         if gradient is None:
             return False
-        reached = _by_head(gradient, read)
-        assert reached is not None  # has the shape of `result`
-        used = (reached != 0).any(dim=-1).any(dim=-1).any(dim=0).tolist()
+        if result.ndim == 4 and tuple(result.shape[:3]) != tuple(shape):
+            gradient = gradient.transpose(1, 2)
+        used = (gradient.reshape(batch, heads, -1) != 0).any(dim=-1).any(dim=0).tolist()
         if used != [h == head for h in range(heads)]:
             return False
     return True

@@ -37,15 +37,16 @@ def example_inputs(
             mask = torch.ones(batch, length, dtype=torch.long)
             mask[1::2, length - padding :] = 0
             inputs["attention_mask"] = mask
+        if "bbox" in accepted:
+            inputs["bbox"] = torch.zeros(batch, length, 4, dtype=torch.long)
+        if "pixel_values" in accepted and _needs_both(base.config):
+            inputs["pixel_values"] = _images(base.config.vision_config, batch, random)
     elif name == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        inputs["pixel_values"] = torch.randn(batch, getattr(config, "num_channels", 3), height, width, generator=random)
+        inputs["pixel_values"] = _images(config, batch, random)
     elif name == "input_values":
         inputs["input_values"] = torch.randn(batch, 8000, generator=random)
     elif name == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", 50)
-        inputs["input_features"] = torch.randn(batch, getattr(config, "num_mel_bins", 80), frames, generator=random)
+        inputs["input_features"] = _features(config, batch, random)
     else:
         raise UnsupportedModelError(
             f"{type(base).__name__} takes `{name}`, for which no example can be made; pass `inputs`"
@@ -65,14 +66,39 @@ def forward_arguments(model: PreTrainedModel, made: Sequence[Mapping[str, Tensor
     return [{**{k: v for k, v in batch.items() if k in accepted}, **extra} for batch in made]
 
 
+def _needs_both(config: Any) -> bool:
+    """Is this CLIP or its kin, which embeds a picture beside a text, rather than a text with pictures in it?"""
+    places = ("image_token_id", "image_token_index")
+    return hasattr(config, "vision_config") and not any(isinstance(getattr(config, p, None), int) for p in places)
+
+
+def _images(config: Any, batch: int, random: torch.Generator) -> Tensor:
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    frames = getattr(config, "num_frames", None)
+    shape = [batch, *([frames] if isinstance(frames, int) else []), getattr(config, "num_channels", 3), height, width]
+    return torch.randn(shape, generator=random)
+
+
+def _features(config: Any, batch: int, random: torch.Generator) -> Tensor:
+    """Make a spectrogram: bands × frames for Whisper and its kin, frames × bands for everything else."""
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size")
+    bands = next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), 80)
+    positions = getattr(config, "max_source_positions", None)
+    if isinstance(positions, int) and not hasattr(config, "input_feat_per_channel"):
+        return torch.randn(batch, bands, 2 * positions, generator=random)
+    return torch.randn(batch, 64, bands, generator=random)
+
+
 def _token_ids(config: Any, batch: int, length: int, random: torch.Generator) -> Tensor:
     """Draw token ids that avoid the special ones: RoBERTa, for one, derives positions from the padding id."""
-    ids = torch.randint(0, config.vocab_size, (batch, length), generator=random)
+    vocabulary = config.vocab_size if hasattr(config, "vocab_size") else 1000  # CANINE reads any character
+    ids = torch.randint(0, vocabulary, (batch, length), generator=random)
     special = set()
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         value = getattr(config, key, None)
         special |= set(value) if isinstance(value, list | tuple) else {value}
-    plain = next(i for i in range(config.vocab_size) if i not in special)
+    plain = next(i for i in range(vocabulary) if i not in special)
     for token in special - {None}:
         ids[ids == token] = plain
     return ids

@@ -51,6 +51,7 @@ class HeadReading:
     weights: Tensor | None
     outputs: Tensor
     scores: Tensor | None = None
+    extras: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,15 +195,22 @@ def _attend(
             continue
         if outputs.ndim != 4 or outputs.shape[2] != query.shape[1]:
             raise UnsupportedModelError(f"site {site}: its attention function does not keep the heads apart")
-        outputs = _pass(entry, HeadReading(site, module, query, key, value, weights, outputs))
+        outputs = _pass(
+            entry, HeadReading(site, module, query, key, value, weights, outputs, extras=_learned(args, kwargs))
+        )
     return outputs, weights
+
+
+def _learned(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    return tuple(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad and x.ndim in (1, 4))
 
 
 def _pass_direct(entry: _Probe, site: str, module: nn.Module, outputs: Tensor, computed: Computed) -> Tensor:
     if computed.is_map:
         reading = HeadReading(site, module, None, None, None, computed.result, outputs, computed.operands[0])
     else:
-        reading = HeadReading(site, module, *computed.operands, None, outputs)
+        query, key, value = computed.operands
+        reading = HeadReading(site, module, query, key, value, None, outputs)
     return _pass(entry, reading)
 
 
@@ -212,7 +220,8 @@ def _pass(entry: _Probe, reading: HeadReading) -> Tensor:
     if entry.callback is not None:
         if entry.weights and reading.weights is None:
             raise UnsupportedModelError(
-                f"site {reading.site} does not compute attention maps; use a scorer that needs none, such as contribution"
+                f"site {reading.site} does not compute attention maps; use a scorer that needs none, such as "
+                "contribution"
             )
         entry.callback(reading if entry.weights else replace(reading, weights=None))
     gate = entry.gates.get(reading.site)

@@ -1,12 +1,13 @@
 """Finding attention sites, and which rows and columns of which weights belong to each head.
 
 No table of model names: a head owns an index of a weight if the gradient of that head's query, key or value reaches
-the index and no other head's does. The output projection is the linear layer whose input equals the concatenated heads.
+the index and no other head's does. The output projection is the linear layer whose input is the
+concatenated heads, or a chunk for each head that depends on that head alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedModelError
+from secateur.model.adapted import reads_config, takes_bias
+from secateur.model.direct import reads_heads
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import NOBODY, AttentionSite, HeadSlice
 from secateur.model.probe import HeadReading, prepare, probe
@@ -89,9 +92,12 @@ class _Finder:
                         "(a normalisation or mixing across heads, or weights outside the site)"
                     )
                 found += pieces
+            if not takes_bias(module):
+                for per_head in _extras_of(reading):
+                    found += self._support(site, module, "query", per_head)
             self.slices[site] = found
         if site not in self.outputs:
-            self.pending = (site, reading.outputs.detach())
+            self.pending = (site, reading.outputs)
 
     def _is_matrix(self, piece: HeadSlice) -> bool:
         return self.base.get_parameter(piece.parameter).ndim > 1
@@ -103,12 +109,18 @@ class _Finder:
             pieces = self._support(site, parent, role, per_head)
         return pieces
 
-    def _support(self, site: str, module: nn.Module, role: str, per_head: list[Tensor]) -> list[HeadSlice]:
+    def _support(
+        self, site: str, module: nn.Module, role: str, per_head: list[Tensor], leave_out: Collection[str] = ()
+    ) -> list[HeadSlice]:
         """Back-propagate from each head alone; an axis along which the heads reach different indices is theirs."""
         holders = {
             id(p): holder for holder in module.modules() for p in holder.parameters(recurse=False) if p.requires_grad
         }
-        parameters = [p for p in module.parameters() if id(p) in holders and id(p) in self.names]
+        parameters = [
+            p
+            for p in module.parameters()
+            if id(p) in holders and id(p) in self.names and self.names[id(p)] not in leave_out
+        ]
         if not parameters or not per_head[0].requires_grad:
             return []
         reached: dict[tuple[int, int], list[Tensor]] = {}
@@ -141,8 +153,13 @@ class _Finder:
         """Recognise the output projection by its input, then find which of its columns read which head."""
         if self.pending is None:
             return
-        site, heads_out = self.pending
-        if tensor.numel() != heads_out.numel() or not torch.equal(tensor.reshape(-1), heads_out.reshape(-1)):
+        site, outputs = self.pending
+        heads_out = outputs.detach()
+        if tensor.numel() != heads_out.numel():
+            return
+        as_they_are = torch.equal(tensor.reshape(-1), heads_out.reshape(-1))
+        # Some models multiply each head by a gate of its own, or normalise it, before the projection reads it.
+        if not as_they_are and not reads_heads(outputs, tensor, outputs.transpose(1, 2).shape[:3]):
             return
         self.pending = None
         self.outputs[site] = name
@@ -157,20 +174,26 @@ class _Finder:
         pieces = self._support(site, module, "output", per_head)
         if not any(self._is_matrix(p) for p in pieces):
             raise UnsupportedModelError(f"site {site}: the output projection {name} does not keep heads apart")
+        if not as_they_are:
+            known = {piece.parameter for piece in self.slices[site]}
+            chunks = list(tensor.reshape(heads_out.shape).unbind(dim=2))
+            owner = self.readings[site][0]
+            pieces += self._support(site, owner, "query", chunks, leave_out=known)
         self.slices[site] += pieces
 
     def finish(self) -> dict[str, AttentionSite]:
         if not self.readings:
             raise UnsupportedModelError(
-                f"{type(self.base).__name__} has no attention whose heads can be told apart where its output projection reads "
-                "them"
+                f"{type(self.base).__name__} has no attention whose heads can be told apart: it goes neither through "
+                "transformers' attention interface nor from a softmax straight to an output projection"
             )
         recipe = read_recipe(self.base.config)
         found = {}
         for site, (module, heads, kv_heads, width) in self.readings.items():
             if site not in self.outputs:
                 raise UnsupportedModelError(
-                    f"site {site}: no linear layer reads the concatenated heads as they are, so none can be narrowed"
+                    f"site {site}: no linear layer reads the heads side by side and apart from each other, so none "
+                    "can be narrowed"
                 )
             original, total, total_kv = tuple(range(heads)), heads, kv_heads
             if recipe is not None and site in recipe.kept_heads:
@@ -213,6 +236,16 @@ def _heads_of(reading: HeadReading) -> dict[str, list[Tensor]]:
         "key": list(reading.key.unbind(dim=1)),
         "value": list(reading.value.unbind(dim=1)),
     }
+
+
+def _extras_of(reading: HeadReading) -> list[list[Tensor]]:
+    """Return, head by head, what else the attention function was given for each: sinks `[heads]`, a learned bias."""
+    found = []
+    for tensor in reading.extras:
+        axis = 0 if tensor.ndim == 1 else 1
+        if tensor.shape[axis] == reading.outputs.shape[2] > 0:
+            found.append(list(tensor.unbind(dim=axis)))
+    return found
 
 
 class _Hooks:
@@ -272,7 +305,14 @@ def _attributes(site: str, module: nn.Module, heads: int, kv_heads: int, width: 
         f"{site}.{name}": quantity
         for quantity, names in _ATTRIBUTES.items()
         for name in names
-        if isinstance(value := getattr(module, name, None), int)
-        and not isinstance(value, bool)
-        and value == values[quantity]
+        if _is_count(getattr(module, name, None), values[quantity])
+    } | {
+        f"{site}.config.{name}": quantity
+        for quantity, names in _ATTRIBUTES.items()
+        for name in names
+        if reads_config(module, name) and _is_count(getattr(module.config, name, None), values[quantity])
     }
+
+
+def _is_count(value: Any, expected: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value == expected
