@@ -31,6 +31,8 @@ def example_inputs(
     random = torch.Generator().manual_seed(seed)
     inputs: dict[str, Any] = {}
     name = base.main_input_name
+    if name not in accepted:  # left at its default by some vision models
+        name = "pixel_values" if "pixel_values" in accepted else name
     if name == "input_ids":
         inputs["input_ids"] = _token_ids(config, batch, length, random)
         if "attention_mask" in accepted:
@@ -42,7 +44,7 @@ def example_inputs(
         if "pixel_values" in accepted and _needs_both(base.config):
             inputs["pixel_values"] = _images(base.config.vision_config, batch, random)
     elif name == "pixel_values":
-        inputs["pixel_values"] = _images(config, batch, random)
+        inputs["pixel_values"] = _images(base.config, batch, random)
     elif name == "input_values":
         inputs["input_values"] = torch.randn(batch, 8000, generator=random)
     elif name == "input_features":

@@ -46,6 +46,10 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
     site and the reason where heads cannot be told apart, and where the model has no reachable attention.
     """
     base = base_of(model)
+    if getattr(base.config, "attention_type", None) == "block_sparse":
+        raise UnsupportedModelError(
+            f"{type(base).__name__} attends in sparse blocks; load it with `attention_type='original_full'`"
+        )
     inputs = example_inputs(base) if inputs is None else inputs
     finder = _Finder(base)
     with in_float32(base):
@@ -80,6 +84,10 @@ class _Finder:
             if kv_heads and heads % kv_heads:
                 raise UnsupportedModelError(
                     f"site {site}: {heads} heads do not divide among {kv_heads} key-value heads"
+                )
+            if reading.key is not None and reading.value is not None and reading.value.shape[1] != kv_heads:
+                raise UnsupportedModelError(
+                    f"site {site}: {kv_heads} key heads and {reading.value.shape[1]} value heads do not pair up"
                 )
             self.readings[site] = (module, heads, kv_heads, reading.outputs.shape[-1])
             found: list[HeadSlice] = []
@@ -172,10 +180,12 @@ class _Finder:
             alone[:, :, head] = torch.randn(*heads_out.shape[:2], width, generator=self.random).to(tensor.device)
             per_head.append(module.forward(alone.reshape(tensor.shape).to(tensor.dtype)))
         pieces = self._support(site, module, "output", per_head)
-        if not any(self._is_matrix(p) for p in pieces):
+        side_by_side = tuple(head for head in range(heads) for _ in range(width))
+        if not any(self._is_matrix(p) and p.owners == side_by_side for p in pieces):
             raise UnsupportedModelError(f"site {site}: the output projection {name} does not keep heads apart")
         if not as_they_are:
-            known = {piece.parameter for piece in self.slices[site]}
+            # Key and value weights serve whole groups of heads; those of the query may hold the gates' rows too.
+            known = {piece.parameter for piece in self.slices[site] if piece.role in ("key", "value")}
             chunks = list(tensor.reshape(heads_out.shape).unbind(dim=2))
             owner = self.readings[site][0]
             pieces += self._support(site, owner, "query", chunks, leave_out=known)
