@@ -1,6 +1,6 @@
 """Every model type that transformers can build offline: can its heads be captured, gated, removed, saved, reloaded?
 
-    python benchmarks/sweep.py [--only TYPE …] [--timeout 60]
+    python -m benchmarks.sweep [--only TYPE …] [--timeout 60]
 
 Each type is built tiny, with random weights, in a process of its own, and checked by plain means that share no code
 with secateur's proof. Writes benchmarks/results/sweep.json and docs/coverage.md, and exits with 1 where a type came
@@ -52,7 +52,6 @@ ROOT = Path(__file__).parents[1]
 MOST_PARAMETERS = 20_000_000
 MOST_MEMORY = 12 << 30
 TOLERANCE = 1e-4
-BATTERY = ("captured", "gated", "removed", "reloaded")
 
 
 class Wrong(Exception):
@@ -444,7 +443,7 @@ def main() -> None:
     print(dict(counts), f"captured {sum(bool(r.get('sites')) for r in rows)}", f"{time.perf_counter() - start:.0f} s")
     if not options.only:
         report = {
-            "command": "python benchmarks/sweep.py",
+            "command": "python -m benchmarks.sweep",
             "date": datetime.date.today().isoformat(),
             "machine": "2 cores, no GPU",
             "versions": {**environment(), "transformers": transformers.__version__},

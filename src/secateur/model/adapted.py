@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.model.layout import AttentionSite
 
 _BIASES = ("position_bias", "alibi")
+_MASK = "attention_mask"  # Falcon adds its bias to the mask before it hands both out
 Undo = list[Callable[[], None]]
 
 
@@ -37,6 +38,9 @@ class NarrowedBias:
             if isinstance(bias, Tensor):
                 self._whole = bias
                 bound.arguments[name] = self._narrow(bias)
+        mask = bound.arguments.get(_MASK)
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == self.secateur_total > 1:
+            bound.arguments[_MASK] = self._narrow(mask)
         outputs = own.forward(*bound.args, **bound.kwargs)
         whole, self._whole = self._whole, None
         if hasattr(self, "compute_bias"):  # T5 and its kin return the bias, second, for the layers that follow
