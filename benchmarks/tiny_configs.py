@@ -75,6 +75,7 @@ SETTINGS: dict[str, Any] = {
     "n_routed_experts": 4,
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
+    "moe_k": 2,
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
@@ -111,24 +112,25 @@ _LISTS = {
     **dict.fromkeys(["depths"], 1),
     **dict.fromkeys(["conv_dim", "tdnn_dim"], WIDTH),
 }
-_OFTEN_NONE = ("hidden_size", "d_model", "n_embd")
+_OFTEN_NONE = ("hidden_size", "d_model", "n_embd", "vocab_size", "head_dim")
 _CAUTIOUS = ("num_key_value_heads", "head_dim", "image_size", "kv_channels", "num_kv_heads")
 
 
-CANDIDATES = 5
+CANDIDATES = 6
 
 
 def candidate(config_class: type[PreTrainedConfig], number: int) -> PreTrainedConfig:
-    """Return the config of this number, from 0 (everything tiny) to 4 (few layers, all else as it comes)."""
+    """Return the config of this number, from 0 (everything tiny) to 5 (few layers, all else as it comes)."""
     if number == 0:
         settings = SETTINGS
     elif number == 1:
         settings = {k: v for k, v in SETTINGS.items() if k != "image_size"}
     elif number == 2:
         settings = {k: v for k, v in SETTINGS.items() if k not in _CAUTIOUS}
-    elif number == 3:  # rotary embeddings in sections want heads of 128
-        wide = {**dict.fromkeys(_WIDTHS.split(), 512), **dict.fromkeys(_INNER.split(), 256), "head_dim": 128}
-        settings = {**SETTINGS, **wide}
+    elif number in (3, 4):  # rotary embeddings in sections want heads of 64 or 128
+        width = 256 if number == 3 else 512
+        wide = {**dict.fromkeys(_WIDTHS.split(), width), **dict.fromkeys(_INNER.split(), 256)}
+        settings = {**SETTINGS, **wide, "head_dim": width // HEADS}
     else:
         settings = {k: SETTINGS[k] for k in _LAYERS.split()}
     return _tiny(config_class, settings)

@@ -26,36 +26,19 @@ class NarrowedBias:
 
     secateur_heads: tuple[int, ...]
     secateur_total: int
-    _whole: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Narrow the bias, run the module's own code, and return the bias whole where that code returns one."""
+        """Narrow the bias, and a mask that has one in it, and run the module's own code."""
         own: Any = super()
         bound = inspect.signature(own.forward).bind(*args, **kwargs)
-        self._whole = None
-        for name in _BIASES:
-            bias = bound.arguments.get(name)
-            if isinstance(bias, Tensor):
-                self._whole = bias
-                bound.arguments[name] = self._narrow(bias)
         mask = bound.arguments.get(_MASK)
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == self.secateur_total > 1:
             bound.arguments[_MASK] = self._narrow(mask)
-        outputs = own.forward(*bound.args, **bound.kwargs)
-        whole, self._whole = self._whole, None
-        if hasattr(self, "compute_bias"):  # T5 and its kin return the bias, second, for the layers that follow
-            made = outputs[1]
-            if whole is None:  # no table here, as in cross-attention: zeros
-                whole = made.new_zeros(made.shape[0], self.secateur_total, *made.shape[2:])
-            outputs = (outputs[0], whole, *outputs[2:])
-        return outputs
-
-    def compute_bias(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the bias of all original heads, which other layers may want, and return this module's part."""
-        own: Any = super()
-        whole = own.compute_bias(*args, **kwargs)
-        self._whole = whole
-        return self._narrow(whole)
+        for name in _BIASES:
+            bias = bound.arguments.get(name)
+            if isinstance(bias, Tensor):
+                bound.arguments[name] = self._narrow(bias)
+        return own.forward(*bound.args, **bound.kwargs)
 
     def _narrow(self, bias: Tensor) -> Tensor:
         heads = list(self.secateur_heads)
@@ -63,6 +46,34 @@ class NarrowedBias:
             return bias[:, heads]
         by_head = bias.view(-1, self.secateur_total, *bias.shape[1:])  # [batch · heads, queries, keys]
         return by_head[:, heads].flatten(0, 1)
+
+
+class NarrowedTable(NarrowedBias):
+    """For T5 and its kin: a module computes the bias where it is given none, and returns it for the layers that follow.
+
+    What it computes, or was given, is returned whole.
+    """
+
+    _whole: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run narrowed, and return the bias whole."""
+        self._whole = None
+        outputs = super().forward(*args, **kwargs)
+        whole, self._whole = self._whole, None
+        if whole is None:  # neither given nor computed from a table, as in cross-attention: zeros
+            made = outputs[1]
+            whole = made.new_zeros(made.shape[0], self.secateur_total, *made.shape[2:])
+        return (outputs[0], whole, *outputs[2:])
+
+    def compute_bias(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the bias of all original heads, and return this module's part."""
+        own: Any = super()
+        return self._narrow(own.compute_bias(*args, **kwargs))
+
+    def _narrow(self, bias: Tensor) -> Tensor:
+        self._whole = bias
+        return super()._narrow(bias)
 
 
 def takes_bias(module: nn.Module) -> bool:
@@ -84,17 +95,11 @@ def narrow_bias_(module: nn.Module, site: AttentionSite, heads: tuple[int, ...],
 
     undo.append(put_back)
     if not issubclass(before, NarrowedBias):
-        bases = (NarrowedBias, before) if hasattr(before, "compute_bias") else (_WithoutTable, before)
+        bases = (NarrowedTable if hasattr(before, "compute_bias") else NarrowedBias, before)
         # The class changes, not the instance's `forward`: a deep copy must not call back into the original.
         module.__class__ = type(before.__name__, bases, {"__module__": before.__module__})
     adapted: Any = module
     adapted.secateur_heads, adapted.secateur_total = heads, site.original_num_heads
-
-
-class _WithoutTable(NarrowedBias):
-    """For modules that are given their bias and never compute one."""
-
-    compute_bias = property()  # raises AttributeError: `hasattr` says no
 
 
 class ConfigView:

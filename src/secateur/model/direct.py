@@ -69,12 +69,12 @@ def direct_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None)
     made-up inputs, so that it is not known whether there are any. To be called while the interface's functions are
     ours, which tell by `inside_interface` what is theirs.
     """
-    if base not in _known:
+    if base not in _known or inputs is not None:
         try:
             found = _look(base, example_inputs(base) if inputs is None else inputs)
         except Exception:  # whatever a model's own code raises over inputs that do not suit it
-            return None
-        _known[base] = found
+            return _known.get(base)
+        _known[base] = {**_known.get(base, {}), **found}  # other inputs may reach other parts
     return _known[base]
 
 

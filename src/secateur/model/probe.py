@@ -114,8 +114,8 @@ def probe(
             _active.remove(entry)
 
 
-def prepare(base: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
-    """Look for attention outside the interface with `inputs`, for a model that does not run on made-up ones."""
+def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None) -> None:
+    """Look for attention outside the interface, with `inputs` where the model does not run on made-up ones."""
     _direct_sites(base, inputs)
 
 

@@ -139,7 +139,9 @@ def _prove(
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if not emptied or bypassed:
                 reason = " ".join(str(error).split())[:200]
-                raise RemovalError(f"{type(base).__name__} does not run with fewer heads: {reason}") from error
+                raise RemovalError(
+                    f"{type(base).__name__} does not run with fewer heads: {reason}; the model is unchanged"
+                ) from error
         for site in emptied:
             bypass_(base, site, undo)
             bypassed.append(site.name)

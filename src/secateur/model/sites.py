@@ -1,26 +1,25 @@
-"""Finding attention sites, and which rows and columns of which weights belong to each head.
+"""Finding attention sites: where they are, what their heads own, and what reads them.
 
-No table of model names: a head owns an index of a weight if the gradient of that head's query, key or value reaches
-the index and no other head's does. The output projection is the linear layer whose input is the
-concatenated heads, or a chunk for each head that depends on that head alone.
+No table of model names: ownership.py finds a head's weights by gradients, and the output projection is the linear layer
+whose input is the concatenated heads, or a chunk for each head that depends on that head alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedModelError
 from secateur.model.adapted import reads_config, takes_bias
 from secateur.model.direct import reads_heads
 from secateur.model.inputs import example_inputs
-from secateur.model.layout import NOBODY, AttentionSite, HeadSlice
+from secateur.model.layout import AttentionSite, HeadSlice
+from secateur.model.ownership import Ownership
 from secateur.model.probe import HeadReading, prepare, probe
 from secateur.model.recipe import read_recipe
 from secateur.model.state import base_of, evaluation_mode, gradients_for_all, in_float32
@@ -50,10 +49,10 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
         raise UnsupportedModelError(
             f"{type(base).__name__} attends in sparse blocks; load it with `attention_type='original_full'`"
         )
-    inputs = example_inputs(base) if inputs is None else inputs
     finder = _Finder(base)
     with in_float32(base):
         prepare(base, inputs)
+    inputs = example_inputs(base) if inputs is None else inputs
     with in_float32(base), evaluation_mode(base), gradients_for_all(base), finder.watching(), probe(base, finder.see):
         base(**inputs)
     return finder.finish()
@@ -64,8 +63,7 @@ class _Finder:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self.base = base
-        self.random = torch.Generator().manual_seed(0)
-        self.names = {id(p): n for n, p in base.named_parameters()}
+        self.ownership = Ownership(base)
         self.readings: dict[str, tuple[nn.Module, int, int, int]] = {}
         self.slices: dict[str, list[HeadSlice]] = {}
         self.outputs: dict[str, str] = {}
@@ -93,7 +91,7 @@ class _Finder:
             found: list[HeadSlice] = []
             for role, per_head in _heads_of(reading).items():
                 pieces = self._pieces(site, module, role, per_head)
-                if not any(self._is_matrix(p) for p in pieces):
+                if not any(self.ownership.is_matrix(p) for p in pieces):
                     what = "projections" if role == "head" else f"{role} projection"
                     raise UnsupportedModelError(
                         f"site {site}: no weight of its {what} belongs to single heads "
@@ -102,59 +100,16 @@ class _Finder:
                 found += pieces
             if not takes_bias(module):
                 for per_head in _extras_of(reading):
-                    found += self._support(site, module, "query", per_head)
+                    found += self.ownership.slices(site, module, "query", per_head)
             self.slices[site] = found
         if site not in self.outputs:
             self.pending = (site, reading.outputs)
 
-    def _is_matrix(self, piece: HeadSlice) -> bool:
-        return self.base.get_parameter(piece.parameter).ndim > 1
-
     def _pieces(self, site: str, module: nn.Module, role: str, per_head: list[Tensor]) -> list[HeadSlice]:
-        pieces = self._support(site, module, role, per_head)
+        pieces = self.ownership.slices(site, module, role, per_head)
         if not pieces:  # some classes hold their projections beside, not inside, the module that attends
             parent = self.base.get_submodule(site.rpartition(".")[0])
-            pieces = self._support(site, parent, role, per_head)
-        return pieces
-
-    def _support(
-        self, site: str, module: nn.Module, role: str, per_head: list[Tensor], leave_out: Collection[str] = ()
-    ) -> list[HeadSlice]:
-        """Back-propagate from each head alone; an axis along which the heads reach different indices is theirs."""
-        holders = {
-            id(p): holder for holder in module.modules() for p in holder.parameters(recurse=False) if p.requires_grad
-        }
-        parameters = [
-            p
-            for p in module.parameters()
-            if id(p) in holders and id(p) in self.names and self.names[id(p)] not in leave_out
-        ]
-        if not parameters or not per_head[0].requires_grad:
-            return []
-        reached: dict[tuple[int, int], list[Tensor]] = {}
-        for tensor in per_head:
-            direction = torch.randn(tensor.shape, generator=self.random).to(tensor)
-            gradients = torch.autograd.grad(tensor, parameters, direction, retain_graph=True, allow_unused=True)
-            for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-                for axis in range(parameter.ndim):
-                    others = [a for a in range(parameter.ndim) if a != axis]
-                    hit = (
-                        torch.zeros(parameter.shape[axis], dtype=torch.bool)
-                        if gradient is None
-                        else ((gradient != 0).any(dim=others) if others else gradient != 0).cpu()
-                    )
-                    reached.setdefault((number, axis), []).append(hit)
-        pieces = []
-        for (number, axis), hits in reached.items():
-            parameter = parameters[number]
-            holder = holders[id(parameter)]
-            owners = _owners(torch.stack(hits), _only_head_axis(holder, parameter, role) == axis)
-            if owners == "mixed":
-                raise UnsupportedModelError(
-                    f"site {site}: an index of {self.names[id(parameter)]} is used by several heads but not by all"
-                )
-            if isinstance(owners, tuple):
-                pieces.append(HeadSlice(self.names[id(parameter)], axis, role, owners))
+            pieces = self.ownership.slices(site, parent, role, per_head)
         return pieces
 
     def read_linear(self, module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -177,18 +132,20 @@ class _Finder:
         per_head = []
         for head in range(heads):
             alone = torch.zeros(*heads_out.shape, device=tensor.device)
-            alone[:, :, head] = torch.randn(*heads_out.shape[:2], width, generator=self.random).to(tensor.device)
+            alone[:, :, head] = torch.randn(*heads_out.shape[:2], width, generator=self.ownership.random).to(
+                tensor.device
+            )
             per_head.append(module.forward(alone.reshape(tensor.shape).to(tensor.dtype)))
-        pieces = self._support(site, module, "output", per_head)
+        pieces = self.ownership.slices(site, module, "output", per_head)
         side_by_side = tuple(head for head in range(heads) for _ in range(width))
-        if not any(self._is_matrix(p) and p.owners == side_by_side for p in pieces):
+        if not any(self.ownership.is_matrix(p) and p.owners == side_by_side for p in pieces):
             raise UnsupportedModelError(f"site {site}: the output projection {name} does not keep heads apart")
         if not as_they_are:
             # Key and value weights serve whole groups of heads; those of the query may hold the gates' rows too.
             known = {piece.parameter for piece in self.slices[site] if piece.role in ("key", "value")}
             chunks = list(tensor.reshape(heads_out.shape).unbind(dim=2))
             owner = self.readings[site][0]
-            pieces += self._support(site, owner, "query", chunks, leave_out=known)
+            pieces += self.ownership.slices(site, owner, "query", chunks, leave_out=known)
         self.slices[site] += pieces
 
     def finish(self) -> dict[str, AttentionSite]:
@@ -281,31 +238,6 @@ class _Hooks:
     def __exit__(self, *exception: object) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def _owners(hits: Tensor, is_only_axis: bool) -> tuple[int, ...] | str | None:
-    """Turn `hits` [heads, indices] into an owner for each index; None = no head's own, "mixed" = cannot be told."""
-    used = hits.any(dim=0)
-    if not bool(used.any()):
-        return None
-    if len(hits) == 1:  # a single head reaches both axes of its matrix: only the layer's kind tells which is which
-        if not is_only_axis:
-            return None
-    elif bool((hits == hits[0]).all()):
-        return None
-    elif bool((hits.sum(dim=0) > 1).any()):
-        return "mixed"
-    return tuple(torch.where(used, hits.int().argmax(dim=0), NOBODY).tolist())
-
-
-def _only_head_axis(holder: nn.Module, parameter: nn.Parameter, role: str) -> int | None:
-    """Return the axis that would be a lone head's: what a linear layer writes for q, k, v, what the output reads."""
-    if not isinstance(holder, nn.Linear | Conv1D):
-        return None
-    if parameter.ndim == 1:
-        return None if role == "output" else 0
-    written = 1 if isinstance(holder, Conv1D) else 0
-    return 1 - written if role == "output" else written
 
 
 def _attributes(site: str, module: nn.Module, heads: int, kv_heads: int, width: int) -> dict[str, str]:
