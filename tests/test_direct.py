@@ -9,9 +9,9 @@ from transformers import AutoModel, ProphetNetConfig, SwinConfig, ViTConfig
 
 from secateur.errors import UnsupportedModelError
 from secateur.heads import HeadMask
-from secateur.model.direct import direct_sites
+from secateur.model.direct import known_sites
 from secateur.model.inputs import example_inputs
-from secateur.model.probe import _own_names, probe
+from secateur.model.probe import prepare, probe
 from secateur.model.proof import hidden_states, largest_difference
 from secateur.model.removal import gated_heads, remove_heads_
 from secateur.model.sites import find_sites
@@ -42,8 +42,8 @@ def test_sites_and_their_output_projections(kind):
 @pytest.mark.parametrize("kind", ["bert", "llama", "bart"])
 def test_models_that_use_the_interface_have_none(kind):
     model = tiny_model(kind)
-    with _own_names(model, maps=True):
-        assert direct_sites(model) == {}
+    prepare(model)
+    assert known_sites(model) == {}
 
 
 @pytest.mark.parametrize("kind", DIRECT)
@@ -60,6 +60,18 @@ def test_closing_a_gate_is_zeros_in_the_output_projection(kind):
     assert largest_difference(gated, hidden_states(model, inputs)) > 1e-3
 
 
+def test_a_model_is_looked_at_once(monkeypatch):
+    from secateur.model import direct
+
+    model = tiny_model("mpnet")
+    looks = []
+    honest = direct._look
+    monkeypatch.setattr(direct, "_look", lambda *args: looks.append(1) or honest(*args))
+    for _ in range(3):
+        find_sites(model)
+    assert len(looks) == 1
+
+
 @pytest.mark.parametrize("kind", ["mpnet", "xglm"])
 def test_hooks_go_with_the_context_also_after_an_error(kind):
     model = tiny_model(kind)
@@ -68,6 +80,39 @@ def test_hooks_go_with_the_context_also_after_an_error(kind):
         model(**inputs)
     find_sites(model)
     assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == 0
+
+
+def test_contexts_nest_and_the_inner_one_sees_the_outer_gates():
+    model = tiny_model("mpnet")
+    inputs = example_inputs(model)
+    site = DIRECT["mpnet"][0]
+    outer, inner = torch.tensor([0.0, 1, 1, 1]), torch.tensor([1.0, 1, 1, 0])
+    seen = []
+    with probe(model, gates={site: outer}), probe(model, seen.append, gates={site: inner}):
+        nested = hidden_states(model, inputs)
+    with probe(model, gates={site: outer * inner}):
+        assert largest_difference(nested, hidden_states(model, inputs)) < 1e-6
+    assert seen[0].outputs[:, :, 0].abs().max() == 0
+    assert seen[0].outputs[:, :, 3].abs().min() > 0
+
+
+def test_a_site_that_turns_to_other_code_is_not_gated_in_vain(monkeypatch):
+    from transformers.models.mpnet import modeling_mpnet
+
+    model = tiny_model("mpnet")
+    inputs = example_inputs(model)
+    site = DIRECT["mpnet"][0]
+    find_sites(model)
+
+    def by_hand(scores, dim):
+        return scores.exp() / scores.exp().sum(dim=dim, keepdim=True)
+
+    monkeypatch.setattr(modeling_mpnet.nn.functional, "softmax", by_hand)
+    with (
+        pytest.raises(UnsupportedModelError, match="attends in another way with these inputs"),
+        probe(model, gates={site: torch.ones(4)}),
+    ):
+        model(**inputs)
 
 
 def test_scorers_work_with_maps_and_without():
@@ -164,6 +209,6 @@ def test_another_softmax_is_no_head():
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=37, image_size=16, patch_size=4
     )
     model = Pooled(config).eval()
-    with _own_names(model, maps=True):
-        assert direct_sites(model) == {}
+    prepare(model)
+    assert known_sites(model) == {}
     assert len(find_sites(model)) == 1

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from secateur.errors import UnsupportedModelError
 from secateur.model.inputs import example_inputs
 from secateur.model.state import evaluation_mode, gradients_for_all
 
@@ -58,24 +59,32 @@ class DirectSite:
     output: str
 
 
-# What `look_for_direct_sites` found, by the model it looked at.
-_known: WeakKeyDictionary[nn.Module, dict[str, DirectSite]] = WeakKeyDictionary()
+# What was found in which model; None where the model did not run on made-up inputs.
+_known: WeakKeyDictionary[nn.Module, dict[str, DirectSite] | None] = WeakKeyDictionary()
 
 
-def direct_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> dict[str, DirectSite] | None:
-    """Return the sites outside the interface by name, found once for each model.
+def is_known(base: PreTrainedModel) -> bool:
+    """Has this model been looked at?"""
+    return base in _known
 
-    `inputs` are keyword arguments of a forward pass, made up where absent. None means that the model does not run on
-    made-up inputs, so that it is not known whether there are any. To be called while the interface's functions are
-    ours, which tell by `inside_interface` what is theirs.
+
+def known_sites(base: PreTrainedModel) -> dict[str, DirectSite] | None:
+    """Return the sites outside the interface by name; None where that is not known."""
+    return _known.get(base)
+
+
+def look_for_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
+    """Run `base` once, on `inputs` (keyword arguments, made up where absent), and remember its sites.
+
+    To be called while the interface's functions are ours, which tell by `inside_interface` what is theirs.
     """
-    if base not in _known or inputs is not None:
-        try:
-            found = _look(base, example_inputs(base) if inputs is None else inputs)
-        except Exception:  # whatever a model's own code raises over inputs that do not suit it
-            return _known.get(base)
-        _known[base] = {**_known.get(base, {}), **found}  # other inputs may reach other parts
-    return _known[base]
+    found = known_sites(base)
+    try:
+        new = _look(base, example_inputs(base) if inputs is None else inputs)
+        found = {**(found or {}), **new}  # other inputs may reach other parts
+    except Exception:  # whatever a model's own code raises over inputs that do not suit it
+        pass
+    _known[base] = found
 
 
 @contextmanager
@@ -93,20 +102,24 @@ def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read) ->
         stack.enter_context(_Watcher(modules, seen.__setitem__))
         for site in sites.values():
             hook = _reader(site.name, modules[site.name], seen, read)
-            # Before any other hook, so that every other sees what the layer reads.
-            handle = base.get_submodule(site.output).register_forward_pre_hook(hook, prepend=True)
-            stack.callback(handle.remove)
+            stack.callback(base.get_submodule(site.output).register_forward_pre_hook(hook).remove)
         yield
 
 
 def _reader(
     site: str, module: nn.Module, seen: dict[str, Computed], read: Read
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+    other_way = UnsupportedModelError(
+        f"site {site} attends in another way with these inputs than with those on which its heads were found"
+    )
+
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        computed = seen.pop(site, None)
-        by_head = None if computed is None else _by_head(computed.result, args[0])
-        if computed is None or by_head is None:
-            return None
+        if site not in seen:  # to pass over it would be to ignore a gate without a word
+            raise other_way
+        computed = seen.pop(site)
+        by_head = _by_head(computed.result, args[0])
+        if by_head is None:
+            raise other_way
         batch, heads, queries = by_head.shape[:3]
         outputs = args[0].reshape(batch, queries, heads, args[0].shape[-1] // max(heads, 1))
         operands = tuple(t.reshape(batch, -1, *t.shape[-2:]) if heads else t for t in computed.operands)

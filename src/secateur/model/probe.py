@@ -27,7 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.errors import SecateurError, UnsupportedModelError
-from secateur.model.direct import Computed, DirectSite, direct_sites, inside_interface, watch
+from secateur.model.direct import Computed, inside_interface, is_known, known_sites, look_for_sites, watch
 from secateur.model.state import base_of
 
 _PREFIX = "secateur_"
@@ -93,7 +93,9 @@ def probe(
     entry = _Probe(
         base, {id(m): n for n, m in base.named_modules()}, callback, gates or {}, weights, threading.get_ident()
     )
-    direct = _direct_sites(base)
+    if not is_known(base):
+        prepare(base)
+    direct = known_sites(base)
     if direct is None:
         unknown = [site for site in entry.gates if not _goes_through_interface(base.get_submodule(site))]
         if unknown:
@@ -114,14 +116,10 @@ def probe(
             _active.remove(entry)
 
 
-def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None) -> None:
+def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
     """Look for attention outside the interface, with `inputs` where the model does not run on made-up ones."""
-    _direct_sites(base, inputs)
-
-
-def _direct_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> dict[str, DirectSite] | None:
     with _own_names(base, maps=True):
-        return direct_sites(base, inputs)
+        look_for_sites(base, inputs)
 
 
 @contextmanager

@@ -50,10 +50,11 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
             f"{type(base).__name__} attends in sparse blocks; load it with `attention_type='original_full'`"
         )
     finder = _Finder(base)
-    with in_float32(base):
-        prepare(base, inputs)
+    if inputs is not None:
+        with in_float32(base):
+            prepare(base, inputs)
     inputs = example_inputs(base) if inputs is None else inputs
-    with in_float32(base), evaluation_mode(base), gradients_for_all(base), finder.watching(), probe(base, finder.see):
+    with in_float32(base), evaluation_mode(base), gradients_for_all(base), probe(base, finder.see), finder.watching():
         base(**inputs)
     return finder.finish()
 
