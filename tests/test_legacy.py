@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from secateur.errors import CheckpointError
+from secateur.heads import HeadMask
 from secateur.model import legacy
 from secateur.model.inputs import example_inputs
 from secateur.model.proof import hidden_states
@@ -74,6 +75,27 @@ def test_a_v4_checkpoint_loads_and_becomes_one_of_todays(pruned, tmp_path):
     )
 
 
+def test_a_v4_gpt2_with_its_fused_weight(tmp_path):
+    pruned, kept = [0, 2], [*range(8, 16), *range(24, 32)]
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    fused = torch.tensor([32 * part + i for part in range(3) for i in kept])
+    for name in ("c_attn.weight", "c_attn.bias"):
+        tensors[f"h.1.attn.{name}"] = tensors[f"h.1.attn.{name}"].index_select(-1, fused).contiguous()
+    tensors["h.1.attn.c_proj.weight"] = tensors["h.1.attn.c_proj.weight"][kept].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pruned_heads": {"1": pruned}}))
+    with torch.no_grad():
+        for head in pruned:
+            model.h[1].attn.c_proj.weight[8 * head : 8 * head + 8] = 0
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    inputs = example_inputs(model)
+    for one, other in zip(hidden_states(again, inputs), hidden_states(model, inputs), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 def test_a_v4_task_model_in_half_precision_is_pruned_further(tmp_path):
     torch.manual_seed(0)
     task = AutoModelForSequenceClassification.from_config(CONFIGS["bert"]())
@@ -83,13 +105,7 @@ def test_a_v4_task_model_in_half_precision_is_pruned_further(tmp_path):
     site = find_sites(model)["encoder.layer.1.attention.self"]
     assert site.heads == (1, 2, 3)
     mask = {"encoder.layer.1.attention.self": torch.tensor([False, True, False, True])}
-    assert remove_heads_(model, legacy_mask(mask)).mask.kept_heads["encoder.layer.1.attention.self"] == [1, 3]
-
-
-def legacy_mask(vectors):
-    from secateur.heads import HeadMask
-
-    return HeadMask(vectors)
+    assert remove_heads_(model, HeadMask(mask)).mask.kept_heads["encoder.layer.1.attention.self"] == [1, 3]
 
 
 @pytest.mark.parametrize(

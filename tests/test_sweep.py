@@ -113,4 +113,8 @@ def test_the_page_says_what_the_results_say():
     report = json.loads((root / "benchmarks" / "results" / "sweep.json").read_text())
     assert (root / "docs" / "coverage.md").read_text() == sweep.page(report)
     assert "WRONG" not in report["counts"]
+    captured = sum(bool(row.get("sites")) for row in report["types"])
+    readme = (root / "README.md").read_text()
+    assert f"{captured} types had their heads" in " ".join(readme.split())
+    assert f"{report['counts']['reloaded']} of them lost heads" in " ".join(readme.split())
     assert not any(row.get("raw") and row["outcome"] == "gated" for row in report["types"])
