@@ -17,6 +17,7 @@ import datetime
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -342,6 +343,7 @@ def difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 def first_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    text = re.sub(r"/[^\s'\"]*/site-packages/", "", text)  # where this machine keeps its packages is no news
     return text[:300] if text else type(error).__name__
 
 
@@ -415,7 +417,12 @@ def page(report: dict[str, Any]) -> str:
         "",
     ]
     stopped = [r for g in ("removed", "gated", "captured", "refused", "WRONG") for r in groups[g]]
-    lines += ["## Refused, with the reason", "", "| type | got as far as | reason |", "|---|---|---|"]
+    lines += [
+        "## Stopped short of that: refused, or not shown, with the reason",
+        "",
+        "| type | got as far as | reason |",
+        "|---|---|---|",
+    ]
     lines += [f"| `{r['type']}` | {r['outcome']} | {cell(r.get('reason', ''))} |" for r in stopped]
     lines += ["", "## Could not be built offline from a tiny config", "", "| type | reason |", "|---|---|"]
     lines += [f"| `{r['type']}` | {cell(r.get('reason', ''))} |" for r in groups["not built"]]
