@@ -11,7 +11,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import secateur  # noqa: F401 - reloading is part of what every test relies on
 
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
