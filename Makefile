@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test sweep lint format clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -12,6 +12,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Every model type of the installed transformers; about ten minutes. Writes docs/coverage.md.
+sweep: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -181,7 +181,7 @@ GOOD = "sentence,label\nfine,1\nbad,0\n"
         ({"MODEL": "columns.csv"}, "be a folder with a config.json"),
         ({"MODEL": "full"}, "be a folder with a config.json"),
         ({"MODEL": "./nowhere"}, "be a folder that exists"),
-        ({"MODEL": "fnet"}, "has no attention that goes through"),
+        ({"MODEL": "fnet"}, "has no attention whose heads can be told apart"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(change, message, minilm_folder, tmp_path, capsys, monkeypatch):

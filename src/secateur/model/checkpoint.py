@@ -2,7 +2,10 @@
 
 `PreTrainedModel.post_init` runs at the end of every model's constructor, while the weights are still random or absent.
 It is wrapped once: a model whose config carries a `head_pruning` recipe is narrowed there; any other goes through the
-original function alone. Saving needs nothing, since the recipe is part of the config.
+original function alone. Saving needs nothing, since the recipe is part of the config. The `pruned_heads` of a
+transformers-4 config are turned into a recipe on the way.
+
+`PreTrainedModel` gets a `__call__` of its own as well, which warns of `head_mask`: transformers 5 ignores it silently.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ _DONE = "_secateur_narrowed"
 
 
 def install() -> None:
-    """Wrap `PreTrainedModel.post_init`; a second call does nothing.
+    """Wrap `PreTrainedModel.post_init` and `__call__`; a second call does nothing.
 
     This runs while transformers is being imported, so everything else is imported when the first recipe turns up.
     """
@@ -30,12 +33,25 @@ def install() -> None:
     @functools.wraps(original)
     def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
+        if getattr(self.config, "pruned_heads", None):
+            from secateur.model.legacy import adopt_v4_
+
+            adopt_v4_(self)
         if getattr(self.config, "head_pruning", None) is not None:
             _narrow(self)
         return result
 
     post_init._secateur = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init
+
+    def __call__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("head_mask") is not None:
+            from secateur.model.legacy import warn_of_head_mask
+
+            warn_of_head_mask(self)
+        return super(PreTrainedModel, self).__call__(*args, **kwargs)
+
+    PreTrainedModel.__call__ = __call__
 
 
 def _narrow(model: PreTrainedModel) -> None:
@@ -49,9 +65,10 @@ def _narrow(model: PreTrainedModel) -> None:
     from secateur.errors import CheckpointError, SecateurError
     from secateur.model.recipe import KEY, read_recipe
     from secateur.model.removal import replay_
+    from secateur.model.state import base_of
 
     recipe = read_recipe(model.config)
-    base = model.base_model
+    base = base_of(model)
     if recipe is None or getattr(base, _DONE, False):
         return
     missing = [site for site in recipe.sites if not _has(base, site)]

@@ -15,8 +15,11 @@ from secateur.model.state import base_of
 
 
 @torch.inference_mode(False)  # inputs made in inference mode could not be differentiated through
-def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, padding: int = 3) -> dict[str, Any]:
-    """Return keyword arguments for one forward pass of the base model, the same at every call.
+def example_inputs(
+    model: PreTrainedModel, batch: int = 2, length: int = 12, padding: int = 3, seed: int = 0
+) -> dict[str, Any]:
+    """Return keyword arguments for one forward pass of the base model, the same at every call with
+    the same arguments.
 
     Text: `[batch, length]` token ids drawn at random, the last `padding` tokens of every second text masked out.
     Images: `[batch, channels, height, width]` noise. Speech: noise of the length the model wants.
@@ -25,24 +28,27 @@ def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, pad
     base = base_of(model)
     config = base.config.get_text_config() if base.main_input_name == "input_ids" else base.config
     accepted = inspect.signature(base.forward).parameters
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     inputs: dict[str, Any] = {}
     name = base.main_input_name
+    if name not in accepted:  # left at its default by some vision models
+        name = "pixel_values" if "pixel_values" in accepted else name
     if name == "input_ids":
         inputs["input_ids"] = _token_ids(config, batch, length, random)
         if "attention_mask" in accepted:
             mask = torch.ones(batch, length, dtype=torch.long)
             mask[1::2, length - padding :] = 0
             inputs["attention_mask"] = mask
+        if "bbox" in accepted:
+            inputs["bbox"] = torch.zeros(batch, length, 4, dtype=torch.long)
+        if "pixel_values" in accepted and _needs_both(base.config):
+            inputs["pixel_values"] = _images(base.config.vision_config, batch, random)
     elif name == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        inputs["pixel_values"] = torch.randn(batch, getattr(config, "num_channels", 3), height, width, generator=random)
+        inputs["pixel_values"] = _images(base.config, batch, random)
     elif name == "input_values":
         inputs["input_values"] = torch.randn(batch, 8000, generator=random)
     elif name == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", 50)
-        inputs["input_features"] = torch.randn(batch, getattr(config, "num_mel_bins", 80), frames, generator=random)
+        inputs["input_features"] = _features(config, batch, random)
     else:
         raise UnsupportedModelError(
             f"{type(base).__name__} takes `{name}`, for which no example can be made; pass `inputs`"
@@ -62,14 +68,39 @@ def forward_arguments(model: PreTrainedModel, made: Sequence[Mapping[str, Tensor
     return [{**{k: v for k, v in batch.items() if k in accepted}, **extra} for batch in made]
 
 
+def _needs_both(config: Any) -> bool:
+    """Is this CLIP or its kin, which embeds a picture beside a text, rather than a text with pictures in it?"""
+    places = ("image_token_id", "image_token_index")
+    return hasattr(config, "vision_config") and not any(isinstance(getattr(config, p, None), int) for p in places)
+
+
+def _images(config: Any, batch: int, random: torch.Generator) -> Tensor:
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    frames = getattr(config, "num_frames", None)
+    shape = [batch, *([frames] if isinstance(frames, int) else []), getattr(config, "num_channels", 3), height, width]
+    return torch.randn(shape, generator=random)
+
+
+def _features(config: Any, batch: int, random: torch.Generator) -> Tensor:
+    """Make a spectrogram: bands × frames for Whisper and its kin, frames × bands for everything else."""
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size")
+    bands = next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), 80)
+    positions = getattr(config, "max_source_positions", None)
+    if isinstance(positions, int) and not hasattr(config, "input_feat_per_channel"):
+        return torch.randn(batch, bands, 2 * positions, generator=random)
+    return torch.randn(batch, 64, bands, generator=random)
+
+
 def _token_ids(config: Any, batch: int, length: int, random: torch.Generator) -> Tensor:
     """Draw token ids that avoid the special ones: RoBERTa, for one, derives positions from the padding id."""
-    ids = torch.randint(0, config.vocab_size, (batch, length), generator=random)
+    vocabulary = config.vocab_size if hasattr(config, "vocab_size") else 1000  # CANINE reads any character
+    ids = torch.randint(0, vocabulary, (batch, length), generator=random)
     special = set()
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         value = getattr(config, key, None)
         special |= set(value) if isinstance(value, list | tuple) else {value}
-    plain = next(i for i in range(config.vocab_size) if i not in special)
+    plain = next(i for i in range(vocabulary) if i not in special)
     for token in special - {None}:
         ids[ids == token] = plain
     return ids

@@ -17,7 +17,8 @@ class HeadSlice:
     """One axis of one parameter, divided among heads.
 
     `owners` has an entry for each index along `axis`: a head's number, or `NOBODY`. `role` says for what the heads use
-    it: "query" and "output" count query heads, "key" and "value" count key-value heads.
+    it: "query" and "output" count query heads, "key" and "value" count key-value heads. "head" is anything that a
+    query head computes from, where query, key and value cannot be told apart.
     """
 
     parameter: str
@@ -109,7 +110,7 @@ class AttentionSite:
             raise ValueError(f"{heads} heads do not divide among {kv_heads} key-value heads")
         slices = []
         for parameter, axis, role, runs in data["slices"]:
-            limit = {"query": heads, "output": heads, "key": kv_heads, "value": kv_heads}[role]
+            limit = {"query": heads, "head": heads, "output": heads, "key": kv_heads, "value": kv_heads}[role]
             slices.append(HeadSlice(_above(parameter, block), int(axis), role, _from_runs(runs, limit)))
         attributes = {_above(path, block): quantity for path, quantity in data["attributes"].items()}
         if not set(attributes.values()) <= {"heads", "key_value_heads", "group", "width"}:

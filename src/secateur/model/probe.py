@@ -6,6 +6,8 @@ a callback and multiply every head by its gate. `probe` puts that name in the mo
 
 The mask builder is looked up by the same name, and a name without one silently means "no mask at all": so each of the
 two registers the matching builder too.
+
+Attention that does not go through the interface is reached by hooks instead: see direct.py.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.model.direct import Computed, inside_interface, is_known, known_sites, look_for_sites, watch
 from secateur.model.state import base_of
 
 _PREFIX = "secateur_"
@@ -36,16 +39,19 @@ class HeadReading:
 
     Shapes: `query` [batch, heads, queries, width], `key` and `value` [batch, key-value heads, keys, width], `weights`
     (the attention map, rows sum to 1) [batch, heads, queries, keys] or None where no maps were asked for, `outputs`
-    [batch, queries, heads, width]: the weighted values of each head, before the output projection.
+    [batch, queries, heads, width]: the weighted values of each head, before the output projection. `query`, `key` and
+    `value` are None at sites outside transformers' attention interface.
     """
 
     site: str
     module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
     weights: Tensor | None
     outputs: Tensor
+    scores: Tensor | None = None
+    extras: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +79,7 @@ def probe(
     """Within this context every forward pass of `model` streams its heads to `callback` and applies `gates`.
 
     Args:
-        model: any transformers model whose attention goes through the attention interface.
+        model: any transformers model.
         callback: called once for each attention site and forward pass, as soon as the site has run.
         gates: site name → factors for the heads that are there now, `[heads]`, or `[batch, heads]` for a gate of its
             own for each text; differentiable. Sites without an entry are left alone.
@@ -84,26 +90,54 @@ def probe(
     that can be reached, and `SecateurError` where another thread is probing the same model.
     """
     base = base_of(model)
-    configs = _configs(base)
     entry = _Probe(
         base, {id(m): n for n, m in base.named_modules()}, callback, gates or {}, weights, threading.get_ident()
     )
+    if not is_known(base):
+        prepare(base)
+    direct = known_sites(base)
+    if direct is None:
+        unknown = [site for site in entry.gates if not _goes_through_interface(base.get_submodule(site))]
+        if unknown:
+            raise UnsupportedModelError(f"site {unknown[0]} has not been looked for; call `find_sites` with `inputs`")
     with _lock:
         mine = [p for p in _active if p.model is base]
         if any(p.thread != entry.thread for p in mine):
             raise SecateurError("the model is being probed in another thread; probe a copy of it, or wait")
         _active.append(entry)
-    saved = [(config, config._attn_implementation_internal) for config in configs]
     try:
-        need_maps = weights or any(p.weights for p in mine)
+        with (
+            _own_names(base, weights or any(p.weights for p in mine)),
+            watch(base, direct or {}, partial(_pass_direct, entry)),
+        ):
+            yield
+    finally:
+        with _lock:
+            _active.remove(entry)
+
+
+def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
+    """Look for attention outside the interface, with `inputs` where the model does not run on made-up ones."""
+    with _own_names(base, maps=True):
+        look_for_sites(base, inputs)
+
+
+@contextmanager
+def _own_names(base: PreTrainedModel, maps: bool) -> Iterator[None]:
+    """Put our attention functions into the configs that modules of the model consult."""
+    saved = [(config, config._attn_implementation_internal) for config in _configs(base)]
+    reaches = {
+        id(module.config) for module in base.modules() if hasattr(module, "config") and _goes_through_interface(module)
+    }
+    try:
         for config, implementation in saved:
-            config._attn_implementation_internal = _PREFIX + _kind(base, implementation, need_maps)
+            kind = _kind(base, implementation, maps)
+            # Code that does not use the interface compares the name, and must find one that it knows.
+            config._attn_implementation_internal = _PREFIX + kind if id(config) in reaches else kind
         yield
     finally:
         for config, implementation in saved:
             config._attn_implementation_internal = implementation
-        with _lock:
-            _active.remove(entry)
 
 
 def _configs(base: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -119,6 +153,11 @@ def _configs(base: PreTrainedModel) -> list[PreTrainedConfig]:
 def _kind(base: PreTrainedModel, implementation: str | None, need_maps: bool) -> str:
     original = (implementation or "eager").removeprefix(_PREFIX)
     return "eager" if need_maps or original == "eager" or not base._supports_sdpa else "sdpa"
+
+
+def _goes_through_interface(module: nn.Module) -> bool:
+    files = {parent.__module__ for parent in type(module).__mro__} - {PreTrainedModel.__module__}
+    return any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 @cache
@@ -142,21 +181,57 @@ def _class_of(module: nn.Module) -> Any:
 def _attend(
     kind: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    outputs, weights = _own_function(kind, _class_of(module))(module, query, key, value, *args, **kwargs)
+    outer = getattr(inside_interface, "active", False)
+    inside_interface.active = True
+    try:
+        outputs, weights = _own_function(kind, _class_of(module))(module, query, key, value, *args, **kwargs)
+    finally:
+        inside_interface.active = outer
     for entry in _active.copy():
         site = entry.names.get(id(module))
         if site is None:
             continue
         if outputs.ndim != 4 or outputs.shape[2] != query.shape[1]:
             raise UnsupportedModelError(f"site {site}: its attention function does not keep the heads apart")
-        if entry.callback is not None:
-            shown = weights if entry.weights else None
-            entry.callback(HeadReading(site, module, query, key, value, shown, outputs))
-        gate = entry.gates.get(site)
-        if gate is not None:
-            gate = gate.to(outputs)
-            outputs = outputs * (gate[:, None, :, None] if gate.ndim == 2 else gate[:, None])
+        outputs = _pass(
+            entry, HeadReading(site, module, query, key, value, weights, outputs, extras=_learned(args, kwargs))
+        )
     return outputs, weights
+
+
+def _learned(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    return tuple(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad and x.ndim in (1, 4))
+
+
+def _pass_direct(entry: _Probe, site: str, module: nn.Module, outputs: Tensor, computed: Computed) -> Tensor:
+    if computed.is_map:
+        reading = HeadReading(site, module, None, None, None, computed.result, outputs, computed.operands[0])
+    else:
+        query, key, value = computed.operands
+        reading = HeadReading(site, module, query, key, value, None, outputs)
+    return _pass(entry, reading)
+
+
+def _pass(entry: _Probe, reading: HeadReading) -> Tensor:
+    """Show one site to the callback and return its outputs gated."""
+    outputs = reading.outputs
+    if entry.callback is not None:
+        if entry.weights and reading.weights is None:
+            raise UnsupportedModelError(
+                f"site {reading.site} does not compute attention maps; use a scorer that needs none, such as "
+                "contribution"
+            )
+        entry.callback(reading if entry.weights else replace(reading, weights=None))
+    gate = entry.gates.get(reading.site)
+    if gate is None:
+        return outputs
+    gate = gate.to(outputs)
+    if gate.ndim == 2 and gate.shape[0] != outputs.shape[0]:
+        raise UnsupportedModelError(
+            f"site {reading.site} attends within {outputs.shape[0]} windows, so {gate.shape[0]} gates, one for each "
+            "input, do not fit"
+        )
+    return outputs * (gate[:, None, :, None] if gate.ndim == 2 else gate[:, None])
 
 
 for _name in ("eager", "sdpa"):
@@ -168,6 +243,11 @@ for _name in ("eager", "sdpa"):
 def count_heads(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Run `model` once and return, for each site it reached, its numbers of heads and of key-value heads."""
     found: dict[str, tuple[int, int]] = {}
-    with probe(model, lambda r: found.update({r.site: (r.query.shape[1], r.key.shape[1])})):
+
+    def see(reading: HeadReading) -> None:
+        heads = reading.outputs.shape[2]
+        found[reading.site] = (heads, heads if reading.key is None else reading.key.shape[1])
+
+    with probe(model, see):
         base_of(model)(**inputs)
     return found

@@ -17,9 +17,15 @@ TOLERANCE = 1e-4
 
 @torch.no_grad()
 def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Return every floating-point tensor that the base model returns for `inputs`, dropout off."""
+    """Return every floating-point tensor that the base model returns for `inputs`, dropout off.
+
+    Random numbers that the model draws all the same (VITS adds noise, ViT-MAE hides patches) are the same at every
+    call; the caller's generators are left as they were.
+    """
     base = base_of(model)
-    with evaluation_mode(base):
+    devices = [base.device] if base.device.type == "cuda" else []
+    with evaluation_mode(base), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
         return _tensors(base(**inputs))
 
 

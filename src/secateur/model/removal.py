@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import RemovalError, UnsupportedModelError, invalid
 from secateur.heads import HeadMask
+from secateur.model.adapted import ConfigView, narrow_bias_, set_in_config_, takes_bias
 from secateur.model.emptied import bypass_
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite
@@ -138,7 +139,9 @@ def _prove(
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if not emptied or bypassed:
                 reason = " ".join(str(error).split())[:200]
-                raise RemovalError(f"{type(base).__name__} does not run with fewer heads: {reason}") from error
+                raise RemovalError(
+                    f"{type(base).__name__} does not run with fewer heads: {reason}; the model is unchanged"
+                ) from error
         for site in emptied:
             bypass_(base, site, undo)
             bypassed.append(site.name)
@@ -188,7 +191,13 @@ def cut_site_(
     counts = site.counts(kept)
     for path, quantity in site.attributes.items():
         holder_path, _, attribute = path.rpartition(".")
-        _set_attribute(base.get_submodule(holder_path), attribute, counts[quantity], undo)
+        if holder_path.endswith(".config"):
+            set_in_config_(base, path, counts[quantity], undo)
+        else:
+            _set_attribute(base.get_submodule(holder_path), attribute, counts[quantity], undo)
+    module = base.get_submodule(site.name)
+    if takes_bias(module):
+        narrow_bias_(module, site, tuple(itertools.compress(site.heads, kept.tolist())), undo)
 
 
 def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
@@ -268,3 +277,7 @@ def _give_own_configs(model: nn.Module) -> None:
         if isinstance(config, PreTrainedConfig):
             originals.append(config)
             module.config = copies[id(config)] if id(config) in copies else copy.deepcopy(config, copies)
+    for module in model.modules():
+        view = getattr(module, "config", None)
+        if isinstance(view, ConfigView):
+            view.of = copies.get(id(view.of), view.of)

@@ -1,7 +1,7 @@
-"""Finding attention sites, and which rows and columns of which weights belong to each head.
+"""Finding attention sites: where they are, what their heads own, and what reads them.
 
-No table of model names: a head owns an index of a weight if the gradient of that head's query, key or value reaches
-the index and no other head's does. The output projection is the linear layer whose input equals the concatenated heads.
+No table of model names: ownership.py finds a head's weights by gradients, and the output projection is the linear layer
+whose input is the concatenated heads, or a chunk for each head that depends on that head alone.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedModelError
+from secateur.model.adapted import reads_config, takes_bias
+from secateur.model.direct import reads_heads
 from secateur.model.inputs import example_inputs
-from secateur.model.layout import NOBODY, AttentionSite, HeadSlice
-from secateur.model.probe import HeadReading, probe
+from secateur.model.layout import AttentionSite, HeadSlice
+from secateur.model.ownership import Ownership
+from secateur.model.probe import HeadReading, prepare, probe
 from secateur.model.recipe import read_recipe
 from secateur.model.state import base_of, evaluation_mode, gradients_for_all, in_float32
 
 # Attributes that modelling code reads at run time, by what they count. An attribute is adjusted only where its value
 # is the one expected, and every removal is proved afterwards, so a name too many does no harm.
 _ATTRIBUTES = {
-    "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads"),
+    "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "num_attn_heads"),
     "key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
     "group": ("num_key_value_groups", "n_rep"),
-    "width": ("all_head_size", "inner_dim", "split_size"),
+    "width": ("all_head_size", "inner_dim", "split_size", "embed_dim"),
 }
 
 
@@ -43,9 +45,16 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
     site and the reason where heads cannot be told apart, and where the model has no reachable attention.
     """
     base = base_of(model)
-    inputs = example_inputs(base) if inputs is None else inputs
+    if getattr(base.config, "attention_type", None) == "block_sparse":
+        raise UnsupportedModelError(
+            f"{type(base).__name__} attends in sparse blocks; load it with `attention_type='original_full'`"
+        )
     finder = _Finder(base)
-    with in_float32(base), evaluation_mode(base), gradients_for_all(base), finder.watching(), probe(base, finder.see):
+    if inputs is not None:
+        with in_float32(base):
+            prepare(base, inputs)
+    inputs = example_inputs(base) if inputs is None else inputs
+    with in_float32(base), evaluation_mode(base), gradients_for_all(base), probe(base, finder.see), finder.watching():
         base(**inputs)
     return finder.finish()
 
@@ -55,8 +64,7 @@ class _Finder:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self.base = base
-        self.random = torch.Generator().manual_seed(0)
-        self.names = {id(p): n for n, p in base.named_parameters()}
+        self.ownership = Ownership(base)
         self.readings: dict[str, tuple[nn.Module, int, int, int]] = {}
         self.slices: dict[str, list[HeadSlice]] = {}
         self.outputs: dict[str, str] = {}
@@ -70,78 +78,52 @@ class _Finder:
         """Take the query, key and value part of a site, and remember what its output projection must read."""
         site, module = reading.site, reading.module
         if site not in self.readings:
-            heads, kv_heads = reading.query.shape[1], reading.key.shape[1]
+            heads = reading.outputs.shape[2]
+            kv_heads = heads if reading.key is None else reading.key.shape[1]
             if kv_heads and heads % kv_heads:
                 raise UnsupportedModelError(
                     f"site {site}: {heads} heads do not divide among {kv_heads} key-value heads"
                 )
+            if reading.key is not None and reading.value is not None and reading.value.shape[1] != kv_heads:
+                raise UnsupportedModelError(
+                    f"site {site}: {kv_heads} key heads and {reading.value.shape[1]} value heads do not pair up"
+                )
             self.readings[site] = (module, heads, kv_heads, reading.outputs.shape[-1])
             found: list[HeadSlice] = []
-            for role, tensor in (("query", reading.query), ("key", reading.key), ("value", reading.value)):
-                if not heads:
-                    continue
-                pieces = self._pieces(site, module, role, tensor)
-                if not any(self._is_matrix(p) for p in pieces):
+            for role, per_head in _heads_of(reading).items():
+                pieces = self._pieces(site, module, role, per_head)
+                if not any(self.ownership.is_matrix(p) for p in pieces):
+                    what = "projections" if role == "head" else f"{role} projection"
                     raise UnsupportedModelError(
-                        f"site {site}: no weight of its {role} projection belongs to single heads "
+                        f"site {site}: no weight of its {what} belongs to single heads "
                         "(a normalisation or mixing across heads, or weights outside the site)"
                     )
                 found += pieces
+            if not takes_bias(module):
+                for per_head in _extras_of(reading):
+                    found += self.ownership.slices(site, module, "query", per_head)
             self.slices[site] = found
         if site not in self.outputs:
-            self.pending = (site, reading.outputs.detach())
+            self.pending = (site, reading.outputs)
 
-    def _is_matrix(self, piece: HeadSlice) -> bool:
-        return self.base.get_parameter(piece.parameter).ndim > 1
-
-    def _pieces(self, site: str, module: nn.Module, role: str, tensor: Tensor) -> list[HeadSlice]:
-        per_head = [tensor[:, h] for h in range(tensor.shape[1])]
-        pieces = self._support(site, module, role, per_head)
+    def _pieces(self, site: str, module: nn.Module, role: str, per_head: list[Tensor]) -> list[HeadSlice]:
+        pieces = self.ownership.slices(site, module, role, per_head)
         if not pieces:  # some classes hold their projections beside, not inside, the module that attends
             parent = self.base.get_submodule(site.rpartition(".")[0])
-            pieces = self._support(site, parent, role, per_head)
-        return pieces
-
-    def _support(self, site: str, module: nn.Module, role: str, per_head: list[Tensor]) -> list[HeadSlice]:
-        """Back-propagate from each head alone; an axis along which the heads reach different indices is theirs."""
-        holders = {
-            id(p): holder for holder in module.modules() for p in holder.parameters(recurse=False) if p.requires_grad
-        }
-        parameters = [p for p in module.parameters() if id(p) in holders and id(p) in self.names]
-        if not parameters or not per_head[0].requires_grad:
-            return []
-        reached: dict[tuple[int, int], list[Tensor]] = {}
-        for tensor in per_head:
-            direction = torch.randn(tensor.shape, generator=self.random).to(tensor)
-            gradients = torch.autograd.grad(tensor, parameters, direction, retain_graph=True, allow_unused=True)
-            for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-                for axis in range(parameter.ndim):
-                    others = [a for a in range(parameter.ndim) if a != axis]
-                    hit = (
-                        torch.zeros(parameter.shape[axis], dtype=torch.bool)
-                        if gradient is None
-                        else ((gradient != 0).any(dim=others) if others else gradient != 0).cpu()
-                    )
-                    reached.setdefault((number, axis), []).append(hit)
-        pieces = []
-        for (number, axis), hits in reached.items():
-            parameter = parameters[number]
-            holder = holders[id(parameter)]
-            owners = _owners(torch.stack(hits), _only_head_axis(holder, parameter, role) == axis)
-            if owners == "mixed":
-                raise UnsupportedModelError(
-                    f"site {site}: an index of {self.names[id(parameter)]} is used by several heads but not by all"
-                )
-            if isinstance(owners, tuple):
-                pieces.append(HeadSlice(self.names[id(parameter)], axis, role, owners))
+            pieces = self.ownership.slices(site, parent, role, per_head)
         return pieces
 
     def read_linear(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         """Recognise the output projection by its input, then find which of its columns read which head."""
         if self.pending is None:
             return
-        site, heads_out = self.pending
-        if tensor.numel() != heads_out.numel() or not torch.equal(tensor.reshape(-1), heads_out.reshape(-1)):
+        site, outputs = self.pending
+        heads_out = outputs.detach()
+        if tensor.numel() != heads_out.numel():
+            return
+        as_they_are = torch.equal(tensor.reshape(-1), heads_out.reshape(-1))
+        # Some models multiply each head by a gate of its own, or normalise it, before the projection reads it.
+        if not as_they_are and not reads_heads(outputs, tensor, outputs.transpose(1, 2).shape[:3]):
             return
         self.pending = None
         self.outputs[site] = name
@@ -151,24 +133,35 @@ class _Finder:
         per_head = []
         for head in range(heads):
             alone = torch.zeros(*heads_out.shape, device=tensor.device)
-            alone[:, :, head] = torch.randn(*heads_out.shape[:2], width, generator=self.random).to(tensor.device)
+            alone[:, :, head] = torch.randn(*heads_out.shape[:2], width, generator=self.ownership.random).to(
+                tensor.device
+            )
             per_head.append(module.forward(alone.reshape(tensor.shape).to(tensor.dtype)))
-        pieces = self._support(site, module, "output", per_head)
-        if not any(self._is_matrix(p) for p in pieces):
+        pieces = self.ownership.slices(site, module, "output", per_head)
+        side_by_side = tuple(head for head in range(heads) for _ in range(width))
+        if not any(self.ownership.is_matrix(p) and p.owners == side_by_side for p in pieces):
             raise UnsupportedModelError(f"site {site}: the output projection {name} does not keep heads apart")
+        if not as_they_are:
+            # Key and value weights serve whole groups of heads; those of the query may hold the gates' rows too.
+            known = {piece.parameter for piece in self.slices[site] if piece.role in ("key", "value")}
+            chunks = list(tensor.reshape(heads_out.shape).unbind(dim=2))
+            owner = self.readings[site][0]
+            pieces += self.ownership.slices(site, owner, "query", chunks, leave_out=known)
         self.slices[site] += pieces
 
     def finish(self) -> dict[str, AttentionSite]:
         if not self.readings:
             raise UnsupportedModelError(
-                f"{type(self.base).__name__} has no attention that goes through transformers' attention interface"
+                f"{type(self.base).__name__} has no attention whose heads can be told apart: it goes neither through "
+                "transformers' attention interface nor from a softmax straight to an output projection"
             )
         recipe = read_recipe(self.base.config)
         found = {}
         for site, (module, heads, kv_heads, width) in self.readings.items():
             if site not in self.outputs:
                 raise UnsupportedModelError(
-                    f"site {site}: no linear layer reads the concatenated heads as they are, so none can be narrowed"
+                    f"site {site}: no linear layer reads the heads side by side and apart from each other, so none "
+                    "can be narrowed"
                 )
             original, total, total_kv = tuple(range(heads)), heads, kv_heads
             if recipe is not None and site in recipe.kept_heads:
@@ -197,6 +190,32 @@ class _Finder:
         return found
 
 
+def _heads_of(reading: HeadReading) -> dict[str, list[Tensor]]:
+    """Return by role what each head computed from weights of its own; nothing for a site without heads."""
+    if not reading.outputs.shape[2]:
+        return {}
+    if reading.query is None or reading.key is None or reading.value is None:
+        # The scores too: a softmax is blind to what it adds to a whole row, so the outputs do not show the key's bias.
+        assert reading.scores is not None
+        parts = zip(reading.scores.unbind(dim=1), reading.outputs.unbind(dim=2), strict=True)
+        return {"head": [torch.cat([scores.flatten(), outputs.flatten()]) for scores, outputs in parts]}
+    return {
+        "query": list(reading.query.unbind(dim=1)),
+        "key": list(reading.key.unbind(dim=1)),
+        "value": list(reading.value.unbind(dim=1)),
+    }
+
+
+def _extras_of(reading: HeadReading) -> list[list[Tensor]]:
+    """Return, head by head, what else the attention function was given for each: sinks `[heads]`, a learned bias."""
+    found = []
+    for tensor in reading.extras:
+        axis = 0 if tensor.ndim == 1 else 1
+        if tensor.shape[axis] == reading.outputs.shape[2] > 0:
+            found.append(list(tensor.unbind(dim=axis)))
+    return found
+
+
 class _Hooks:
     """Pre-hooks on every layer with a weight matrix, removed on exit."""
 
@@ -222,31 +241,6 @@ class _Hooks:
             handle.remove()
 
 
-def _owners(hits: Tensor, is_only_axis: bool) -> tuple[int, ...] | str | None:
-    """Turn `hits` [heads, indices] into an owner for each index; None = no head's own, "mixed" = cannot be told."""
-    used = hits.any(dim=0)
-    if not bool(used.any()):
-        return None
-    if len(hits) == 1:  # a single head reaches both axes of its matrix: only the layer's kind tells which is which
-        if not is_only_axis:
-            return None
-    elif bool((hits == hits[0]).all()):
-        return None
-    elif bool((hits.sum(dim=0) > 1).any()):
-        return "mixed"
-    return tuple(torch.where(used, hits.int().argmax(dim=0), NOBODY).tolist())
-
-
-def _only_head_axis(holder: nn.Module, parameter: nn.Parameter, role: str) -> int | None:
-    """Return the axis that would be a lone head's: what a linear layer writes for q, k, v, what the output reads."""
-    if not isinstance(holder, nn.Linear | Conv1D):
-        return None
-    if parameter.ndim == 1:
-        return None if role == "output" else 0
-    written = 1 if isinstance(holder, Conv1D) else 0
-    return 1 - written if role == "output" else written
-
-
 def _attributes(site: str, module: nn.Module, heads: int, kv_heads: int, width: int) -> dict[str, str]:
     group = heads // kv_heads if kv_heads else 0
     values = {"heads": heads, "key_value_heads": kv_heads, "group": group, "width": heads * width}
@@ -254,7 +248,14 @@ def _attributes(site: str, module: nn.Module, heads: int, kv_heads: int, width: 
         f"{site}.{name}": quantity
         for quantity, names in _ATTRIBUTES.items()
         for name in names
-        if isinstance(value := getattr(module, name, None), int)
-        and not isinstance(value, bool)
-        and value == values[quantity]
+        if _is_count(getattr(module, name, None), values[quantity])
+    } | {
+        f"{site}.config.{name}": quantity
+        for quantity, names in _ATTRIBUTES.items()
+        for name in names
+        if reads_config(module, name) and _is_count(getattr(module.config, name, None), values[quantity])
     }
+
+
+def _is_count(value: Any, expected: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value == expected

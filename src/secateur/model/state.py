@@ -21,7 +21,10 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         hint = "pass the transformers model inside it (PEFT: `get_base_model()`, SentenceTransformer: `[0].auto_model`)"
         raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}; {hint}")
-    return model.base_model
+    base: PreTrainedModel = model.base_model
+    while base.base_model is not base:  # DPR wraps twice
+        base = base.base_model
+    return base
 
 
 @contextmanager

@@ -16,7 +16,8 @@ class ContributionScorer(StreamingScorer):
     """Mean over real tokens, then over texts, of ‖(A_h V_h) W_O^h‖.
 
     The norm of x W is the square root of x (W Wᵀ) xᵀ, so each head's Gram matrix `[width, width]` stands for its part
-    of the output projection, and no vector as wide as the model is ever made for every head.
+    of the output projection, and no vector as wide as the model is ever made for every head. Where a model multiplies
+    its heads by gates of their own before the projection (Qwen3-Next), A_h V_h is what the gate is given.
     """
 
     description = "mean norm of the vector that a head adds to the residual stream"

@@ -25,7 +25,8 @@ class MagnitudeScorer(Scorer):
         return {name: self._site(task, site) for name, site in task.sites.items()}
 
     def _site(self, task: ScoringTask, site: AttentionSite) -> Tensor:
-        value = self._squares(task, site.slices_of("value"), site.num_key_value_heads)
+        # Where query, key and value cannot be told apart, all that a head computes from counts.
+        value = self._squares(task, site.slices_of("value") or site.slices_of("head"), site.num_key_value_heads)
         output = self._squares(task, site.slices_of("output"), site.num_heads)
         return (value.repeat_interleave(site.group) * output).sqrt()
 

@@ -1,0 +1,132 @@
+"""Attention code that counts on every layer having as many heads: what it is given is narrowed on the way in.
+
+Two cases. T5, MPNet, Bloom and their kin hand one bias, with an entry for each head, to all layers: each narrowed
+module picks its own heads from it, and passes the whole on where it passes it on. Phi-3 asks the config for the number
+of heads in the middle of a forward pass: a narrowed module sees the config through a view with numbers of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.model.layout import AttentionSite
+
+_BIASES = ("position_bias", "alibi")
+_MASK = "attention_mask"  # Falcon adds its bias to the mask before it hands both out
+Undo = list[Callable[[], None]]
+
+
+class NarrowedBias:
+    """Mixed into an attention module's class: of a bias for all original heads, only the kept heads' entries arrive."""
+
+    secateur_heads: tuple[int, ...]
+    secateur_total: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Narrow the bias, and a mask that has one in it, and run the module's own code."""
+        own: Any = super()
+        bound = inspect.signature(own.forward).bind(*args, **kwargs)
+        mask = bound.arguments.get(_MASK)
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == self.secateur_total > 1:
+            bound.arguments[_MASK] = self._narrow(mask)
+        for name in _BIASES:
+            bias = bound.arguments.get(name)
+            if isinstance(bias, Tensor):
+                bound.arguments[name] = self._narrow(bias)
+        return own.forward(*bound.args, **bound.kwargs)
+
+    def _narrow(self, bias: Tensor) -> Tensor:
+        heads = list(self.secateur_heads)
+        if bias.ndim == 4:  # [1 or batch, heads, queries, keys]
+            return bias[:, heads]
+        by_head = bias.view(-1, self.secateur_total, *bias.shape[1:])  # [batch · heads, queries, keys]
+        return by_head[:, heads].flatten(0, 1)
+
+
+class NarrowedTable(NarrowedBias):
+    """For T5 and its kin: a module computes the bias where it is given none, and returns it for the layers that follow.
+
+    What it computes, or was given, is returned whole.
+    """
+
+    _whole: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run narrowed, and return the bias whole."""
+        self._whole = None
+        outputs = super().forward(*args, **kwargs)
+        whole, self._whole = self._whole, None
+        if whole is None:  # neither given nor computed from a table, as in cross-attention: zeros
+            made = outputs[1]
+            whole = made.new_zeros(made.shape[0], self.secateur_total, *made.shape[2:])
+        return (outputs[0], whole, *outputs[2:])
+
+    def compute_bias(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the bias of all original heads, and return this module's part."""
+        own: Any = super()
+        return self._narrow(own.compute_bias(*args, **kwargs))
+
+    def _narrow(self, bias: Tensor) -> Tensor:
+        self._whole = bias
+        return super()._narrow(bias)
+
+
+def takes_bias(module: nn.Module) -> bool:
+    """Is the module given a bias for every head by the layer or model around it?"""
+    own: Any = next(c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, NarrowedBias))
+    return any(name in inspect.signature(own.forward).parameters for name in _BIASES)
+
+
+def narrow_bias_(module: nn.Module, site: AttentionSite, heads: tuple[int, ...], undo: Undo) -> None:
+    """Let `module` pick the original `heads` from the biases that it is given; `undo` collects what reverses that."""
+    before = type(module)
+    state = {k: v for k, v in vars(module).items() if k.startswith("secateur_")}
+
+    def put_back() -> None:
+        module.__class__ = before
+        for name in ("secateur_heads", "secateur_total"):
+            vars(module).pop(name, None)
+        vars(module).update(state)
+
+    undo.append(put_back)
+    if not issubclass(before, NarrowedBias):
+        bases = (NarrowedTable if hasattr(before, "compute_bias") else NarrowedBias, before)
+        # The class changes, not the instance's `forward`: a deep copy must not call back into the original.
+        module.__class__ = type(before.__name__, bases, {"__module__": before.__module__})
+    adapted: Any = module
+    adapted.secateur_heads, adapted.secateur_total = heads, site.original_num_heads
+
+
+class ConfigView:
+    """A config as one module sees it: `own` values of its own, everything else as `of` has it at the time."""
+
+    def __init__(self, of: PreTrainedConfig, own: dict[str, int]) -> None:
+        self.of, self.own = of, own
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("of", "own"):
+            raise AttributeError(name)
+        return self.own[name] if name in self.own else getattr(self.of, name)
+
+
+def reads_config(module: nn.Module, name: str) -> bool:
+    """Does the module's forward pass take the setting `name` from the config, rather than from itself?"""
+    if hasattr(module, name) or not hasattr(module, "config"):
+        return False
+    used = getattr(getattr(inspect.unwrap(type(module).forward), "__code__", None), "co_names", ())
+    return "config" in used and name in used
+
+
+def set_in_config_(base: PreTrainedModel, path: str, value: int, undo: Undo) -> None:
+    """Change one setting for one module: `path` is "<module>.config.<setting>"."""
+    holder, _, name = path.rpartition(".")
+    module: Any = base.get_submodule(holder.removesuffix(".config"))
+    before = module.config
+    undo.append(lambda: setattr(module, "config", before))
+    of, own = (before.of, before.own) if isinstance(before, ConfigView) else (before, {})
+    module.config = ConfigView(of, {**own, name: value})
