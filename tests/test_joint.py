@@ -1,5 +1,6 @@
 """The joint pruner: evidence that no width changes, scores for all heads together, search, and fit."""
 
+import itertools
 import math
 
 import pytest
@@ -9,9 +10,18 @@ from transformers import AutoModel, BertConfig
 import secateur
 from secateur.errors import CheckpointError, InvalidInputError
 from secateur.heads import HeadMask
-from secateur.meta.evidence import FEATURES, MAP_FEATURES, Evidence, _map_statistics, gather_evidence
+from secateur.meta.evidence import FEATURES, MAP_FEATURES, Evidence, _map_statistics, gather_evidence, unbiased_hsic
 from secateur.meta.joint import EVIDENCE_KINDS, JointPruner
-from secateur.meta.joint_training import LEAVE_ONE_OUT, FitConfig, Sample, TrialConfig, collect, fit, trial_loss
+from secateur.meta.joint_training import (
+    LEAVE_ONE_OUT,
+    FitConfig,
+    Sample,
+    TrialConfig,
+    collect,
+    collect_more,
+    fit,
+    trial_loss,
+)
 from secateur.meta.objective import relational_kl
 from secateur.meta.search import MaskLoss, exchange, search
 from secateur.meta.signals import gated_representations
@@ -67,6 +77,29 @@ def contributions(model, batch):
     return found
 
 
+def hsic(first, second):
+    """The unbiased estimate as a U-statistic: all (i, j, q, r) that differ, one by one."""
+    total, count, n = torch.zeros(()), 0, len(first)
+    for i, j, q, r in itertools.permutations(range(n), 4):
+        total = total + first[i, j] * (second[i, j] + second[q, r] - 2 * second[i, q])
+        count += 1
+    return total / count
+
+
+def test_hsic_does_not_depend_on_the_number_of_texts():
+    random = torch.Generator().manual_seed(0)
+    first, second = torch.randn(6, 3, generator=random), torch.randn(6, 3, generator=random)
+    kernels = first @ first.T, second @ second.T
+    torch.testing.assert_close(unbiased_hsic(*kernels), hsic(*kernels), atol=1e-4, rtol=1e-4)
+    means = []
+    for texts in (6, 40):
+        x = torch.randn(2000, texts, 3, generator=random)
+        y = x[..., :1] + torch.randn(2000, texts, 1, generator=random)
+        means.append(float(unbiased_hsic(x @ x.mT, y @ y.mT).mean()))
+    assert means[0] == pytest.approx(means[1], rel=0.1)
+    assert means[1] == pytest.approx(1, rel=0.1)  # the squared covariance of x's first number with y
+
+
 def test_sizes_directions_and_redundancy_by_the_long_way():
     model = tiny_model("bert")
     (batch,) = batches_of(model, 6, 6)
@@ -75,7 +108,7 @@ def test_sizes_directions_and_redundancy_by_the_long_way():
     with torch.no_grad():
         targets = model(**batch).last_hidden_state.mean(dim=1)
     targets = torch.nn.functional.normalize(targets - targets.mean(dim=0), dim=1)
-    targets = targets - targets.mean(dim=0)
+    target = targets @ targets.T
     for number, written in enumerate(contributions(model, batch)):
         rows = slice(4 * number, 4 * number + 4)
 
@@ -88,12 +121,12 @@ def test_sizes_directions_and_redundancy_by_the_long_way():
         texts = texts - texts.mean(dim=1, keepdim=True)
         variation = texts.norm(dim=-1).square().mean(dim=1).log() / 2
         check("variation", variation - variation.mean())
-        cross = torch.stack([(t.T @ targets).norm() for t in texts])
-        relevance = cross.log()
-        relevance = (cross.square() / (targets @ targets.T).norm()).log() / 2
+        common = torch.stack([hsic(t @ t.T, target) for t in texts])
+        relevance = (common / hsic(target, target).sqrt()).clamp(min=0)
+        relevance = relevance.clamp(min=1e-2 * float(relevance.mean())).log() / 2
         check("relevance", relevance - relevance.mean())
-        own = torch.stack([(t @ t.T).norm() for t in texts])
-        check("alignment", cross.square() / (own * (targets @ targets.T).norm()))
+        own = torch.stack([hsic(t @ t.T, t @ t.T).sqrt() for t in texts])
+        check("alignment", (common / (own * hsic(target, target).sqrt())).clamp(-1, 1))
         total = written.sum(dim=0)
         inner = (written * total).sum(dim=(1, 2, 3))
         check("cosine with site", inner / (written.flatten(1).norm(dim=1) * total.norm()))
@@ -159,10 +192,10 @@ def test_padding_and_batching_and_order_change_nothing():
     torch.testing.assert_close(evidence_of(model, [wider]).features, one.features, atol=1e-4, rtol=1e-4)
 
 
-def test_one_text_is_too_few():
+def test_three_texts_are_too_few():
     model = tiny_model("bert")
-    with pytest.raises(InvalidInputError, match="at least 2, got 1"):
-        evidence_of(model, batches_of(model, 1, 1))
+    with pytest.raises(InvalidInputError, match="at least 4, got 3"):
+        evidence_of(model, batches_of(model, 3, 3))
 
 
 # --- the network
@@ -202,7 +235,7 @@ def test_one_pruner_serves_models_of_other_widths_depths_and_head_counts():
             vocab_size=99, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=37
         )
         model = AutoModel.from_config(config).eval()
-        scores = score_heads(model, inputs=[example_inputs(model)], scorer=SmpPlusScorer(pruner))
+        scores = score_heads(model, inputs=[example_inputs(model, batch=4)], scorer=SmpPlusScorer(pruner))
         assert [len(v) for v in scores.values()] == [heads] * layers
         assert all(bool(v.isfinite().all()) for v in scores.values())
 
@@ -368,6 +401,20 @@ def test_a_sample_holds_what_masks_cost(tmp_path):
     assert torch.equal(again.evidence.features, sample.evidence.features)
     assert again.evidence.heads == sample.evidence.heads
     assert torch.equal(sample_of(model, ratios=(0.25, 0.5), leave_one_out=True).masks, sample.masks)
+
+
+def test_more_trials_are_of_what_a_pruner_would_choose():
+    model = tiny_model("bert")
+    sample, pruner = sample_of(model), learned()
+    config = TrialConfig(ratios=(0.5,), near=3, exchanges=2)
+    more = collect_more(sample, pruner, model, find_sites(model), batches_of(model), False, config, 0)
+    assert torch.equal(more.masks[:16], sample.masks)
+    assert len(more.masks) == 16 + 1 + 3 + 2
+    scores = SmpPlusScorer(pruner)
+    own = secateur.select_heads(score_heads(model, scorer=scores, inputs=batches_of(model)), 0.5)
+    assert more.masks[16].tolist() == torch.cat(list(own.values())).tolist()
+    loss = MaskLoss(model, batches_of(model), False)
+    assert float(more.losses[16]) == pytest.approx(loss(own), rel=1e-4)
 
 
 def test_the_regression_by_hand():

@@ -37,9 +37,9 @@ FEATURES = SIZE_FEATURES + DIRECTION_FEATURES + REDUNDANCY_FEATURES + MAP_FEATUR
 """The columns of `Evidence.features`.
 
 size: log of the mean norm of the contribution (the `contribution` scorer), less its mean over the site; variation: the
-same of how far a text's mean contribution is from the mean over texts; relevance: log of the covariance (Frobenius)
+same of how far a text's mean contribution is from the mean over texts; relevance: log of the covariance (unbiased HSIC)
 between a head's contributions to texts and their representations, less the site's mean. "of the first token": the
-contribution at the first token instead of the mean over tokens. alignment: linear CKA of those two, in [0, 1]. cosine
+contribution at the first token instead of the mean over tokens. alignment: unbiased linear CKA of the two. cosine
 with site, share of site: of the head's contribution with and in the sum over its site's heads. unexplained: log of the
 share of a head's contribution that is no linear combination of the other heads', over tokens or between texts;
 nearest head: the largest cosine with another head. entropy is divided by its largest value. depth: 0 first site, 1
@@ -76,7 +76,7 @@ def gather_evidence(
 ) -> Evidence:
     """Run `model` (a base model in evaluation mode) once over the batches and return the evidence.
 
-    Raises `InvalidInputError` where there are fewer than two texts: relations between texts are part of it.
+    Raises `InvalidInputError` where there are fewer than four texts: relations between texts are part of it.
     """
     gathered = {name: _Site(output_weights(model, site)) for name, site in sites.items() if site.num_heads}
     representations = []
@@ -90,10 +90,10 @@ def gather_evidence(
         with probe(model, keep, weights=True):
             representations.append(represent(model, model(**batch), batch, is_pair).float())
     targets = torch.cat(representations) if representations else torch.zeros(0, 1)
-    if len(targets) < 2:
-        raise InvalidInputError(f"this scorer compares texts with each other and needs at least 2, got {len(targets)}")
+    if len(targets) < 4:
+        raise InvalidInputError(f"this scorer compares texts with each other and needs at least 4, got {len(targets)}")
     targets = torch.nn.functional.normalize(targets - targets.mean(dim=0), dim=1)
-    kernel = _centred(targets @ targets.T)
+    kernel = targets @ targets.T
     rows = [site.features(kernel) for site in gathered.values()]
     sizes = torch.stack([row.totals for row in rows])
     sizes = sizes - sizes.mean(dim=0)
@@ -158,7 +158,7 @@ class _Site:
         return (moments * self.products).view(self.heads, self.width, self.heads, self.width).sum(dim=(1, 3))
 
     def features(self, target: Tensor) -> _Row:
-        """Put the sums together; `target` is the texts' centred kernel `[texts, texts]`."""
+        """Put the sums together; `target` is the kernel of the texts' representations `[texts, texts]`."""
         over_tokens = self.over_tokens / self.texts
         size = (self.norms / self.texts).clamp(min=_TINY).log()
         variation, relevance, alignment, between = self._between_texts(self.means, target)
@@ -192,9 +192,27 @@ class _Site:
             kernels.append(torch.einsum("ahi,ijh,bhj->hab", outputs, own, outputs))
         kernel = torch.stack(kernels).sum(dim=0)
         variation = kernel.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=_TINY).log() / 2
-        common = (kernel * target).sum(dim=(1, 2)).clamp(min=_TINY)
-        size, target_size = kernel.norm(dim=(1, 2)).clamp(min=_TINY), target.norm().clamp(min=_TINY)
-        return variation, (common / target_size).log() / 2, common / (size * target_size), between
+        common = unbiased_hsic(kernel, target)
+        own_size = unbiased_hsic(kernel, kernel).clamp(min=_TINY).sqrt()
+        target_size = unbiased_hsic(target, target).clamp(min=_TINY).sqrt()
+        alignment = (common / (own_size * target_size)).clamp(-1, 1)
+        # Chance can make it negative: a head that bears on nothing then has a hundredth of its site's mean.
+        relevance = (common / target_size).clamp(min=_TINY)
+        return variation, relevance.clamp(min=1e-2 * float(relevance.mean())).log() / 2, alignment, between
+
+
+def unbiased_hsic(first: Tensor, second: Tensor) -> Tensor:
+    """Return the unbiased estimate of HSIC of kernels `[…, texts, texts]` (Song et al. 2012, JMLR 13, eq. 5).
+
+    The plain estimate grows as texts get fewer; this one does not. There must be 4 texts or more.
+    """
+    n = first.shape[-1]
+    off = 1 - torch.eye(n, device=first.device)
+    first, second = first * off, second * off
+    rows = (first.sum(dim=-1) * second.sum(dim=-1)).sum(dim=-1)
+    sums = first.sum(dim=(-2, -1)) * second.sum(dim=(-2, -1))
+    trace = (first * second).sum(dim=(-2, -1))
+    return (trace + sums / ((n - 1) * (n - 2)) - 2 * rows / (n - 2)) / (n * (n - 3))
 
 
 def _map_statistics(weights: Tensor, real: Tensor) -> Tensor:
@@ -227,10 +245,6 @@ def _map_statistics(weights: Tensor, real: Tensor) -> Tensor:
         ],
         dim=-1,
     )
-
-
-def _centred(kernel: Tensor) -> Tensor:
-    return kernel - kernel.mean(dim=0) - kernel.mean(dim=1, keepdim=True) + kernel.mean()
 
 
 def _relative(values: Tensor) -> Tensor:

@@ -108,32 +108,71 @@ def collect(
         loss = MaskLoss(model, batches, is_pair)
         groups = {name: sites[name].num_key_value_heads for name in evidence.heads}
         sizes = evidence.features[:, FEATURES.index("size")].double()
-        masks, losses, numbers = [], [], []
-
-        def add(mask: HeadMask, value: float, group: int) -> None:
-            masks.append(torch.cat([mask[name] for name in evidence.heads]))
-            losses.append(value)
-            numbers.append(group)
-
+        trials = []
         for number, ratio in enumerate(config.ratios, 1):
-            tried = []
-            for trial in range(config.at_random + config.near):
-                noise = -torch.log(-torch.log(torch.rand(len(sizes), generator=random, dtype=torch.float64)))
-                near = trial >= config.at_random
-                # Half of the noise at most: the nearest trials are the scorer's own mask.
-                spread = config.spread * float(sizes.std()) * float(torch.rand(1, generator=random))
-                noisy = sizes + spread * noise if near else noise
-                mask = select_heads(HeadScores(evidence.split(noisy), groups), ratio)
-                tried.append((mask, loss(mask)))
+            masks = [
+                _near(torch.zeros_like(sizes), evidence, groups, ratio, 1.0, random) for _ in range(config.at_random)
+            ]
+            masks += [_near(sizes, evidence, groups, ratio, config.spread, random) for _ in range(config.near)]
+            tried = [(mask, loss(mask)) for mask in masks]
             start = min(tried, key=lambda trial: trial[1])[0]
-            for mask, value in tried + search(loss, start, groups, config.exchanges, random)[1:]:
-                add(mask, value, number)
+            tried += search(loss, start, groups, config.exchanges, random)[1:]
+            trials += [(mask, value, number) for mask, value in tried]
         if config.leave_one_out:
             for head in range(len(sizes)):
-                alone = torch.arange(len(sizes)) != head
-                mask = HeadMask(evidence.split(alone))
-                add(mask, loss(mask), LEAVE_ONE_OUT)
-    return Sample(subject, task, evidence, torch.stack(masks), torch.tensor(losses), torch.tensor(numbers))
+                mask = HeadMask(evidence.split(torch.arange(len(sizes)) != head))
+                trials.append((mask, loss(mask), LEAVE_ONE_OUT))
+    return Sample(subject, task, evidence, *_stacked(evidence, trials))
+
+
+@torch.no_grad()
+def collect_more(
+    sample: Sample,
+    pruner: JointPruner,
+    model: PreTrainedModel,
+    sites: Mapping[str, AttentionSite],
+    batches: Sequence[Mapping[str, Any]],
+    is_pair: bool,
+    config: TrialConfig,
+    seed: int,
+) -> Sample:
+    """Return the sample with trials of what a fitted pruner would choose, which is where it must not be wrong.
+
+    The texts must be those of the sample; `config` says how many masks near the pruner's own, which is tried first, and
+    how many exchanges from the best of them. The evidence is gathered anew.
+    """
+    random = torch.Generator().manual_seed(seed)
+    with evaluation_mode(model):
+        evidence = gather_evidence(model, sites, batches, is_pair)
+        loss = MaskLoss(model, batches, is_pair)
+        groups = {name: sites[name].num_key_value_heads for name in evidence.heads}
+        scores = pruner(evidence).double()
+        trials = []
+        for number, ratio in enumerate(config.ratios, 1):
+            masks = [select_heads(HeadScores(evidence.split(scores), groups), ratio)]
+            masks += [_near(scores, evidence, groups, ratio, config.spread, random) for _ in range(config.near)]
+            tried = [(mask, loss(mask)) for mask in masks]
+            start = min(tried, key=lambda trial: trial[1])[0]
+            tried += search(loss, start, groups, config.exchanges, random)[1:]
+            trials += [(mask, value, number) for mask, value in tried]
+    old = (sample.masks, sample.losses, sample.groups)
+    joined = [torch.cat(parts) for parts in zip(old, _stacked(evidence, trials), strict=True)]
+    return Sample(sample.subject, sample.task, evidence, *joined)
+
+
+def _near(
+    scores: Tensor, evidence: Evidence, groups: Mapping[str, int], ratio: float, spread: float, random: torch.Generator
+) -> HeadMask:
+    """Select by the scores plus Gumbel noise of up to `spread` times their own spread; equal scores: at random."""
+    noise = -torch.log(-torch.log(torch.rand(len(scores), generator=random, dtype=torch.float64)))
+    scale = float(scores.std())
+    noise = noise if scale == 0 else noise * scale * spread * float(torch.rand(1, generator=random))
+    return select_heads(HeadScores(evidence.split(scores + noise), dict(groups)), ratio)
+
+
+def _stacked(evidence: Evidence, trials: Sequence[tuple[HeadMask, float, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    masks = torch.stack([torch.cat([mask[name] for name in evidence.heads]) for mask, _, _ in trials])
+    return masks, torch.tensor([loss for _, loss, _ in trials]), torch.tensor([group for _, _, group in trials])
 
 
 @dataclass(frozen=True)
@@ -144,9 +183,9 @@ class FitConfig:
     the standardised evidence, against learning single samples by heart.
     """
 
-    epochs: int = 150
+    epochs: int = 80
     batch_size: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     weight_decay: float = 0.05
     jitter: float = 0.1
     groups: tuple[int, ...] | None = None
