@@ -68,19 +68,24 @@ def table(rows: list[dict]) -> str:
         kl[row["subject"], row["ratio"], row["scorer"]].append(row["kl"])
     cells = list(dict.fromkeys((row["subject"], row["ratio"]) for row in rows))
     names = list(dict.fromkeys(row["scorer"] for row in rows))
+    removed = {(row["subject"], row["ratio"]): 1 - row["kept"] / row["heads"] for row in rows}
     lines = ["| model | heads removed | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for subject, ratio in cells:
         shown = []
+        if not removed[subject, ratio]:
+            continue  # groups of heads leave no way to remove so few
         chance, best = (statistics.mean(kl[subject, ratio, name]) for name in ("random", "leave_one_out"))
+        # A way that is no longer than random heads' own spread cannot be measured along.
+        noise = statistics.stdev(kl[subject, ratio, "random"])
         for name in names:
             values = kl[subject, ratio, name]
             if not values:
                 shown.append("")
                 continue
             spread = f"±{1000 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            recovery = (chance - statistics.mean(values)) / (chance - best)
-            shown.append(f"{1000 * statistics.mean(values):.1f}{spread} ({recovery:.2f})")
-        lines.append(f"| {subject} | {ratio:.0%} | " + " | ".join(shown) + " |")
+            recovery = f"{(chance - statistics.mean(values)) / (chance - best):.2f}" if chance - best > noise else "-"
+            shown.append(f"{1000 * statistics.mean(values):.1f}{spread} ({recovery})")
+        lines.append(f"| {subject} | {removed[subject, ratio]:.0%} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 

@@ -48,8 +48,11 @@ def test_prune_verify_prune_again(minilm_folder, texts, tmp_path, capsys):
     assert [site["heads"] for site in json.loads(text)["sites"]] == [6] * 6
 
     twice = tmp_path / "twice"
-    code, text, _ = run(capsys, "prune", out, "--data", texts, "--ratio", "0.5", "--scope", "global", "--out", twice)
+    again = ("--ratio", "0.5", "--scope", "global", "--refine", 3, "--out", twice)
+    code, text, _ = run(capsys, "prune", out, "--data", texts, *again)
     assert code == 0
+    assert "relational KL on these texts" in text
+    assert len(json.loads((twice / "pruning_report.json").read_text())["refinement"]) == 4
     assert "kept 18 of 36 heads" in text
     config = json.loads((twice / "config.json").read_text())["head_pruning"]
     assert sum(map(len, config["kept_heads"].values())) == 18

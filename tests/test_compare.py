@@ -103,6 +103,16 @@ def test_more_seeds_go_on_and_other_settings_do_not_mix(settings, folder, tmp_pa
         compare(settings, tmp_path / "else", progress=False)
 
 
+def test_scorers_that_need_labels_or_the_ratio_get_them(settings, tmp_path):
+    from dataclasses import replace
+
+    chosen = replace(settings, data=settings.data[:1], scorers=("taylor", "dsp"), ratios=(0.25, 0.5), seeds=1)
+    rows = compare(chosen, tmp_path / "c", progress=False)
+    assert len(rows) == 1 + 2 * 2
+    names = {p.stem for p in (tmp_path / "c" / "scores").iterdir()}
+    assert names == {"singles-taylor-0", "singles-dsp-0.25-0", "singles-dsp-0.5-0"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -145,25 +155,22 @@ texts: 8
 """
 
 
-def test_killed_at_random_moments_in_two_processes(folder, tmp_path):
-    """Real processes, killed and started again; then the same from one process without a kill."""
+def test_killed_at_a_random_moment_in_two_processes(folder, tmp_path):
+    """A real process, killed and started again; then the same from one process without a kill."""
     (tmp_path / "c.yaml").write_text(CONFIG.format(folder=folder))
     line = [sys.executable, "-m", "secateur.cli", "compare", "--config", str(tmp_path / "c.yaml"), "--device", "cpu"]
-    table = tmp_path / "killed" / "runs.jsonl"
-    moments = random.Random(0)
-    for _ in range(2):
-        process = subprocess.Popen(
-            [*line, "--jobs", "2", "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        before = len(read_lines(table))
-        while process.poll() is None and len(read_lines(table)) == before:
-            time.sleep(0.02)
-        time.sleep(moments.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        # The lock goes with the last process that holds it.
-        assert 0 < len(read_lines(table)) <= 6
-    done = subprocess.run([*line, "--jobs", "2", "--out", str(tmp_path / "killed")], capture_output=True, text=True)
+    killed, table = [*line, "--jobs", "2", "--out", str(tmp_path / "killed")], tmp_path / "killed" / "runs.jsonl"
+    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    while not read_lines(table):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(read_lines(table))
+    assert 0 < before < 6
+    _wait_until_gone(process.pid)
+    done = subprocess.run(killed, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = read_lines(table)
     assert len({(r["scorer"], r["seed"]) for r in rows}) == len(rows) == 6
@@ -171,6 +178,19 @@ def test_killed_at_random_moments_in_two_processes(folder, tmp_path):
     assert cli.main([*line[3:], "--jobs", "1", "--out", str(alone)]) == 0
     key = lambda row: (row["scorer"], row["seed"])  # noqa: E731
     assert sorted(without_cost(rows), key=key) == sorted(without_cost(read_lines(alone / "runs.jsonl")), key=key)
+
+
+def _wait_until_gone(group):
+    """Workers end by themselves when the process that started them is killed."""
+    deadline = time.time() + 30
+    while time.time() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    pytest.fail("a worker was still there 30 s after its parent's death")
 
 
 def test_a_folder_in_use_is_refused(settings, tmp_path):
@@ -263,27 +283,3 @@ def test_lines_on_the_disk(tmp_path):
     path.write_bytes(b"no json\n" + path.read_bytes())
     with pytest.raises(InvalidInputError, match="line 1"):
         read_lines(path)
-
-
-def test_orphans_do_not_stay(folder, tmp_path):
-    """Workers end by themselves when the process that started them is killed."""
-    (tmp_path / "c.yaml").write_text(CONFIG.format(folder=folder))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "secateur.cli", "compare", "--config", str(tmp_path / "c.yaml"), "--jobs", "2",
-         "--device", "cpu", "--out", str(tmp_path / "out")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    while not (tmp_path / "out" / "scores").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.time() + 20
-    while time.time() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("a worker was still there 20 s after its parent's death")

@@ -215,6 +215,9 @@ def prune(
     else:
         print_table(pruning_table(report))
         click.echo(f"{report}\nproof: largest difference to the gated model {report.max_difference:.1e}")
+        if report.refinement:
+            first, best = report.refinement[0], min(report.refinement)
+            click.echo(f"relational KL on these texts {first:.4f}, after {refine} exchanges {best:.4f}")
         click.echo(f"model: {out}")
 
 

@@ -84,8 +84,9 @@ def gather_evidence(
         calls: dict[str, int] = defaultdict(int)
 
         def keep(reading: HeadReading, batch: Mapping[str, Any] = batch, calls: dict[str, int] = calls) -> None:
-            gathered[reading.site].add(reading, batch.get("attention_mask"), calls[reading.site])
-            calls[reading.site] += 1
+            if reading.site in gathered:  # an earlier pruning may have left a site without heads
+                gathered[reading.site].add(reading, batch.get("attention_mask"), calls[reading.site])
+                calls[reading.site] += 1
 
         with probe(model, keep, weights=True):
             representations.append(represent(model, model(**batch), batch, is_pair).float())

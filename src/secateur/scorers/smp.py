@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
@@ -59,7 +60,8 @@ def read_pruner(kind: type[Network], pruner: Network | str | Path) -> Network:
     if isinstance(pruner, kind):
         return pruner
     try:
-        return kind.from_pretrained(str(pruner))
+        with torch.random.fork_rng([]):  # a network draws weights before it reads them
+            return kind.from_pretrained(str(pruner))
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{pruner} cannot be loaded as a {kind.__name__}: {reason}") from None
