@@ -113,7 +113,7 @@ def test_sites_of_a_real_model(minilm):
     assert {site.head_dim for site in sites.values()} == {32}
 
 
-def test_the_shipped_meta_pruner_beats_random_heads(minilm, tokenizer):
+def test_the_shipped_meta_pruners_beat_random_heads(minilm, tokenizer):
     """On sentences that it was not trained on, judged on others than those scored."""
     from secateur.demo import demo_task
     from secateur.meta.training import Subject, mask_kl
@@ -127,6 +127,7 @@ def test_the_shipped_meta_pruner_beats_random_heads(minilm, tokenizer):
 
     chance = [loss("random", seed) for seed in range(5)]
     assert loss("smp") < sum(chance) / 5
+    assert loss("smp-plus") < sum(chance) / 5
 
 
 def test_a_gguf_file_is_a_model_like_any_other(tmp_path):
