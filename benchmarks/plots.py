@@ -22,6 +22,7 @@ COLOURS = {
     "random": "#888888",
     "contribution": "#1b7837",
     "smp": "#762a83",
+    "smp-plus": "#c51b7d",
     "smp-plus, task unseen": "#c51b7d",
     "leave_one_out": "#2166ac",
     "magnitude": "#b35806",
