@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.errors import InvalidInputError
+from secateur.errors import invalid
 from secateur.meta.objective import represent
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import HeadReading, probe
@@ -92,7 +92,7 @@ def gather_evidence(
             representations.append(represent(model, model(**batch), batch, is_pair).float())
     targets = torch.cat(representations) if representations else torch.zeros(0, 1)
     if len(targets) < 4:
-        raise InvalidInputError(f"this scorer compares texts with each other and needs at least 4, got {len(targets)}")
+        raise invalid("texts", "be at least 4, as this scorer compares them with each other", len(targets))
     targets = torch.nn.functional.normalize(targets - targets.mean(dim=0), dim=1)
     kernel = targets @ targets.T
     rows = [site.features(kernel) for site in gathered.values()]

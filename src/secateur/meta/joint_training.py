@@ -114,10 +114,7 @@ def collect(
                 _near(torch.zeros_like(sizes), evidence, groups, ratio, 1.0, random) for _ in range(config.at_random)
             ]
             masks += [_near(sizes, evidence, groups, ratio, config.spread, random) for _ in range(config.near)]
-            tried = [(mask, loss(mask)) for mask in masks]
-            start = min(tried, key=lambda trial: trial[1])[0]
-            tried += search(loss, start, groups, config.exchanges, random)[1:]
-            trials += [(mask, value, number) for mask, value in tried]
+            trials += _tried(masks, loss, groups, config.exchanges, random, number)
         if config.leave_one_out:
             for head in range(len(sizes)):
                 mask = HeadMask(evidence.split(torch.arange(len(sizes)) != head))
@@ -151,13 +148,25 @@ def collect_more(
         for number, ratio in enumerate(config.ratios, 1):
             masks = [select_heads(HeadScores(evidence.split(scores), groups), ratio)]
             masks += [_near(scores, evidence, groups, ratio, config.spread, random) for _ in range(config.near)]
-            tried = [(mask, loss(mask)) for mask in masks]
-            start = min(tried, key=lambda trial: trial[1])[0]
-            tried += search(loss, start, groups, config.exchanges, random)[1:]
-            trials += [(mask, value, number) for mask, value in tried]
+            trials += _tried(masks, loss, groups, config.exchanges, random, number)
     old = (sample.masks, sample.losses, sample.groups)
     joined = [torch.cat(parts) for parts in zip(old, _stacked(evidence, trials), strict=True)]
     return Sample(sample.subject, sample.task, evidence, *joined)
+
+
+def _tried(
+    masks: Sequence[HeadMask],
+    loss: MaskLoss,
+    groups: Mapping[str, int],
+    exchanges: int,
+    random: torch.Generator,
+    number: int,
+) -> list[tuple[HeadMask, float, int]]:
+    """Judge the masks, then search on from the best of them; return all trials as members of group `number`."""
+    tried = [(mask, loss(mask)) for mask in masks]
+    start = min(tried, key=lambda trial: trial[1])[0]
+    tried += search(loss, start, groups, exchanges, random)[1:]
+    return [(mask, value, number) for mask, value in tried]
 
 
 def _near(

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from secateur.errors import InvalidInputError
+from secateur.errors import invalid
 from secateur.heads import HeadMask
 from secateur.meta.objective import relational_kl
 from secateur.meta.signals import gated_representations
@@ -31,7 +31,9 @@ class MaskLoss:
         self.model, self.is_pair = model, is_pair
         self.batches = [batch for batch in batches if len(next(iter(batch.values()))) > 1]
         if not self.batches:
-            raise InvalidInputError("masks are judged by relations between texts, which takes at least 2 texts a batch")
+            raise invalid(
+                "texts", "be at least 2 a batch, as masks are judged by the relations between them", "1 or none"
+            )
         self.dense = [gated_representations(model, batch, {}, is_pair) for batch in self.batches]
 
     @torch.no_grad()

@@ -106,6 +106,8 @@ def _check_exists(model: str | Path) -> None:
     path = Path(model)
     if _is_gguf(path):
         return
+    if path.suffix == ".gguf":
+        raise invalid("model", "be a .gguf file that exists", str(model))
     if path.exists():
         if not path.is_dir() or not (path / "config.json").is_file():
             raise invalid("model", "be a folder with a config.json, or a Hub id", str(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import InvalidInputError, invalid
@@ -40,7 +41,10 @@ def scorer_class(name: str) -> type[Scorer]:
 
 def make_scorer(name: str, **options: Any) -> Scorer:
     """Build the criterion registered under `name`. Raises `InvalidInputError` for an option that it does not have."""
-    try:
-        return scorer_class(name)(**options)
-    except TypeError as error:
-        raise InvalidInputError(f"scorer {name}: {error}") from None
+    chosen = scorer_class(name)
+    known = [] if chosen.__init__ is object.__init__ else list(inspect.signature(chosen).parameters)
+    for option in options:
+        if option not in known:
+            rule = f"be one of {', '.join(known)}" if known else "not be given, as there are none"
+            raise InvalidInputError(f"scorer {name}: `option` must {rule}, got {option!r}")
+    return chosen(**options)
