@@ -171,18 +171,22 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
     type=click.IntRange(0),
     help="Exchanges of heads to try on the texts after scoring, no labels; each takes a pass.",
 )
+@click.option("--maps/--no-maps", default=True, show_default=True, help="Keep mean attention maps for the report page.")
 @_scoring
 @_out
 @_json
 def prune(
-    model: str, data: str, ratio: float, scope: Any, min_heads: int, refine: int, out: Path, as_json: bool,
+    model: str, data: str, ratio: float, scope: Any, min_heads: int, refine: int, maps: bool, out: Path, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder."""
+    from dataclasses import replace
+
     from secateur.model.loading import check_device, load_tokenizer
     from secateur.pruning import prune as prune_model
     from secateur.report import write_report
-    from secateur.tables import print_table, pruning_table, report_data
+    from secateur.report.runs import ATTENTION_MAPS, PRUNING, read_runs
+    from secateur.tables import print_table, pruning_table
 
     check_new_folder(out)
     device = check_device(options["device"])
@@ -203,13 +207,17 @@ def prune(
         max_length=options["max_length"],
         seed=options["seed"],
         device=str(device),
+        maps=maps,
         progress=True,
     )
+    report = replace(report, command=_command_line())
     with new_folder(out) as folder:
         pruned.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        report.save(folder / "pruning_report.json")
-        write_report(report_data(report, title="secateur prune", command=_command_line()), folder / "report.html")
+        report.save(folder / PRUNING)
+        if report.attention_maps is not None:
+            report.attention_maps.save(folder / ATTENTION_MAPS)
+        write_report(read_runs([folder]), folder / "report.html")
     if as_json:
         _print_json({**report.to_json(), "out": str(out)})
     else:
@@ -218,7 +226,7 @@ def prune(
         if report.refinement:
             first, best = report.refinement[0], min(report.refinement)
             click.echo(f"relational KL on these texts {first:.4f}, after {refine} exchanges {best:.4f}")
-        click.echo(f"model: {out}")
+        click.echo(f"model: {out}\nreport: {out / 'report.html'}")
 
 
 @cli.command()
@@ -397,6 +405,19 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
     return path
 
 
+def _read_pruners(context: click.Context, parameter: click.Parameter, items: tuple[str, ...]) -> dict[str, str]:
+    """Split SCORER=PLACE; the settings check the scorers."""
+    found: dict[str, str] = {}
+    for item in items:
+        scorer, equals, place = item.partition("=")
+        if not equals or not place or scorer not in SCORERS:
+            raise click.UsageError(f"`pruner` must be SCORER=PLACE, such as smp=FOLDER, got {item}")
+        if scorer in found:
+            raise click.UsageError(f"`pruner` must be given once for each scorer, got {scorer} twice")
+        found[scorer] = place
+    return found
+
+
 @cli.command()
 @click.option(
     "--config",
@@ -426,7 +447,14 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
 @click.option("--scope", default="site", show_default=True, type=click.Choice(["site", "global"]))
 @click.option("--texts", "num_texts", default=96, show_default=True, type=click.IntRange(1), help="Calibration texts.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one run.")
-@click.option("--pruner", default=None, help="Meta-pruner for scorer smp.")
+@click.option(
+    "--pruner",
+    "pruners",
+    multiple=True,
+    metavar="SCORER=PLACE",
+    callback=_read_pruners,
+    help="Meta-pruner of a scorer, such as smp=FOLDER or smp-plus=FOLDER; may be repeated.",
+)
 @click.option("--max-train", default=None, type=click.IntRange(1), help="Training texts at most, below the protocol's.")
 @click.option("--jobs", default=None, type=click.IntRange(1), help="Runs at once [default: cores / threads; GPUs]")
 @click.option(
@@ -441,6 +469,8 @@ def compare(out: Path, jobs: int | None, device: str | None, as_json: bool, **se
     from secateur.compare import Settings, default_jobs
     from secateur.compare import compare as run_comparison
     from secateur.model.loading import check_device
+    from secateur.report import write_report
+    from secateur.report.runs import read_runs
     from secateur.summary import summarise
     from secateur.tables import comparison_table, print_table
 
@@ -448,11 +478,38 @@ def compare(out: Path, jobs: int | None, device: str | None, as_json: bool, **se
     found = Settings(**settings)
     rows = run_comparison(found, out, jobs=jobs or default_jobs(chosen, found.threads), device=str(chosen))
     summaries = summarise(rows)
+    write_report(read_runs([out]), out / "report.html")
     if as_json:
         _print_json([asdict(summary) for summary in summaries])
     else:
         print_table(comparison_table(summaries))
-        click.echo(f"runs: {out / 'runs.jsonl'}")
+        click.echo(f"runs: {out / 'runs.jsonl'}\nreport: {out / 'report.html'}")
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    default="report.html",
+    show_default=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The page; one that exists is replaced.",
+)
+@click.option("--plots", default=None, type=click.Path(path_type=Path, file_okay=False), help="Folder for plots too.")
+@click.option("--plot-format", default="svg", show_default=True, type=click.Choice(["svg", "pdf"]))
+def report(runs: tuple[Path, ...], out: Path, plots: Path | None, plot_format: str) -> None:
+    """Make one HTML page of RUNs: pruned folders, scores files, and folders of comparisons and demos."""
+    from secateur.report import write_report
+    from secateur.report.runs import read_runs
+
+    found = read_runs(runs)
+    drawn: list[Path] = []
+    if plots is not None:
+        from secateur.report.plots import write_plots
+
+        drawn = write_plots(found, plots, plot_format)
+    write_report(found, out)
+    click.echo("\n".join([f"report: {out}", *(f"plot: {path}" for path in drawn)]))
 
 
 @cli.command()

@@ -6,6 +6,7 @@ for each finished run in `runs.jsonl`. It may be stopped at any moment and goes 
 
 from __future__ import annotations
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ class Settings:
     `data` names tasks as `load_task` takes them, each with train and dev. A run's seed draws its `num_texts`
     calibration texts from the training texts (with their labels, for scorers that need those), its training texts, the
     classification head and their order: dense and pruned runs of one seed are pairs. `threads` is the number of CPU
-    threads of one run: another number rounds otherwise, so it belongs to the settings. `pruner` is the meta-pruner of
-    `smp`. `max_train` lowers the protocol's number of training texts.
+    threads of one run: another number rounds otherwise, so it belongs to the settings. `pruners` maps scorers to their
+    meta-pruners, where those that ship are not meant. `max_train` lowers the protocol's number of training texts.
 
     Raises `InvalidInputError` for values outside their ranges and for names that repeat.
     """
@@ -82,7 +83,7 @@ class Settings:
     scope: Scope = "site"
     num_texts: int = 96
     threads: int = 1
-    pruner: str | None = None
+    pruners: dict[str, str] = field(default_factory=dict)
     max_train: int | None = None
 
     def __post_init__(self) -> None:
@@ -101,8 +102,9 @@ class Settings:
                 raise invalid(name, "be at least 1", getattr(self, name))
         if self.protocol not in PROTOCOLS:
             raise invalid("protocol", f"be one of {', '.join(PROTOCOLS)}", self.protocol)
-        if self.pruner is not None and "smp" not in self.scorers:
-            raise invalid("pruner", "go with the scorer smp", self.pruner)
+        for scorer in self.pruners:
+            if scorer not in self.scorers or "pruner" not in inspect.signature(scorer_class(scorer)).parameters:
+                raise invalid("pruners", "go with scorers of the comparison that take a meta-pruner", scorer)
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _scores_file(out: Path, run: Run) -> Path:
 def _score(settings: Settings, run: Run, out: Path, device: str) -> None:
     """Score, once for all ratios where the scorer allows it, and write the scores with what they cost."""
     train = _splits(run.data)[0].head(settings.num_texts, seed=run.seed)
-    options: dict[str, Any] = {"pruner": settings.pruner} if run.scorer == "smp" and settings.pruner is not None else {}
+    options: dict[str, Any] = {"pruner": settings.pruners[run.scorer]} if run.scorer in settings.pruners else {}
     with quiet_transformers(False):
         model, tokenizer = load_model(settings.model, device), load_tokenizer(settings.model)
     start = time.perf_counter()

@@ -24,9 +24,9 @@ from secateur.files import write_text
 from secateur.finetune import finetune
 from secateur.model.cost import compare_latency, median_ratio
 from secateur.model.loading import load_model, load_tokenizer
-from secateur.pruning import PruningReport, prune
+from secateur.pruning import prune
 from secateur.report import write_report
-from secateur.tables import report_data
+from secateur.report.runs import ATTENTION_MAPS, PRUNING, RESULT, read_runs
 from secateur.verify import verify_checkpoint
 
 RATIO = 0.5
@@ -77,6 +77,7 @@ def run_demo(
             max_length=MAX_LENGTH,
             seed=seed,
             device=where,
+            maps=True,
             progress=True,
         )
     with _step("saving, and reloading with plain AutoModel.from_pretrained", seconds, "save and reload"):
@@ -127,31 +128,14 @@ def run_demo(
         "reload_bit_exact": exact,
         "verify": {k: v for k, v in proof.items() if k != "folder"},
         "pruning": report.to_json(),
+        "command": command,
     }
-    report.save(out / "pruned" / "pruning_report.json")
-    _write_page(out, report, rows, seconds, command, seed)
-    write_text(out / "result.json", json.dumps(result, indent=1))
+    report.save(out / "pruned" / PRUNING)
+    if report.attention_maps is not None:
+        report.attention_maps.save(out / "pruned" / ATTENTION_MAPS)
+    write_text(out / RESULT, json.dumps(result, indent=1))
+    write_report(read_runs([out]), out / "report.html")
     return result
-
-
-def _write_page(
-    out: Path, report: PruningReport, rows: list[dict[str, Any]], seconds: dict[str, float], command: str, seed: int
-) -> None:
-    named = {row["name"]: row for row in rows}
-    page = report_data(
-        report,
-        title="secateur demo",
-        command=command,
-        cost=[named["latency, 8 x 128"], named["fine-tuning"]],
-        quality=[{**named["accuracy"], "note": f"{DEV_TEXTS} held-out sentences, one seed ({seed})"}],
-        times=[{"name": name, "seconds": value} for name, value in seconds.items()],
-        notes=[
-            "Fine-tuned on the same sentences, in the same order, with the same seed.",
-            "One seed on a small set: a difference of a point is noise.",
-        ],
-    )
-    page["model"] = "all-MiniLM-L6-v2"
-    write_report(page, out / "report.html")
 
 
 def _row(name: str, dense: float | None, pruned: float | None, unit: str = "") -> dict[str, Any]:

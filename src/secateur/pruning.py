@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
 from secateur.data import Task, Text, batches
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
@@ -44,7 +46,8 @@ class PruningReport:
     `pruning_ratio` is the fraction of the heads present before that went; `before` and `after` count heads, parameters
     and multiply-accumulates; `max_difference` is the proof's (float32, at most `tolerance`). `refinement` holds the
     relational KL of every mask that was tried to improve the one that the scores gave, which comes first; `mask` is the
-    best of them.
+    best of them. `command` is the command line that asked for it, where one did. `attention_maps` are those of the
+    model before, where they were asked for; they have a file of their own.
     """
 
     model: str
@@ -62,6 +65,9 @@ class PruningReport:
     refinement: tuple[float, ...] = ()
     tolerance: float = TOLERANCE
     versions: dict[str, str] = field(default_factory=lambda: environment())
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
+    command: str = ""
+    attention_maps: AttentionMaps | None = None
 
     @property
     def pruning_ratio(self) -> float:
@@ -92,6 +98,8 @@ class PruningReport:
             "scores": self.scores.to_json()["scores"],
             "kept_heads": self.mask.kept_heads,
             "versions": self.versions,
+            "created": self.created,
+            "command": self.command,
         }
 
     def save(self, path: str | Path) -> None:
@@ -180,13 +188,15 @@ def prune(
     max_length: int = 128,
     seed: int = 0,
     device: str | None = None,
+    maps: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> tuple[PreTrainedModel, PruningReport]:
     """Score, select, remove and prove; return the smaller model and a report.
 
     `model` is a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned. `refine` is the number of
-    exchanges that `refine_mask` tries on the texts after scoring. The other arguments are those of `score_heads` and
+    exchanges that `refine_mask` tries on the texts after scoring. `maps` keeps the mean attention maps of the first
+    few texts in the report; it takes a pass over them. The other arguments are those of `score_heads` and
     `select_heads`. The proof runs on the first few of the texts.
     """
     if isinstance(model, str | Path):
@@ -226,6 +236,10 @@ def prune(
             pruned, mask, texts, tokenizer, steps=refine, batch_size=batch_size, max_length=max_length, seed=seed,
             progress=progress,
         )  # fmt: skip
+    attention = None
+    if maps and texts is not None and tokenizer is not None:
+        made = _tokenise(pruned, texts[:MAX_TEXTS], tokenizer, MAX_TEXTS, max_length)
+        attention = mean_maps(pruned, find_sites(pruned), forward_arguments(base_of(pruned), made)[0])
     inputs = None
     if texts is not None and tokenizer is not None:
         first = _tokenise(pruned, texts[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length)
@@ -246,6 +260,7 @@ def prune(
         max_difference=removal.max_difference,
         scoring_seconds=seconds,
         refinement=tuple(refinement),
+        attention_maps=attention,
     )
     return pruned, report
 

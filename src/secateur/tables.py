@@ -1,16 +1,15 @@
-"""What the commands print, and the data of the report page; wording in one place."""
+"""The tables that the commands print."""
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from secateur import __version__
 from secateur.heads import HeadScores
 from secateur.pruning import PruningReport
+from secateur.report.runs import cost_rows
 from secateur.summary import Summary
 
 
@@ -58,7 +57,7 @@ def pruning_table(report: PruningReport) -> Table:
     table = Table(Column("", no_wrap=True), title=f"{report.model}, heads scored by {report.scorer}")
     for column in ("before", "after", "ratio"):
         table.add_column(column, justify="right")
-    for row in _cost_rows(report):
+    for row in cost_rows(report.before.to_json(), report.after.to_json()):
         table.add_row(row["name"], f"{row['dense']:,}", f"{row['pruned']:,}", f"{row['pruned'] / row['dense']:.3f}")
     return table
 
@@ -106,56 +105,6 @@ def _compared(summary: Summary | None) -> str:
         return f"{summary.mean:.3f}{spread}"
     star = "*" if summary.is_noise is False else ""
     return f"{summary.mean:.3f}{spread} ({summary.difference:+.3f}{star})"
-
-
-def report_data(
-    report: PruningReport,
-    title: str,
-    command: str,
-    cost: list[dict[str, Any]] | None = None,
-    quality: list[dict[str, Any]] | None = None,
-    times: list[dict[str, Any]] | None = None,
-    notes: list[str] | None = None,
-) -> dict[str, Any]:
-    """Return the data of the report page for one pruning; `cost` rows follow the counted ones."""
-    scores = report.scores.to_json()["scores"]
-    return {
-        "title": title,
-        "model": report.model,
-        "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "secateur_version": __version__,
-        "scorer": report.scorer,
-        "requested_ratio": report.requested_ratio,
-        "scope": report.scope,
-        "sites": [{"name": site, "scores": scores[site], "kept": kept.tolist()} for site, kept in report.mask.items()],
-        "cost": [row for row in _cost_rows(report) if row["name"] != "heads"] + (cost or []),
-        "quality": quality or [],
-        "times": [{"name": "scoring", "seconds": report.scoring_seconds}, *(times or [])],
-        "proof": {
-            "max_difference": report.max_difference,
-            "tolerance": report.tolerance,
-            "probe": "the first texts" if report.num_texts else "random tokens",
-        },
-        "command": command,
-        "environment": report.versions,
-        "notes": notes or [],
-    }
-
-
-def _cost_rows(report: PruningReport) -> list[dict[str, Any]]:
-    before, after = report.before, report.after
-    macs = "multiply-accumulates"
-    return [
-        {"name": "heads", "dense": before.heads, "pruned": after.heads, "unit": ""},
-        {"name": "parameters", "dense": before.parameters, "pruned": after.parameters, "unit": ""},
-        {
-            "name": macs,
-            "dense": before.macs,
-            "pruned": after.macs,
-            "unit": "",
-            "note": f"{before.batch} x {before.length} tokens",
-        },
-    ]
 
 
 def _shown(value: float | None, unit: str) -> str:

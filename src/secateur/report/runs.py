@@ -1,0 +1,164 @@
+"""From the folders and files that the commands write to the data of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import InvalidInputError, invalid
+from secateur.files import read_json, read_lines
+
+ATTENTION_MAPS, PRUNING, RESULT, ROWS, SETTINGS = (
+    "attention_maps.json",
+    "pruning_report.json",
+    "result.json",
+    "runs.jsonl",
+    "settings.json",
+)
+_SHARED = ("model", "protocol", "scope", "num_texts", "threads", "pruners", "max_train")
+"""Settings that comparisons must share for their rows to be set side by side."""
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Return data of each run, in order; comparisons that differ in tasks, scorers, ratios or seeds alone are joined.
+
+    A path is a pruned folder, a scores file, a comparison's folder or its rows alone (`.jsonl`), or a demo's folder.
+    Raises `InvalidInputError` for anything else and for files of another form.
+    """
+    if not paths:
+        raise invalid("runs", "name at least one run", list(paths))
+    found: list[dict[str, Any]] = []
+    for path in paths:
+        run = _read(Path(path))
+        known = next((other for other in found if run["kind"] == "comparison" and _joins(other, run)), None)
+        if known is None:
+            found.append(run)
+        else:
+            known["rows"] += [row for row in run["rows"] if _cell(row) not in {_cell(r) for r in known["rows"]}]
+            known["scores"] = {**run["scores"], **known["scores"]}
+    return found
+
+
+def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
+    """Return the data of a page for what `PruningReport.to_json` returned."""
+    try:
+        before, after, texts = report["before"], report["after"], report["num_texts"]
+        names = list(report["scores"])
+        sites = [
+            {
+                "name": name,
+                "scores": report["scores"][name],
+                "kept": [head in report["kept_heads"][name] for head in range(len(report["scores"][name]))],
+            }
+            for name in names
+        ]
+        return {
+            "kind": "pruning",
+            "title": "secateur prune",
+            "model": report["model"],
+            "created": report.get("created"),
+            "scorer": report["scorer"],
+            "scope": report["scope"],
+            "requested_ratio": report["requested_ratio"],
+            "sites": sites,
+            "cost": cost_rows(before, after)[1:],
+            "times": [{"name": "scoring", "seconds": report["scoring_seconds"]}],
+            "proof": {
+                "max_difference": report["max_difference"],
+                "tolerance": report["tolerance"],
+                "probe": "the first texts" if texts else "random tokens",
+            },
+            "refinement": report.get("refinement"),
+            "attention_maps": maps,
+            "maps_note": "No attention maps were stored." if maps is None else maps.get("reason"),
+            "command": report.get("command"),
+            "environment": report.get("versions"),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError(f"{PRUNING} has another form: {type(error).__name__} {error}") from None
+
+
+def cost_rows(before: dict[str, int], after: dict[str, int]) -> list[dict[str, Any]]:
+    """Return heads, parameters and multiply-accumulates as rows; the arguments are `ModelCost.to_json`'s."""
+    rows = [{"name": name, "dense": before[name], "pruned": after[name]} for name in ("heads", "parameters")]
+    note = f"{before['batch']} x {before['length']} tokens"
+    return [*rows, {"name": "multiply-accumulates", "dense": before["macs"], "pruned": after["macs"], "note": note}]
+
+
+def demo_data(result: Any, maps: Any = None) -> dict[str, Any]:
+    """Return the data of a page for the demo's result."""
+    data = pruning_data(result["pruning"], maps)
+    try:
+        rows = {row["name"]: row for row in result["rows"]}
+        data["cost"] += [rows["latency, 8 x 128"], rows["fine-tuning"]]
+        data["quality"] = [{**rows["accuracy"], "note": f"held-out sentences, one seed ({result['seed']})"}]
+        data["times"] += [{"name": name, "seconds": value} for name, value in result["step_seconds"].items()]
+        title = {"title": "secateur demo", "model": result["model"], "command": result.get("command")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError(f"{RESULT} has another form: {type(error).__name__} {error}") from None
+    notes = [
+        "Fine-tuned on the same sentences, in the same order, with the same seed.",
+        "One seed on a small set: a difference of a point is noise.",
+    ]
+    return {**data, **title, "notes": notes}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if (path / ROWS).is_file():
+        settings = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else {}
+        return _comparison(path.resolve().name, read_lines(path / ROWS), settings, path / "scores")
+    if path.suffix == ".jsonl":
+        return _comparison(path.stem, read_lines(path), {}, None)
+    if (path / RESULT).is_file():
+        return demo_data(read_json(path / RESULT), _maps_of(path / "pruned"))
+    if (path / PRUNING).is_file():
+        return pruning_data(read_json(path / PRUNING), _maps_of(path))
+    data = read_json(path) if path.is_file() else None
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind == "pruning_report":
+        return pruning_data(data, _maps_of(path.parent))
+    if kind == "head_scores":
+        return _scores(data)
+    rule = "be a pruned folder, a scores file, a comparison's folder or a demo's folder"
+    raise invalid("run", rule, str(path), "" if path.exists() else "there is no such file or folder")
+
+
+def _maps_of(folder: Path) -> Any:
+    return read_json(folder / ATTENTION_MAPS) if (folder / ATTENTION_MAPS).is_file() else None
+
+
+def _scores(data: Any) -> dict[str, Any]:
+    from secateur.heads import HeadScores
+
+    rows = HeadScores.from_json(data).to_json()["scores"]
+    sites = [{"name": name, "scores": row, "kept": [x is not None for x in row]} for name, row in rows.items()]
+    return {"kind": "scores", "title": "secateur score", "scorer": data.get("scorer"), "sites": sites}
+
+
+def _comparison(name: str, rows: list[Any], settings: Any, folder: Path | None) -> dict[str, Any]:
+    needed = ("data", "task", "scorer", "ratio", "seed", "value", "metric", "cost")
+    for row in rows:
+        missing = [key for key in needed if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise InvalidInputError(f"{name}: a row of {ROWS} has no {', '.join(missing)}")
+    scores = {}
+    for file in sorted(folder.glob("*.json")) if folder is not None and folder.is_dir() else []:
+        scores[file.stem] = read_json(file).get("scores", {})
+    if not rows:
+        raise invalid("run", "have at least one finished run", name)
+    return {"kind": "comparison", "name": name, "rows": rows, "settings": settings, "scores": scores}
+
+
+def _joins(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two comparisons are parts of one: the same settings, and the same data behind tasks of one name."""
+    if one["kind"] != "comparison" or not one["settings"] or not other["settings"]:
+        return False
+    data = {row["task"]: row["data"] for row in one["rows"]}
+    return all(one["settings"].get(name) == other["settings"].get(name) for name in _SHARED) and all(
+        data.get(row["task"], row["data"]) == row["data"] for row in other["rows"]
+    )
+
+
+def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["scorer"], row["ratio"], row["seed"]
