@@ -35,7 +35,12 @@ def test_prune_verify_prune_again(minilm_folder, texts, tmp_path, capsys):
     assert f"model: {out}" in text
     report = json.loads((out / "pruning_report.json").read_text())
     assert report["max_difference"] <= 1e-4
-    assert "</html>" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "</html>" in page
+    assert 'class="maps"' in page
+    again = tmp_path / "again.html"
+    assert run(capsys, "report", out, "--out", again)[0] == 0
+    assert again.read_text() == page
     assert {p.name for p in out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
 
     code, text, _ = run(capsys, "verify", out)
@@ -64,7 +69,9 @@ def test_a_changed_model_does_not_verify(minilm_folder, texts, tmp_path, capsys)
     from safetensors.torch import load_file, save_file
 
     out = tmp_path / "pruned"
-    run(capsys, "prune", minilm_folder, "--data", texts, "--scorer", "magnitude", "--out", out)
+    run(capsys, "prune", minilm_folder, "--data", texts, "--scorer", "magnitude", "--no-maps", "--out", out)
+    assert not (out / "attention_maps.json").exists()
+    assert "No attention maps were stored" in (out / "report.html").read_text()
     weights = load_file(out / "model.safetensors")
     weights["encoder.layer.0.attention.self.value.weight"][0] += 1
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
@@ -148,6 +155,8 @@ def test_the_demo_end_to_end_on_less_data(minilm_folder, tmp_path, capsys, monke
     assert result["verify"]["equal"] is True
     page = (out / "report.html").read_text()
     assert page.count("data-verdict=") == 72
+    assert run(capsys, "report", out, "--out", tmp_path / "again.html")[0] == 0
+    assert (tmp_path / "again.html").read_text() == page
 
 
 def test_help_imports_no_torch():

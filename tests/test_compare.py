@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from secateur import cli
 from secateur import compare as comparison
@@ -113,6 +114,43 @@ def test_scorers_that_need_labels_or_the_ratio_get_them(settings, tmp_path):
     assert names == {"singles-taylor-0", "singles-dsp-0.25-0", "singles-dsp-0.5-0"}
 
 
+def test_each_scorer_gets_its_own_pruner(folder, tmp_path, monkeypatch, capsys):
+    """Scores differ from those of the shipped networks exactly where another one was given."""
+    from secateur.meta.joint import JointPruner
+    from secateur.meta.network import MetaPruner
+
+    torch.manual_seed(0)
+    MetaPruner().save_pretrained(tmp_path / "smp")
+    JointPruner().save_pretrained(tmp_path / "plus")
+    monkeypatch.setitem(PROTOCOLS, "lite", Protocol(max_train=8, max_length=16, epochs=1, learning_rate=1e-3))
+    line = ["compare", "--model", folder / "model", "--data", folder / "singles", "--seeds", "1", "--jobs", "1"]
+    line += ["--texts", "8", "--device", "cpu", "--scorer", "smp", "--scorer", "smp-plus"]
+    own = {"smp": f"smp={tmp_path / 'smp'}", "smp-plus": f"smp-plus={tmp_path / 'plus'}"}
+    given = {"none": (), "smp": ("smp",), "both": ("smp", "smp-plus")}
+    scores = {}
+    for name, chosen in given.items():
+        pruners = [word for scorer in chosen for word in ("--pruner", own[scorer])]
+        assert cli.main([str(word) for word in [*line, *pruners, "--out", tmp_path / name]]) == 0
+        assert f"report: {tmp_path / name / 'report.html'}" in capsys.readouterr().out
+        for scorer in own:
+            file = tmp_path / name / "scores" / f"singles-{scorer}-0.json"
+            scores[name, scorer] = json.loads(file.read_text())["scores"]
+    assert scores["none", "smp"] != scores["smp", "smp"] == scores["both", "smp"]
+    assert scores["none", "smp-plus"] == scores["smp", "smp-plus"] != scores["both", "smp-plus"]
+    assert "2 scorers compared on 1 task, 1 seed" in (tmp_path / "both" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("given", [("folder",), ("nobody=folder",), ("smp=",), ("smp=a", "smp=b")])
+def test_a_pruner_that_names_no_scorer_is_one_line(given, folder, tmp_path, capsys):
+    line = ["compare", "--model", str(folder / "model"), "--data", str(folder / "singles"), "--scorer", "smp"]
+    pruners = [word for item in given for word in ("--pruner", item)]
+    assert cli.main([*line, *pruners, "--out", str(tmp_path / "c")]) == 2
+    err = capsys.readouterr().err
+    assert "`pruner` must be" in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -123,7 +161,8 @@ def test_scorers_that_need_labels_or_the_ratio_get_them(settings, tmp_path):
         ({"seeds": 0}, "seeds"),
         ({"threads": 0}, "threads"),
         ({"protocol": "heavy"}, "protocol"),
-        ({"pruner": "x"}, "pruner"),
+        ({"pruners": {"smp": "x"}}, "pruners"),
+        ({"pruners": {"random": "x"}}, "pruners"),
     ],
 )
 def test_settings_out_of_range(settings, change, message):

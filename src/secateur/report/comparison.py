@@ -107,7 +107,7 @@ def curves(rows: Sequence[Mapping[str, Any]], summaries: Sequence[Summary]) -> l
         label = "pruned / dense" if all_tasks else str(metrics[task])
         last = "; ".join(f"{one.name} {one.points[-1].y:.3f}" for one in series if one.name != DENSE)
         summary = f"{title} by pruning ratio. At the highest ratio: {last}"
-        slug = "curve-" + re.sub(r"[^\w.-]+", "-", title)
+        slug = "curve-" + re.sub(r"[^\w.-]+", "-", title).strip("-")
         charts.append(Chart(slug, title, summary, "heads removed", label, series, x_at=ratios))
     return charts
 

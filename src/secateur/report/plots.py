@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,14 @@ def write_plots(runs: Sequence[dict[str, Any]], folder: str | Path, kind: str = 
         "svg.hashsalt": "secateur",
         "axes.spines.top": False,
     }
-    written = []
+    written: list[Path] = []
+    seen: Counter[str] = Counter()
     with matplotlib.rc_context({**style, "axes.spines.right": False, "font.size": 9}):
         for number, run in enumerate(runs, 1):
             for name, figure in _figures(run):
-                path = Path(folder) / f"{f'{number}-' if len(runs) > 1 else ''}{name}.{kind}"
+                stem = f"{number}-{name}" if len(runs) > 1 else name
+                seen[stem] += 1  # tasks such as a/b and a-b
+                path = Path(folder) / f"{stem}{'' if seen[stem] == 1 else f'-{seen[stem]}'}.{kind}"
                 write_bytes(path, _rendered(figure, kind))
                 written.append(path)
     return written
