@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test sweep lint format clean
+.PHONY: demo test sweep docs lint format clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -16,6 +16,10 @@ test: $(STAMP)
 # Every model type of the installed transformers; about ten minutes. Writes docs/coverage.md.
 sweep: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep
+
+# The pages of docs/ with the commands, the scorers and the API, made from the code; open docs/_build/html/index.html.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,4 +38,4 @@ $(STAMP): pyproject.toml constraints.txt demo-requirements.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo dist build docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache

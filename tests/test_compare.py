@@ -120,12 +120,12 @@ def test_each_scorer_gets_its_own_pruner(folder, tmp_path, monkeypatch, capsys):
     from secateur.meta.network import MetaPruner
 
     torch.manual_seed(0)
-    MetaPruner().save_pretrained(tmp_path / "smp")
-    JointPruner().save_pretrained(tmp_path / "plus")
+    MetaPruner().save_pretrained(tmp_path / "maps-only")
+    JointPruner().save_pretrained(tmp_path / "joint")
     monkeypatch.setitem(PROTOCOLS, "lite", Protocol(max_train=8, max_length=16, epochs=1, learning_rate=1e-3))
     line = ["compare", "--model", folder / "model", "--data", folder / "singles", "--seeds", "1", "--jobs", "1"]
     line += ["--texts", "8", "--device", "cpu", "--scorer", "smp", "--scorer", "smp-plus"]
-    own = {"smp": f"smp={tmp_path / 'smp'}", "smp-plus": f"smp-plus={tmp_path / 'plus'}"}
+    own = {"smp": f"smp={tmp_path / 'maps-only'}", "smp-plus": f"smp-plus={tmp_path / 'joint'}"}
     given = {"none": (), "smp": ("smp",), "both": ("smp", "smp-plus")}
     scores = {}
     for name, chosen in given.items():

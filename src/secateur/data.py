@@ -118,6 +118,7 @@ def load_task(
     """Read one split of a task from a file, a folder or the Hugging Face Hub.
 
     `data` is one of
+
     - a file .csv, .tsv (without quoting), .jsonl, .json (one object a line, or a list of objects) or .parquet, the
       text formats also with .gz behind; its rows serve as whichever split is asked for;
     - a folder with such files named train, dev (or validation, valid) and test (or test_matched);

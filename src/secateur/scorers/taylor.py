@@ -10,7 +10,7 @@ from secateur.scorers.labelled import LabelledScorer, gate_gradients, num_texts
 
 
 class TaylorScorer(LabelledScorer):
-    """Mean over texts of |∂L/∂gate|, the derivative of a text's loss on the head's gate at 1: ≥ 0.
+    """Mean over texts of `|∂L/∂gate|`, the derivative of a text's loss on the head's gate at 1: ≥ 0.
 
     `normalize` divides the scores of a site by their l2 norm, as the paper does for every layer; it changes the choice
     at scope "global" alone. The other options are those of `LabelledScorer`.

@@ -1,0 +1,93 @@
+"""The pages that follow from the code: every scorer of the registry, and the public names."""
+
+from __future__ import annotations
+
+import inspect
+
+import secateur
+from secateur.scorers import DEFAULT_SCORER, SCORERS, scorer_class
+
+MODULES = [
+    "secateur.attention_maps",
+    "secateur.data",
+    "secateur.finetune",
+    "secateur.evaluate",
+    "secateur.compare",
+    "secateur.summary",
+    "secateur.report",
+    "secateur.report.runs",
+    "secateur.scorers",
+    "secateur.scorers.base",
+    "secateur.scorers.labelled",
+    "secateur.scorers.learned",
+    "secateur.meta.config",
+    "secateur.meta.training",
+    "secateur.model.probe",
+    "secateur.model.cost",
+]
+"""What is of use beyond the names of the package itself."""
+
+
+def scorers_page() -> str:
+    """Return a page with a table of all registered scorers, and a section for each: what it says of itself."""
+    lines = [
+        "# The scorers",
+        "",
+        "Made from the registry when these pages are built. What each is good for, as measured:",
+    ]
+    lines += [
+        "[choosing a scorer](../choosing.md).",
+        "",
+        "| scorer | scores | passes over the texts | labels | gradients |",
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for name in sorted(SCORERS):
+        kind = scorer_class(name)
+        needs = " | ".join("yes" if need else "no" for need in (kind.needs_labels, kind.needs_gradients))
+        lines.append(f"| [`{name}`](#{name}) | {kind.description} | {kind.passes} | {needs} |")
+    for name in sorted(SCORERS):
+        lines += ["", f"({name})=", f"## {name}", "", *_section(name)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(name: str) -> list[str]:
+    kind = scorer_class(name)
+    default = " The default." if name == DEFAULT_SCORER else ""
+    lines = [f"{kind.description[0].upper()}{kind.description[1:]}.{default}", ""]
+    lines += [f"- Source: {kind.source}", f"- Forward passes over the texts: {kind.passes}"]
+    facts = [
+        (kind.needs_texts, "texts"),
+        (kind.needs_labels, "labels"),
+        (kind.needs_gradients, "gradients"),
+        (kind.needs_ratio, "the pruning ratio, for which alone its scores are good"),
+    ]
+    needed = [word for need, word in facts if need]
+    lines += [f"- Needs: {', '.join(needed) if needed else 'nothing but the weights'}"]
+    options = [] if kind.__init__ is object.__init__ else list(inspect.signature(kind).parameters.values())
+    shown = ", ".join(f"`{option.name}={option.default!r}`" for option in options)
+    lines += [f"- Options and their defaults: {shown or 'none'}", "", "```{eval-rst}"]
+    return [*lines, f".. autoclass:: {kind.__module__}.{kind.__qualname__}", "   :no-index:", "```"]
+
+
+def api_page() -> str:
+    """Return a page with the public names of the package, then those of its modules."""
+    lines = ["# API", "", "From the code's own docstrings. `import secateur` is enough for these:", "", "```{eval-rst}"]
+    for name in secateur.__all__:
+        thing = getattr(secateur, name)
+        if inspect.isclass(thing):
+            lines += [f".. autoclass:: secateur.{name}", "   :members:", "   :no-undoc-members:", ""]
+        else:
+            lines += [f".. autofunction:: secateur.{name}", ""]
+    lines += ["```"]
+    for name in MODULES:
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            "```{eval-rst}",
+            f".. automodule:: {name}",
+            "   :members:",
+            "   :no-index:",
+            "```",
+        ]
+    return "\n".join(lines) + "\n"
