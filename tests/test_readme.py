@@ -30,10 +30,3 @@ def test_python_blocks_run(minilm_folder, tmp_path, monkeypatch, capsys):
 def test_every_command_is_in_the_readme():
     for name in cli.commands:
         assert f"secateur {name}" in README or f"make {name}" in README, name
-
-
-def test_every_scorer_is_in_the_readme():
-    from secateur.scorers import SCORERS
-
-    for name in SCORERS:
-        assert f"| `{name}`" in README, name

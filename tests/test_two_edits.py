@@ -55,7 +55,7 @@ sys.path.insert(0, str(pathlib.Path(sys.argv[1]) / "docs"))
 from generate import scorers_page
 print(scorers_page())
 print("== tests")
-sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests/test_scorers.py", "-k", "latest"]))
+sys.exit(pytest.main(["--collect-only", "-p", "no:cacheprovider", "tests/test_scorers.py", "-k", "latest"]))
 """
 
 
