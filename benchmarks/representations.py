@@ -3,16 +3,18 @@
     python benchmarks/representations.py --glue GLUE [--seeds 3] [--pruner name=SCORER:FOLDER …] [--out FILE]
 
 GLUE is a folder with one folder a task. For each task, heads are scored on training texts; the relational KL of the
-mask is measured on dev texts. Recovery = (random - scorer) / (random - leave_one_out): 0 is random heads, 1 is
-leave-one-out. Similarity is the Spearman correlation on STS-B's test pairs of cosine similarities of mean-pooled
-embeddings, no fine-tuning, heads scored on STS-B's training pairs. Prints Markdown tables and writes raw JSON after
-every task; what the file has already is not measured again.
+mask is measured on dev texts. Recovery = (random - scorer) / (random - leave_one_out), both at scope `site`, for either
+scope: 0 is random heads, 1 is leave-one-out, with as many heads removed from every layer. Similarity is the Spearman
+correlation on STS-B's test pairs of cosine similarities of mean-pooled embeddings, no fine-tuning, heads scored on
+STS-B's training pairs. Prints Markdown tables and writes raw JSON after every task; what the file has already is not
+measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -105,43 +107,49 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", help="names of the methods to measure")
     parser.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
+    parser.add_argument("--scopes", nargs="*", default=["site", "global"], choices=["site", "global"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "representations.json")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     old = read_json(options.out) if options.out.is_file() else {"rows": [], "similarity": [], "scoring_seconds": {}}
     rows, similarities = old["rows"], old["similarity"]
     times: dict[str, float] = {}
-    done = {(row["task"], row["scorer"], row["seed"]) for row in rows}
+    done = {(row["task"], row["scorer"], row["seed"], row["scope"], row["ratio"]) for row in rows}
+    cells = list(itertools.product(options.scopes, options.ratios))
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     test = load_task(options.glue / "stsb", "test", need_labels=True)
     if not similarities:
-        similarities.append(
-            {"scorer": "dense", "ratio": 0.0, "seed": 0, "spearman": similarity(model, tokenizer, test, None)}
-        )
+        found = similarity(model, tokenizer, test, None)
+        similarities.append({"scorer": "dense", "scope": "site", "ratio": 0.0, "seed": 0, "spearman": found})
     for name in options.tasks:
         train, dev = load_task(options.glue / name, "train"), load_task(options.glue / name, "dev")
         loss = MaskLoss(
             model, forward_arguments(model, batches(tokenizer, dev.head(JUDGED, seed=0).texts, 32, LENGTH)), dev.is_pair
         )
-        wanted = [(m, seed) for m in methods(options) for seed in range(m.draws) if (name, m.name, seed) not in done]
+        wanted = [
+            (m, seed, missing)
+            for m in methods(options)
+            for seed in range(m.draws)
+            if (missing := [cell for cell in cells if (name, m.name, seed, *cell) not in done])
+        ]
         costs = defaultdict(list)
-        for method, seed in tqdm(wanted, desc=name):
+        for method, seed, missing in tqdm(wanted, desc=name):
             extra = {} if method.pruner is None else {"pruner": method.pruner.format(task=name)}
             texts = train.head(SCORED, seed=seed).texts
             start = time.perf_counter()
             scores = score_heads(model, texts, method.scorer, tokenizer, max_length=LENGTH, seed=seed, **extra)
             costs[method.name].append(time.perf_counter() - start)
-            for ratio in options.ratios:
-                mask = select_heads(scores, ratio)
+            for scope, ratio in missing:
+                mask = select_heads(scores, ratio, scope)
                 if method.refine:
                     mask, _ = refine_mask(
-                        model, mask, texts, tokenizer, steps=method.refine, max_length=LENGTH, seed=seed
+                        model, mask, texts, tokenizer, steps=method.refine, scope=scope, max_length=LENGTH, seed=seed
                     )
-                rows.append({"task": name, "scorer": method.name, "ratio": ratio, "seed": seed, "kl": loss(mask)})
+                cell = {"scorer": method.name, "scope": scope, "ratio": ratio, "seed": seed}
+                rows.append({"task": name, **cell, "kl": loss(mask)})
                 if name == "stsb":
-                    found = similarity(model, tokenizer, test, mask)
-                    similarities.append({"scorer": method.name, "ratio": ratio, "seed": seed, "spearman": found})
-        times.update({m: statistics.median(values) for m, values in costs.items()})
+                    similarities.append({**cell, "spearman": similarity(model, tokenizer, test, mask)})
+        times.update({method: statistics.median(values) for method, values in costs.items()})
         result = {
             "command": "python benchmarks/representations.py --glue GLUE --seeds " + str(options.seeds),
             "date": datetime.date.today().isoformat(),
@@ -161,39 +169,45 @@ def tables(result: dict) -> str:
     """Return the result as Markdown."""
     kl = defaultdict(list)
     for row in result["rows"]:
-        kl[row["ratio"], row["task"], row["scorer"]].append(row["kl"])
-    names = list(dict.fromkeys(row["scorer"] for row in result["rows"]))
+        kl[row["ratio"], row["task"], row["scope"], row["scorer"]].append(row["kl"])
     tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
+    every = [
+        (scope, name) for scope in ("site", "global") for name in dict.fromkeys(r["scorer"] for r in result["rows"])
+    ]
     lines = []
     for ratio in sorted({row["ratio"] for row in result["rows"]}):
-        lines += ["", f"1000 times the relational KL (recovery), {ratio:.0%} of every layer's heads removed", ""]
-        lines += ["| scorer | " + " | ".join(tasks) + " | mean recovery |", "|---" * (len(tasks) + 2) + "|"]
-        for name in names:
+        lines += ["", f"1000 times the relational KL (recovery), {ratio:.0%} of the heads removed", ""]
+        lines += ["| scope | scorer | " + " | ".join(tasks) + " | mean recovery |", "|---" * (len(tasks) + 3) + "|"]
+        for scope, name in every:
             cells, recoveries = [], []
-            if not all(kl[ratio, task, name] for task in tasks):
+            if not all(kl[ratio, task, scope, name] for task in tasks):
                 continue  # measured on some tasks only
             for task in tasks:
-                own, chance, best = (statistics.mean(kl[ratio, task, n]) for n in (name, "random", "leave_one_out"))
-                recoveries.append((chance - own) / (chance - best))
-                spread = f"±{1000 * statistics.stdev(v):.1f}" if len(v := kl[ratio, task, name]) > 1 else ""
-                cells.append(f"{1000 * own:.1f}{spread} ({recoveries[-1]:.2f})")
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {statistics.mean(recoveries):.2f} |")
+                values = kl[ratio, task, scope, name]
+                chance, best = (statistics.mean(kl[ratio, task, "site", n]) for n in ("random", "leave_one_out"))
+                recoveries.append((chance - statistics.mean(values)) / (chance - best))
+                spread = f"±{1000 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{1000 * statistics.mean(values):.1f}{spread} ({recoveries[-1]:.2f})")
+            lines.append(f"| {scope} | {name} | " + " | ".join(cells) + f" | {statistics.mean(recoveries):.2f} |")
     if result["similarity"]:
         found = defaultdict(list)
         for row in result["similarity"]:
-            found[row["scorer"], row["ratio"]].append(row["spearman"])
-        dense = found["dense", 0.0][0]
+            found[row["scope"], row["scorer"], row["ratio"]].append(row["spearman"])
+        dense = found["site", "dense", 0.0][0]
         lines += ["", f"STS-B test, Spearman without fine-tuning; dense {dense:.4f}", ""]
-        lines += ["| scorer | " + " | ".join(f"{r:.0%}" for r in RATIOS) + " |", "|---" * (len(RATIOS) + 1) + "|"]
-        for name in names:
+        lines += [
+            "| scope | scorer | " + " | ".join(f"{r:.0%}" for r in RATIOS) + " |",
+            "|---" * (len(RATIOS) + 2) + "|",
+        ]
+        for scope, name in every:
             cells = []
-            if not all(found[name, ratio] for ratio in RATIOS):
+            if not all(found[scope, name, ratio] for ratio in RATIOS):
                 continue
             for ratio in RATIOS:
-                values = found[name, ratio]
+                values = found[scope, name, ratio]
                 spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.4f}{spread} ({statistics.mean(values) / dense:.1%})")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {scope} | {name} | " + " | ".join(cells) + " |")
     lines += ["", "| scorer | seconds to score 96 texts |", "|---|---|"]
     lines += [f"| {name} | {seconds:.1f} |" for name, seconds in result["scoring_seconds"].items()]
     return "\n".join(lines)

@@ -222,9 +222,12 @@ def test_models_scored_together_are_scored_alike():
 
 
 def test_a_new_network_is_the_contribution_scorer():
-    evidence = evidence_of(tiny_model("bert"))
+    model = tiny_model("bert")
+    contribution = score_heads(model, inputs=batches_of(model), scorer="contribution")
     with torch.no_grad():
-        assert torch.equal(JointPruner().eval()(evidence), column(evidence, "size"))
+        found = JointPruner().eval()(evidence_of(model))
+    logs = torch.cat(list(contribution.values())).log().float()
+    torch.testing.assert_close(found - found.mean(), logs - logs.mean(), atol=1e-5, rtol=1e-5)
 
 
 def test_one_pruner_serves_models_of_other_widths_depths_and_head_counts():
@@ -319,6 +322,22 @@ def test_an_exchange_keeps_the_number_of_heads_and_of_groups():
     assert exchange(HeadMask({"a": torch.ones(3, dtype=torch.bool)}), {"a": 3}, random) is None
 
 
+def test_a_global_exchange_keeps_the_number_of_heads_in_the_model_and_empties_no_site():
+    random = torch.Generator().manual_seed(1)
+    start = HeadMask({"a": torch.tensor([True, True, False]), "b": torch.tensor([False, True, False])})
+    groups = {"a": 3, "b": 3}
+    seen = {str(exchange(start, groups, random, "global").kept_heads) for _ in range(300)}
+    # Any of 3 kept heads against any of 3 dropped ones, but the last head of b stays unless b gets another.
+    assert len(seen) == 3 * 3 - 1
+    assert str({"a": [0, 1, 2], "b": []}) not in seen
+    free = {str(exchange(start, groups, random, "global", min_heads=0).kept_heads) for _ in range(300)}
+    assert free - seen == {str({"a": [0, 1, 2], "b": []})}
+    # Groups move whole, and only to a site whose groups are as wide.
+    start = HeadMask({"a": torch.tensor([True, True, False, False]), "b": torch.tensor([True, False, False])})
+    seen = {str(exchange(start, {"a": 2, "b": 3}, random, "global").kept_heads) for _ in range(100)}
+    assert seen == {str({"a": [2, 3], "b": [0]}), str({"a": [0, 1], "b": [1]}), str({"a": [0, 1], "b": [2]})}
+
+
 def test_search_goes_on_from_the_best():
     model = tiny_model("bert")
     start = HeadMask({name: torch.tensor([True, True, False, False]) for name in find_sites(model)})
@@ -380,7 +399,8 @@ def test_prune_refines_and_reports_it():
 
 
 def sample_of(model, seed=0, texts=8, **settings):
-    config = TrialConfig(**{"ratios": (0.5,), "at_random": 4, "near": 4, "exchanges": 8, **settings})
+    settings = {"ratios": (0.5,), "scopes": ("site",), "at_random": 4, "near": 3, "exchanges": 8, **settings}
+    config = TrialConfig(**settings)
     made = batches_of(model, texts, texts // 2, seed)
     return collect(model, find_sites(model), made, False, "tiny", "words", config, seed)
 
@@ -406,15 +426,27 @@ def test_a_sample_holds_what_masks_cost(tmp_path):
 def test_more_trials_are_of_what_a_pruner_would_choose():
     model = tiny_model("bert")
     sample, pruner = sample_of(model), learned()
-    config = TrialConfig(ratios=(0.5,), near=3, exchanges=2)
+    config = TrialConfig(ratios=(0.5,), at_random=0, near=3, exchanges=2)
     more = collect_more(sample, pruner, model, find_sites(model), batches_of(model), False, config, 0)
     assert torch.equal(more.masks[:16], sample.masks)
-    assert len(more.masks) == 16 + 1 + 3 + 2
-    scores = SmpPlusScorer(pruner)
-    own = secateur.select_heads(score_heads(model, scorer=scores, inputs=batches_of(model)), 0.5)
-    assert more.masks[16].tolist() == torch.cat(list(own.values())).tolist()
+    assert more.groups[16:].tolist() == [1] * 6 + [2] * 6  # at either scope its own choice, 3 near it, 2 exchanges
+    scores = score_heads(model, scorer=SmpPlusScorer(pruner), inputs=batches_of(model))
     loss = MaskLoss(model, batches_of(model), False)
-    assert float(more.losses[16]) == pytest.approx(loss(own), rel=1e-4)
+    for row, scope in ((16, "site"), (22, "global")):
+        own = secateur.select_heads(scores, 0.5, scope)
+        assert more.masks[row].tolist() == torch.cat(list(own.values())).tolist()
+        assert float(more.losses[row]) == pytest.approx(loss(own), rel=1e-4)
+
+
+def test_trials_at_either_scope_drop_as_many_heads():
+    sample = sample_of(tiny_model("bert"), ratios=(0.25, 0.5), scopes=("site", "global"))
+    assert sample.groups.unique().tolist() == [1, 2, 3, 4]
+    for group, kept in ((1, 9), (2, 6), (3, 9), (4, 6)):
+        assert set(sample.masks[sample.groups == group].sum(dim=1).tolist()) == {kept}
+    by_site = sample.masks.view(len(sample.masks), 3, 4).sum(dim=2)
+    assert bool((by_site[sample.groups == 2] == 2).all())
+    assert not bool((by_site[sample.groups == 4] == 2).all())
+    assert bool((by_site[sample.groups == 4] >= 1).all())
 
 
 def test_the_regression_by_hand():
@@ -447,7 +479,7 @@ def made_up(seed):
 def test_a_fit_finds_the_rule_and_explains_samples_that_it_did_not_see():
     torch.manual_seed(0)
     pruner = JointPruner(width=16, layers=1)
-    history = fit(pruner, [made_up(seed) for seed in range(12)], FitConfig(epochs=40, learning_rate=1e-2))
+    history = fit(pruner, [made_up(seed) for seed in range(24)], FitConfig(epochs=40, learning_rate=1e-2))
     with torch.no_grad():
         unseen = [float(trial_loss(pruner(made_up(seed).evidence), made_up(seed))) for seed in range(100, 104)]
     assert history[0] > 0.6

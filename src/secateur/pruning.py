@@ -233,8 +233,8 @@ def prune(
     refinement: list[float] = []
     if refine and texts is not None:
         mask, refinement = refine_mask(
-            pruned, mask, texts, tokenizer, steps=refine, batch_size=batch_size, max_length=max_length, seed=seed,
-            progress=progress,
+            pruned, mask, texts, tokenizer, steps=refine, scope=scope, min_heads=min_heads, batch_size=batch_size,
+            max_length=max_length, seed=seed, progress=progress,
         )  # fmt: skip
     attention = None
     if maps and texts is not None and tokenizer is not None:
@@ -272,6 +272,8 @@ def refine_mask(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     steps: int = 100,
+    scope: Scope = "site",
+    min_heads: int = 1,
     batch_size: int = 32,
     max_length: int = 128,
     seed: int = 0,
@@ -279,9 +281,10 @@ def refine_mask(
 ) -> tuple[HeadMask, list[float]]:
     """Improve a mask on a task's own texts: exchange heads and keep what lowers the relational KL to the dense model.
 
-    No labels and no gradients; each of the `steps` costs a gated pass over the texts. Every site keeps as many heads as
-    in `mask`. Returns the best mask found, never worse than `mask` on these texts, and the losses of all masks tried,
-    `mask` first. The model is left as it was.
+    No labels and no gradients; each of the `steps` costs a gated pass over the texts. At scope "site" every site keeps
+    as many heads as in `mask`; at scope "global" the model does, and every site at least `min_heads`. Returns the best
+    mask found, never worse than `mask` on these texts, and the losses of all masks tried, `mask` first. The model is
+    left as it was.
 
     Raises `InvalidInputError` for fewer than two texts, steps below 0, and a mask that does not fit the model.
     """
@@ -303,6 +306,8 @@ def refine_mask(
             {name: sites[name].num_key_value_heads for name in there},
             steps,
             torch.Generator().manual_seed(seed),
+            scope,
+            min_heads,
             progress,
         )
     best = min(trials, key=lambda trial: trial[1])[0]

@@ -31,9 +31,10 @@ MAP_FEATURES = ("entropy", "confidence", "to first", "to last", "to self", "to p
 SIZE_FEATURES = ("size", "variation", "variation of the first token", "relevance", "relevance of the first token")
 DIRECTION_FEATURES = ("alignment", "alignment of the first token", "cosine with site", "share of site")
 REDUNDANCY_FEATURES = ("unexplained", "unexplained between texts", "nearest head")
-PLACE_FEATURES = ("depth", "height", "site size", "site variation", "heads", "is pair")
+LEVEL_FEATURES = ("site level", "site size", "site variation")
+PLACE_FEATURES = ("depth", "height", "heads", "is pair")
 
-FEATURES = SIZE_FEATURES + DIRECTION_FEATURES + REDUNDANCY_FEATURES + MAP_FEATURES + PLACE_FEATURES
+FEATURES = SIZE_FEATURES + DIRECTION_FEATURES + REDUNDANCY_FEATURES + MAP_FEATURES + LEVEL_FEATURES + PLACE_FEATURES
 """The columns of `Evidence.features`.
 
 size: log of the mean norm of the contribution (the `contribution` scorer), less its mean over the site; variation: the
@@ -42,8 +43,9 @@ between a head's contributions to texts and their representations, less the site
 contribution at the first token instead of the mean over tokens. alignment: unbiased linear CKA of the two. cosine
 with site, share of site: of the head's contribution with and in the sum over its site's heads. unexplained: log of the
 share of a head's contribution that is no linear combination of the other heads', over tokens or between texts;
-nearest head: the largest cosine with another head. entropy is divided by its largest value. depth: 0 first site, 1
-last; height: 1 / sites; site size, site variation: log of the sum over the site's heads, less the mean over sites.
+nearest head: the largest cosine with another head. entropy is divided by its largest value. site level: the site's
+mean of log sizes; site size, site variation: log of the norm of the sum over the site's heads; these three less their
+mean over sites. depth: 0 first site, 1 last; height: 1 / sites; heads: of the site, / 16.
 """
 
 
@@ -102,7 +104,7 @@ def gather_evidence(
     for number, row in enumerate(rows):
         heads = len(row.columns)
         place = torch.tensor(
-            [number / max(1, len(rows) - 1), 1 / len(rows), *sizes[number].tolist(), heads / 16, float(is_pair)]
+            [*sizes[number].tolist(), number / max(1, len(rows) - 1), 1 / len(rows), heads / 16, float(is_pair)]
         )
         features.append(torch.cat([row.columns, place.expand(heads, -1)], dim=1))
     likeness = torch.block_diag(*(row.likeness for row in rows))
@@ -113,7 +115,7 @@ def gather_evidence(
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """One site's share: `columns` `[heads, features less place]`, `likeness` `[heads, heads]`, `totals` `[2]`."""
+    """One site's share: `columns` `[heads, features less the last 7]`, `likeness` `[heads, heads]`, `totals` `[3]`."""
 
     columns: Tensor
     likeness: Tensor
@@ -178,7 +180,7 @@ class _Site:
             (likeness - 2 * torch.eye(self.heads, device=likeness.device)).amax(dim=1).clamp(min=-1),
             *(self.maps / self.texts).T,
         ]
-        totals = torch.stack([total.log() / 2, between.sum().clamp(min=_TINY).log() / 2])
+        totals = torch.stack([size.mean(), total.log() / 2, between.sum().clamp(min=_TINY).log() / 2])
         return _Row(torch.stack(columns, dim=1).cpu(), likeness.cpu(), totals.cpu())
 
     def _between_texts(self, kept: Mapping[int, list[Tensor]], target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

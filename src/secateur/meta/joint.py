@@ -28,7 +28,9 @@ EVIDENCE_KINDS = {
     "maps": MAP_FEATURES,
     "place": PLACE_FEATURES,
 }
-"""Kinds of evidence that a pruner can be made without, for ablations; sizes are always there."""
+"""Kinds of evidence that a pruner can be made without, for ablations; sizes and levels are always there."""
+
+SIZE, LEVEL = FEATURES.index("size"), FEATURES.index("site level")
 
 RELATIONS = 4  # same site, likeness, squared likeness, difference in depth
 
@@ -38,8 +40,9 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
 
     Each head starts as its evidence, standardised, in a `width`-dimensional vector; `layers` blocks of attention (with
     a learned bias for pairs of heads: same site, likeness of their contributions, difference in depth) and a small
-    feed-forward network follow. The score is the log of the head's contribution norm, scaled, plus what the network
-    makes of it; higher = keep. A new network adds nothing: it starts as the `contribution` scorer.
+    feed-forward network follow. The score is the log of the head's contribution norm (its share of the site and the
+    site's level scaled apart) plus what the network makes of it; higher = keep. A new network adds nothing: it starts
+    as the `contribution` scorer.
 
     `joint=False` scores each head alone; `without` names kinds of evidence to leave out (see `EVIDENCE_KINDS`).
     `from_pretrained`, `save_pretrained` and `push_to_hub` use safetensors and a config.json.
@@ -72,6 +75,7 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.size_scale = nn.Parameter(torch.ones(()))
+        self.level_scale = nn.Parameter(torch.ones(()))
 
     def standardise_(self, evidence: list[Evidence]) -> None:
         """Take the mean and the standard deviation of every feature from the evidence that training will see."""
@@ -105,7 +109,8 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         x = self.embed(((features - self.mean) / self.std).clamp(-5, 5) * self.used)
         for block in self.blocks:
             x = block(x, relations, real)
-        scores = self.size_scale * features[..., FEATURES.index("size")] + self.head(self.norm(x)).squeeze(-1)
+        sizes = self.size_scale * features[..., SIZE] + self.level_scale * features[..., LEVEL]
+        scores = sizes + self.head(self.norm(x)).squeeze(-1)
         return [row[: len(one.features)] for row, one in zip(scores, many, strict=True)]
 
     @classmethod
@@ -113,6 +118,11 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         # The mixin prints where it reads from; standard output belongs to results.
         with contextlib.redirect_stdout(io.StringIO()):
             return super()._from_pretrained(**options)
+
+
+def contribution_scores(evidence: Evidence) -> Tensor:
+    """Return the log of every head's contribution norm, `[heads]`, less its mean over the model's sites."""
+    return evidence.features[:, SIZE] + evidence.features[:, LEVEL]
 
 
 class _Block(nn.Module):

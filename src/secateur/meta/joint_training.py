@@ -8,6 +8,7 @@ matters: when half of the heads are gone already, and the right ones.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -25,14 +26,14 @@ from secateur.errors import CheckpointError, invalid
 from secateur.files import write_bytes
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.evidence import FEATURES, Evidence, gather_evidence
-from secateur.meta.joint import JointPruner
+from secateur.meta.joint import JointPruner, contribution_scores
 from secateur.meta.search import MaskLoss, search
 from secateur.model.layout import AttentionSite
 from secateur.model.state import evaluation_mode
-from secateur.selection import select_heads
+from secateur.selection import Scope, select_heads
 
 LEAVE_ONE_OUT = 0
-"""The group of trials that each drop a single head; the others are numbered from 1, one a ratio."""
+"""The group of trials that each drop a single head; the others are numbered from 1, one a scope and ratio."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,17 +78,25 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """How trials are made, for each ratio: masks at random, masks near the contribution scorer's, and exchanges.
+    """How trials are made, for each scope and ratio: what some scores choose, masks at random, masks near that choice,
+    and exchanges of heads from the best of them.
 
     `spread`: standard deviation of the Gumbel noise on the log of the contributions' size, in units of their own.
     """
 
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
+    scopes: tuple[Scope, ...] = ("site", "global")
     at_random: int = 6
     near: int = 10
     exchanges: int = 24
     spread: float = 1.0
     leave_one_out: bool = False
+
+    @property
+    def groups(self) -> list[tuple[int, Scope, float]]:
+        """Every group's number, scope and ratio."""
+        cells = itertools.product(("site", "global"), self.ratios)
+        return [(n, scope, ratio) for n, (scope, ratio) in enumerate(cells, LEAVE_ONE_OUT + 1) if scope in self.scopes]
 
 
 @torch.no_grad()
@@ -106,19 +115,11 @@ def collect(
     with evaluation_mode(model):
         evidence = gather_evidence(model, sites, batches, is_pair)
         loss = MaskLoss(model, batches, is_pair)
-        groups = {name: sites[name].num_key_value_heads for name in evidence.heads}
-        sizes = evidence.features[:, FEATURES.index("size")].double()
-        trials = []
-        for number, ratio in enumerate(config.ratios, 1):
-            masks = [
-                _near(torch.zeros_like(sizes), evidence, groups, ratio, 1.0, random) for _ in range(config.at_random)
-            ]
-            masks += [_near(sizes, evidence, groups, ratio, config.spread, random) for _ in range(config.near)]
-            trials += _tried(masks, loss, groups, config.exchanges, random, number)
+        trials = _trials(loss, evidence, contribution_scores(evidence), sites, config, random)
         if config.leave_one_out:
-            for head in range(len(sizes)):
-                mask = HeadMask(evidence.split(torch.arange(len(sizes)) != head))
-                trials.append((mask, loss(mask), LEAVE_ONE_OUT))
+            heads = torch.arange(len(evidence.features))
+            alone = [HeadMask(evidence.split(heads != head)) for head in heads]
+            trials += [(mask, loss(mask), LEAVE_ONE_OUT) for mask in alone]
     return Sample(subject, task, evidence, *_stacked(evidence, trials))
 
 
@@ -135,48 +136,58 @@ def collect_more(
 ) -> Sample:
     """Return the sample with trials of what a fitted pruner would choose, which is where it must not be wrong.
 
-    The texts must be those of the sample; `config` says how many masks near the pruner's own, which is tried first, and
-    how many exchanges from the best of them. The evidence is gathered anew.
+    The texts must be those of the sample; trials are made as by `collect`, with the pruner's scores in the place of the
+    contribution scorer's. The evidence is gathered anew.
     """
     random = torch.Generator().manual_seed(seed)
     with evaluation_mode(model):
         evidence = gather_evidence(model, sites, batches, is_pair)
         loss = MaskLoss(model, batches, is_pair)
-        groups = {name: sites[name].num_key_value_heads for name in evidence.heads}
-        scores = pruner(evidence).double()
-        trials = []
-        for number, ratio in enumerate(config.ratios, 1):
-            masks = [select_heads(HeadScores(evidence.split(scores), groups), ratio)]
-            masks += [_near(scores, evidence, groups, ratio, config.spread, random) for _ in range(config.near)]
-            trials += _tried(masks, loss, groups, config.exchanges, random, number)
+        trials = _trials(loss, evidence, pruner(evidence), sites, config, random)
     old = (sample.masks, sample.losses, sample.groups)
     joined = [torch.cat(parts) for parts in zip(old, _stacked(evidence, trials), strict=True)]
     return Sample(sample.subject, sample.task, evidence, *joined)
 
 
-def _tried(
-    masks: Sequence[HeadMask],
+def _trials(
     loss: MaskLoss,
-    groups: Mapping[str, int],
-    exchanges: int,
+    evidence: Evidence,
+    scores: Tensor,
+    sites: Mapping[str, AttentionSite],
+    config: TrialConfig,
     random: torch.Generator,
-    number: int,
 ) -> list[tuple[HeadMask, float, int]]:
-    """Judge the masks, then search on from the best of them; return all trials as members of group `number`."""
-    tried = [(mask, loss(mask)) for mask in masks]
-    start = min(tried, key=lambda trial: trial[1])[0]
-    tried += search(loss, start, groups, exchanges, random)[1:]
-    return [(mask, value, number) for mask, value in tried]
+    """Judge, in each group, what the scores choose, masks at random and near it, and exchanges from the best."""
+    groups = {name: sites[name].num_key_value_heads for name in evidence.heads}
+    scores, level = scores.double(), torch.zeros(len(scores), dtype=torch.float64)
+    trials = []
+    for number, scope, ratio in config.groups:
+        masks = [select_heads(HeadScores(evidence.split(scores), groups), ratio, scope)]
+        masks += [
+            _near(around, evidence, groups, ratio, scope, config.spread, random)
+            for around in [level] * config.at_random + [scores] * config.near
+        ]
+        tried = [(mask, loss(mask)) for mask in masks]
+        start = min(tried, key=lambda trial: trial[1])[0]
+        tried += search(loss, start, groups, config.exchanges, random, scope)[1:]
+        trials += [(mask, value, number) for mask, value in tried]
+    return trials
 
 
 def _near(
-    scores: Tensor, evidence: Evidence, groups: Mapping[str, int], ratio: float, spread: float, random: torch.Generator
+    scores: Tensor,
+    evidence: Evidence,
+    groups: Mapping[str, int],
+    ratio: float,
+    scope: Scope,
+    spread: float,
+    random: torch.Generator,
 ) -> HeadMask:
     """Select by the scores plus Gumbel noise of up to `spread` times their own spread; equal scores: at random."""
     noise = -torch.log(-torch.log(torch.rand(len(scores), generator=random, dtype=torch.float64)))
     scale = float(scores.std())
     noise = noise if scale == 0 else noise * scale * spread * float(torch.rand(1, generator=random))
-    return select_heads(HeadScores(evidence.split(scores + noise), dict(groups)), ratio)
+    return select_heads(HeadScores(evidence.split(scores + noise), dict(groups)), ratio, scope)
 
 
 def _stacked(evidence: Evidence, trials: Sequence[tuple[HeadMask, float, int]]) -> tuple[Tensor, Tensor, Tensor]:

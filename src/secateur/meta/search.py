@@ -6,6 +6,7 @@ pruner. While pruning it refines the mask that the scores gave, on the task's ow
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from secateur.errors import invalid
 from secateur.heads import HeadMask
 from secateur.meta.objective import relational_kl
 from secateur.meta.signals import gated_representations
+from secateur.selection import Scope
 
 
 class MaskLoss:
@@ -56,17 +58,18 @@ def search(
     groups: Mapping[str, int],
     steps: int,
     random: torch.Generator,
+    scope: Scope = "site",
+    min_heads: int = 1,
     progress: bool = False,
 ) -> list[Trial]:
     """Try `steps` masks, each one exchange away from the best so far, and return all of them, the start first.
 
-    `groups` gives each site's number of key-value heads: an exchange swaps a kept and a dropped head, or the patterns
-    of two groups, so that every site keeps as many heads in as many groups as at the start.
+    See `exchange` for the other arguments.
     """
     best, trials = start, [(start, loss(start))]
     lowest = trials[0][1]
     for _ in tqdm(range(steps), desc="refining", disable=not progress, leave=False):
-        mask = exchange(best, groups, random)
+        mask = exchange(best, groups, random, scope, min_heads)
         if mask is None:
             break
         trials.append((mask, loss(mask)))
@@ -75,24 +78,39 @@ def search(
     return trials
 
 
-def exchange(mask: HeadMask, groups: Mapping[str, int], random: torch.Generator) -> HeadMask | None:
-    """Return a mask one random exchange away, or None where every site keeps all of its heads or none."""
-    moves = []
-    for site, row in mask.items():
-        patterns = row.view(groups[site], -1)
-        for first in range(len(patterns)):
-            kept, dropped = patterns[first].nonzero().flatten(), (~patterns[first]).nonzero().flatten()
-            moves += [(site, first, int(a), first, int(b)) for a in kept for b in dropped]
-            for second in range(first + 1, len(patterns)):
-                if not torch.equal(patterns[first], patterns[second]):
-                    moves.append((site, first, -1, second, -1))
+def exchange(
+    mask: HeadMask, groups: Mapping[str, int], random: torch.Generator, scope: Scope = "site", min_heads: int = 1
+) -> HeadMask | None:
+    """Return a mask one random exchange away, with as many heads, or None where there is none.
+
+    `groups` gives each site's number of key-value heads. An exchange swaps a kept and a dropped head of a group, or the
+    patterns of two groups of heads: at scope "site" of one site, so that every site keeps as many heads in as many
+    groups; at scope "global" of any two sites, of which none falls below `min_heads` that has more.
+    """
+    patterns = [
+        (site, number, tuple(row))
+        for site, vector in mask.items()
+        for number, row in enumerate(vector.view(groups[site], -1).tolist())
+    ]
+    kept = {site: int(vector.sum()) for site, vector in mask.items()}
+    moves: list[tuple[str, int, tuple[bool, ...], str, int, tuple[bool, ...]]] = []
+    for site, number, row in patterns:
+        for a, b in itertools.product(range(len(row)), repeat=2):
+            if row[a] and not row[b]:
+                swapped = tuple({a: False, b: True}.get(i, value) for i, value in enumerate(row))
+                moves.append((site, number, swapped, site, number, swapped))
+    for (site, number, row), (other, second, pattern) in itertools.combinations(patterns, 2):
+        gain = sum(pattern) - sum(row)
+        if row == pattern or len(row) != len(pattern) or (site != other and scope == "site"):
+            continue
+        changes = ((kept[site], gain), (kept[other], -gain)) if site != other else ()
+        if any(change < 0 and heads + change < min_heads for heads, change in changes):
+            continue
+        moves.append((site, number, pattern, other, second, row))
     if not moves:
         return None
-    site, first, a, second, b = moves[int(torch.randint(len(moves), (1,), generator=random))]
-    changed = {name: row.clone() for name, row in mask.items()}
-    patterns = changed[site].view(groups[site], -1)
-    if a < 0:
-        patterns[[first, second]] = patterns[[second, first]]
-    else:
-        patterns[first, a], patterns[first, b] = False, True
+    site, number, row, other, second, pattern = moves[int(torch.randint(len(moves), (1,), generator=random))]
+    changed = {name: vector.clone() for name, vector in mask.items()}
+    for name, place, values in ((site, number, row), (other, second, pattern)):
+        changed[name].view(groups[name], -1)[place] = torch.tensor(values)
     return HeadMask(changed)
