@@ -456,6 +456,24 @@ def compare(out: Path, jobs: int | None, device: str | None, as_json: bool, **se
 
 
 @cli.command()
+@click.argument("source")
+@_out
+@_json
+def convert(source: str, out: Path, as_json: bool) -> None:
+    """Bring SOURCE into today's format: a pruned model of transformers 4, or the paper's authors' meta-pruner."""
+    from secateur.convert import convert as convert_source
+
+    result = convert_source(source, out)
+    if as_json:
+        _print_json({**result, "out": str(out)})
+    elif result["kind"] == "model":
+        click.echo(f"{result['class']} with {result['kept']} of {result['heads']} heads, reloaded bit for bit")
+        click.echo(f"model: {out}")
+    else:
+        click.echo(f"meta-pruner for `--scorer smp --pruner {out}`")
+
+
+@cli.command()
 @_out
 @_seed
 @_device

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError, invalid
 
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
 _SMALL = 300_000_000  # bytes that load in about a second, for which a progress bar is noise
 
 
@@ -57,6 +58,29 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, **from_file)
     except Exception as error:
         raise InvalidInputError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
+
+
+def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a folder or Hub id, or return None where it has none.
+
+    Raises `InvalidInputError` for a tokenizer in a folder that is there but cannot be loaded.
+    """
+    path = Path(model)
+    if path.is_dir() and not any(f.name.startswith(_TOKENIZER_FILES) for f in path.iterdir()):
+        return None
+    try:
+        return load_tokenizer(model)
+    except InvalidInputError:
+        if path.exists():
+            raise
+        return None
+
+
+def missing_weights(model: str | Path, model_class: type[PreTrainedModel]) -> list[str]:
+    """Return the weights of `model_class` that a folder or Hub repository does not hold and that would be random."""
+    with quiet_transformers(progress=False):
+        _, loading = model_class.from_pretrained(model, output_loading_info=True)
+    return sorted(loading["missing_keys"])
 
 
 @contextmanager
