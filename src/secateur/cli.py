@@ -456,6 +456,23 @@ def compare(out: Path, jobs: int | None, device: str | None, as_json: bool, **se
 
 
 @cli.command()
+@click.argument("folder")
+@click.option("--format", "form", required=True, type=click.Choice(["standalone"]), help="What for.")
+@_out
+@_json
+def export(folder: str, form: str, out: Path, as_json: bool) -> None:
+    """Write the model in FOLDER for places without secateur: for transformers alone."""
+    from secateur.export import export_standalone
+
+    result = export_standalone(folder, out)
+    if as_json:
+        _print_json({**result, "out": str(out)})
+    else:
+        click.echo(f"{result['class']}, reloaded bit for bit by the code in {out / result['code']} alone")
+        click.echo(f"model: {out} (from_pretrained with trust_remote_code=True)")
+
+
+@cli.command()
 @click.argument("source")
 @_out
 @_json

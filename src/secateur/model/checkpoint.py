@@ -11,6 +11,8 @@ transformers-4 config are turned into a recipe on the way.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +52,19 @@ def install() -> None:
         return super(PreTrainedModel, self).__call__(*args, **kwargs)
 
     PreTrainedModel.__call__ = __call__
+
+
+@contextmanager
+def without_hook() -> Iterator[None]:
+    """Let transformers build models as if secateur were not there."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    hooked = PreTrainedModel.post_init
+    PreTrainedModel.post_init = getattr(hooked, "__wrapped__", hooked)
+    try:
+        yield
+    finally:
+        PreTrainedModel.post_init = hooked
 
 
 def _narrow(model: PreTrainedModel) -> None:

@@ -47,6 +47,9 @@ def load_model(
         # What is left of the quantiser would be saved, and the folder would ask for it when it is loaded.
         loaded.hf_quantizer, loaded.is_quantized = None, False
         del loaded.config.quantization_config
+    if not type(loaded).__module__.startswith("transformers_modules"):
+        # The class is transformers' own: saved again, a standalone export would lack the code that `auto_map` names.
+        vars(loaded.config).pop("auto_map", None)
     return loaded.to(device or default_device()).eval()
 
 
