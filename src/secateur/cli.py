@@ -182,6 +182,7 @@ def prune(
     from secateur.model.loading import check_device, load_tokenizer
     from secateur.pruning import prune as prune_model
     from secateur.report import write_report
+    from secateur.sentence import copy_modules
     from secateur.tables import print_table, pruning_table, report_data
 
     check_new_folder(out)
@@ -206,8 +207,9 @@ def prune(
         progress=True,
     )
     with new_folder(out) as folder:
-        pruned.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        place = copy_modules(model, folder)
+        pruned.save_pretrained(place)
+        tokenizer.save_pretrained(place)
         report.save(folder / "pruning_report.json")
         write_report(report_data(report, title="secateur prune", command=_command_line()), folder / "report.html")
     if as_json:
@@ -457,16 +459,22 @@ def compare(out: Path, jobs: int | None, device: str | None, as_json: bool, **se
 
 @cli.command()
 @click.argument("folder")
-@click.option("--format", "form", required=True, type=click.Choice(["standalone"]), help="What for.")
+@click.option(
+    "--format", "form", required=True, type=click.Choice(["standalone", "onnx"]),
+    help="For transformers alone, or for ONNX Runtime.",
+)  # fmt: skip
 @_out
 @_json
 def export(folder: str, form: str, out: Path, as_json: bool) -> None:
-    """Write the model in FOLDER for places without secateur: for transformers alone."""
-    from secateur.export import export_standalone
+    """Write the model in FOLDER for places without secateur, proved equal to it."""
+    from secateur.export import export_onnx, export_standalone
 
-    result = export_standalone(folder, out)
+    result = export_onnx(folder, out) if form == "onnx" else export_standalone(folder, out)
     if as_json:
         _print_json({**result, "out": str(out)})
+    elif form == "onnx":
+        click.echo(f"{result['class']}: opset {result['opset']}, {', '.join(result['inputs'])} [batch, sequence]")
+        click.echo(f"largest difference to PyTorch in ONNX Runtime {result['max_difference']:.1e}\ngraph: {out}")
     else:
         click.echo(f"{result['class']}, reloaded bit for bit by the code in {out / result['code']} alone")
         click.echo(f"model: {out} (from_pretrained with trust_remote_code=True)")

@@ -15,6 +15,7 @@ from secateur.model.legacy import has_v4_pruning
 from secateur.model.loading import find_tokenizer, load_model, missing_weights
 from secateur.model.proof import hidden_states
 from secateur.model.recipe import KEY
+from secateur.sentence import copy_modules
 
 _CONVERTIBLE = (
     "be a model folder or Hub id of transformers 4 with `pruned_heads` in its config, or a meta-pruner checkpoint of "
@@ -59,9 +60,10 @@ def _convert_model(source: str | Path, out: str | Path) -> dict[str, Any]:
     tokenizer = find_tokenizer(source)
     inputs = example_inputs(model)
     with new_folder(out) as folder:
-        model.save_pretrained(folder)
+        place = copy_modules(source, folder)
+        model.save_pretrained(place)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(place)
         again = load_model(folder, "cpu")
         _check_equal(model.state_dict(), again.state_dict())
         outputs = zip(hidden_states(model, inputs), hidden_states(again, inputs), strict=True)

@@ -7,7 +7,9 @@ from typing import Any
 
 from secateur.files import check_new_folder, new_folder
 from secateur.model.loading import find_tokenizer, load_model
+from secateur.model.onnx import save_onnx
 from secateur.model.standalone import MODULE, save_standalone
+from secateur.sentence import copy_modules
 
 
 def export_standalone(source: str | Path, out: str | Path) -> dict[str, Any]:
@@ -21,7 +23,23 @@ def export_standalone(source: str | Path, out: str | Path) -> dict[str, Any]:
     model = load_model(source, "cpu", dtype="auto")
     tokenizer = find_tokenizer(source)
     with new_folder(out) as folder:
-        auto_map = save_standalone(model, folder)
+        place = copy_modules(source, folder)
+        auto_map = save_standalone(model, place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+    return {"class": type(model).__name__, "auto_classes": sorted(auto_map), "code": f"{MODULE}.py"}
+
+
+def export_onnx(source: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write the model `source`, dense or pruned, into the new folder `out` as an ONNX graph, with its tokenizer.
+
+    Returns the class and what `save_onnx` returns. Raises what `save_onnx` raises; nothing is left behind then.
+    """
+    check_new_folder(out)
+    model = load_model(source, "cpu")
+    tokenizer = find_tokenizer(source)
+    with new_folder(out) as folder:
+        result = save_onnx(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    return {"class": type(model).__name__, "auto_classes": sorted(auto_map), "code": f"{MODULE}.py"}
+    return {"class": type(model).__name__, **result}

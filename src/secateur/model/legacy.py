@@ -19,6 +19,7 @@ from secateur.errors import CheckpointError
 from secateur.model.layout import AttentionSite
 from secateur.model.recipe import KEY, Recipe
 from secateur.model.sites import find_sites
+from secateur.sentence import transformer_folder
 
 V4_KEY = "pruned_heads"
 
@@ -26,7 +27,8 @@ V4_KEY = "pruned_heads"
 def has_v4_pruning(source: str | Path) -> bool:
     """Does the config in this folder or Hub repository name `pruned_heads`? False where there is none to read."""
     try:
-        data, _ = PreTrainedConfig.get_config_dict(source)
+        folder = transformer_folder(Path(source)) if Path(source).is_dir() else source
+        data, _ = PreTrainedConfig.get_config_dict(folder)
     except (OSError, ValueError):
         return False
     return bool(data.get(V4_KEY))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
 import sys
 import uuid
 from pathlib import Path
@@ -77,8 +76,9 @@ def save_standalone(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 def _auto_classes(model: PreTrainedModel, recipe: Recipe) -> dict[str, type[PreTrainedModel]]:
     """Return, by the Auto class's name, the classes of this config in which the recipe finds its sites."""
     found = {}
-    for name, auto in vars(modeling_auto).items():
-        if not (name.startswith("AutoModel") and inspect.isclass(auto)):
+    autos: dict[str, Any] = vars(modeling_auto)
+    for name, auto in autos.items():
+        if not (name.startswith("AutoModel") and hasattr(auto, "_model_mapping")):
             continue
         known = auto._model_mapping.get(type(model.config), ())
         known = known if isinstance(known, tuple) else (known,)
