@@ -19,27 +19,14 @@ from secateur.model.sites import find_sites
 from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_tokenizer, uneven_mask
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    """A pruned classifier with an emptied site, and its export by the command."""
-    folder = tmp_path_factory.mktemp("onnx")
-    model = tiny_classifier("bert")
-    remove_heads_(model, uneven_mask(find_sites(model), empty=True))
-    model.save_pretrained(folder / "pruned")
-    tiny_tokenizer().save_pretrained(folder / "pruned")
-    code = cli.main(["export", str(folder / "pruned"), "--format", "onnx", "--out", str(folder / "onnx")])
-    assert code == 0
-    return folder
-
-
 def run(folder, inputs):
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     return session.run(None, {name: numpy.asarray(value) for name, value in inputs.items()})
 
 
-def test_a_pruned_classifier_with_an_emptied_site(classifier):
+def test_a_pruned_classifier_with_an_emptied_site(onnx_classifier):
 
-    graph = onnx.load(classifier / "onnx" / "model.onnx", load_external_data=False)
+    graph = onnx.load(onnx_classifier / "onnx" / "model.onnx", load_external_data=False)
     assert graph.opset_import[0].version == 20
     assert [i.name for i in graph.graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
     axes = [[d.dim_param for d in i.type.tensor_type.shape.dim] for i in graph.graph.input]
@@ -50,18 +37,18 @@ def test_a_pruned_classifier_with_an_emptied_site(classifier):
     assert [24, 32] in [list(i.dims) for i in graph.graph.initializer] or [32, 24] in [
         list(i.dims) for i in graph.graph.initializer
     ]
-    tokenizer = AutoTokenizer.from_pretrained(classifier / "onnx")
-    model = load_model(classifier / "pruned", "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(onnx_classifier / "onnx")
+    model = load_model(onnx_classifier / "pruned", "cpu")
     # Padding may not change a text's result: alone, and among longer ones.
     texts = ["good film", "bad plot story end start red blue music scene actor", "music"]
     together = dict(tokenizer(texts, padding=True, return_tensors="np"), token_type_ids=None)
     together["token_type_ids"] = numpy.zeros_like(together["input_ids"])
-    (logits,) = run(classifier / "onnx", together)
+    (logits,) = run(onnx_classifier / "onnx", together)
     with torch.no_grad():
         wanted = model(**{name: torch.as_tensor(value) for name, value in together.items()}).logits
     numpy.testing.assert_allclose(logits, wanted.numpy(), atol=1e-5)
     alone = {name: value[:1, :4] for name, value in together.items()}
-    numpy.testing.assert_allclose(run(classifier / "onnx", alone)[0], logits[:1], atol=1e-5)
+    numpy.testing.assert_allclose(run(onnx_classifier / "onnx", alone)[0], logits[:1], atol=1e-5)
 
 
 def test_a_decoder_gives_logits_without_a_cache(tmp_path, capsys):
@@ -80,14 +67,14 @@ def test_a_decoder_gives_logits_without_a_cache(tmp_path, capsys):
     assert result["max_difference"] <= 1e-4
 
 
-def test_a_graph_that_differs_is_an_error_and_leaves_nothing(classifier, tmp_path, monkeypatch, capsys):
+def test_a_graph_that_differs_is_an_error_and_leaves_nothing(onnx_classifier, tmp_path, monkeypatch, capsys):
     """Another model's graph in place of the one asked for."""
-    model = load_model(classifier / "pruned", "cpu")
+    model = load_model(onnx_classifier / "pruned", "cpu")
     with torch.no_grad():
         model.classifier.bias += 0.01
     model.save_pretrained(tmp_path / "other")
     monkeypatch.setattr(
-        onnx_export, "_export", lambda *args: shutil.copytree(classifier / "onnx", args[-1], dirs_exist_ok=True)
+        onnx_export, "_export", lambda *args: shutil.copytree(onnx_classifier / "onnx", args[-1], dirs_exist_ok=True)
     )
     capsys.readouterr()
     code = cli.main(["export", str(tmp_path / "other"), "--format", "onnx", "--out", str(tmp_path / "onnx")])
