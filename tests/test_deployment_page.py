@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from secateur import cli
+from tests.test_company import pruned_classifier
 from tests.test_legacy import v4_folder
+from tests.tiny import tiny_tokenizer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "deployment.md").read_text(encoding="utf-8")
 
@@ -20,8 +22,9 @@ def test_blocks_run(onnx_classifier, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(onnx_classifier / "pruned", "small")
-    shutil.copytree(onnx_classifier / "onnx", "graph")  # by the page's own command, see the fixture
+    pruned_classifier().save_pretrained("small")
+    tiny_tokenizer().save_pretrained("small")
+    shutil.copytree(onnx_classifier / "onnx", "graph")  # of a model like it, by the page's own command
     v4_folder(tmp_path / "OLD", {0: [1]})
     names = {}
     blocks = re.findall(r"```(sh|python)\n(.*?)```", PAGE, flags=re.DOTALL)

@@ -16,7 +16,7 @@ from secateur.model import onnx as onnx_export
 from secateur.model.loading import load_model
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
-from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_tokenizer, uneven_mask
+from tests.tiny import CONFIGS, tiny_model, uneven_mask
 
 
 def run(folder, inputs):
