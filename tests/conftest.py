@@ -69,3 +69,20 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED} with the authors' checkpoints and the GLUE files; set SECATEUR_SHARED")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def onnx_classifier(tmp_path_factory) -> Path:
+    """A folder with `pruned`, a tiny classifier with an emptied site, and `onnx`, its export by the command."""
+    from secateur import cli
+    from secateur.model.removal import remove_heads_
+    from secateur.model.sites import find_sites
+    from tests.tiny import tiny_classifier, tiny_tokenizer, uneven_mask
+
+    folder = tmp_path_factory.mktemp("onnx")
+    model = tiny_classifier("bert")
+    remove_heads_(model, uneven_mask(find_sites(model), empty=True))
+    model.save_pretrained(folder / "pruned")
+    tiny_tokenizer().save_pretrained(folder / "pruned")
+    assert cli.main(["export", str(folder / "pruned"), "--format", "onnx", "--out", str(folder / "onnx")]) == 0
+    return folder

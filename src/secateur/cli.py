@@ -186,6 +186,7 @@ def prune(
     from secateur.pruning import prune as prune_model
     from secateur.report import write_report
     from secateur.report.runs import ATTENTION_MAPS, PRUNING, read_runs
+    from secateur.sentence import copy_modules
     from secateur.tables import print_table, pruning_table
 
     check_new_folder(out)
@@ -212,8 +213,9 @@ def prune(
     )
     report = replace(report, command=_command_line())
     with new_folder(out) as folder:
-        pruned.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        place = copy_modules(model, folder)
+        pruned.save_pretrained(place)
+        tokenizer.save_pretrained(place)
         report.save(folder / PRUNING)
         if report.attention_maps is not None:
             report.attention_maps.save(folder / ATTENTION_MAPS)
@@ -510,6 +512,47 @@ def report(runs: tuple[Path, ...], out: Path, plots: Path | None, plot_format: s
         drawn = write_plots(found, plots, plot_format)
     write_report(found, out)
     click.echo("\n".join([f"report: {out}", *(f"plot: {path}" for path in drawn)]))
+
+
+@cli.command()
+@click.argument("folder")
+@click.option(
+    "--format", "form", required=True, type=click.Choice(["standalone", "onnx"]),
+    help="For transformers alone, or for ONNX Runtime.",
+)  # fmt: skip
+@_out
+@_json
+def export(folder: str, form: str, out: Path, as_json: bool) -> None:
+    """Write the model in FOLDER for places without secateur, proved equal to it."""
+    from secateur.export import export_onnx, export_standalone
+
+    result = export_onnx(folder, out) if form == "onnx" else export_standalone(folder, out)
+    if as_json:
+        _print_json({**result, "out": str(out)})
+    elif form == "onnx":
+        click.echo(f"{result['class']}: opset {result['opset']}, {', '.join(result['inputs'])} [batch, sequence]")
+        click.echo(f"largest difference to PyTorch in ONNX Runtime {result['max_difference']:.1e}\ngraph: {out}")
+    else:
+        click.echo(f"{result['class']}, reloaded bit for bit by the code in {out / result['code']} alone")
+        click.echo(f"model: {out} (from_pretrained with trust_remote_code=True)")
+
+
+@cli.command()
+@click.argument("source")
+@_out
+@_json
+def convert(source: str, out: Path, as_json: bool) -> None:
+    """Bring SOURCE into today's format: a pruned model of transformers 4, or the paper's authors' meta-pruner."""
+    from secateur.convert import convert as convert_source
+
+    result = convert_source(source, out)
+    if as_json:
+        _print_json({**result, "out": str(out)})
+    elif result["kind"] == "model":
+        click.echo(f"{result['class']} with {result['kept']} of {result['heads']} heads, reloaded bit for bit")
+        click.echo(f"model: {out}")
+    else:
+        click.echo(f"meta-pruner for `--scorer smp --pruner {out}`")
 
 
 @cli.command()

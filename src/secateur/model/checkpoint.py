@@ -11,12 +11,12 @@ transformers-4 config are turned into a recipe on the way.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_DONE = "_secateur_narrowed"
 
 
 def install() -> None:
@@ -54,43 +54,32 @@ def install() -> None:
     PreTrainedModel.__call__ = __call__
 
 
+@contextmanager
+def without_hook() -> Iterator[None]:
+    """Let transformers build models as if secateur were not there."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    hooked = PreTrainedModel.post_init
+    PreTrainedModel.post_init = getattr(hooked, "__wrapped__", hooked)
+    try:
+        yield
+    finally:
+        PreTrainedModel.post_init = hooked
+
+
 def _narrow(model: PreTrainedModel) -> None:
-    """Follow the recipe in the model's config, once for each base model.
+    """Follow the recipe in the model's config, unless this is a part of a model that is still under construction.
 
     Constructors nest: the parts of an encoder-decoder share its config but hold only some of the sites, and wait for
     the whole; a task model finds its base model narrowed already.
     """
-    import torch
-
-    from secateur.errors import CheckpointError, SecateurError
-    from secateur.model.recipe import KEY, read_recipe
-    from secateur.model.removal import replay_
+    from secateur.model.recipe import read_recipe
+    from secateur.model.replay import missing_sites, rebuild_
     from secateur.model.state import base_of
 
     recipe = read_recipe(model.config)
-    base = base_of(model)
-    if recipe is None or getattr(base, _DONE, False):
-        return
-    missing = [site for site in recipe.sites if not _has(base, site)]
-    if missing:
-        if _is_whole(model):
-            raise CheckpointError(f"`{KEY}` names the site {missing[0]}, which {type(base).__name__} does not have")
-        return
-    try:
-        # `from_pretrained` builds models on the meta device, where index vectors would have no values.
-        with torch.device("cpu"):
-            replay_(base, recipe)
-    except SecateurError as error:
-        raise CheckpointError(f"`{KEY}` in the config does not fit {type(base).__name__}: {error}") from None
-    setattr(base, _DONE, True)
-
-
-def _has(base: PreTrainedModel, site: str) -> bool:
-    try:
-        base.get_submodule(site)
-    except AttributeError:
-        return False
-    return True
+    if recipe is not None and (_is_whole(model) or not missing_sites(base_of(model), recipe)):
+        rebuild_(model)
 
 
 def _is_whole(model: PreTrainedModel) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,19 @@ from secateur.errors import CheckpointError
 from secateur.model.layout import AttentionSite
 from secateur.model.recipe import KEY, Recipe
 from secateur.model.sites import find_sites
+from secateur.sentence import transformer_folder
 
 V4_KEY = "pruned_heads"
+
+
+def has_v4_pruning(source: str | Path) -> bool:
+    """Does the config in this folder or Hub repository name `pruned_heads`? False where there is none to read."""
+    try:
+        folder = transformer_folder(Path(source)) if Path(source).is_dir() else source
+        data, _ = PreTrainedConfig.get_config_dict(folder)
+    except (OSError, ValueError):
+        return False
+    return bool(data.get(V4_KEY))
 
 
 def adopt_v4_(model: PreTrainedModel) -> None:

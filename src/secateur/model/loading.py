@@ -12,7 +12,9 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError, invalid
+from secateur.sentence import transformer_folder
 
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
 _SMALL = 300_000_000  # bytes that load in about a second, for which a progress bar is noise
 
 
@@ -28,7 +30,7 @@ def load_model(
     """
     _check_exists(model)
     source, from_file = _source(model)
-    small = Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) < _SMALL
+    small = Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) < _SMALL
     try:
         with quiet_transformers(progress=not small):
             if model_class is None:
@@ -46,6 +48,9 @@ def load_model(
         # What is left of the quantiser would be saved, and the folder would ask for it when it is loaded.
         loaded.hf_quantizer, loaded.is_quantized = None, False
         del loaded.config.quantization_config
+    if not type(loaded).__module__.startswith("transformers_modules"):
+        # The class is transformers' own: saved again, a standalone export would lack the code that `auto_map` names.
+        vars(loaded.config).pop("auto_map", None)
     return loaded.to(device or default_device()).eval()
 
 
@@ -57,6 +62,29 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, **from_file)
     except Exception as error:
         raise InvalidInputError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
+
+
+def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a folder or Hub id, or return None where it has none.
+
+    Raises `InvalidInputError` for a tokenizer in a folder that is there but cannot be loaded.
+    """
+    path = Path(model)
+    if path.is_dir() and not any(f.name.startswith(_TOKENIZER_FILES) for f in transformer_folder(path).iterdir()):
+        return None
+    try:
+        return load_tokenizer(model)
+    except InvalidInputError:
+        if path.exists():
+            raise
+        return None
+
+
+def missing_weights(model: str | Path, model_class: type[PreTrainedModel]) -> list[str]:
+    """Return the weights of `model_class` that a folder or Hub repository does not hold and that would be random."""
+    with quiet_transformers(progress=False):
+        _, loading = model_class.from_pretrained(_source(model)[0], output_loading_info=True)
+    return sorted(loading["missing_keys"])
 
 
 @contextmanager
@@ -95,7 +123,9 @@ def check_device(device: str | torch.device | None) -> torch.device:
 def _source(model: str | Path) -> tuple[str | Path, dict[str, str]]:
     """Return what transformers is asked for: a folder or Hub id, or a `.gguf` file's folder and name."""
     path = Path(model)
-    return (path.parent, {"gguf_file": path.name}) if _is_gguf(path) else (model, {})
+    if _is_gguf(path):
+        return path.parent, {"gguf_file": path.name}
+    return (transformer_folder(path) if path.is_dir() else model), {}
 
 
 def _is_gguf(path: Path) -> bool:
@@ -109,7 +139,7 @@ def _check_exists(model: str | Path) -> None:
     if path.suffix == ".gguf":
         raise invalid("model", "be a .gguf file that exists", str(model))
     if path.exists():
-        if not path.is_dir() or not (path / "config.json").is_file():
+        if not path.is_dir() or not (transformer_folder(path) / "config.json").is_file():
             raise invalid("model", "be a folder with a config.json, or a Hub id", str(model))
     elif isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         # What has another shape than a Hub id can only have been meant as a folder.

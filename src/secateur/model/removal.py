@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from secateur.errors import RemovalError, UnsupportedModelError, invalid
+from secateur.errors import RemovalError, invalid
 from secateur.heads import HeadMask
-from secateur.model.adapted import ConfigView, narrow_bias_, set_in_config_, takes_bias
+from secateur.model.adapted import ConfigView
 from secateur.model.emptied import bypass_
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import probe
 from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
 from secateur.model.recipe import KEY, Recipe, read_recipe
+from secateur.model.replay import check_groups, cut_site_
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of, in_float32
 
@@ -145,95 +145,6 @@ def _prove(
         for site in emptied:
             bypass_(base, site, undo)
             bypassed.append(site.name)
-
-
-def check_groups(site: AttentionSite, kept: Tensor) -> None:
-    """Raise `InvalidInputError` where grouped query heads would be left in unequal groups."""
-    if site.group == 1:
-        return
-    sizes = kept.view(site.num_key_value_heads, site.group).sum(dim=1).tolist()
-    if len(set(sizes) - {0}) > 1:
-        raise invalid(
-            f"mask[{site.name!r}]",
-            f"drop whole groups of {site.group} query heads, or as many heads in every group that stays",
-            sizes,
-            "`select_heads` makes such masks",
-        )
-
-
-def cut_site_(
-    base: PreTrainedModel, site: AttentionSite, kept: Tensor, undo: list[Callable[[], None]] | None = None
-) -> None:
-    """Narrow the weights and attributes of one site to the heads in `kept` (bool `[heads]`); works on meta weights.
-
-    `undo` collects what puts them back, in order. Nothing is proved here: see `remove_heads_`.
-    """
-    if bool(kept.all()):
-        return
-    undo = [] if undo is None else undo
-    for (name, axis), indices in site.kept_indices(kept).items():
-        parameter = base.get_parameter(name)
-        undo.append(_setter(parameter, parameter.data, parameter.grad))
-        parameter.grad = None
-        narrowed = parameter.data.index_select(axis, indices.to(parameter.device))
-        # The Parameter stays the same object, so that a tied copy follows and an optimiser built before fails loudly
-        # instead of training weights that are no longer part of the model.
-        parameter.data = narrowed
-        holder = base.get_submodule(name.rpartition(".")[0])
-        if isinstance(holder, nn.Linear):
-            sizes = {"out_features": holder.weight.shape[0], "in_features": holder.weight.shape[1]}
-        elif isinstance(holder, Conv1D):
-            sizes = {"nx": holder.weight.shape[0], "nf": holder.weight.shape[1]}
-        else:
-            sizes = {}
-        for attribute, size in sizes.items():
-            _set_attribute(holder, attribute, size, undo)
-    counts = site.counts(kept)
-    for path, quantity in site.attributes.items():
-        holder_path, _, attribute = path.rpartition(".")
-        if holder_path.endswith(".config"):
-            set_in_config_(base, path, counts[quantity], undo)
-        else:
-            _set_attribute(base.get_submodule(holder_path), attribute, counts[quantity], undo)
-    module = base.get_submodule(site.name)
-    if takes_bias(module):
-        narrow_bias_(module, site, tuple(itertools.compress(site.heads, kept.tolist())), undo)
-
-
-def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
-    """Narrow an unpruned, perhaps weightless, base model as `recipe` says. Raises where the two do not fit."""
-    for name, site in recipe.sites.items():
-        for piece in site.slices:
-            try:
-                shape = base.get_parameter(piece.parameter).shape
-            except AttributeError:
-                raise UnsupportedModelError(f"{type(base).__name__} has no weight {piece.parameter}") from None
-            if not 0 <= piece.axis < len(shape) or shape[piece.axis] != len(piece.owners):
-                raise UnsupportedModelError(
-                    f"{piece.parameter} has the shape {tuple(shape)}, the recipe expects {len(piece.owners)} "
-                    f"along axis {piece.axis}"
-                )
-        kept = torch.zeros(site.num_heads, dtype=torch.bool)
-        kept[list(recipe.kept_heads[name])] = True
-        check_groups(site, kept)
-        cut_site_(base, site, kept)
-        if name in recipe.bypassed:
-            bypass_(base, site)
-
-
-def _setter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
-    def put_back() -> None:
-        parameter.grad = None
-        parameter.data = data
-        parameter.grad = grad
-
-    return put_back
-
-
-def _set_attribute(module: nn.Module, name: str, value: int, undo: list[Callable[[], None]]) -> None:
-    old = getattr(module, name)
-    undo.append(lambda: setattr(module, name, old))
-    setattr(module, name, value)
 
 
 def _original_mask(sites: Mapping[str, AttentionSite], kept: Mapping[str, Tensor]) -> HeadMask:

@@ -1,0 +1,45 @@
+"""`secateur export`: a model's folder for places where secateur is not installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from secateur.files import check_new_folder, new_folder
+from secateur.model.loading import find_tokenizer, load_model
+from secateur.model.onnx import save_onnx
+from secateur.model.standalone import MODULE, save_standalone
+from secateur.sentence import copy_modules
+
+
+def export_standalone(source: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write the pruned model `source` into the new folder `out`, with the code that rebuilds it and its tokenizer.
+
+    The folder loads with `AutoModel….from_pretrained(out, trust_remote_code=True)` where torch and transformers 5 are
+    installed and secateur is not. Returns the class, the Auto classes that read the folder, and the file of the code.
+    Raises what `save_standalone` raises; nothing is left behind then.
+    """
+    check_new_folder(out)
+    model = load_model(source, "cpu", dtype="auto")
+    tokenizer = find_tokenizer(source)
+    with new_folder(out) as folder:
+        place = copy_modules(source, folder)
+        auto_map = save_standalone(model, place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+    return {"class": type(model).__name__, "auto_classes": sorted(auto_map), "code": f"{MODULE}.py"}
+
+
+def export_onnx(source: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write the model `source`, dense or pruned, into the new folder `out` as an ONNX graph, with its tokenizer.
+
+    Returns the class and what `save_onnx` returns. Raises what `save_onnx` raises; nothing is left behind then.
+    """
+    check_new_folder(out)
+    model = load_model(source, "cpu")
+    tokenizer = find_tokenizer(source)
+    with new_folder(out) as folder:
+        result = save_onnx(model, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return {"class": type(model).__name__, **result}

@@ -1,0 +1,85 @@
+"""Folders of sentence-transformers: where the transformer in them is, and how the other modules come along.
+
+Such a folder has a `modules.json`, an ordered list of modules, each with the folder that it is saved in: a transformer
+(in the folder itself, or in one of its own), then pooling, normalisation and the like. The package itself is not needed
+to read it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import InvalidInputError
+
+_LIST = "modules.json"
+_OWN_FILES = (_LIST, "config_sentence_transformers.json")
+_TRANSFORMER_FILES = "sentence_*_config.json"  # such as the longest text that is read
+
+
+def transformer_folder(folder: Path) -> Path:
+    """Return where the transformer's config and weights are: `folder` itself, or the module's own folder in it."""
+    place = _transformer(_modules(folder))
+    return folder / (place or "")
+
+
+def copy_modules(source: str | Path, folder: Path) -> Path:
+    """Copy all modules but the transformer from `source` into `folder`, and return where the transformer goes.
+
+    For a `source` without modules nothing is copied and that is `folder`. A Hub id is looked up there.
+    """
+    origin = Path(source) if Path(source).exists() else _from_hub(str(source))
+    modules = _modules(origin) if origin is not None else []
+    place = _transformer(modules)
+    if origin is None or place is None:
+        return folder
+    target = folder / place
+    target.mkdir(exist_ok=True)
+    for name in _OWN_FILES:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
+    for file in (origin / place).glob(_TRANSFORMER_FILES):
+        shutil.copyfile(file, target / file.name)
+    for module in modules:
+        path = module["path"]
+        if path and path != place:
+            # A module without settings, such as normalisation, may have been published without its empty folder.
+            (folder / path).mkdir(parents=True, exist_ok=True)
+            if (origin / path).is_dir():
+                shutil.copytree(origin / path, folder / path, dirs_exist_ok=True)
+    return target
+
+
+def _modules(folder: Path) -> list[dict[str, str]]:
+    """Read the list, empty where there is none. Raises `InvalidInputError` for one that is damaged."""
+    file = folder / _LIST
+    if not file.is_file():
+        return []
+    try:
+        listed: Any = json.loads(file.read_text(encoding="utf-8"))
+        modules = [{"path": str(m["path"]), "type": str(m["type"])} for m in listed]
+    except (ValueError, KeyError, TypeError):
+        raise InvalidInputError(f"{file} is no list of modules with `path` and `type`") from None
+    for module in modules:
+        if not (folder / module["path"]).resolve().is_relative_to(folder.resolve()):
+            raise InvalidInputError(f"{file} names a path outside its folder: {module['path']}")
+    return modules
+
+
+def _transformer(modules: list[dict[str, str]]) -> str | None:
+    return next((m["path"] for m in modules if m["type"].rpartition(".")[2] == "Transformer"), None)
+
+
+def _from_hub(repository: str) -> Path | None:
+    """Fetch the small files of a Hub repository's modules, not its weights; None where it has none or is not there."""
+    from huggingface_hub import snapshot_download
+
+    wanted = [*_OWN_FILES, _TRANSFORMER_FILES, "[0-9]*_*/*", "[0-9]*_*/**"]
+    try:
+        return Path(
+            snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["0_*/*.safetensors", "0_*/*.bin"])
+        )
+    except (OSError, ValueError):
+        return None
