@@ -18,7 +18,9 @@ from secateur.sentence import copy_modules, transformer_folder
 from tests.conftest import SENTENCES
 from tests.test_standalone import BARE
 
-pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.real, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
