@@ -126,7 +126,7 @@ def test_generation_is_the_gated_models_with_every_cache(kind, empty):
     model = auto.from_config(CONFIGS[kind]()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+            parameter.add_(torch.randn_like(parameter) * 0.3)
     mask = uneven_mask(find_sites(model), empty)
     start = torch.tensor([[5, 6, 7, 9]])
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.model.adapted import own_forward
 from secateur.model.layout import AttentionSite
 
 _CACHES = ("past_key_values", "layer_past")
@@ -30,8 +31,7 @@ class EmptiedAttention:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the output projection's bias for every token, and no map."""
         assert isinstance(self, nn.Module)  # mixed into one
-        own: Any = super()
-        given = inspect.signature(own.forward).bind_partial(hidden_states, *args, **kwargs).arguments
+        given = inspect.signature(own_forward(self)).bind_partial(self, hidden_states, *args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
         if cache is not None and all(given.get(name) is None for name in _OTHER_KEYS):
