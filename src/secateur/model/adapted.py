@@ -27,6 +27,8 @@ class NarrowedBias:
     secateur_heads: tuple[int, ...]
     secateur_total: int
 
+    secateur_mixin = True  # see `own_forward`
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Narrow the bias, and a mask that has one in it, and run the module's own code."""
         own: Any = super()
@@ -76,10 +78,17 @@ class NarrowedTable(NarrowedBias):
         return super()._narrow(bias)
 
 
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return the forward function of the module's original class, whatever has been mixed into it since."""
+    for parent in type(module).__mro__:
+        if "forward" in vars(parent) and not hasattr(parent, "secateur_mixin"):
+            return vars(parent)["forward"]
+    return type(module).forward
+
+
 def takes_bias(module: nn.Module) -> bool:
     """Is the module given a bias for every head by the layer or model around it?"""
-    own: Any = next(c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, NarrowedBias))
-    return any(name in inspect.signature(own.forward).parameters for name in _BIASES)
+    return any(name in inspect.signature(own_forward(module)).parameters for name in _BIASES)
 
 
 def narrow_bias_(module: nn.Module, site: AttentionSite, heads: tuple[int, ...], undo: Undo) -> None:
@@ -118,7 +127,7 @@ def reads_config(module: nn.Module, name: str) -> bool:
     """Does the module's forward pass take the setting `name` from the config, rather than from itself?"""
     if hasattr(module, name) or not hasattr(module, "config"):
         return False
-    used = getattr(getattr(inspect.unwrap(type(module).forward), "__code__", None), "co_names", ())
+    used = getattr(getattr(inspect.unwrap(own_forward(module)), "__code__", None), "co_names", ())
     return "config" in used and name in used
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedModelError
+from secateur.model.emptied import EmptiedAttention
 from secateur.model.inputs import example_inputs
 from secateur.model.state import evaluation_mode, gradients_for_all
 
@@ -93,6 +94,8 @@ def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read) ->
 
     `outputs` is `[batch, queries, heads, width]`, the concatenated heads; `computed` has `[batch, heads, …]` tensors.
     """
+    # An emptied block computes no map, and there is nothing to gate in it.
+    sites = {name: site for name, site in sites.items() if not isinstance(base.get_submodule(name), EmptiedAttention)}
     if not sites:
         yield
         return

@@ -2,54 +2,62 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.errors import UnsupportedModelError
+from secateur.model.adapted import own_forward
 from secateur.model.layout import AttentionSite
+
+_CACHES = ("past_key_values", "layer_past")
+_OTHER_KEYS = ("encoder_hidden_states", "key_value_states")  # of cross-attention, whose keys are no past of its own
+_RESIDUAL = "residual"  # Bloom's attention adds it to what the heads write
 
 
 class EmptiedAttention:
     """Takes the place of an attention module's forward: no head writes, so only the output's bias is left.
 
-    A cache still gets keys and values, of no heads, so that it knows how many tokens it has seen. Dropout on the
-    output is left out: there is nothing to regularise in a constant.
+    Where the output projection lies outside the module, it is handed the heads' outputs side by side: nothing. A cache
+    still gets keys and values, of no heads, so that it knows how many tokens it has seen. Dropout on the output is left
+    out: there is nothing to regularise in a constant.
     """
 
+    secateur_mixin = True  # see `own_forward`
     secateur_output: str
     secateur_head_dim: int
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the output projection's bias for every token, and no map."""
         assert isinstance(self, nn.Module)  # mixed into one
-        cache = kwargs.get("past_key_values")
-        if cache is not None and kwargs.get("encoder_hidden_states", kwargs.get("key_value_states")) is None:
+        given = inspect.signature(own_forward(self)).bind_partial(self, hidden_states, *args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        if cache is not None and all(given.get(name) is None for name in _OTHER_KEYS):
             nothing = hidden_states.new_zeros(hidden_states.shape[0], 0, hidden_states.shape[1], self.secateur_head_dim)
             getattr(cache, "self_attention_cache", cache).update(nothing, nothing, self.layer_idx)
+        if not self.secateur_output:
+            return hidden_states.new_zeros(*hidden_states.shape[:-1], 0), None
         projection: Any = self.get_submodule(self.secateur_output)
         width = max(projection.weight.shape)  # its other axis counts the heads' inputs, of which there are none
         written = hidden_states.new_zeros(*hidden_states.shape[:-1], width)
-        return (written if projection.bias is None else written + projection.bias), None
+        if projection.bias is not None:
+            written = written + projection.bias
+        return (written + given[_RESIDUAL] if isinstance(given.get(_RESIDUAL), Tensor) else written), None
 
 
 def bypass_(base: PreTrainedModel, site: AttentionSite, undo: list[Callable[[], None]] | None = None) -> None:
-    """Let the emptied `site` skip its own code; `undo` collects what reverses that.
-
-    Raises `UnsupportedModelError` where the output projection lies outside the module that attends: then the module's
-    result is not known.
-    """
-    if not site.output.startswith(site.name + "."):
-        raise UnsupportedModelError(f"site {site.name} cannot be emptied: {site.output} lies outside it")
+    """Let the emptied `site` skip its own code; `undo` collects what reverses that."""
     module: Any = base.get_submodule(site.name)
     before = type(module)
     if issubclass(before, EmptiedAttention):
         return
     # The class changes, not the instance's `forward`: a deep copy must not call back into the original.
     module.__class__ = type(before.__name__, (EmptiedAttention, before), {"__module__": before.__module__})
-    module.secateur_output = site.output.removeprefix(site.name + ".")
+    inside = site.output.startswith(site.name + ".")
+    module.secateur_output = site.output.removeprefix(site.name + ".") if inside else ""
     module.secateur_head_dim = site.head_dim
     if undo is not None:
         undo.append(lambda: _restore(module, before))

@@ -17,8 +17,9 @@ TOLERANCE = 1e-4
 
 @torch.no_grad()
 def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Return every floating-point tensor that the base model returns for `inputs`, dropout off.
+    """Return every floating-point tensor that the base model returns for `inputs`, attention maps aside, dropout off.
 
+    Maps have an axis of heads, and some models return them unasked (BridgeTower); what they do shows in the rest.
     Random numbers that the model draws all the same (VITS adds noise, ViT-MAE hides patches) are the same at every
     call; the caller's generators are left as they were.
     """
@@ -50,7 +51,7 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
-        value = value.values()
+        value = [item for name, item in value.items() if not str(name).endswith("attentions")]
     elif not isinstance(value, list | tuple):
         return []
     return [tensor for item in value for tensor in _tensors(item)]

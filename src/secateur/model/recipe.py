@@ -24,13 +24,15 @@ class Recipe:
     """How to make the pruned model out of the unpruned one.
 
     `kept_heads` maps each site to the original indices of its heads that stay; `sites` describes the unpruned sites;
-    `bypassed` names emptied sites whose own code is left out, since it needs a head to run;
-    `record` is what a reader may want to know and no code depends on.
+    `bypassed` names emptied sites whose own code is left out, since it needs a head to run, and
+    `reshaped` sites whose code asks for the width of all heads (reshaped.py); `record` is what a reader may want to
+    know and no code depends on.
     """
 
     kept_heads: dict[str, tuple[int, ...]]
     sites: dict[str, AttentionSite]
     bypassed: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -48,6 +50,7 @@ class Recipe:
             "format_version": FORMAT_VERSION,
             "kept_heads": {site: list(heads) for site, heads in self.kept_heads.items()},
             **({"bypassed": list(self.bypassed)} if self.bypassed else {}),
+            **({"reshaped": list(self.reshaped)} if self.reshaped else {}),
             **self.record,
             "layouts": layouts,
         }
@@ -70,7 +73,7 @@ class Recipe:
                 for name in layout["sites"]
             }
             kept = {str(site): tuple(indices) for site, indices in data["kept_heads"].items()}
-            bypassed = tuple(map(str, data.get("bypassed", [])))
+            bypassed, reshaped = (tuple(map(str, data.get(key, []))) for key in ("bypassed", "reshaped"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"`{KEY}` in the config is damaged: {type(error).__name__}: {error}") from None
         if not kept or set(kept) != set(sites):
@@ -87,8 +90,11 @@ class Recipe:
         for site in bypassed:
             if kept.get(site, (0,)):
                 raise CheckpointError(f"`{KEY}.bypassed` must name sites without heads, got {site!r}")
-        known = {"format_version", "kept_heads", "layouts", "bypassed"}
-        return cls(kept, sites, bypassed, {k: v for k, v in data.items() if k not in known})
+        for site in reshaped:
+            if site not in kept:
+                raise CheckpointError(f"`{KEY}.reshaped` must name sites of the recipe, got {site!r}")
+        known = {"format_version", "kept_heads", "layouts", "bypassed", "reshaped"}
+        return cls(kept, sites, bypassed, reshaped, {k: v for k, v in data.items() if k not in known})
 
 
 def read_recipe(config: PreTrainedConfig) -> Recipe | None:

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from secateur.errors import RemovalError, invalid
 from secateur.heads import HeadMask
 from secateur.model.adapted import ConfigView
 from secateur.model.emptied import bypass_
+from secateur.model.failure import locate
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import probe
 from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
 from secateur.model.recipe import KEY, Recipe, read_recipe
 from secateur.model.replay import check_groups, cut_site_
+from secateur.model.reshaped import reshape_
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of, in_float32
 
@@ -103,9 +105,7 @@ def remove_heads_(
         try:
             for name, site in sites.items():
                 cut_site_(base, site, kept[name], undo)
-            difference, bypassed = _prove(
-                base, inputs, wanted, [sites[n] for n, v in kept.items() if not v.any()], undo
-            )
+            difference, special = _prove(base, inputs, wanted, sites, kept, undo)
             if not difference <= TOLERANCE:
                 raise RemovalError(
                     f"{type(base).__name__} without the heads differs from the gated model by {difference:.2g} "
@@ -115,36 +115,56 @@ def remove_heads_(
             for step in reversed(undo):
                 step()
             raise
-    _write_recipe(model, sites, kept, bypassed, record or {})
+    _write_recipe(model, sites, kept, special, record or {})
     before = sum(site.num_heads for site in sites.values())
     after = sum(int(v.sum()) for v in kept.values())
     return Removal(_original_mask(sites, kept), before, after, difference)
+
+
+@dataclass(frozen=True)
+class _Special:
+    """Sites that do not run as they are once heads are gone, by what is done about it."""
+
+    bypassed: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
 
 
 def _prove(
     base: PreTrainedModel,
     inputs: Mapping[str, Any],
     wanted: list[Tensor],
-    emptied: list[AttentionSite],
+    sites: Mapping[str, AttentionSite],
+    kept: Mapping[str, Tensor],
     undo: list[Callable[[], None]],
-) -> tuple[float, list[str]]:
-    """Return the difference of the cut model to the gated one, and the emptied sites that had to be bypassed.
+) -> tuple[float, _Special]:
+    """Return the difference of the cut model to the gated one, and the sites that do not run as they are.
 
-    Some models run with an empty site, some do not: those are run again with their own code left out there.
+    A model that raises is run again: with the code of emptied sites left out, or with the widths corrected that the
+    code of the site which raised asks for.
     """
-    bypassed: list[str] = []
+    emptied = [sites[name] for name, vector in kept.items() if not vector.any()]
+    special = _Special()
     while True:
         try:
-            return largest_difference(wanted, hidden_states(base, inputs)), bypassed
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if not emptied or bypassed:
-                reason = " ".join(str(error).split())[:200]
+            return largest_difference(wanted, hidden_states(base, inputs)), special
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            failure = locate(error, base, sites)
+            site = sites.get(failure.site or "")
+            can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_heads
+            if site is not None and can_reshape and site.name not in special.reshaped:
+                reshape_(base.get_submodule(site.name), site, int(kept[site.name].sum()), undo)
+                special.reshaped.append(site.name)
+            elif emptied and not special.bypassed:
+                for bare in emptied:
+                    bypass_(base, bare, undo)
+                    special.bypassed.append(bare.name)
+            else:
+                where = f" at site {site.name}" if site is not None else ""
                 raise RemovalError(
-                    f"{type(base).__name__} does not run with fewer heads: {reason}; the model is unchanged"
+                    f"{type(base).__name__} does not run with fewer heads{where}: its code counts on all of them "
+                    f"({failure.place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its heads "
+                    "with `secateur.gated_heads`, which works, as scoring does; the model is unchanged"
                 ) from error
-        for site in emptied:
-            bypass_(base, site, undo)
-            bypassed.append(site.name)
 
 
 def _original_mask(sites: Mapping[str, AttentionSite], kept: Mapping[str, Tensor]) -> HeadMask:
@@ -160,7 +180,7 @@ def _write_recipe(
     model: nn.Module,
     sites: Mapping[str, AttentionSite],
     kept: Mapping[str, Tensor],
-    bypassed: list[str],
+    special: _Special,
     record: Mapping[str, Any],
 ) -> None:
     """Put the recipe into the config of the model, and of its base model where that is another object."""
@@ -172,7 +192,8 @@ def _write_recipe(
     recipe = Recipe(
         kept_heads={name: tuple(heads) for name, heads in mask.kept_heads.items()},
         sites=originals,
-        bypassed=tuple(dict.fromkeys([*(earlier.bypassed if earlier else ()), *bypassed])),
+        bypassed=tuple(dict.fromkeys([*(earlier.bypassed if earlier else ()), *special.bypassed])),
+        reshaped=tuple(dict.fromkeys([*(earlier.reshaped if earlier else ()), *special.reshaped])),
         record={**(earlier.record if earlier else {}), **record, "pruning_ratio": round(mask.pruning_ratio, 6)},
     )
     for config in (model.config, base.config):

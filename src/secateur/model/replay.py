@@ -20,6 +20,7 @@ from secateur.model.adapted import narrow_bias_, set_in_config_, takes_bias
 from secateur.model.emptied import bypass_
 from secateur.model.layout import AttentionSite
 from secateur.model.recipe import KEY, Recipe, read_recipe
+from secateur.model.reshaped import reshape_
 from secateur.model.state import base_of
 
 _DONE = "_secateur_narrowed"  # on a base model: its recipe has been followed
@@ -85,6 +86,8 @@ def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
         cut_site_(base, site, kept)
         if name in recipe.bypassed:
             bypass_(base, site)
+        if name in recipe.reshaped:
+            reshape_(base.get_submodule(name), site, len(recipe.kept_heads[name]))
 
 
 def cut_site_(
@@ -110,6 +113,11 @@ def cut_site_(
             sizes = {"out_features": holder.weight.shape[0], "in_features": holder.weight.shape[1]}
         elif isinstance(holder, Conv1D):
             sizes = {"nx": holder.weight.shape[0], "nf": holder.weight.shape[1]}
+        elif isinstance(holder, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            # A filter for each head (Nyströmformer): where channels are kept apart, groups go with them.
+            groups = holder.groups * holder.weight.shape[0] // holder.out_channels
+            written, read = holder.weight.shape[:2]
+            sizes = {"groups": groups, "out_channels": written, "in_channels": groups * read}
         else:
             sizes = {}
         for attribute, size in sizes.items():
