@@ -26,7 +26,6 @@ class NarrowedBias:
 
     secateur_heads: tuple[int, ...]
     secateur_total: int
-
     secateur_mixin = True  # see `own_forward`
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
