@@ -4,7 +4,7 @@
 
 One process, as many threads for both runtimes as OMP_NUM_THREADS says, else 2; no padding; 1 × 128 and 8 × 128 tokens.
 Prints medians with the range over the rounds, and ratios of medians; writes every time (results/onnx_latency.json).
-`--rounds 2 --out /tmp/x.json` tries it out.
+`--rounds 2 --out trial.json` tries it out.
 """
 
 from __future__ import annotations

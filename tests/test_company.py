@@ -57,6 +57,7 @@ def test_a_trainer_checkpoint_resumes(tmp_path):
     assert not torch.equal(through.classifier.weight, start.classifier.weight)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_lora_adapter_trains_comes_back_and_merges(tmp_path):
     import peft
 
