@@ -79,7 +79,8 @@ def main() -> None:
     result = {
         "command": "python benchmarks/finding_heads.py",
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {options.threads} threads on {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU, Python {platform.python_version()}",
+        "threads": options.threads,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "model": "BERT-base, random: 12 layers of 12 heads",
         "fastest_seconds": min(row["seconds"] for row in rows),

@@ -47,7 +47,7 @@ from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.pruning import environment
 
-SCORERS = ("contribution", "random")
+SCORERS = ("contribution", "smp-plus", "random")
 SCORED, LENGTH, BATCH = 96, 64, 32
 OUT = Path(__file__).parent / "results" / "real_models.json"
 

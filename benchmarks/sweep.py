@@ -344,7 +344,7 @@ def difference(one: list[Tensor], other: list[Tensor]) -> float:
 def first_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r"/[^\s'\"]*/site-packages/", "", text)  # where this machine keeps its packages is no news
-    return text[:300] if text else type(error).__name__
+    return text[:450] if text else type(error).__name__
 
 
 def in_child(task: Callable[[str], dict[str, Any]], model_type: str, timeout: float) -> dict[str, Any]:
@@ -430,7 +430,7 @@ def page(report: dict[str, Any]) -> str:
 
 
 def cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")[:220]
+    return text.replace("|", "\\|").replace("<", "&lt;")[:450]
 
 
 def main() -> None:

@@ -56,15 +56,22 @@ class NarrowedTable(NarrowedBias):
     """
 
     _whole: Tensor | None = None
+    _part: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run narrowed, and return the bias whole."""
-        self._whole = None
+        self._whole = self._part = None
         outputs = super().forward(*args, **kwargs)
-        whole, self._whole = self._whole, None
-        if whole is None:  # neither given nor computed from a table, as in cross-attention: zeros
-            made = outputs[1]
-            whole = made.new_zeros(made.shape[0], self.secateur_total, *made.shape[2:])
+        whole, part = self._whole, self._part
+        self._whole = self._part = None
+        made = outputs[1]
+        if whole is None:  # neither given nor computed from a table, as in cross-attention: the same for every head
+            shape = (made.shape[0], self.secateur_total, *made.shape[2:])
+            whole = made[:, :1].expand(shape) if made.shape[1] else made.new_zeros(shape)
+        elif made is not part:  # before transformers 5.18 the bias that is passed on has the mask in it
+            mask = inspect.signature(own_forward(self)).bind(self, *args, **kwargs).arguments.get("mask")
+            whole = whole[:, :, -made.shape[2] :]
+            whole = whole if mask is None else whole + mask[..., : whole.shape[-1]]
         return (outputs[0], whole, *outputs[2:])
 
     def compute_bias(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -73,11 +80,11 @@ class NarrowedTable(NarrowedBias):
         return self._narrow(own.compute_bias(*args, **kwargs))
 
     def _narrow(self, bias: Tensor) -> Tensor:
-        self._whole = bias
-        return super()._narrow(bias)
+        self._whole, self._part = bias, super()._narrow(bias)
+        return self._part
 
 
-def own_forward(module: nn.Module) -> Callable[..., Any]:
+def own_forward(module: Any) -> Callable[..., Any]:
     """Return the forward function of the module's original class, whatever has been mixed into it since."""
     for parent in type(module).__mro__:
         if "forward" in vars(parent) and not hasattr(parent, "secateur_mixin"):

@@ -107,7 +107,10 @@ class _Finder:
             self.pending = (site, reading.outputs)
 
     def _pieces(self, site: str, module: nn.Module, role: str, per_head: list[Tensor]) -> list[HeadSlice]:
-        pieces = self.ownership.slices(site, module, role, per_head)
+        # A table of biases serves other layers too: it stays whole, and the module picks from what it computes.
+        tables = [m for m in module.modules() if isinstance(m, nn.Embedding)] if hasattr(module, "compute_bias") else []
+        shared = {self.ownership.names.get(id(table.weight), "") for table in tables}
+        pieces = self.ownership.slices(site, module, role, per_head, leave_out=shared)
         if not pieces:  # some classes hold their projections beside, not inside, the module that attends
             parent = self.base.get_submodule(site.rpartition(".")[0])
             pieces = self.ownership.slices(site, parent, role, per_head)
