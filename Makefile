@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 
-.PHONY: demo test sweep docs lint format clean
+.PHONY: demo test test-oldest sweep docs lint format clean
 
 demo: $(STAMP)
 	rm -rf demo
@@ -12,6 +13,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The same suite against the oldest transformers that pyproject.toml allows.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest
 
 # Every model type of the installed transformers; about ten minutes. Writes docs/coverage.md.
 sweep: $(STAMP)
@@ -37,5 +42,11 @@ $(STAMP): pyproject.toml constraints.txt demo-requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement demo-requirements.txt
 	touch $(STAMP)
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt demo-requirements.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement demo-requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo dist build docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) demo dist build docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache

@@ -54,7 +54,7 @@ def test_round_trip_and_saving_again(kind, tmp_path):
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "opt"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "opt", "deberta-v2", "bloom"])
 def test_an_emptied_site_comes_back(kind, tmp_path):
     model = pruned(kind, empty=True)
     model.save_pretrained(tmp_path)
