@@ -116,6 +116,9 @@ def remove_heads_(
                 step()
             raise
     _write_recipe(model, sites, kept, special, record or {})
+    for holder in (model, base):
+        # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
+        vars(holder).pop("_cache", None)
     before = sum(site.num_heads for site in sites.values())
     after = sum(int(v.sum()) for v in kept.values())
     return Removal(_original_mask(sites, kept), before, after, difference)
