@@ -6,7 +6,8 @@ offers ever more cautious ones, by number.
 
 from __future__ import annotations
 
-from dataclasses import fields
+import inspect
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -139,7 +140,7 @@ def candidate(config_class: type[PreTrainedConfig], number: int) -> PreTrainedCo
 def _tiny(config_class: type[PreTrainedConfig], settings: dict[str, Any]) -> PreTrainedConfig:
     changes: dict[str, Any] = {}
     renamed = dict(config_class.attribute_map or {})
-    known = {field.name: field.default for field in fields(config_class)}
+    known = _defaults(config_class)
     tokens = 3
     for name, default in known.items():
         if name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"):
@@ -164,6 +165,15 @@ def _tiny(config_class: type[PreTrainedConfig], settings: dict[str, Any]) -> Pre
             if isinstance(part, PreTrainedConfig):
                 changes[name] = _tiny(type(part), settings)
     return config_class(**changes)
+
+
+def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Return the settings that a config class takes, with their defaults."""
+    if is_dataclass(config_class):
+        return {field.name: field.default for field in fields(config_class)}
+    # Configs of the first releases of transformers 5 are plain classes.
+    taken = inspect.signature(config_class.__init__).parameters.values()
+    return {p.name: p.default for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
 
 
 def _one_of_each_kind(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
