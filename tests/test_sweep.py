@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from benchmarks import sweep
 from transformers import AutoModel
 
@@ -34,6 +35,8 @@ def test_types_that_come_through(model_type):
     ],
 )
 def test_types_that_are_refused_with_a_reason(model_type, outcome, reason):
+    if model_type not in sweep.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     result = sweep.check_type(model_type)
     assert result["outcome"] == outcome, result
     assert reason in result["reason"]

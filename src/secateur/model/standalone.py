@@ -68,7 +68,7 @@ def save_standalone(model: PreTrainedModel, folder: Path) -> dict[str, str]:
         auto_map: dict[str, str] = model.config.auto_map
     finally:
         model.config = config
-    write_text(folder / f"{MODULE}.py", _source(type(model), {cls.__name__ for cls in classes.values()}))
+    write_text(folder / f"{MODULE}.py", _source(type(model), classes))
     _check(model, folder)
     return auto_map
 
@@ -101,10 +101,14 @@ def _fits(model_class: type[PreTrainedModel], config: Any, recipe: Recipe) -> bo
         return False
 
 
-def _source(own: type[PreTrainedModel], names: set[str]) -> str:
+def _source(own: type[PreTrainedModel], classes: dict[str, type[PreTrainedModel]]) -> str:
     code = bundle("secateur.model.replay", ["Rebuilt"], ["transformers"])
-    classes = [_CLASS.format(name=name) for name in sorted(names)]
-    return "\n\n\n".join([_HEAD.format(version=__version__, model=own.__name__) + code.rstrip(), *classes]) + "\n"
+    by_name = {cls.__name__: auto for auto, cls in classes.items()}
+    defined = [_CLASS.format(name=name) for name in sorted(by_name)]
+    # Without it transformers 5.0 does not copy the code when the model is saved again.
+    registered = "\n".join(f'{name}.register_for_auto_class("{by_name[name]}")' for name in sorted(by_name))
+    head = _HEAD.format(version=__version__, model=own.__name__)
+    return "\n\n\n".join([head + code.rstrip(), *defined, registered]) + "\n"
 
 
 def _check(model: PreTrainedModel, folder: Path) -> None:
