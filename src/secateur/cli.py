@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -620,7 +619,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 with one line on stderr for bad input, 130 for Ctrl-C."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     try:
         result = cli.main(arguments, prog_name="secateur", standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -103,10 +103,10 @@ def gather_evidence(
     features = []
     for number, row in enumerate(rows):
         heads = len(row.columns)
-        place = torch.tensor(
+        levels_and_place = torch.tensor(
             [*sizes[number].tolist(), number / max(1, len(rows) - 1), 1 / len(rows), heads / 16, float(is_pair)]
         )
-        features.append(torch.cat([row.columns, place.expand(heads, -1)], dim=1))
+        features.append(torch.cat([row.columns, levels_and_place.expand(heads, -1)], dim=1))
     likeness = torch.block_diag(*(row.likeness for row in rows))
     return Evidence(
         torch.cat(features), likeness, {name: len(row.columns) for name, row in zip(gathered, rows, strict=True)}
@@ -115,7 +115,10 @@ def gather_evidence(
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """One site's share: `columns` `[heads, features less the last 7]`, `likeness` `[heads, heads]`, `totals` `[3]`."""
+    """One site's share: `columns` `[heads, features less levels and place]`, `likeness` `[heads, heads]`, `totals` `[3]`.
+
+    `totals` become the levels, once the mean over sites is taken off.
+    """
 
     columns: Tensor
     likeness: Tensor
