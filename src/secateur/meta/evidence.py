@@ -115,9 +115,10 @@ def gather_evidence(
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """One site's share: `columns` `[heads, features less levels and place]`, `likeness` `[heads, heads]`, `totals` `[3]`.
+    """One site's share of the evidence.
 
-    `totals` become the levels, once the mean over sites is taken off.
+    `columns` `[heads, features less levels and place]`; `likeness` `[heads, heads]`; `totals` `[3]`, which become the
+    levels once their mean over sites is taken off.
     """
 
     columns: Tensor
