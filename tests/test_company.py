@@ -13,6 +13,7 @@ from secateur.export import export_standalone
 from secateur.model.inputs import example_inputs
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
+from secateur.sentence import copy_modules
 from tests.hub import REPOSITORY, Hub
 from tests.test_checkpoint import assert_equal
 from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_tokenizer, uneven_mask
@@ -194,3 +195,24 @@ def test_pushing_a_standalone_model_brings_its_code(hub, tmp_path, monkeypatch):
     again = AutoModel.from_pretrained(REPOSITORY, trust_remote_code=True)
     assert type(again).__module__.endswith("modeling_pruned")
     assert_equal(again, model)
+
+
+def test_modules_of_sentence_transformers_come_from_the_hub(hub, tmp_path):
+    """What `prune ID` does for an embedding model; the transformer's own weights are not among them."""
+    hub.files = {
+        "modules.json": json.dumps(
+            [
+                {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+                {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+                {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+            ]
+        ).encode(),
+        "sentence_bert_config.json": b'{"max_seq_length": 64}',
+        "1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
+        "model.safetensors": b"weights",
+    }
+    assert copy_modules(REPOSITORY, tmp_path) == tmp_path
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    assert found == {
+        "modules.json", "sentence_bert_config.json", "1_Pooling", "1_Pooling/config.json", "2_Normalize"
+    }  # fmt: skip

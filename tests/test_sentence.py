@@ -91,6 +91,29 @@ def test_a_pruned_folder_is_still_a_sentence_transformer(layout, folders, tmp_pa
         numpy.testing.assert_array_equal(numpy.load(saved), found)
 
 
+def test_a_sentence_transformer_in_memory_is_pruned_to_one(folders, tmp_path):
+    import secateur
+
+    whole, dense = embed(folders / "flat")
+    small, report = secateur.prune(whole, SENTENCES, 0.5)
+    assert type(small) is type(whole)
+    assert small is not whole
+    assert [type(module).__name__ for module in small] == ["Transformer", "Pooling", "Normalize"]
+    numpy.testing.assert_array_equal(whole.encode(SENTENCES, show_progress_bar=False), dense)
+    found = small.encode(SENTENCES, show_progress_bar=False)
+    with gated_heads(whole[0].auto_model, report.mask):
+        gated = whole.encode(SENTENCES, show_progress_bar=False)
+    numpy.testing.assert_allclose(found, gated, atol=1e-5)
+    assert report.after.heads == 36
+    small.save_pretrained(str(tmp_path / "small"))
+    numpy.testing.assert_array_equal(embed(tmp_path / "small")[1], found)
+
+    # Scores are those of the transformer inside, read with the embedder's own tokenizer.
+    inside = secateur.score_heads(whole[0].auto_model, SENTENCES, tokenizer=whole.tokenizer)
+    for site, row in secateur.score_heads(whole, SENTENCES).items():
+        torch.testing.assert_close(row, inside[site], rtol=0, atol=0)
+
+
 def test_other_folders_have_no_modules(minilm_folder, tmp_path):
     (tmp_path / "plain").mkdir()
     (tmp_path / "out").mkdir()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from secateur.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
 from secateur.data import Task, Text, batches
@@ -35,6 +35,7 @@ from secateur.model.state import base_of, evaluation_mode
 from secateur.scorers import DEFAULT_SCORER, make_scorer
 from secateur.scorers.base import Scorer, ScoringTask, Supervision
 from secateur.selection import Scope, check_pruning_ratio, select_heads
+from secateur.sentence import transformer_of
 
 _PROBE_TEXTS = 8
 
@@ -125,7 +126,7 @@ def score_heads(
     """Score every attention head of `model`, which is left as it was.
 
     Args:
-        model: a transformers model; of a task model, the base model is scored.
+        model: a transformers model, or a SentenceTransformer; of a task model, the base model is scored.
         texts: calibration texts, unlabelled: strings, or pairs of strings. Not needed by every scorer.
         scorer: a registered name, with `options` for its constructor, or a `Scorer`.
         tokenizer: of the model; looked up by the model's name where absent.
@@ -141,6 +142,7 @@ def score_heads(
     Raises `InvalidInputError` for bad arguments, missing texts or labels, and non-finite scores,
     `UnsupportedModelError` where heads cannot be told apart.
     """
+    given, model = model, transformer_of(model)
     base = base_of(model)
     criterion = make_scorer(scorer, **options) if isinstance(scorer, str) else scorer
     if not isinstance(criterion, Scorer):
@@ -154,7 +156,7 @@ def score_heads(
                 raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
             made = []
             if texts is not None:
-                tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
+                tokenizer = _own_tokenizer(given) if tokenizer is None else tokenizer
                 made = _tokenise(model, texts, tokenizer, batch_size, max_length)
         else:
             made = [dict(batch) for batch in inputs]
@@ -191,24 +193,27 @@ def prune(
     maps: bool = False,
     progress: bool = False,
     **options: Any,
-) -> tuple[PreTrainedModel, PruningReport]:
+) -> tuple[Any, PruningReport]:
     """Score, select, remove and prove; return the smaller model and a report.
 
-    `model` is a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned. `refine` is the number of
-    exchanges that `refine_mask` tries on the texts after scoring. `maps` keeps the mean attention maps of the first
-    few texts in the report; it takes a pass over them. The other arguments are those of `score_heads` and
-    `select_heads`. The proof runs on the first few of the texts.
+    `model` is a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned and returned. A
+    SentenceTransformer is returned as one, with the transformer in it pruned and its other modules as they were.
+    `refine` is the number of exchanges that `refine_mask` tries on the texts after scoring. `maps` keeps the mean
+    attention maps of the first few texts in the report; it takes a pass over them. The other arguments are those of
+    `score_heads` and `select_heads`. The proof runs on the first few of the texts.
     """
     if isinstance(model, str | Path):
         name = str(model)
         tokenizer = load_tokenizer(model) if tokenizer is None and texts is not None else tokenizer
-        pruned = load_model(model, device)
+        smaller = pruned = load_model(model, device)
     else:
-        base_of(model)
-        name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        inner = transformer_of(model)
+        base_of(inner)
+        name = str(getattr(inner, "name_or_path", "") or type(inner).__name__)
         if tokenizer is None and texts is not None:
             tokenizer = _own_tokenizer(model)
-        pruned = copy.deepcopy(model)
+        smaller = copy.deepcopy(model)
+        pruned = transformer_of(smaller)
     before = measure_cost(pruned)
     # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
     select_heads(HeadScores({"check": torch.zeros(1)}), pruning_ratio, scope, min_heads)
@@ -262,7 +267,7 @@ def prune(
         refinement=tuple(refinement),
         attention_maps=attention,
     )
-    return pruned, report
+    return smaller, report
 
 
 def refine_mask(
@@ -386,7 +391,10 @@ def _special_ids(source: Any) -> frozenset[int]:
 
 
 def _own_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
-    name = getattr(model, "name_or_path", "")
+    inner = transformer_of(model)
+    if inner is not model and isinstance(found := getattr(model, "tokenizer", None), PreTrainedTokenizerBase):
+        return found
+    name = getattr(inner, "name_or_path", "")
     if not name:
         raise InvalidInputError("`tokenizer` must be given for a model that was not loaded by name")
     return load_tokenizer(name)

@@ -1,4 +1,4 @@
-"""Folders of sentence-transformers: where the transformer in them is, and how the other modules come along.
+"""sentence-transformers: where the transformer in a folder or a model is, and how the other modules come along.
 
 Such a folder has a `modules.json`, an ordered list of modules, each with the folder that it is saved in: a transformer
 (in the folder itself, or in one of its own), then pooling, normalisation and the like. The package itself is not needed
@@ -12,11 +12,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from secateur.errors import InvalidInputError
 
 _LIST = "modules.json"
 _OWN_FILES = (_LIST, "config_sentence_transformers.json")
 _TRANSFORMER_FILES = "sentence_*_config.json"  # such as the longest text that is read
+
+
+def transformer_of(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a SentenceTransformer, whose first module holds it, or else the model."""
+    first = model[0] if isinstance(model, nn.Sequential) and len(model) else None
+    inner = getattr(first, "auto_model", None)
+    return inner if isinstance(inner, PreTrainedModel) else model
 
 
 def transformer_folder(folder: Path) -> Path:

@@ -12,6 +12,7 @@ import copy
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from secateur.model.state import base_of
 
 OPSET = 20
 FILE = "model.onnx"
+AXES = ("batch", "sequence")
 
 _SHAPES = ((1, 2, 0), (1, 17, 0), (3, 9, 4), (2, 40, 11))  # batch, length, padding of every second text
 
@@ -41,10 +43,10 @@ def save_onnx(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     """Write `model.onnx`, its weights beside it and the config into `folder`, for text encoders and decoders.
 
     The graph takes `input_ids`, `attention_mask` and, where the model tells first from second sentences,
-    `token_type_ids`, int64 `[batch, sequence]`, both axes dynamic, and computes in float32. It returns what the model
-    returns; a decoder's key-value cache is left out, so a decoder gives the logits or states of whole texts. The graph
-    is run at several shapes, with and without padding: where an output differs from PyTorch's by more than 1e-4 (of the
-    largest output, where that is above 1), `SecateurError` is raised.
+    `token_type_ids`, int64 `[batch, sequence]`, both axes dynamic and named so, and computes in float32. It returns
+    what the model returns; a decoder's key-value cache is left out, so a decoder gives the logits or states of whole
+    texts. The graph is run at several shapes, with and without padding: where an output differs from PyTorch's by more
+    than 1e-4 (of the largest output, where that is above 1), `SecateurError` is raised.
 
     Returns `opset`, `inputs`, `outputs` and `max_difference`. Raises `UnsupportedModelError` for models that read
     something else than text, and for encoder-decoders, and `InvalidInputError` where a package of the extra
@@ -87,6 +89,22 @@ def _export(model: PreTrainedModel, inputs: dict[str, Tensor], folder: Path) -> 
         opset_version=OPSET,
     )
     OnnxExporter().export(model, inputs, settings).save_pretrained(folder)
+    _name_axes(folder / FILE)
+
+
+def _name_axes(file: Path) -> None:
+    """Call the inputs' axes `batch` and `sequence` wherever they occur; the exporter makes names such as `s18`."""
+    import onnx
+
+    proto = onnx.load(file, load_external_data=False)
+    graph = proto.graph
+    made = [dim.dim_param for dim in graph.input[0].type.tensor_type.shape.dim]
+    names = {name: axis for name, axis in zip(made, AXES, strict=True) if name}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:  # a name, or a sum or product of names
+                dim.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), dim.dim_param)
+    onnx.save(proto, file)
 
 
 @torch.no_grad()
