@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from secateur.errors import CheckpointError, InvalidInputError
@@ -30,8 +32,40 @@ def test_scores_lie_between_0_and_2_and_channels_serve_their_kind():
     both = pruner(to_network_size(maps).flatten(0, 1)).view(3, 4, 2)
     assert bool((both > 0).all())
     assert bool((both < 2).all())
-    assert torch.equal(pruner.score_maps(maps, None, is_pair=True), both[..., PAIR])
-    assert torch.equal(pruner.score_maps(maps, None, is_pair=False), both[..., SINGLE])
+    torch.testing.assert_close(pruner.score_maps(maps, None, is_pair=True), both[..., PAIR])
+    torch.testing.assert_close(pruner.score_maps(maps, None, is_pair=False), both[..., SINGLE])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    shape=st.tuples(st.integers(1, 128), st.integers(1, 128)),
+    edge=st.sampled_from([None, 1, 62, 63, 64, 125, 126, 127, 128]),
+)
+def test_leaving_the_padding_out_changes_no_score(seed, shape, edge):
+    """Against the plain network on the whole 128×128, with BatchNorm that makes padding far from 0."""
+    torch.manual_seed(seed)
+    rows, columns = shape if edge is None else (edge, shape[1])
+    pruner = MetaPruner(initial_std=0.1).double().eval()
+    for layer in pruner.main:
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor in (layer.bias.data, layer.running_mean):
+                tensor.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    maps = torch.rand(2, 3, rows, columns, dtype=torch.float64)
+    with torch.no_grad():
+        plain = pruner(to_network_size(maps).flatten(0, 1)).view(2, 3, 2)
+        found = pruner.score_maps(maps, None, is_pair=True)
+        torch.testing.assert_close(found, plain[..., PAIR], atol=1e-12, rtol=0)
+        assert plain[..., PAIR].unique().numel() == 6  # all maps differ
+
+
+def test_training_sees_the_padding():
+    """Batch statistics are those of whole maps."""
+    pruner = MetaPruner(initial_std=0.1)
+    maps = torch.rand(2, 3, 9, 9)
+    plain = pruner(to_network_size(maps).flatten(0, 1)).view(2, 3, 2)[..., PAIR]
+    torch.testing.assert_close(pruner.score_maps(maps, None, is_pair=True), plain, rtol=0, atol=0)
 
 
 def test_short_maps_lie_in_the_corner():

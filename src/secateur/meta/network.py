@@ -60,8 +60,33 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
 
     def score_maps(self, weights: Tensor, mask: Tensor | None, is_pair: bool) -> Tensor:
         """Score every head of one site: maps `[batch, heads, tokens, tokens]` → `[batch, heads]` in (0, 2)."""
-        maps = to_network_size(weights, mask)
-        return self(maps.flatten(0, 1))[:, PAIR if is_pair else SINGLE].view(maps.shape[:2])
+        maps = without_padding(weights, mask)
+        # BatchNorm in training mode looks at all features of all maps, those of the padding too.
+        scores = self(_padded(maps.flatten(0, 1))) if self.training else self._score_corners(maps.flatten(0, 1))
+        return scores[:, PAIR if is_pair else SINGLE].view(maps.shape[:2])
+
+    def _score_corners(self, corners: Tensor) -> Tensor:
+        """Do what `forward` does with maps `[maps, rows, columns]`, each the upper left corner of one full of zeros.
+
+        A feature that sees no part of the corner is that of a map of zeros, which is computed once for all maps. In
+        every layer only the others are computed, from the corner's features and as many of the zero map's around them
+        as they see; the last layer sees everything.
+        """
+        *layers, last, sigmoid = self.main
+        zero, x = corners.new_zeros(1, 1, SIZE, SIZE), corners.unsqueeze(1).to(memory_format=torch.channels_last)
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                # Kernel 4, stride 2, padding 1: feature i sees 2 i - 1 to 2 i + 2.
+                size = zero.shape[-1]
+                rows, columns = (min(2 * (length // 2 + 1) + 1, size) for length in x.shape[2:])
+                edge = (1, int(columns == size), 1, int(rows == size))  # the padding beyond an edge that is seen
+                x = nn.functional.conv2d(
+                    nn.functional.pad(_lay_on(zero, x, rows, columns), edge), layer.weight, stride=2
+                )
+            else:
+                x = layer(x)
+            zero = layer(zero)
+        return 2 * sigmoid(last(_lay_on(zero, x, *zero.shape[2:]))).flatten(1)
 
     @classmethod
     def _from_pretrained(cls, **options: Any) -> MetaPruner:
@@ -100,19 +125,27 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
 def to_network_size(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     """Bring maps of any length to 128×128, whatever the padding around them.
 
+    Up to 128 tokens, a map lies in the upper left corner and the rest is 0, as in the paper. The arguments are those of
+    `without_padding`. Returns `[batch, heads, 128, 128]`; the same text with other padding gives the same map.
+    """
+    return _padded(without_padding(weights, mask))
+
+
+def without_padding(weights: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Bring maps of any length to at most 128 rows and columns, without those of padding tokens.
+
     Args:
         weights: attention maps `[batch, heads, queries, keys]`.
         mask: `[batch, tokens]`, 1 = a real token, or None where all are. Where it fits an axis, the rows or columns of
             padding tokens are taken out.
 
-    Up to 128 tokens, a map lies in the upper left corner and the rest is 0, as in the paper. Beyond that, the queries
-    of equal stretches are averaged and their keys summed, so that a row still sums to 1. Returns
-    `[batch, heads, 128, 128]`; the same text with other padding gives the same map.
+    Beyond 128 tokens, the queries of equal stretches are averaged and their keys summed, so that a row still sums to 1.
+    Returns `[batch, heads, rows, columns]`, as large as the largest map needs, with zeros behind smaller ones.
     """
     if weights.ndim != 4:
         raise invalid("weights", "have the shape [batch, heads, queries, keys]", tuple(weights.shape))
     if mask is None or not bool((mask == 0).any()):
-        return _fit(weights)
+        return _pooled(weights)
     real = mask.bool()
     texts = []
     for number in range(len(weights)):
@@ -121,15 +154,28 @@ def to_network_size(weights: Tensor, mask: Tensor | None = None) -> Tensor:
             one = one[:, :, real[number]]
         if one.shape[3] == real.shape[1]:
             one = one[..., real[number]]
-        texts.append(_fit(one))
-    return torch.cat(texts)
+        texts.append(_pooled(one))
+    rows, columns = (max(text.shape[axis] for text in texts) for axis in (2, 3))
+    return torch.cat([_padded(text, rows, columns) for text in texts])
 
 
-def _fit(maps: Tensor) -> Tensor:
-    """Pad or pool maps without padding to 128×128."""
+def _pooled(maps: Tensor) -> Tensor:
+    """Pool maps without padding to at most 128 rows and columns."""
     rows, columns = maps.shape[2:]
-    if rows > SIZE or columns > SIZE:
-        target = (min(rows, SIZE), min(columns, SIZE))
-        maps = nn.functional.adaptive_avg_pool2d(maps, target) * (columns / target[1])
-        rows, columns = target
-    return nn.functional.pad(maps, (0, SIZE - columns, 0, SIZE - rows))
+    if rows <= SIZE and columns <= SIZE:
+        return maps
+    target = (min(rows, SIZE), min(columns, SIZE))
+    return nn.functional.adaptive_avg_pool2d(maps, target) * (columns / target[1])
+
+
+def _padded(maps: Tensor, rows: int = SIZE, columns: int = SIZE) -> Tensor:
+    return nn.functional.pad(maps, (0, columns - maps.shape[-1], 0, rows - maps.shape[-2]))
+
+
+def _lay_on(ground: Tensor, corners: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the upper left `rows` × `columns` of `ground` for each of `corners`, with the corner laid on it."""
+    if corners.shape[2:] == (rows, columns):
+        return corners
+    patch = ground[..., :rows, :columns].expand(len(corners), -1, -1, -1).clone(memory_format=torch.channels_last)
+    patch[..., : corners.shape[2], : corners.shape[3]] = corners
+    return patch
