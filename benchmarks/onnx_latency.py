@@ -71,6 +71,8 @@ def measure(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, list
     sessions = {}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Idle threads that spin would take the cores from whatever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for name, source in {"dense": demo_model(), "pruned": folder / "pruned"}.items():
         export_onnx(source, folder / f"{name}-onnx")
         path = folder / f"{name}-onnx" / "model.onnx"

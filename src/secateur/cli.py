@@ -43,6 +43,20 @@ class _Ratio(click.ParamType):
         return number
 
 
+class _Stop(click.ParamType):
+    """`all`, `auto`, or how many texts."""
+
+    name = "all|auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the word or the number, or fail in the one error form."""
+        if value in ("all", "auto"):
+            return value
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"`stop` must be all, auto or a whole number from 1, got {value}", param, ctx)
+        return int(value)
+
+
 def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
     """Join several click options into one decorator."""
     return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
@@ -67,8 +81,12 @@ _scoring = _options(
     click.option("--pruner", default=None, help="Meta-pruner of smp, smp-plus: folder, Hub id, the authors' .bin."),
     click.option("--split", default="train", show_default=True, type=click.Choice(["train", "dev", "test"])),
     click.option(
-        "--texts", "num_texts", default=_CALIBRATION_TEXTS, show_default=True, type=click.IntRange(1),
-        help="Calibration texts, drawn from the data with the seed.",
+        "--texts", "num_texts", default=None, type=click.IntRange(1),
+        help=f"Calibration texts, drawn from the data with the seed [default: {_CALIBRATION_TEXTS}; all with --stop].",
+    ),
+    click.option(
+        "--stop", default="all", show_default=True, type=_Stop(),
+        help="Score all of them, a number, or, in random order, as many as it takes until the heads to keep settle.",
     ),
     click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
     _length,
@@ -143,8 +161,11 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         seed=options["seed"],
+        stop=options["stop"],
         progress=True,
     )
+    if scores.agreement is not None:
+        click.echo(_settled(scores.num_texts, len(task), scores.agreement), err=True)
     if out is not None:
         scores.save(out)
         click.echo(f"scores of {len(scores)} sites: {out}", err=True)
@@ -200,6 +221,7 @@ def prune(
         scorer=scorer,
         scope=scope,
         min_heads=min_heads,
+        stop=options["stop"],
         refine=refine,
         tokenizer=tokenizer,
         labels=task.labels,
@@ -224,6 +246,8 @@ def prune(
     else:
         print_table(pruning_table(report))
         click.echo(f"{report}\nproof: largest difference to the gated model {report.max_difference:.1e}")
+        if report.agreement is not None:
+            click.echo(_settled(report.num_texts, len(task), report.agreement))
         if report.refinement:
             first, best = report.refinement[0], min(report.refinement)
             click.echo(f"relational KL on these texts {first:.4f}, after {refine} exchanges {best:.4f}")
@@ -581,7 +605,10 @@ def _calibration(data: str, options: dict[str, Any]) -> Task:
 
     need_labels = scorer_class(options["scorer"]).needs_labels
     task = load_task(data, options["split"], need_labels=need_labels)
-    return task.head(options["num_texts"], seed=options["seed"])
+    number = options["num_texts"]
+    if number is None:
+        number = _CALIBRATION_TEXTS if options["stop"] == "all" else len(task)
+    return task.head(number, seed=options["seed"])
 
 
 def _scorer(options: dict[str, Any]) -> Scorer:
@@ -600,6 +627,13 @@ def _scorer(options: dict[str, Any]) -> Scorer:
             raise click.UsageError("`pruner` goes with `--scorer smp` and `--scorer smp-plus` only")
         chosen["pruner"] = options["pruner"]
     return make_scorer(options["scorer"], **chosen)
+
+
+def _settled(read: int | None, given: int, agreement: float) -> str:
+    return (
+        f"{read} of {given} texts scored: at least {agreement:.0%} of the heads, with 95% confidence, are judged as "
+        "all texts would judge them"
+    )
 
 
 def _echo_metrics(metrics: dict[str, float], main: str) -> None:

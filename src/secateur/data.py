@@ -200,20 +200,42 @@ def batches(
     Raises `InvalidInputError` for what `tokenize` refuses, for `batch_size` below 1, and for a tokenizer with neither
     token.
     """
-    check_texts(texts)
-    if batch_size < 1:
-        raise invalid("batch_size", "be at least 1", batch_size)
-    if max_length < 4:
-        raise invalid("max_length", "be at least 4", max_length)
-    with padding_token(tokenizer):
-        return [
-            dict(
-                _encode(
-                    tokenizer, texts[start : start + batch_size], max_length, padding="longest", return_tensors="pt"
-                ).to(device)
-            )
-            for start in range(0, len(texts), batch_size)
-        ]
+    return list(StreamedBatches(tokenizer, texts, batch_size, max_length, device))
+
+
+class StreamedBatches(Sequence[dict[str, Tensor]]):
+    """The list that `batches` returns, but each batch is tokenised when it is asked for: memory is that of one."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        texts: Sequence[Text],
+        batch_size: int = 32,
+        max_length: int = 128,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        check_texts(texts)
+        if batch_size < 1:
+            raise invalid("batch_size", "be at least 1", batch_size)
+        if max_length < 4:
+            raise invalid("max_length", "be at least 4", max_length)
+        self.tokenizer, self.texts, self.batch_size = tokenizer, texts, batch_size
+        self.max_length, self.device = max_length, device
+
+    def __len__(self) -> int:
+        return -(-len(self.texts) // self.batch_size)
+
+    def __getitem__(self, number: Any) -> Any:
+        """Return the batch of that number, or the list of those of a slice."""
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        start = range(len(self))[number] * self.batch_size
+        with padding_token(self.tokenizer):
+            made = _encode(
+                self.tokenizer, self.texts[start : start + self.batch_size], self.max_length, padding="longest",
+                return_tensors="pt",
+            )  # fmt: skip
+        return dict(made.to(self.device))
 
 
 @contextmanager

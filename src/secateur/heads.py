@@ -64,7 +64,9 @@ class HeadScores(_BySite):
     `key_value_heads` holds, for each site, how many key-value heads its query heads share (equal to the number of
     heads where nothing is shared). `scorer` names the criterion. `interactions` holds, for the sites of a criterion
     that knows them, a symmetric float64 matrix `[heads, heads]`: its sum over the rows and columns of several heads is
-    what removing all of them costs, 0 for heads already removed; `select_heads` takes it into account.
+    what removing all of them costs, 0 for heads already removed; `select_heads` takes it into account. `num_texts` is
+    how many texts were scored, None where that is not known; `agreement` is what `stop="auto"` found out (see
+    `secateur.stopping.Settling`), None elsewhere.
 
     Raises `InvalidInputError` for an empty mapping and for NaN or +inf, naming the site, and for interactions that are
     not finite or of another shape.
@@ -73,6 +75,8 @@ class HeadScores(_BySite):
     key_value_heads: dict[str, int] = field(default_factory=dict)
     scorer: str = ""
     interactions: dict[str, Tensor] = field(default_factory=dict)
+    num_texts: int | None = None
+    agreement: float | None = None
 
     def __post_init__(self) -> None:
         if not self.values_by_site:
@@ -101,6 +105,10 @@ class HeadScores(_BySite):
             if matrix.shape != (count, count) or not bool(torch.isfinite(matrix).all()):
                 raise invalid(f"interactions[{site!r}]", f"be finite numbers [{count}, {count}]", tuple(matrix.shape))
         object.__setattr__(self, "interactions", matrices)
+        if self.num_texts is not None and (not isinstance(self.num_texts, int) or self.num_texts < 0):
+            raise invalid("num_texts", "be a whole number from 0", self.num_texts)
+        if self.agreement is not None and not (isinstance(self.agreement, int | float) and 0 <= self.agreement <= 1):
+            raise invalid("agreement", "be in [0, 1]", self.agreement)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; a removed head's -inf becomes null."""
@@ -112,7 +120,8 @@ class HeadScores(_BySite):
         }
         if self.interactions:
             data["interactions"] = {site: matrix.tolist() for site, matrix in self.interactions.items()}
-        return data
+        known = {"num_texts": self.num_texts, "agreement": self.agreement}
+        return data | {name: value for name, value in known.items() if value is not None}
 
     @classmethod
     def from_json(cls, data: Any) -> HeadScores:
@@ -134,7 +143,9 @@ class HeadScores(_BySite):
             }
         except (AttributeError, TypeError, ValueError):
             raise invalid("interactions", "map each site to rows of numbers", data["interactions"]) from None
-        return cls(values, kv_heads, str(data.get("scorer", "")), interactions)
+        return cls(
+            values, kv_heads, str(data.get("scorer", "")), interactions, data.get("num_texts"), data.get("agreement")
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,9 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from secateur.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
-from secateur.data import Task, Text, batches
+from secateur.data import StreamedBatches, Task, Text, check_texts
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.search import MaskLoss, search
 from secateur.model.cost import ModelCost, max_length, measure_cost
-from secateur.model.inputs import forward_arguments
+from secateur.model.inputs import ForwardArguments, forward_arguments
 from secateur.model.layout import AttentionSite
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.proof import TOLERANCE
@@ -33,9 +33,10 @@ from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of, evaluation_mode
 from secateur.scorers import DEFAULT_SCORER, make_scorer
-from secateur.scorers.base import Scorer, ScoringTask, Supervision
-from secateur.selection import Scope, check_pruning_ratio, select_heads
+from secateur.scorers.base import Batch, Scorer, ScoringTask, StreamingScorer, Supervision
+from secateur.selection import Scope, select_heads
 from secateur.sentence import transformer_of
+from secateur.stopping import Settling, Stop, check_stop
 
 _PROBE_TEXTS = 8
 
@@ -45,9 +46,10 @@ class PruningReport:
     """What a pruning did and what it cost: plain values, ready for JSON.
 
     `pruning_ratio` is the fraction of the heads present before that went; `before` and `after` count heads, parameters
-    and multiply-accumulates; `max_difference` is the proof's (float32, at most `tolerance`). `refinement` holds the
-    relational KL of every mask that was tried to improve the one that the scores gave, which comes first; `mask` is the
-    best of them. `command` is the command line that asked for it, where one did. `attention_maps` are those of the
+    and multiply-accumulates; `num_texts` were scored, and where scoring stopped by itself, `agreement` is the share of
+    heads of which it is 95% sure; `max_difference` is the proof's (float32, at most `tolerance`). `refinement` holds
+    the relational KL of every mask that was tried to improve the one that the scores gave, which comes first; `mask` is
+    the best of them. `command` is the command line that asked for it, where one did. `attention_maps` are those of the
     model before, where they were asked for; they have a file of their own.
     """
 
@@ -63,6 +65,7 @@ class PruningReport:
     after: ModelCost
     max_difference: float
     scoring_seconds: float
+    agreement: float | None = None
     refinement: tuple[float, ...] = ()
     tolerance: float = TOLERANCE
     versions: dict[str, str] = field(default_factory=lambda: environment())
@@ -95,6 +98,7 @@ class PruningReport:
             "max_difference": self.max_difference,
             "tolerance": self.tolerance,
             "scoring_seconds": self.scoring_seconds,
+            "agreement": self.agreement,
             "refinement": list(self.refinement),
             "scores": self.scores.to_json()["scores"],
             "kept_heads": self.mask.kept_heads,
@@ -120,6 +124,9 @@ def score_heads(
     max_length: int = 128,
     seed: int = 0,
     pruning_ratio: float = 0.5,
+    scope: Scope = "site",
+    min_heads: int = 1,
+    stop: Stop = "all",
     progress: bool = False,
     **options: Any,
 ) -> HeadScores:
@@ -136,7 +143,12 @@ def score_heads(
         batch_size: texts a batch.
         max_length: tokens a text, at most.
         seed: for scorers that draw random numbers.
-        pruning_ratio: what the scores will be selected with, for scorers that learn a subset of that size (`dsp`).
+        pruning_ratio: what the scores will be selected with, for scorers that learn a subset of that size (`dsp`), and
+            for `stop="auto"`.
+        scope, min_heads: what the scores will be selected with, for `stop="auto"`.
+        stop: "all" scores every text, a number that many, drawn with the seed; "auto" reads the texts in random order
+            and stops when the heads to keep have settled (see `secateur.stopping.Settling`), which takes a scorer that
+            streams: a mean over texts from one dense pass. The scores say how many texts were scored.
         progress: whether to show a progress bar on stderr.
 
     Raises `InvalidInputError` for bad arguments, missing texts or labels, and non-finite scores,
@@ -149,17 +161,32 @@ def score_heads(
         raise TypeError(f"`scorer` must be a registered name or a Scorer, got {type(scorer).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise invalid("seed", "be a whole number", seed)
-    check_pruning_ratio(pruning_ratio)
+    # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
+    select_heads(HeadScores({"check": torch.zeros(1)}), pruning_ratio, scope, min_heads)
+    check_stop(stop)
+    streams = isinstance(criterion, StreamingScorer)
+    if stop == "auto" and not streams:
+        raise invalid(
+            "stop", f"be 'all' or a number with scorer {criterion_name(criterion)}, which does not stream", stop
+        )
+    if stop != "all" and (inputs is not None or texts is None):
+        raise invalid("stop", "be 'all' where there are no `texts` to choose from", stop)
     with evaluation_mode(model), _not_inference(), torch.enable_grad():
-        if inputs is None:
-            if texts is None and criterion.needs_texts:
-                raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
-            made = []
-            if texts is not None:
-                tokenizer = _own_tokenizer(given) if tokenizer is None else tokenizer
-                made = _tokenise(model, texts, tokenizer, batch_size, max_length)
-        else:
+        made: Sequence[Mapping[str, Tensor]] = []
+        if inputs is not None:
             made = [dict(batch) for batch in inputs]
+        elif texts is not None:
+            tokenizer = _own_tokenizer(given) if tokenizer is None else tokenizer
+            order = reading_order(texts, stop, seed)
+            if labels is not None and len(labels) == len(texts):
+                labels = [labels[i] for i in order]
+            texts = [texts[i] for i in order]
+            made = _streamed(model, texts, tokenizer, batch_size, max_length)
+        elif criterion.needs_texts:
+            raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
+        arguments: Sequence[Batch] = ForwardArguments(base, made)
+        if not streams:  # others read them more than once
+            made, arguments = list(made), list(arguments)
         is_pair = texts is not None and len(texts) > 0 and not isinstance(texts[0], str)
         sites = find_sites(model)
         special_ids = _special_ids(base.config.get_text_config() if tokenizer is None else tokenizer)
@@ -168,11 +195,26 @@ def score_heads(
             if labels is None:
                 raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `labels`, one for each text")
             taught = _supervise(model, made, labels, texts if inputs is None else None, tokenizer, max_length)
+        settling = None
+        if stop == "auto" and texts is not None:
+            settling = Settling(_selecting(sites, pruning_ratio, scope, min_heads), len(texts), seed)
         task = ScoringTask(
-            base, sites, forward_arguments(base, made), is_pair, seed, progress, special_ids, taught, pruning_ratio
+            base, sites, arguments, is_pair, seed, progress, special_ids, taught, pruning_ratio, settling
         )
         found = criterion.score(task)
-    return _in_original_numbering(found, sites, criterion_name(criterion))
+    scores = _in_original_numbering(found, sites, criterion_name(criterion))
+    if settling is not None:
+        return replace(scores, num_texts=settling.seen, agreement=settling.agreement)
+    return scores if texts is None or inputs is not None else replace(scores, num_texts=len(texts))
+
+
+def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
+    """Return which texts are scored, in which order: as given, or at random where they may not all be read."""
+    check_texts(texts)
+    if stop == "all":
+        return list(range(len(texts)))
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    return order if stop == "auto" else order[:stop]
 
 
 def prune(
@@ -183,6 +225,7 @@ def prune(
     scorer: str | Scorer = DEFAULT_SCORER,
     scope: Scope = "site",
     min_heads: int = 1,
+    stop: Stop = "all",
     refine: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     labels: Sequence[int] | Sequence[float] | None = None,
@@ -198,7 +241,7 @@ def prune(
 
     `model` is a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned and returned. A
     SentenceTransformer is returned as one, with the transformer in it pruned and its other modules as they were.
-    `refine` is the number of exchanges that `refine_mask` tries on the texts after scoring. `maps` keeps the mean
+    `refine` is the number of exchanges that `refine_mask` tries on the scored texts. `maps` keeps the mean
     attention maps of the first few texts in the report; it takes a pass over them. The other arguments are those of
     `score_heads` and `select_heads`. The proof runs on the first few of the texts.
     """
@@ -215,8 +258,6 @@ def prune(
         smaller = copy.deepcopy(model)
         pruned = transformer_of(smaller)
     before = measure_cost(pruned)
-    # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
-    select_heads(HeadScores({"check": torch.zeros(1)}), pruning_ratio, scope, min_heads)
     if refine and texts is None:
         raise InvalidInputError("`refine` needs `texts` to judge masks by")
     start = time.perf_counter()
@@ -230,12 +271,17 @@ def prune(
         max_length=max_length,
         seed=seed,
         pruning_ratio=pruning_ratio,
+        scope=scope,
+        min_heads=min_heads,
+        stop=stop,
         progress=progress,
         **options,
     )
     seconds = time.perf_counter() - start
     mask = select_heads(scores, pruning_ratio, scope, min_heads)
     refinement: list[float] = []
+    if texts is not None:
+        texts = [texts[i] for i in reading_order(texts, stop, seed)[: scores.num_texts]]
     if refine and texts is not None:
         mask, refinement = refine_mask(
             pruned, mask, texts, tokenizer, steps=refine, scope=scope, min_heads=min_heads, batch_size=batch_size,
@@ -264,6 +310,7 @@ def prune(
         after=measure_cost(pruned),
         max_difference=removal.max_difference,
         scoring_seconds=seconds,
+        agreement=scores.agreement,
         refinement=tuple(refinement),
         attention_maps=attention,
     )
@@ -370,15 +417,27 @@ def _supervise(
     return Supervision(model, rows, task, own, min(length, max_length(model, length)))
 
 
-def _tokenise(
-    model: nn.Module,
-    texts: Sequence[Text],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    length: int,
-) -> list[dict[str, Tensor]]:
-    device = base_of(model).device
-    return batches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
+def _streamed(
+    model: nn.Module, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
+) -> StreamedBatches:
+    return StreamedBatches(tokenizer, texts, batch_size, min(length, max_length(model, length)), base_of(model).device)
+
+
+def _tokenise(*arguments: Any) -> list[dict[str, Tensor]]:
+    return list(_streamed(*arguments))
+
+
+def _selecting(
+    sites: Mapping[str, AttentionSite], pruning_ratio: float, scope: Scope, min_heads: int
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """Return what selects among means `[heads]` of the sites: the verdict on every head that is there."""
+    empty = {name: torch.zeros(0) for name in sites}
+
+    def select(means: Mapping[str, Tensor]) -> Tensor:
+        mask = select_heads(_in_original_numbering({**empty, **means}, sites, ""), pruning_ratio, scope, min_heads)
+        return torch.cat([mask[name][list(site.heads)] for name, site in sites.items()])
+
+    return select
 
 
 def _special_ids(source: Any) -> frozenset[int]:

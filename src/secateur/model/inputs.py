@@ -62,10 +62,23 @@ def example_inputs(
 
 def forward_arguments(model: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
     """Leave out of each batch what the base model does not take, and switch caches off: nothing here generates."""
-    base = base_of(model)
-    accepted = inspect.signature(base.forward).parameters
-    extra = {"use_cache": False} if "use_cache" in accepted else {}
-    return [{**{k: v for k, v in batch.items() if k in accepted}, **extra} for batch in made]
+    return list(ForwardArguments(model, made))
+
+
+class ForwardArguments(Sequence[dict[str, Any]]):
+    """The list that `forward_arguments` returns, made batch by batch as it is asked for."""
+
+    def __init__(self, model: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> None:
+        self.made = made
+        self.accepted = inspect.signature(base_of(model).forward).parameters
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def __getitem__(self, number: Any) -> Any:
+        """Return the arguments for the batch of that number."""
+        extra = {"use_cache": False} if "use_cache" in self.accepted else {}
+        return {**{k: v for k, v in self.made[number].items() if k in self.accepted}, **extra}
 
 
 def _needs_both(config: Any) -> bool:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.data import Task
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import HeadReading, probe
+from secateur.stopping import Settling
 
 Batch = Mapping[str, Tensor]
 
@@ -43,7 +44,8 @@ class ScoringTask:
     `is_pair` says whether each text is a pair of sentences, which decides how a text is represented. Criteria that
     draw random numbers draw them from `seed`. `special_ids` are the token ids that stand for no word: of the start and
     end of a text, separators and padding. `supervision` is there for criteria that need labels alone. `pruning_ratio`
-    is what the caller means to select with, for criteria that learn a subset of that size.
+    is what the caller means to select with, for criteria that learn a subset of that size. `settling`, if any, is asked
+    after every batch by criteria that stream, and may end the reading.
     """
 
     model: PreTrainedModel
@@ -55,6 +57,7 @@ class ScoringTask:
     special_ids: frozenset[int] = frozenset()
     supervision: Supervision | None = None
     pruning_ratio: float = 0.5
+    settling: Settling | None = None
 
     def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
         """Wrap `items` in a progress bar on stderr where the caller wants one."""
@@ -105,15 +108,24 @@ class StreamingScorer(Scorer):
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         batch: Batch = {}
+        latest: dict[str, list[Tensor]] = {}
 
         def add(reading: HeadReading) -> None:
             rows = self.read(reading, batch, task).double().cpu()
             sums[reading.site] = sums.get(reading.site, torch.zeros(rows.shape[1])) + rows.sum(dim=0)
             counts[reading.site] = counts.get(reading.site, 0) + len(rows)
+            if task.settling is not None:
+                latest.setdefault(reading.site, []).append(rows)
 
         with torch.no_grad(), probe(task.model, add, weights=self.weights):
             for batch in task.track(task.batches, len(task.batches), "scoring"):
                 task.model(**batch)
+                if task.settling is not None:
+                    # A site that several layers share is read several times a batch.
+                    task.settling.add({site: torch.stack(rows).mean(dim=0) for site, rows in latest.items()})
+                    latest.clear()
+                    if task.settling.settled():
+                        break
         # A site that an earlier pruning left without heads may never be reached.
         return {name: sums[name] / counts[name] if name in sums else torch.zeros(0) for name in task.sites}
 
