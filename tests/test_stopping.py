@@ -119,6 +119,6 @@ def test_what_cannot_stop_by_itself(texts, capsys):
     with pytest.raises(InvalidInputError, match="with scorer leave_one_out"):
         secateur.score_heads(model, texts, "leave_one_out", tiny_tokenizer(), stop="auto")
     with pytest.raises(InvalidInputError, match="no `texts` to choose from"):
-        secateur.score_heads(model, scorer="magnitude", stop="auto")
+        secateur.score_heads(model, scorer="magnitude", stop=5)
     assert cli.main(["prune", "model", "--data", "x.csv", "--out", "y", "--stop", "0"]) == 2
     assert "`stop` must be all, auto or a whole number from 1, got 0" in capsys.readouterr().err
