@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,6 +105,24 @@ def test_more_seeds_go_on_and_other_settings_do_not_mix(settings, folder, tmp_pa
         compare(settings, tmp_path / "else", progress=False)
 
 
+def test_a_folder_from_before_a_setting_was_known_goes_on(settings, tmp_path):
+    compare(replace(settings, seeds=1), tmp_path / "c", progress=False)
+    file = tmp_path / "c/settings.json"
+    old = json.loads(file.read_text())
+    assert old.pop("learning_rate", 0) is None
+    file.write_text(json.dumps(old))
+    assert len(compare(replace(settings, seeds=1), tmp_path / "c", progress=False)) == 6
+
+
+def test_the_learning_rate_and_the_epochs_replace_the_protocols(settings, tmp_path):
+    changed = replace(settings, seeds=1, learning_rate=1e-9, epochs=2.0)
+    assert (changed.training.learning_rate, changed.training.epochs, changed.training.max_train) == (1e-9, 2.0, 16)
+    assert settings.training == PROTOCOLS["lite"]
+    slow = compare(changed, tmp_path / "slow", progress=False)[0]
+    usual = compare(replace(settings, seeds=1), tmp_path / "usual", progress=False)[0]
+    assert slow["train_loss"] > usual["train_loss"]
+
+
 def test_scorers_that_need_labels_or_the_ratio_get_them(settings, tmp_path):
     from dataclasses import replace
 
@@ -161,6 +180,8 @@ def test_a_pruner_that_names_no_scorer_is_one_line(given, folder, tmp_path, caps
         ({"seeds": 0}, "seeds"),
         ({"threads": 0}, "threads"),
         ({"protocol": "heavy"}, "protocol"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"epochs": float("nan")}, "epochs"),
         ({"pruners": {"smp": "x"}}, "pruners"),
         ({"pruners": {"random": "x"}}, "pruners"),
     ],

@@ -481,6 +481,8 @@ def _read_pruners(context: click.Context, parameter: click.Parameter, items: tup
     help="Meta-pruner of a scorer, such as smp=FOLDER or smp-plus=FOLDER; may be repeated.",
 )
 @click.option("--max-train", default=None, type=click.IntRange(1), help="Training texts at most, below the protocol's.")
+@click.option("--learning-rate", default=None, type=float, help="Instead of the protocol's.")
+@click.option("--epochs", default=None, type=float, help="Instead of the protocol's.")
 @click.option("--jobs", default=None, type=click.IntRange(1), help="Runs at once [default: cores / threads; GPUs]")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder of the comparison, new or to go on."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -69,7 +70,8 @@ class Settings:
     calibration texts from the training texts (with their labels, for scorers that need those), its training texts, the
     classification head and their order: dense and pruned runs of one seed are pairs. `threads` is the number of CPU
     threads of one run: another number rounds otherwise, so it belongs to the settings. `pruners` maps scorers to their
-    meta-pruners, where those that ship are not meant. `max_train` lowers the protocol's number of training texts.
+    meta-pruners, where those that ship are not meant. `max_train` lowers the protocol's number of training texts;
+    `learning_rate` and `epochs` take the place of the protocol's, for models that its own do not train to their best.
 
     Raises `InvalidInputError` for values outside their ranges and for names that repeat.
     """
@@ -85,6 +87,8 @@ class Settings:
     threads: int = 1
     pruners: dict[str, str] = field(default_factory=dict)
     max_train: int | None = None
+    learning_rate: float | None = None
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("data", "scorers", "ratios"):
@@ -100,11 +104,26 @@ class Settings:
         for name in ("seeds", "num_texts", "threads", "max_train"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise invalid(name, "be at least 1", getattr(self, name))
+        for name in ("learning_rate", "epochs"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise invalid(name, "be above 0", getattr(self, name))
         if self.protocol not in PROTOCOLS:
             raise invalid("protocol", f"be one of {', '.join(PROTOCOLS)}", self.protocol)
         for scorer in self.pruners:
             if scorer not in self.scorers or "pruner" not in inspect.signature(scorer_class(scorer)).parameters:
                 raise invalid("pruners", "go with scorers of the comparison that take a meta-pruner", scorer)
+
+    @property
+    def training(self) -> Protocol:
+        """How runs train: the protocol with what these settings put in its place."""
+        protocol = PROTOCOLS[self.protocol]
+        limits = [limit for limit in (protocol.max_train, self.max_train) if limit is not None]
+        return replace(
+            protocol,
+            max_train=min(limits, default=None),
+            learning_rate=self.learning_rate or protocol.learning_rate,
+            epochs=self.epochs or protocol.epochs,
+        )
 
 
 @dataclass(frozen=True)
@@ -183,10 +202,11 @@ def _owned(out: Path, settings: Settings) -> Iterator[None]:
     wanted = json.loads(json.dumps(asdict(settings)))
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not file.is_file())):
         raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
-    if file.is_file() and (found := read_json(file)) != wanted:
+    if file.is_file():
+        found = read_json(file)
         names = [f.name for f in fields(Settings) if found.get(f.name) != wanted[f.name]]
         # More seeds only add runs to those that are there.
-        if names != ["seeds"] or settings.seeds < found["seeds"]:
+        if names and (names != ["seeds"] or settings.seeds < found["seeds"]):
             raise InvalidInputError(f"{out} holds a comparison with other {', '.join(names)}; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
@@ -236,7 +256,7 @@ def _score(settings: Settings, run: Run, out: Path, device: str) -> None:
         tokenizer,
         labels=train.labels,
         pruning_ratio=run.ratio,
-        max_length=PROTOCOLS[settings.protocol].max_length,
+        max_length=settings.training.max_length,
         seed=run.seed,
         **options,
     )
@@ -246,10 +266,9 @@ def _score(settings: Settings, run: Run, out: Path, device: str) -> None:
 
 def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, Any]:
     """Prune where the run asks for it, fine-tune, and return the row."""
-    protocol = PROTOCOLS[settings.protocol]
+    protocol = settings.training
     train, dev = _splits(run.data)
-    limits = [limit for limit in (protocol.max_train, settings.max_train) if limit is not None]
-    train = train.head(min(limits), seed=run.seed) if limits else train
+    train = train if protocol.max_train is None else train.head(protocol.max_train, seed=run.seed)
     # The head is drawn before anything else, so that dense and pruned start from the same one.
     set_seed(run.seed)
     with quiet_transformers(False):

@@ -16,7 +16,9 @@ ATTENTION_MAPS, PRUNING, RESULT, ROWS, SETTINGS = (
     "runs.jsonl",
     "settings.json",
 )
-_SHARED = ("model", "protocol", "scope", "num_texts", "threads", "pruners", "max_train")
+_SHARED = (
+    "model", "protocol", "scope", "num_texts", "threads", "pruners", "max_train", "learning_rate", "epochs"
+)  # fmt: skip
 """Settings that comparisons must share for their rows to be set side by side."""
 
 
