@@ -227,7 +227,27 @@ def test_a_new_network_is_the_contribution_scorer():
     with torch.no_grad():
         found = JointPruner().eval()(evidence_of(model))
     logs = torch.cat(list(contribution.values())).log().float()
-    torch.testing.assert_close(found - found.mean(), logs - logs.mean(), atol=1e-5, rtol=1e-5)
+    # Twice the standardised contribution: once as the prior, once as what members make of it so far.
+    torch.testing.assert_close(found, 2 * (logs - logs.mean()) / logs.std(correction=0), atol=1e-4, rtol=1e-4)
+
+
+def test_the_score_is_the_prior_and_the_mean_of_the_members_by_hand():
+    evidence = evidence_of(tiny_model("bert"))
+    pruner = learned(members=3, prior=0.5)
+
+    def standardised(x):
+        return (x - x.mean()) / x.std(correction=0)
+
+    with torch.no_grad():
+        (judged,) = pruner.judge_all([evidence])
+        found = pruner(evidence)
+    assert judged.shape == (3, 12)
+    assert not torch.allclose(judged[0], judged[1])
+    contribution = column(evidence, "size") + column(evidence, "site level")
+    expected = 0.5 * standardised(contribution) + sum(standardised(row) for row in judged) / 3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InvalidInputError, match="`members` must be at least 1"):
+        JointPruner(members=0)
 
 
 def test_one_pruner_serves_models_of_other_widths_depths_and_head_counts():
@@ -250,7 +270,8 @@ def test_heads_are_scored_together_unless_told_otherwise():
     for joint in (True, False):
         pruner = learned(joint=joint)
         with torch.no_grad():
-            differ = (pruner(changed) - pruner(evidence)).abs() > 1e-6
+            before, after = pruner.judge_all([evidence, changed])
+            differ = ((after - before).abs() > 1e-6).any(dim=0)
         assert bool(differ[5])
         assert bool(differ[[0, 4, 11]].any()) is joint
 
@@ -478,7 +499,7 @@ def made_up(seed):
 
 def test_a_fit_finds_the_rule_and_explains_samples_that_it_did_not_see():
     torch.manual_seed(0)
-    pruner = JointPruner(width=16, layers=1)
+    pruner = JointPruner(width=16, layers=1, members=2, prior=0.0)
     history = fit(pruner, [made_up(seed) for seed in range(24)], FitConfig(epochs=40, learning_rate=1e-2))
     with torch.no_grad():
         unseen = [float(trial_loss(pruner(made_up(seed).evidence), made_up(seed))) for seed in range(100, 104)]

@@ -36,13 +36,17 @@ RELATIONS = 4  # same site, likeness, squared likeness, difference in depth
 
 
 class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", license="apache-2.0"):
-    """Set attention over a model's heads; no positions, so heads of a site may come in any order.
+    """Several networks that judge all heads of a model together, averaged with the heads' contributions.
 
-    Each head starts as its evidence, standardised, in a `width`-dimensional vector; `layers` blocks of attention (with
-    a learned bias for pairs of heads: same site, likeness of their contributions, difference in depth) and a small
-    feed-forward network follow. The score is the log of the head's contribution norm (its share of the site and the
-    site's level scaled apart) plus what the network makes of it; higher = keep. A new network adds nothing: it starts
-    as the `contribution` scorer.
+    The score of a head is `prior` times the log of its contribution norm plus the mean of what the `members` make of it,
+    each standardised over the model's heads; higher = keep. Members see the same and are fitted from different starts.
+    What they get wrong on tasks that they have not seen, they and the contribution get wrong in different ways, so
+    that the mean of all is better than each. A new network adds nothing: it ranks as the `contribution` scorer does.
+
+    A member is a set attention over the heads; no positions, so heads of a site may come in any order. Each head starts
+    as its evidence, standardised, in a `width`-dimensional vector; `layers` blocks of attention (with a learned bias for
+    pairs of heads: same site, likeness of their contributions, difference in depth) and a small feed-forward network
+    follow.
 
     `joint=False` scores each head alone; `without` names kinds of evidence to leave out (see `EVIDENCE_KINDS`).
     `from_pretrained`, `save_pretrained` and `push_to_hub` use safetensors and a config.json.
@@ -59,23 +63,21 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         attention_heads: int = 4,
         joint: bool = True,
         without: tuple[str, ...] = (),
+        members: int = 4,
+        prior: float = 1.0,
     ) -> None:
         super().__init__()
         for kind in without:
             if kind not in EVIDENCE_KINDS:
                 raise invalid("without", f"name kinds among {', '.join(EVIDENCE_KINDS)}", kind)
+        if members < 1:
+            raise invalid("members", "be at least 1", members)
         left_out = {name for kind in without for name in EVIDENCE_KINDS[kind]}
         self.register_buffer("used", torch.tensor([float(name not in left_out) for name in FEATURES]))
         self.register_buffer("mean", torch.zeros(len(FEATURES)))
         self.register_buffer("std", torch.ones(len(FEATURES)))
-        self.embed = nn.Linear(len(FEATURES), width)
-        self.blocks = nn.ModuleList(_Block(width, attention_heads, joint) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        self.size_scale = nn.Parameter(torch.ones(()))
-        self.level_scale = nn.Parameter(torch.ones(()))
+        self.members = nn.ModuleList(_Member(width, layers, attention_heads, joint) for _ in range(members))
+        self.prior = prior
 
     def standardise_(self, evidence: list[Evidence]) -> None:
         """Take the mean and the standard deviation of every feature from the evidence that training will see."""
@@ -89,6 +91,13 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
 
     def score_all(self, many: Sequence[Evidence]) -> list[Tensor]:
         """Return what `forward` does for each of several models or sets of texts, at once."""
+        return [
+            self.prior * _standardised(contribution_scores(one).to(judged)) + _standardised(judged).mean(dim=0)
+            for one, judged in zip(many, self.judge_all(many), strict=True)
+        ]
+
+    def judge_all(self, many: Sequence[Evidence]) -> list[Tensor]:
+        """Return the score that each member gives each head, `[members, heads]`, for each of several models."""
         place = self.mean.device
         features = pad_sequence([one.features for one in many], batch_first=True).to(place)
         sites = pad_sequence([one.site_numbers for one in many], batch_first=True, padding_value=-1).to(place)
@@ -106,12 +115,11 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
             dim=1,
         )
         real = (sites >= 0)[:, None, None]
-        x = self.embed(((features - self.mean) / self.std).clamp(-5, 5) * self.used)
-        for block in self.blocks:
-            x = block(x, relations, real)
-        sizes = self.size_scale * features[..., SIZE] + self.level_scale * features[..., LEVEL]
-        scores = sizes + self.head(self.norm(x)).squeeze(-1)
-        return [row[: len(one.features)] for row, one in zip(scores, many, strict=True)]
+        seen = ((features - self.mean) / self.std).clamp(-5, 5) * self.used
+        judged = torch.stack(
+            [member(seen, relations, real, features[..., SIZE], features[..., LEVEL]) for member in self.members], dim=1
+        )
+        return [rows[:, : len(one.features)] for rows, one in zip(judged, many, strict=True)]
 
     @classmethod
     def _from_pretrained(cls, **options: Any) -> JointPruner:
@@ -123,6 +131,37 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
 def contribution_scores(evidence: Evidence) -> Tensor:
     """Return the log of every head's contribution norm, `[heads]`, less its mean over the model's sites."""
     return evidence.features[:, SIZE] + evidence.features[:, LEVEL]
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    """Shift and scale scores `[…, heads]` to mean 0 and standard deviation 1; equal ones become 0."""
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    return centred / centred.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
+
+
+class _Member(nn.Module):
+    """One set attention over all heads: adds to the log of a head's contribution what it makes of the evidence.
+
+    The contribution's share of its site and the site's level are scaled apart.
+    """
+
+    def __init__(self, width: int, layers: int, attention_heads: int, joint: bool) -> None:
+        super().__init__()
+        self.embed = nn.Linear(len(FEATURES), width)
+        self.blocks = nn.ModuleList(_Block(width, attention_heads, joint) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.size_scale = nn.Parameter(torch.ones(()))
+        self.level_scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, seen: Tensor, relations: Tensor, real: Tensor, sizes: Tensor, levels: Tensor) -> Tensor:
+        """Return scores `[models, heads]` for standardised evidence `[models, heads, features]`."""
+        x = self.embed(seen)
+        for block in self.blocks:
+            x = block(x, relations, real)
+        return self.size_scale * sizes + self.level_scale * levels + self.head(self.norm(x)).squeeze(-1)
 
 
 class _Block(nn.Module):

@@ -232,7 +232,7 @@ def trial_loss(scores: Tensor, sample: Sample, groups: Sequence[int] | None = No
 
 
 def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None = None) -> list[float]:
-    """Train the pruner in place and return the mean loss of every epoch."""
+    """Train the pruner in place, each member by itself, and return the mean loss of every epoch."""
     config = config or FitConfig()
     if not samples:
         raise invalid("samples", "hold at least one", [])
@@ -249,9 +249,12 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
         for numbers in torch.randperm(len(samples), generator=random).split(config.batch_size):
             chosen = [samples[number] for number in numbers.tolist()]
             noisy = [_jittered(sample.evidence, config.jitter * pruner.std.cpu(), random) for sample in chosen]
-            scores = pruner.score_all(noisy)
             loss = torch.stack(
-                [trial_loss(row, sample, config.groups) for row, sample in zip(scores, chosen, strict=True)]
+                [
+                    trial_loss(scores, sample, config.groups)
+                    for judged, sample in zip(pruner.judge_all(noisy), chosen, strict=True)
+                    for scores in judged
+                ]
             ).mean()
             losses.append(float(loss.detach()))
             optimizer.zero_grad()
