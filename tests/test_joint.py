@@ -18,7 +18,6 @@ from secateur.meta.joint_training import (
     Sample,
     TrialConfig,
     collect,
-    collect_more,
     fit,
     trial_loss,
 )
@@ -227,13 +226,13 @@ def test_a_new_network_is_the_contribution_scorer():
     with torch.no_grad():
         found = JointPruner().eval()(evidence_of(model))
     logs = torch.cat(list(contribution.values())).log().float()
-    # Twice the standardised contribution: once as the prior, once as what members make of it so far.
-    torch.testing.assert_close(found, 2 * (logs - logs.mean()) / logs.std(correction=0), atol=1e-4, rtol=1e-4)
+    # The standardised contribution: half of it as the prior, all of it as what members make of it so far.
+    torch.testing.assert_close(found, 1.5 * (logs - logs.mean()) / logs.std(correction=0), atol=1e-4, rtol=1e-4)
 
 
 def test_the_score_is_the_prior_and_the_mean_of_the_members_by_hand():
     evidence = evidence_of(tiny_model("bert"))
-    pruner = learned(members=3, prior=0.5)
+    pruner = learned(members=3, prior=0.7)
 
     def standardised(x):
         return (x - x.mean()) / x.std(correction=0)
@@ -244,7 +243,7 @@ def test_the_score_is_the_prior_and_the_mean_of_the_members_by_hand():
     assert judged.shape == (3, 12)
     assert not torch.allclose(judged[0], judged[1])
     contribution = column(evidence, "size") + column(evidence, "site level")
-    expected = 0.5 * standardised(contribution) + sum(standardised(row) for row in judged) / 3
+    expected = 0.7 * standardised(contribution) + sum(standardised(row) for row in judged) / 3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(InvalidInputError, match="`members` must be at least 1"):
         JointPruner(members=0)
@@ -419,23 +418,36 @@ def test_prune_refines_and_reports_it():
 # --- the fit
 
 
-def sample_of(model, seed=0, texts=8, **settings):
-    settings = {"ratios": (0.5,), "scopes": ("site",), "at_random": 4, "near": 3, "exchanges": 8, **settings}
-    config = TrialConfig(**settings)
-    made = batches_of(model, texts, texts // 2, seed)
-    return collect(model, find_sites(model), made, False, "tiny", "words", config, seed)
+def judges_of(model, count=3):
+    return [MaskLoss(model, batches_of(model, 4, 4, seed=10 + number), False) for number in range(count)]
 
 
-def test_a_sample_holds_what_masks_cost(tmp_path):
+def sample_of(model, seed=0, texts=8, pruner=None, **settings):
+    settings = {"ratios": (0.5,), "scopes": ("site",), "own": 1, "near": 3, "at_random": 4, **settings}
+    made, judges = batches_of(model, texts, texts // 2, seed), judges_of(model)
+    return collect(
+        model, find_sites(model), made, judges, False, "tiny", "words", TrialConfig(**settings), seed, pruner
+    )
+
+
+def test_a_sample_holds_what_masks_cost_beside_one_mask_on_the_same_texts(tmp_path):
     model = tiny_model("bert")
     sample = sample_of(model, ratios=(0.25, 0.5), leave_one_out=True)
-    assert sample.masks.shape == (2 * 16 + 12, 12)
+    assert sample.masks.shape == (2 * 8 + 12, 12)
     counts = {int(g): set(sample.masks[sample.groups == g].sum(dim=1).tolist()) for g in sample.groups.unique()}
     assert counts == {LEAVE_ONE_OUT: {11}, 1: {9}, 2: {6}}
-    loss = MaskLoss(model, batches_of(model), False)
-    for number in (0, 20, 40):
-        mask = HeadMask(sample.evidence.split(sample.masks[number]))
-        assert float(sample.losses[number]) == pytest.approx(loss(mask), rel=1e-4)
+    contribution = score_heads(model, inputs=batches_of(model), scorer="contribution")
+    judges = judges_of(model)
+    for first, ratio in ((0, 0.25), (8, 0.5)):
+        own = secateur.select_heads(contribution, ratio)
+        assert sample.masks[first].tolist() == torch.cat(list(own.values())).tolist()
+        assert float(sample.losses[first]) == pytest.approx(1, rel=1e-4)
+        for number in range(first + 1, first + 8):
+            mask = HeadMask(sample.evidence.split(sample.masks[number]))
+            ratios = [judge(mask) / judge(own) for judge in judges]
+            assert min(abs(float(sample.losses[number]) / ratio - 1) for ratio in ratios) < 1e-3
+    alone = HeadMask(sample.evidence.split(sample.masks[16]))
+    assert float(sample.losses[16]) == pytest.approx(sum(judge(alone) for judge in judges) / 3, rel=1e-4)
     sample.save(tmp_path / "s.safetensors")
     again = Sample.load(tmp_path / "s.safetensors")
     assert torch.equal(again.masks, sample.masks)
@@ -444,19 +456,16 @@ def test_a_sample_holds_what_masks_cost(tmp_path):
     assert torch.equal(sample_of(model, ratios=(0.25, 0.5), leave_one_out=True).masks, sample.masks)
 
 
-def test_more_trials_are_of_what_a_pruner_would_choose():
+def test_with_a_pruner_its_choice_is_tried_and_that_of_its_mean_with_the_contribution():
     model = tiny_model("bert")
-    sample, pruner = sample_of(model), learned()
-    config = TrialConfig(ratios=(0.5,), at_random=0, near=3, exchanges=2)
-    more = collect_more(sample, pruner, model, find_sites(model), batches_of(model), False, config, 0)
-    assert torch.equal(more.masks[:16], sample.masks)
-    assert more.groups[16:].tolist() == [1] * 6 + [2] * 6  # at either scope its own choice, 3 near it, 2 exchanges
+    pruner = learned()
+    sample = sample_of(model, pruner=pruner, scopes=("site", "global"))
+    assert sample.groups.tolist() == [1] * 10 + [2] * 10  # at either scope three choices, 3 near them, 4 at random
     scores = score_heads(model, scorer=SmpPlusScorer(pruner), inputs=batches_of(model))
-    loss = MaskLoss(model, batches_of(model), False)
-    for row, scope in ((16, "site"), (22, "global")):
+    for row, scope in ((1, "site"), (11, "global")):
         own = secateur.select_heads(scores, 0.5, scope)
-        assert more.masks[row].tolist() == torch.cat(list(own.values())).tolist()
-        assert float(more.losses[row]) == pytest.approx(loss(own), rel=1e-4)
+        assert sample.masks[row].tolist() == torch.cat(list(own.values())).tolist()
+        assert float(sample.losses[row + 1]) == pytest.approx(1, rel=1e-4)  # the mean's, which the others stand beside
 
 
 def test_trials_at_either_scope_drop_as_many_heads():

@@ -38,15 +38,15 @@ RELATIONS = 4  # same site, likeness, squared likeness, difference in depth
 class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", license="apache-2.0"):
     """Several networks that judge all heads of a model together, averaged with the heads' contributions.
 
-    The score of a head is `prior` times the log of its contribution norm plus the mean of what the `members` make of it,
-    each standardised over the model's heads; higher = keep. Members see the same and are fitted from different starts.
-    What they get wrong on tasks that they have not seen, they and the contribution get wrong in different ways, so
-    that the mean of all is better than each. A new network adds nothing: it ranks as the `contribution` scorer does.
+    The score of a head is `prior` times the log of its contribution norm plus the mean of what the `members` make of
+    it, each standardised over the model's heads; higher = keep. Members see the same and are fitted from different
+    starts. What they get wrong on tasks that they have not seen, they and the contribution get wrong in different ways,
+    so that the mean of all is better than each. A new network adds nothing: it ranks as the `contribution` scorer does.
 
     A member is a set attention over the heads; no positions, so heads of a site may come in any order. Each head starts
-    as its evidence, standardised, in a `width`-dimensional vector; `layers` blocks of attention (with a learned bias for
-    pairs of heads: same site, likeness of their contributions, difference in depth) and a small feed-forward network
-    follow.
+    as its evidence, standardised, in a `width`-dimensional vector; `layers` blocks of attention (with a learned bias
+    for pairs of heads: same site, likeness of their contributions, difference in depth) and a small feed-forward
+    network follow.
 
     `joint=False` scores each head alone; `without` names kinds of evidence to leave out (see `EVIDENCE_KINDS`).
     `from_pretrained`, `save_pretrained` and `push_to_hub` use safetensors and a config.json.
@@ -64,7 +64,7 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         joint: bool = True,
         without: tuple[str, ...] = (),
         members: int = 4,
-        prior: float = 1.0,
+        prior: float = 0.5,
     ) -> None:
         super().__init__()
         for kind in without:

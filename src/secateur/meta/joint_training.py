@@ -1,9 +1,9 @@
 """Teaching the joint pruner which masks are good: collect trials of masks once, then regress on them.
 
 A sample is some texts of a task with a frozen model: the evidence of one dense pass, and trials, masks with their
-relational KL. Scores are fitted so that the sum over the heads that a mask drops explains the log of its KL among masks
-that drop as many. The search for good masks makes most trials, so that scores learn what a head is worth where it
-matters: when half of the heads are gone already, and the right ones.
+relational KL on other texts of the task. Scores are fitted so that the sum over the heads that a mask drops explains
+the log of its KL among masks that drop as many. Most trials lie near what good scores choose, so that scores learn what
+a head is worth where it matters: when half of the heads are gone already, and the right ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from secateur.files import write_bytes
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.evidence import FEATURES, Evidence, gather_evidence
 from secateur.meta.joint import JointPruner, contribution_scores
-from secateur.meta.search import MaskLoss, search
+from secateur.meta.search import MaskLoss
 from secateur.model.layout import AttentionSite
 from secateur.model.state import evaluation_mode
 from secateur.selection import Scope, select_heads
@@ -35,10 +35,15 @@ from secateur.selection import Scope, select_heads
 LEAVE_ONE_OUT = 0
 """The group of trials that each drop a single head; the others are numbered from 1, one a scope and ratio."""
 
+_LEAST_KL = 1e-6  # below what a judge in bfloat16 can tell from nothing
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Evidence, and trials: `masks` bool `[trials, heads]`, `losses` `[trials]` ≥ 0, `groups` `[trials]`."""
+    """Evidence, and trials: `masks` bool `[trials, heads]`, `losses` `[trials]` ≥ 0, `groups` `[trials]`.
+
+    Losses are comparable within a group alone.
+    """
 
     subject: str
     task: str
@@ -78,17 +83,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """How trials are made, for each scope and ratio: what some scores choose, masks at random, masks near that choice,
-    and exchanges of heads from the best of them.
+    """Which masks are tried, for each scope and ratio: what some scores choose, masks near it, and masks at random.
 
-    `spread`: standard deviation of the Gumbel noise on the log of the contributions' size, in units of their own.
+    The scores are the log of the contributions, those of a pruner where there is one, and the mean of both; their
+    choices are tried `own` times each, as each trial is judged on another batch. `near`: masks that scores with noise
+    choose; `spread`: standard deviation of the Gumbel noise, in units of the scores' own. `leave_one_out`: whether each
+    head is dropped alone too, judged on all batches.
     """
 
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
     scopes: tuple[Scope, ...] = ("site", "global")
-    at_random: int = 6
-    near: int = 10
-    exchanges: int = 24
+    own: int = 2
+    near: int = 28
+    at_random: int = 5
     spread: float = 1.0
     leave_one_out: bool = False
 
@@ -104,73 +111,67 @@ def collect(
     model: PreTrainedModel,
     sites: Mapping[str, AttentionSite],
     batches: Sequence[Mapping[str, Any]],
+    judges: Sequence[MaskLoss],
     is_pair: bool,
     subject: str,
     task: str,
     config: TrialConfig,
     seed: int,
+    pruner: JointPruner | None = None,
 ) -> Sample:
-    """Make one sample from a frozen base model and one or more batches of a task."""
-    random = torch.Generator().manual_seed(seed)
-    with evaluation_mode(model):
-        evidence = gather_evidence(model, sites, batches, is_pair)
-        loss = MaskLoss(model, batches, is_pair)
-        trials = _trials(loss, evidence, contribution_scores(evidence), sites, config, random)
-        if config.leave_one_out:
-            heads = torch.arange(len(evidence.features))
-            alone = [HeadMask(evidence.split(heads != head)) for head in heads]
-            trials += [(mask, loss(mask), LEAVE_ONE_OUT) for mask in alone]
-    return Sample(subject, task, evidence, *_stacked(evidence, trials))
+    """Make one sample from a frozen base model, batches of a task, and judges of masks on other batches of it.
 
-
-@torch.no_grad()
-def collect_more(
-    sample: Sample,
-    pruner: JointPruner,
-    model: PreTrainedModel,
-    sites: Mapping[str, AttentionSite],
-    batches: Sequence[Mapping[str, Any]],
-    is_pair: bool,
-    config: TrialConfig,
-    seed: int,
-) -> Sample:
-    """Return the sample with trials of what a fitted pruner would choose, which is where it must not be wrong.
-
-    The texts must be those of the sample; trials are made as by `collect`, with the pruner's scores in the place of the
-    contribution scorer's. The evidence is gathered anew.
+    Each trial is judged by one of the judges, at random, and its loss is divided by that of one mask of its group, the
+    same for all, with the same judge. So a mask cannot look good because it fits a few texts, nor because its texts are
+    easy. A judge may hold a copy of the model in bfloat16, which takes half of the time. `pruner` must not have seen
+    the task where what is fitted on the sample shall say something about unseen ones.
     """
     random = torch.Generator().manual_seed(seed)
     with evaluation_mode(model):
         evidence = gather_evidence(model, sites, batches, is_pair)
-        loss = MaskLoss(model, batches, is_pair)
-        trials = _trials(loss, evidence, pruner(evidence), sites, config, random)
-    old = (sample.masks, sample.losses, sample.groups)
-    joined = [torch.cat(parts) for parts in zip(old, _stacked(evidence, trials), strict=True)]
-    return Sample(sample.subject, sample.task, evidence, *joined)
+    rankings = [_standardised(contribution_scores(evidence))]
+    if pruner is not None:
+        learned = _standardised(pruner.eval()(evidence))
+        rankings += [learned, rankings[0] + learned]
+    trials = _trials(judges, evidence, rankings, sites, config, random)
+    if config.leave_one_out:
+        heads = torch.arange(len(evidence.features))
+        alone = [HeadMask(evidence.split(heads != head)) for head in heads]
+        trials += [(mask, statistics.mean(judge(mask) for judge in judges), LEAVE_ONE_OUT) for mask in alone]
+    masks = torch.stack([torch.cat([mask[name] for name in evidence.heads]) for mask, _, _ in trials])
+    losses, groups = torch.tensor([loss for _, loss, _ in trials]), torch.tensor([group for _, _, group in trials])
+    return Sample(subject, task, evidence, masks, losses, groups)
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    scores = scores.double()
+    return (scores - scores.mean()) / scores.std().clamp(min=1e-9)
 
 
 def _trials(
-    loss: MaskLoss,
+    judges: Sequence[MaskLoss],
     evidence: Evidence,
-    scores: Tensor,
+    rankings: Sequence[Tensor],
     sites: Mapping[str, AttentionSite],
     config: TrialConfig,
     random: torch.Generator,
 ) -> list[tuple[HeadMask, float, int]]:
-    """Judge, in each group, what the scores choose, masks at random and near it, and exchanges from the best."""
-    groups = {name: sites[name].num_key_value_heads for name in evidence.heads}
-    scores, level = scores.double(), torch.zeros(len(scores), dtype=torch.float64)
+    """Judge each group's masks; the reference is what the last ranking chooses."""
+    kv_heads = {name: sites[name].num_key_value_heads for name in evidence.heads}
+    level = torch.zeros(len(evidence.features), dtype=torch.float64)
+    around = [rankings[i % len(rankings)] for i in range(config.near)]
     trials = []
     for number, scope, ratio in config.groups:
-        masks = [select_heads(HeadScores(evidence.split(scores), groups), ratio, scope)]
+        own = [select_heads(HeadScores(evidence.split(scores), kv_heads), ratio, scope) for scores in rankings]
+        masks = own * config.own
         masks += [
-            _near(around, evidence, groups, ratio, scope, config.spread, random)
-            for around in [level] * config.at_random + [scores] * config.near
+            _near(scores, evidence, kv_heads, ratio, scope, config.spread, random)
+            for scores in [level] * config.at_random + around
         ]
-        tried = [(mask, loss(mask)) for mask in masks]
-        start = min(tried, key=lambda trial: trial[1])[0]
-        tried += search(loss, start, groups, config.exchanges, random, scope)[1:]
-        trials += [(mask, value, number) for mask, value in tried]
+        reference = [max(judge(own[-1]), _LEAST_KL) for judge in judges]
+        for mask in masks:
+            judge = int(torch.randint(len(judges), (1,), generator=random))
+            trials.append((mask, judges[judge](mask) / reference[judge], number))
     return trials
 
 
@@ -188,11 +189,6 @@ def _near(
     scale = float(scores.std())
     noise = noise if scale == 0 else noise * scale * spread * float(torch.rand(1, generator=random))
     return select_heads(HeadScores(evidence.split(scores + noise), dict(groups)), ratio, scope)
-
-
-def _stacked(evidence: Evidence, trials: Sequence[tuple[HeadMask, float, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    masks = torch.stack([torch.cat([mask[name] for name in evidence.heads]) for mask, _, _ in trials])
-    return masks, torch.tensor([loss for _, loss, _ in trials]), torch.tensor([group for _, _, group in trials])
 
 
 @dataclass(frozen=True)
