@@ -146,7 +146,7 @@ class BudgetedSelection:
             raise invalid(
                 "budget",
                 f"be at least {budget.quantity}={math.ceil(1000 * least) / 1000:g}, the share that this model keeps at "
-                f"the largest pruning ratio, {largest:.3f}, with {min_heads} heads or more a site",
+                f"the largest pruning ratio, {largest:.3f}, every site with {min_heads} or more of its heads",
                 str(budget),
             )
         self.expected_ratio = found[1]

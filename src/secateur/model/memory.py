@@ -28,6 +28,15 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
+    held = most = 0
+    for change in cpu_allocations(run):
+        held += change
+        most = max(most, held)
+    return most
+
+
+def cpu_allocations(run: Callable[[], Any]) -> list[int]:
+    """Return the bytes of every tensor that PyTorch allocates on the CPU during `run()`, and minus those it frees."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = run()  # held until the profile ends: a result counts as long as its caller has it
     del result
@@ -35,9 +44,5 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         trace = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
-    held = most = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        held += change
-        most = max(most, held)
-    return most
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    return [event["args"]["Bytes"] for event in sorted(changes, key=lambda event: event["ts"])]
