@@ -27,7 +27,7 @@ from secateur.model.head_costs import HeadCosts
 from secateur.model.latency_table import measure_latency
 from secateur.model.loading import load_model
 from secateur.model.sites import find_sites
-from secateur.model.timing import Shape, quartiles
+from secateur.model.timing import Clock, Shape, quartiles
 from secateur.pruning import environment
 
 
@@ -36,10 +36,10 @@ def fastest(row: Measured, first: Measured) -> float:
     return min(first.seconds) / min(row.seconds) / row.limit
 
 
-def by_number_of_heads(model: Any, shape: Shape, rounds: int) -> list[dict[str, Any]]:
+def by_number_of_heads(model: Any, shape: Shape, rounds: int, clock: Clock) -> list[dict[str, Any]]:
     """Return speed-up, limit and efficiency with 12, 11, … heads at every site."""
     costs = HeadCosts(model, find_sites(model), *shape)
-    (kind,) = measure_latency(model, costs, shape, rounds).kinds
+    (kind,) = measure_latency(model, costs, shape, rounds, clock=clock).kinds
     whole = kind.levels[0].seconds
     rows = []
     for level in kind.levels:
@@ -48,48 +48,58 @@ def by_number_of_heads(model: Any, shape: Shape, rounds: int) -> list[dict[str, 
         found = {"shape": str(shape), "heads": level.heads, "limit": limit, "speed_up_quartiles": ratios}
         efficiency = {"efficiency": ratios[1] / limit, "fastest": min(whole) / min(level.seconds) / limit}
         rows.append({**found, **efficiency, "rounded": kind.rounded(level.heads), "seconds": level.seconds})
+        print(
+            f"{shape!s:6s} {level.heads:2d} heads: limit {limit:.3f}, efficiency {ratios[1] / limit:.3f}, "
+            f"by the fastest rounds {efficiency['fastest']:.3f}; {rows[-1]['rounded']} heads measured faster",
+            flush=True,
+        )
     return rows
 
 
 @click.command()
 @click.option("--rounds", default=20, show_default=True)
-@click.option("--training-rounds", default=5, show_default=True)
-@click.option("--level-rounds", default=8, show_default=True)
-def main(rounds: int, training_rounds: int, level_rounds: int) -> None:
+@click.option("--training-rounds", default=5, show_default=True, help="0 leaves training steps out.")
+@click.option("--level-rounds", default=8, show_default=True, help="0 leaves numbers of heads out.")
+@click.option("--clock", default="wall", show_default=True, type=click.Choice(["wall", "cpu"]))
+def main(rounds: int, training_rounds: int, level_rounds: int, clock: Any) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     texts = demo_task(0)[0].head(128, seed=0).texts
     models = {"dense": load_model(demo_model(), "cpu")}
     for scope in ("site", "global"):
         models[f"half, scope {scope}"], _ = secateur.prune(demo_model(), texts, 0.5, scope=scope, device="cpu")
-    passes = benchmark(models, SHAPES, rounds=rounds)
-    training = benchmark(models, SHAPES, rounds=training_rounds, train=True)
-    rows = passes.rows + [row for row in training.rows if row.work == "training step"]
-    found = []
-    for row in rows:
-        first = next(r for r in rows if (r.work, r.shape) == (row.work, row.shape))
-        found.append({**row.to_json(), "fastest": fastest(row, first)})
-        low, middle, high = row.speed_up
-        print(
-            f"{row.work:13s} {row.shape!s:6s} {row.model:18s} {middle:.3f} times as fast ({low:.3f} to {high:.3f}), "
-            f"limit {row.limit:.3f}, efficiency {row.efficiency:.3f}, by the fastest rounds {fastest(row, first):.3f}"
-        )
-    levels = [row for shape in SHAPES for row in by_number_of_heads(models["dense"], shape, level_rounds)]
-    for row in levels:
-        print(
-            f"{row['shape']:6s} {row['heads']:2d} heads: limit {row['limit']:.3f}, efficiency {row['efficiency']:.3f}, "
-            f"by the fastest rounds {row['fastest']:.3f}; {row['rounded']} heads measured faster"
-        )
-    result = {
+    result: dict[str, Any] = {
         "command": "OMP_NUM_THREADS=1 python -m benchmarks.speed_up",
         "date": datetime.date.today().isoformat(),
-        "machine": passes.machine,
-        "load_average": [*passes.load, *training.load],
         "versions": environment(),
         "seed": 0,
-        "weight_bytes": passes.weight_bytes,
-        "rows": found,
-        "heads": levels,
+        "load_average": [],
+        "rows": [],
+        "heads": [],
     }
+    if clock == "cpu":
+        result["command"] += " --clock cpu"
+    for count, train in ((rounds, False), (training_rounds, True)):
+        for shape in SHAPES if count else ():
+            measured = benchmark(models, [shape], rounds=count, train=train, clock=clock)
+            rows = [row for row in measured.rows if (row.work == "training step") is train]
+            result |= {"machine": measured.machine, "weight_bytes": measured.weight_bytes}
+            result["load_average"] += measured.load
+            for row in rows:
+                low, middle, high = row.speed_up
+                result["rows"].append({**row.to_json(), "fastest": fastest(row, rows[0])})
+                print(
+                    f"{row.work:13s} {row.shape!s:6s} {row.model:18s} {middle:.3f} times as fast "
+                    f"({low:.3f} to {high:.3f}), limit {row.limit:.3f}, efficiency {row.efficiency:.3f}, "
+                    f"by the fastest rounds {fastest(row, rows[0]):.3f}",
+                    flush=True,
+                )
+            _save(result)
+    for shape in SHAPES if level_rounds else ():
+        result["heads"] += by_number_of_heads(models["dense"], shape, level_rounds, clock)
+        _save(result)
+
+
+def _save(result: dict[str, Any]) -> None:
     write_text(Path(__file__).parent / "results" / "speed_up.json", json.dumps(result, indent=1) + "\n")
 
 

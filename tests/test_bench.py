@@ -97,6 +97,7 @@ def test_shapes_are_cut_to_what_all_models_have_positions_for():
     [
         ({}, {}, "`models` must name at least one model"),
         ({"a": None}, {"shapes": []}, "`shapes` must name at least one shape"),
+        ({"a": None}, {"clock": "sun"}, "`clock` must be 'wall' or 'cpu', got 'sun'"),
         ({"a": None}, {"rounds": 0}, "`rounds` must be a whole number from 1"),
     ],
 )
@@ -119,9 +120,9 @@ def test_command_line(tmp_path, capsys):
     assert [row["model"] for row in found["rows"]] == ["dense", "small"]
     assert found["rows"][1]["efficiency"] == found["rows"][1]["speed_up_quartiles"][1] / found["rows"][1]["limit"]
     assert found["machine"]["threads"] == threads
-    assert cli.main([*given, "--train"]) == 0
+    assert cli.main([*given, "--clock", "cpu"]) == 0
     table = capsys.readouterr().out
-    assert "training step" in table
+    assert "cpu clock" in table
     assert "efficiency" in table
     assert cli.main(["bench", folders[0], folders[0]]) == 2
     assert "name each model once" in capsys.readouterr().err

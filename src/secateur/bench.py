@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from secateur.model.cost import count_macs, forward_pass, max_length
 from secateur.model.inputs import example_inputs
 from secateur.model.memory import peak_bytes
 from secateur.model.state import base_of, evaluation_mode, gradients_for_all
-from secateur.model.timing import Shape, quartiles, time_in_turn
+from secateur.model.timing import Clock, Shape, quartiles, time_in_turn
 from secateur.pruning import environment
 
 SHAPES = (Shape(1, 128), Shape(8, 128), Shape(1, 512))
@@ -100,17 +100,21 @@ def benchmark(
     *,
     rounds: int = 12,
     train: bool = False,
+    clock: Clock = "wall",
     progress: bool = False,
 ) -> Benchmark:
     """Measure base models in turn at each shape, on made-up text without padding; others are held against the first.
 
     `train` measures training steps too: forward and backward pass and AdamW, on copies. Shapes longer than the models
-    have positions for are cut. Raises `InvalidInputError` for no models, no shapes, and rounds below 1.
+    have positions for are cut. `clock` is that of `time_in_turn`. Raises `InvalidInputError` for no models, no shapes,
+    rounds below 1, and another clock.
     """
     if not models:
         raise invalid("models", "name at least one model", list(models))
     if not shapes:
         raise invalid("shapes", "name at least one shape", list(shapes))
+    if clock not in get_args(Clock):
+        raise invalid("clock", "be 'wall' or 'cpu'", clock)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise invalid("rounds", "be a whole number from 1", rounds)
     bases = {name: base_of(model) for name, model in models.items()}
@@ -121,9 +125,9 @@ def benchmark(
         for work, prepared in (("pass", _passes), ("training step", _training_steps)):
             if work == "pass" or train:
                 with prepared(bases, shape) as runs:
-                    rows += _measure(runs, work, shape, macs, bases, rounds, progress)
+                    rows += _measure(runs, work, shape, macs, bases, rounds, clock, progress)
     weights = {name: sum(p.numel() * p.element_size() for p in base.parameters()) for name, base in bases.items()}
-    return Benchmark(rows, weights, _machine(next(iter(bases.values())).device), load + _load())
+    return Benchmark(rows, weights, _machine(next(iter(bases.values())).device, clock), load + _load())
 
 
 def _measure(
@@ -133,11 +137,12 @@ def _measure(
     macs: Mapping[str, int],
     bases: Mapping[str, PreTrainedModel],
     rounds: int,
+    clock: Clock,
     progress: bool,
 ) -> list[Measured]:
     # Before anything else has run: the states of an optimiser appear in its first step, and stay.
     peaks = {name: peak_bytes(partial(_twice, run), bases[name].device) for name, run in runs.items()}
-    seconds = time_in_turn(runs, rounds, progress=progress)
+    seconds = time_in_turn(runs, rounds, clock=clock, progress=progress)
     first = next(iter(runs))
     found = []
     for name in runs:
@@ -186,12 +191,13 @@ def _cut(shape: Shape, bases: Mapping[str, PreTrainedModel]) -> Shape:
     return Shape(shape.batch, min([shape.length, *(max_length(base, shape.length) for base in bases.values())]))
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def _machine(device: torch.device, clock: Clock) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": gpu or str(device),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "clock": clock,
         "threads": torch.get_num_threads(),
     }
 

@@ -299,10 +299,17 @@ def verify(folder: Path, against: str | None, device: str | None, as_json: bool)
 @click.option("--train", is_flag=True, help="Measure training steps too.")
 @click.option("--rounds", default=12, show_default=True, type=click.IntRange(1), help="Turns of each model at a shape.")
 @click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads [default: PyTorch's].")
+@click.option(
+    "--clock",
+    default="wall",
+    show_default=True,
+    type=click.Choice(["wall", "cpu"]),
+    help="cpu: only what this process computes, for --threads 1 on a machine that is busy.",
+)
 @_device
 @_json
 def bench(
-    models: tuple[str, ...], shapes: tuple[str, ...], train: bool, rounds: int, threads: int | None,
+    models: tuple[str, ...], shapes: tuple[str, ...], train: bool, rounds: int, threads: int | None, clock: Any,
     device: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure MODELs in turn, the dense one first: latency, memory, and how much of the limit is reached.
@@ -325,7 +332,7 @@ def bench(
     names = [Path(model).name for model in models]
     labels = names if len(set(names)) == len(models) else models
     loaded = {label: load_model(model, chosen) for label, model in zip(labels, models, strict=True)}
-    result = benchmark(loaded, wanted, rounds=rounds, train=train, progress=True)
+    result = benchmark(loaded, wanted, rounds=rounds, train=train, clock=clock, progress=True)
     if as_json:
         _print_json({**result.to_json(), "command": _command_line()})
     else:

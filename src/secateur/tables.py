@@ -66,7 +66,8 @@ def pruning_table(report: PruningReport) -> Table:
 
 def benchmark_table(result: Benchmark) -> Table:
     """Return one row for each shape, kind of work and model: time, speed-up, its limit, memory."""
-    title = f"{result.machine['device']}, {result.machine['threads']} threads; medians of rounds, models in turn"
+    machine = result.machine
+    title = f"{machine['device']}, {machine['threads']} threads, {machine['clock']} clock; medians of rounds in turn"
     table = Table(*(Column(name, no_wrap=True) for name in ("work", "shape", "model")), title=title)
     for column in ("ms", "texts/s", "speed-up", "quartiles", "limit", "efficiency", "weights MB", "peak MB"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -21,7 +21,7 @@ from secateur.model.head_costs import HeadCosts
 from secateur.model.layout import AttentionSite
 from secateur.model.removal import remove_heads_
 from secateur.model.state import base_of, evaluation_mode
-from secateur.model.timing import Shape, quartiles, time_in_turn
+from secateur.model.timing import Clock, Shape, quartiles, time_in_turn
 
 MOST_LEVELS = 12
 """Numbers of heads that are timed for one kind of site; the others lie on straight lines between them."""
@@ -92,7 +92,12 @@ class LatencyTable:
 
 
 def measure_latency(
-    model: nn.Module, costs: HeadCosts, shape: Shape, rounds: int = 8, progress: bool = False
+    model: nn.Module,
+    costs: HeadCosts,
+    shape: Shape,
+    rounds: int = 8,
+    clock: Clock = "wall",
+    progress: bool = False,
 ) -> LatencyTable:
     """Time the base model whole, and with the sites of one kind at a time cut to fewer and fewer heads.
 
@@ -118,7 +123,7 @@ def measure_latency(
                 runs[number, len(levels[number])] = forward_pass(smaller, *shape)
                 levels[number].append((int(kept.sum()), costs.saved_macs(sites[0].name, kept)))
         names = {str(key): run for key, run in runs.items()}
-        seconds = time_in_turn(names, rounds, min_seconds=0.05, progress=progress)
+        seconds = time_in_turn(names, rounds, min_seconds=0.05, clock=clock, progress=progress)
     kinds = []
     for number, sites in enumerate(groups.values()):
         measured = [

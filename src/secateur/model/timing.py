@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.benchmark import Timer
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from secateur.errors import invalid
 
+Clock = Literal["wall", "cpu"]
 MIN_SECONDS = 0.1
 """What one thing is run for in one round, at least; one pass before it, which warms up, is not counted."""
 
@@ -37,15 +39,22 @@ def parse_shape(text: str) -> Shape:
 
 
 def time_in_turn(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, min_seconds: float = MIN_SECONDS, progress: bool = False
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    min_seconds: float = MIN_SECONDS,
+    clock: Clock = "wall",
+    progress: bool = False,
 ) -> dict[str, list[float]]:
     """Return, for each of `runs`, the median seconds of a call in every round.
 
     Every second round goes backwards, so that none always follows the same other. PyTorch's own timer waits for the
-    device, keeps the garbage collector away, and repeats what is short until `min_seconds` are full.
+    device, keeps the garbage collector away, and repeats what is short until `min_seconds` are full. The clock "cpu"
+    counts what this process computes, summed over its threads: for one thread on a machine that is busy besides.
     """
-    threads = torch.get_num_threads()
-    timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
+    options: dict[str, Any] = {"num_threads": torch.get_num_threads()}
+    if clock == "cpu":
+        options["timer"] = time.process_time
+    timers = {name: Timer("run()", globals={"run": run}, **options) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in tqdm(range(rounds), desc="timing", leave=False, disable=not progress):
         for name in timers if number % 2 == 0 else reversed(timers):
