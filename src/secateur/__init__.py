@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from secateur.budget import select_within_budget as select_within_budget
     from secateur.errors import CheckpointError as CheckpointError
     from secateur.errors import InvalidInputError as InvalidInputError
     from secateur.errors import RemovalError as RemovalError
@@ -53,6 +54,7 @@ _WHERE = {
     "remove_heads_": "secateur.model.removal",
     "score_heads": "secateur.pruning",
     "select_heads": "secateur.selection",
+    "select_within_budget": "secateur.budget",
 }
 __all__ = sorted(_WHERE)
 

@@ -180,6 +180,12 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
 @_data
 @click.option("--ratio", default=0.5, show_default=True, type=_Ratio(), help="Fraction of heads to remove, in [0, 1).")
 @click.option(
+    "--budget",
+    default=None,
+    metavar="QUANTITY=SHARE",
+    help="Instead of a ratio, what may remain: heads=0.5, params=0.95, macs=0.85, latency=0.8x@8x128.",
+)
+@click.option(
     "--scope", default="site", show_default=True, type=click.Choice(["site", "global"]),
     help="The same ratio at every site, or one ranking over the model.",
 )  # fmt: skip
@@ -195,13 +201,15 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
 @_scoring
 @_out
 @_json
+@click.pass_context
 def prune(
-    model: str, data: str, ratio: float, scope: Any, min_heads: int, refine: int, maps: bool, out: Path, as_json: bool,
-    **options: Any,
+    context: click.Context, model: str, data: str, ratio: float, budget: str | None, scope: Any, min_heads: int,
+    refine: int, maps: bool, out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder."""
     from dataclasses import replace
 
+    from secateur.budget import Budget
     from secateur.model.loading import check_device, load_tokenizer
     from secateur.pruning import prune as prune_model
     from secateur.report import write_report
@@ -210,6 +218,9 @@ def prune(
     from secateur.tables import print_table, pruning_table
 
     check_new_folder(out)
+    if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("`ratio` must be left out where there is a `--budget`")
+    wanted = None if budget is None else Budget.parse(budget)
     device = check_device(options["device"])
     scorer = _scorer(options)
     task = _calibration(data, options)
@@ -218,6 +229,7 @@ def prune(
         model,
         task.texts,
         ratio,
+        budget=wanted,
         scorer=scorer,
         scope=scope,
         min_heads=min_heads,
@@ -273,6 +285,58 @@ def verify(folder: Path, against: str | None, device: str | None, as_json: bool)
         click.echo(f"largest difference {result['max_difference']:.1e} (at most {result['tolerance']:g} is accepted)")
     if not result["equal"]:
         raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="BATCHxLENGTH",
+    help="Texts x tokens, such as 8x128; may be repeated [default: 1x128, 8x128, 1x512].",
+)
+@click.option("--train", is_flag=True, help="Measure training steps too.")
+@click.option("--rounds", default=12, show_default=True, type=click.IntRange(1), help="Turns of each model at a shape.")
+@click.option("--threads", default=None, type=click.IntRange(1), help="CPU threads [default: PyTorch's].")
+@click.option(
+    "--clock",
+    default="wall",
+    show_default=True,
+    type=click.Choice(["wall", "cpu"]),
+    help="cpu: only what this process computes, for --threads 1 on a machine that is busy.",
+)
+@_device
+@_json
+def bench(
+    models: tuple[str, ...], shapes: tuple[str, ...], train: bool, rounds: int, threads: int | None, clock: Any,
+    device: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure MODELs in turn, the dense one first: latency, memory, and how much of the limit is reached.
+
+    The limit is the ratio of multiply-accumulates of the first model to another's; efficiency is the measured speed-up
+    as a share of it. Memory is that of tensors beyond the weights.
+    """
+    import torch
+
+    from secateur.bench import SHAPES, benchmark
+    from secateur.model.loading import check_device, load_model
+    from secateur.model.timing import parse_shape
+    from secateur.tables import benchmark_table, print_table
+
+    if len(set(models)) < len(models):
+        raise click.UsageError("`MODEL...` must name each model once")
+    chosen, wanted = check_device(device), [parse_shape(shape) for shape in shapes] or SHAPES
+    if threads is not None:
+        torch.set_num_threads(threads)
+    names = [Path(model).name for model in models]
+    labels = names if len(set(names)) == len(models) else models
+    loaded = {label: load_model(model, chosen) for label, model in zip(labels, models, strict=True)}
+    result = benchmark(loaded, wanted, rounds=rounds, train=train, clock=clock, progress=True)
+    if as_json:
+        _print_json({**result.to_json(), "command": _command_line()})
+    else:
+        print_table(benchmark_table(result))
 
 
 _training = _options(
@@ -655,6 +719,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 with one line on stderr for bad input, 130 for Ctrl-C."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # PyTorch's profiler tells stderr that it starts and stops
     try:
         result = cli.main(arguments, prog_name="secateur", standalone_mode=False)
     except click.exceptions.Exit as stop:

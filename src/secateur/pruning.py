@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from secateur.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
+from secateur.budget import Budget, BudgetedSelection, BudgetOutcome
 from secateur.data import StreamedBatches, Task, Text, check_texts
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
@@ -47,7 +48,8 @@ class PruningReport:
 
     `pruning_ratio` is the fraction of the heads present before that went; `before` and `after` count heads, parameters
     and multiply-accumulates; `num_texts` were scored, and where scoring stopped by itself, `agreement` is the share of
-    heads of which it is 95% sure; `max_difference` is the proof's (float32, at most `tolerance`). `refinement` holds
+    heads of which it is 95% sure; `budget` is what was asked for and reached where there was one, for which
+    `requested_ratio` was found; `max_difference` is the proof's (float32, at most `tolerance`). `refinement` holds
     the relational KL of every mask that was tried to improve the one that the scores gave, which comes first; `mask` is
     the best of them. `command` is the command line that asked for it, where one did. `attention_maps` are those of the
     model before, where they were asked for; they have a file of their own.
@@ -66,6 +68,7 @@ class PruningReport:
     max_difference: float
     scoring_seconds: float
     agreement: float | None = None
+    budget: BudgetOutcome | None = None
     refinement: tuple[float, ...] = ()
     tolerance: float = TOLERANCE
     versions: dict[str, str] = field(default_factory=lambda: environment())
@@ -80,7 +83,8 @@ class PruningReport:
 
     def __str__(self) -> str:
         """Say in one line what was kept."""
-        return f"kept {self.after.heads} of {self.before.heads} heads (pruning ratio {self.pruning_ratio:.2f})"
+        kept = f"kept {self.after.heads} of {self.before.heads} heads (pruning ratio {self.pruning_ratio:.2f})"
+        return kept if self.budget is None else f"{kept}, {self.budget}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -99,6 +103,7 @@ class PruningReport:
             "tolerance": self.tolerance,
             "scoring_seconds": self.scoring_seconds,
             "agreement": self.agreement,
+            "budget": None if self.budget is None else self.budget.to_json(),
             "refinement": list(self.refinement),
             "scores": self.scores.to_json()["scores"],
             "kept_heads": self.mask.kept_heads,
@@ -222,6 +227,7 @@ def prune(
     texts: Sequence[Text] | None = None,
     pruning_ratio: float = 0.5,
     *,
+    budget: str | Budget | None = None,
     scorer: str | Scorer = DEFAULT_SCORER,
     scope: Scope = "site",
     min_heads: int = 1,
@@ -241,10 +247,13 @@ def prune(
 
     `model` is a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned and returned. A
     SentenceTransformer is returned as one, with the transformer in it pruned and its other modules as they were.
+    `budget` says how much of the model may remain, such as "macs=0.85" or "latency=0.8x@8x128" (see
+    `secateur.budget.Budget.parse`); the smallest pruning ratio within it takes the place of `pruning_ratio`.
     `refine` is the number of exchanges that `refine_mask` tries on the scored texts. `maps` keeps the mean
     attention maps of the first few texts in the report; it takes a pass over them. The other arguments are those of
     `score_heads` and `select_heads`. The proof runs on the first few of the texts.
     """
+    wanted = Budget.parse(budget) if isinstance(budget, str) else budget
     if isinstance(model, str | Path):
         name = str(model)
         tokenizer = load_tokenizer(model) if tokenizer is None and texts is not None else tokenizer
@@ -260,6 +269,11 @@ def prune(
     before = measure_cost(pruned)
     if refine and texts is None:
         raise InvalidInputError("`refine` needs `texts` to judge masks by")
+    if refine and scope == "global" and wanted is not None and wanted.quantity != "heads":
+        raise invalid("refine", f"be 0 at scope 'global' with the budget {wanted}, which exchanges may exceed", refine)
+    within = None if wanted is None else BudgetedSelection(pruned, wanted, scope, min_heads, progress)
+    if within is not None:
+        pruning_ratio = within.expected_ratio
     start = time.perf_counter()
     scores = score_heads(
         pruned,
@@ -278,7 +292,10 @@ def prune(
         **options,
     )
     seconds = time.perf_counter() - start
-    mask = select_heads(scores, pruning_ratio, scope, min_heads)
+    if within is None:
+        mask = select_heads(scores, pruning_ratio, scope, min_heads)
+    else:
+        mask, pruning_ratio = within.select(scores)
     refinement: list[float] = []
     if texts is not None:
         texts = [texts[i] for i in reading_order(texts, stop, seed)[: scores.num_texts]]
@@ -311,6 +328,7 @@ def prune(
         max_difference=removal.max_difference,
         scoring_seconds=seconds,
         agreement=scores.agreement,
+        budget=None if within is None else within.outcome(mask, pruned),
         refinement=tuple(refinement),
         attention_maps=attention,
     )

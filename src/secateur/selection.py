@@ -1,4 +1,4 @@
-"""From scores to a mask under a budget. Lowest scores go first; of equal heads the one with the lower index stays."""
+"""From scores to a mask at a ratio. Lowest scores go first; of equal heads the one with the lower index stays."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_pruning_ratio(pruning_ratio: float) -> None:
         raise invalid("pruning_ratio", "be in [0, 1)", pruning_ratio)
 
 
-def budget(heads: int, pruning_ratio: float) -> int:
+def removable(heads: int, pruning_ratio: float) -> int:
     """Return how many of `heads` may go; the small term undoes rounding, as in 0.29 * 100 = 28.999…"""
     return math.floor(pruning_ratio * heads + 1e-9)
 
@@ -78,7 +78,7 @@ def _select_in_site(scores: HeadScores, site: str, pruning_ratio: float, min_hea
     vector, groups = scores[site], _groups(scores, site)
     kept = torch.zeros(vector.numel(), dtype=torch.bool)
     present = sum(len(g) for g in groups)
-    target = max(present - budget(present, pruning_ratio), min(min_heads, present))
+    target = max(present - removable(present, pruning_ratio), min(min_heads, present))
     if not target:
         return kept
     shapes = list(itertools.product(range(1, len(groups) + 1), range(1, max(map(len, groups)) + 1)))
@@ -98,7 +98,7 @@ def _best_of_shape(vector: Tensor, groups: list[list[int]], num_groups: int, per
 def _select_globally(scores: HeadScores, pruning_ratio: float, min_heads: int) -> HeadMask:
     units = [(site, group) for site in scores for group in _groups(scores, site)]
     left = {site: sum(len(g) for g in _groups(scores, site)) for site in scores}
-    allowed = budget(sum(left.values()), pruning_ratio)
+    allowed = removable(sum(left.values()), pruning_ratio)
     means = torch.stack([scores[site][group].mean() for site, group in units])
     values = {site: vector > -math.inf for site, vector in scores.items()}
     for number in reversed(_ranked(means)):

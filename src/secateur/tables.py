@@ -7,7 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from secateur.bench import Benchmark
 from secateur.heads import HeadScores
+from secateur.model.timing import quartiles
 from secateur.pruning import PruningReport
 from secateur.report.runs import cost_rows
 from secateur.summary import Summary
@@ -59,6 +61,31 @@ def pruning_table(report: PruningReport) -> Table:
         table.add_column(column, justify="right")
     for row in cost_rows(report.before.to_json(), report.after.to_json()):
         table.add_row(row["name"], f"{row['dense']:,}", f"{row['pruned']:,}", f"{row['pruned'] / row['dense']:.3f}")
+    return table
+
+
+def benchmark_table(result: Benchmark) -> Table:
+    """Return one row for each shape, kind of work and model: time, speed-up, its limit, memory."""
+    machine = result.machine
+    title = f"{machine['device']}, {machine['threads']} threads, {machine['clock']} clock; medians of rounds in turn"
+    table = Table(*(Column(name, no_wrap=True) for name in ("work", "shape", "model")), title=title)
+    for column in ("ms", "texts/s", "speed-up", "quartiles", "limit", "efficiency", "weights MB", "peak MB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result.rows:
+        low, speed_up, high = row.speed_up
+        table.add_row(
+            row.work,
+            str(row.shape),
+            row.model,
+            f"{1000 * quartiles(row.seconds)[1]:.1f}",
+            f"{row.texts_per_second:.1f}",
+            f"{speed_up:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{row.limit:.3f}",
+            f"{row.efficiency:.3f}",
+            f"{result.weight_bytes[row.model] / 1e6:.1f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
+        )
     return table
 
 

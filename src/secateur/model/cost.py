@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from secateur.model.inputs import example_inputs
 from secateur.model.probe import count_heads, probe
-from secateur.model.state import base_of, evaluation_mode
+from secateur.model.state import base_of, evaluation_mode, frozen
+from secateur.model.timing import time_in_turn
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,29 @@ class ModelCost:
         return asdict(self)
 
 
-@torch.no_grad()
 def measure_cost(model: nn.Module, batch: int = 1, length: int = 128) -> ModelCost:
     """Count heads, parameters and multiply-accumulates (half of PyTorch's flop count) of the base model.
 
     `length` is cut to what the model's positions allow.
     """
     base = base_of(model)
+    macs, length = count_macs(base, batch, length)
+    heads = sum(h for h, _ in count_heads(base, example_inputs(base, 1)).values())
+    return ModelCost(heads, count_parameters(model), macs[""], batch, length)
+
+
+def count_macs(base: PreTrainedModel, batch: int = 1, length: int = 128) -> tuple[dict[str, int], int]:
+    """Return multiply-accumulates of one pass inside each module, by its name ("" = all of them), and its length."""
     length = min(length, max_length(base, length))
     inputs = example_inputs(base, batch, length, padding=0)
     counter = FlopCounterMode(display=False)
-    # PyTorch counts matrix products but not its fused CPU attention, so the pass is made with separate products.
-    with evaluation_mode(base), probe(base, weights=True), counter:
+    # PyTorch counts matrix products but not its fused CPU attention, so the pass is made with separate products. Its
+    # counter wants a graph behind every tensor that asks for gradients, and modules may be handed bare parameters.
+    with evaluation_mode(base), frozen(base), probe(base, weights=True), counter:
         base(**inputs)
-    heads = sum(h for h, _ in count_heads(base, example_inputs(base, 1)).values())
-    return ModelCost(heads, count_parameters(model), counter.get_total_flops() // 2, batch, length)
+    root = type(base).__name__ + "."
+    found = {name.removeprefix(root): sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    return {**found, "": counter.get_total_flops() // 2}, length
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -60,53 +68,35 @@ def count_parameters(model: nn.Module) -> int:
 
 def max_length(model: nn.Module, default: int = 512) -> int:
     """Return how many tokens the model has positions for, or `default` where its config does not say."""
-    positions = getattr(base_of(model).config, "max_position_embeddings", None)
-    # RoBERTa and its kin start counting after the padding id, which costs up to two positions.
-    return positions - 2 if isinstance(positions, int) and positions > 2 else default
+    base = base_of(model)
+    positions = getattr(base.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 2:
+        return default
+    for name, module in base.named_modules():
+        if "position" in name and isinstance(module, nn.Embedding) and module.num_embeddings == positions:
+            # RoBERTa and its kin start counting after the padding id.
+            return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return positions - 2
 
 
 @torch.no_grad()
 def compare_latency(
-    models: Mapping[str, nn.Module],
-    batch: int = 8,
-    length: int = 128,
-    rounds: int = 12,
-    warmup: int = 3,
-    progress: bool = False,
+    models: Mapping[str, nn.Module], batch: int = 8, length: int = 128, rounds: int = 12, progress: bool = False
 ) -> dict[str, list[float]]:
     """Time one forward pass of each model in turn, round after round, and return the seconds of every round.
 
-    Interleaving lets a drift of the machine's speed reach all models alike: quote ratios of medians.
+    Quote ratios of medians: see `time_in_turn`.
     """
-    runs: dict[str, Callable[[], Any]] = {}
-    for name, model in models.items():
-        base = base_of(model)
-        inputs = example_inputs(base, batch, min(length, max_length(base, length)), padding=0)
-        runs[name] = lambda base=base, inputs=inputs: base(**inputs)  # type: ignore[misc]
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    modes = [evaluation_mode(base_of(model)) for model in models.values()]
-    for mode in modes:
-        mode.__enter__()
-    try:
-        for number in tqdm(range(warmup + rounds), desc="timing", leave=False, disable=not progress):
-            for name, run in runs.items():
-                _synchronise()
-                start = time.perf_counter()
-                run()
-                _synchronise()
-                if number >= warmup:
-                    seconds[name].append(time.perf_counter() - start)
-    finally:
-        for mode in reversed(modes):
-            mode.__exit__(None, None, None)
-    return seconds
+    bases = [base_of(model) for model in models.values()]
+    with ExitStack() as modes:
+        for base in bases:
+            modes.enter_context(evaluation_mode(base))
+        runs = {name: forward_pass(base, batch, length) for name, base in zip(models, bases, strict=True)}
+        return time_in_turn(runs, rounds, progress=progress)
 
 
-def median_ratio(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return the median of the ratios `one / other`, pair by pair."""
-    return statistics.median(a / b for a, b in zip(one, other, strict=True))
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def forward_pass(model: nn.Module, batch: int, length: int) -> Callable[[], Any]:
+    """Return a call that runs the base model on made-up text of `batch` × `length` tokens, cut to its positions."""
+    base = base_of(model)
+    inputs = example_inputs(base, batch, min(length, max_length(base, length)), padding=0)
+    return lambda: base(**inputs)

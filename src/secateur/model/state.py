@@ -57,6 +57,20 @@ def gradients_for_all(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for gradients meanwhile, and record none."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Hold half-precision weights in float32 meanwhile; widening and narrowing back is exact, so nothing changes.
 

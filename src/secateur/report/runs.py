@@ -63,6 +63,7 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "scorer": report["scorer"],
             "scope": report["scope"],
             "requested_ratio": report["requested_ratio"],
+            "budget": _budget(report.get("budget")),
             "sites": sites,
             "cost": cost_rows(before, after)[1:],
             "times": [{"name": "scoring", "seconds": report["scoring_seconds"]}],
@@ -124,6 +125,10 @@ def _read(path: Path) -> dict[str, Any]:
         return _scores(data)
     rule = "be a pruned folder, a scores file, a comparison's folder or a demo's folder"
     raise invalid("run", rule, str(path), "" if path.exists() else "there is no such file or folder")
+
+
+def _budget(found: Any) -> str | None:
+    return None if found is None else f"{found['asked']}, reached {found['reached']:.3f}"
 
 
 def _maps_of(folder: Path) -> Any:

@@ -9,7 +9,7 @@ from secateur.errors import invalid
 from secateur.scorers.base import ScoringTask
 from secateur.scorers.labelled import is_number
 from secateur.scorers.learned import GateLearningScorer
-from secateur.selection import budget
+from secateur.selection import removable
 
 
 class DspScorer(GateLearningScorer):
@@ -54,7 +54,7 @@ class DspScorer(GateLearningScorer):
         """Draw a relaxed subset of all heads."""
         temperature = self.temperature * (self.final_temperature / self.temperature) ** progress
         noise = -torch.log(torch.empty_like(numbers).exponential_())  # Gumbel
-        kept = max(1, len(numbers) - budget(len(numbers), task.pruning_ratio))
+        kept = max(1, len(numbers) - removable(len(numbers), task.pruning_ratio))
         return relaxed_top_k(numbers + noise, kept, temperature, self.straight_through)
 
 
