@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PLAIN := .venv-plain
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest robustness sweep docs lint format clean
+.PHONY: demo test test-oldest robustness fuzz sweep docs lint format clean
 
 demo: $(PLAIN)/.installed
 	rm -rf demo
@@ -23,6 +23,11 @@ test-oldest: $(OLDEST)/.installed
 # What was tried against it and what came of it, from the tests that say so. Writes docs/robustness.md.
 robustness: $(STAMP)
 	$(BIN)/python -m pytest --outcomes docs/robustness.md
+
+# The damaged recipes, scores and masks of tests/test_fuzz.py, 100,000 of the first two kinds and new ones each time;
+# for a machine that has the night. Writes what came of them.
+fuzz: $(STAMP)
+	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py --outcomes benchmarks/results/fuzz.json
 
 # Every model type of the installed transformers; about ten minutes. Writes docs/coverage.md.
 sweep: $(STAMP)
