@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PLAIN := .venv-plain
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest sweep docs lint format clean
+.PHONY: demo test test-oldest robustness fuzz sweep docs lint format clean
 
 demo: $(PLAIN)/.installed
 	rm -rf demo
@@ -19,6 +19,15 @@ test: $(STAMP)
 # The same suite against the oldest transformers that pyproject.toml allows, but for ONNX, whose extra needs a newer one.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --ignore tests/test_onnx.py --ignore tests/test_deployment_page.py
+
+# What was tried against it and what came of it, from the tests that say so. Writes docs/robustness.md.
+robustness: $(STAMP)
+	$(BIN)/python -m pytest --outcomes docs/robustness.md
+
+# The damaged recipes, scores and masks of tests/test_fuzz.py, 100,000 of the first two kinds and new ones each time;
+# for a machine that has the night. Writes what came of them.
+fuzz: $(STAMP)
+	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py --outcomes benchmarks/results/fuzz.json
 
 # Every model type of the installed transformers; about ten minutes. Writes docs/coverage.md.
 sweep: $(STAMP)

@@ -13,6 +13,8 @@ import secateur  # noqa: F401 - reloading is part of what every test relies on
 
 torch.set_num_threads(2)
 
+pytest_plugins = ["tests.outcomes"]
+
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
 SENTENCES = [

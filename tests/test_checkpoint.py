@@ -186,7 +186,7 @@ def damage(**changes):
         (lambda r: r["kept_heads"].pop("encoder.layer.0.attention.self"), "for the same sites"),
         (damage(kept_heads=[]), "is damaged"),
         (damage(layouts=None), "is damaged"),
-        (damage(layouts__0__num_heads=0), "is damaged.*no positive whole number"),
+        (damage(layouts__0__num_heads=0), "is damaged.*no whole number from 1"),
         (damage(layouts__0__slices__0__3="0x8 9x24"), "is damaged.*impossible run '9x24'"),
         (damage(layouts__0__slices__0__3="0x8"), "does not fit BertModel.*the recipe expects 8"),
         (damage(layouts__0__slices__0__0="self.nothing.weight"), "does not fit BertModel.*has no weight"),

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import glob
-import gzip
 import math
 import random
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +14,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from secateur.errors import InvalidInputError, invalid
+from secateur.errors import InvalidInputError, invalid, shown
+from secateur.rows import FILE_FORMATS, one_line, read_columns, stem_and_format
 
 Text: TypeAlias = str | tuple[str, str]
 
@@ -28,7 +25,6 @@ SPLIT_NAMES = {
     "dev": ("dev", "validation", "valid", "dev_matched", "validation_matched"),
     "test": ("test", "test_matched"),
 }
-FILE_FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 # Pairs come first because QNLI's columns are `question` and `sentence`.
 TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
@@ -38,6 +34,8 @@ TEXT_COLUMNS = (
     ("sentence",),
     ("text",),
 )
+MOST_CLASSES = 100_000
+"""A model needs an output for each class up to the highest; a larger number was not meant as one."""
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
@@ -66,8 +64,8 @@ class Task:
         for index, label in enumerate(self.labels):
             if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
                 raise invalid(f"labels[{index}]", "be a finite number", label)
-            if not regression and label < 0:
-                raise invalid(f"labels[{index}]", "be a class from 0 up", label)
+            if not regression and not 0 <= label < MOST_CLASSES:
+                raise invalid(f"labels[{index}]", f"be a class from 0 up, below {MOST_CLASSES:,}", label)
 
     @property
     def is_pair(self) -> bool:
@@ -142,7 +140,7 @@ def load_task(
     if path.exists():
         file = _split_file(path, split) if path.is_dir() else path
         source, columns = str(file), _read_file(file)
-        stem = _stem_and_format(file)[0]
+        stem = stem_and_format(file)[0]
         is_split_name = any(stem in names for names in SPLIT_NAMES.values())
         name = file.absolute().parent.name if is_split_name else stem
     else:
@@ -165,11 +163,19 @@ def check_texts(texts: Sequence[Text]) -> None:
     if not texts:
         raise invalid("texts", "hold at least one text", texts)
     for index, text in enumerate(texts):
-        is_pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
-        if not isinstance(text, str) and not is_pair:
-            raise invalid(f"texts[{index}]", "be a string or a tuple of two strings", text)
+        is_pair = isinstance(text, tuple) and len(text) == 2 and all(map(_is_text, text))
+        if not _is_text(text) and not is_pair:
+            raise invalid(f"texts[{index}]", "be a string or a tuple of two strings, without lone surrogates", text)
         if isinstance(text, str) != isinstance(texts[0], str):
             raise invalid(f"texts[{index}]", "be of the kind of the first text: all single or all pairs", text)
+
+
+def _is_text(value: Any) -> bool:
+    """Is it a string that UTF-8 can write, as tokenizers take it?"""
+    try:
+        return isinstance(value, str) and (value.isascii() or bool(value.encode("utf-8")))
+    except UnicodeEncodeError:
+        return False
 
 
 def tokenize(tokenizer: Any, texts: Sequence[Text], max_length: int = 128) -> Any:
@@ -230,11 +236,12 @@ class StreamedBatches(Sequence[dict[str, Tensor]]):
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         start = range(len(self))[number] * self.batch_size
+        texts = self.texts[start : start + self.batch_size]
         with padding_token(self.tokenizer):
-            made = _encode(
-                self.tokenizer, self.texts[start : start + self.batch_size], self.max_length, padding="longest",
-                return_tensors="pt",
-            )  # fmt: skip
+            made = _encode(self.tokenizer, texts, self.max_length, padding="longest", return_tensors="pt")
+            if not made["input_ids"].shape[1]:
+                # Some tokenizers make nothing of an empty text; no model takes a batch without a token.
+                made = _encode(self.tokenizer, texts, 1, padding="max_length", return_tensors="pt")
         return dict(made.to(self.device))
 
 
@@ -267,17 +274,11 @@ def _encode(tokenizer: Any, texts: Sequence[Text], max_length: int, **options: A
     )
 
 
-def _stem_and_format(path: Path) -> tuple[str, str]:
-    """Return `train` and `.tsv` for train.tsv and for train.tsv.gz."""
-    inner = Path(path.stem) if path.suffix.lower() == ".gz" else path
-    return inner.stem, inner.suffix.lower()
-
-
 def _split_file(folder: Path, split: str) -> Path:
     """Find the one file of a folder that holds the split."""
-    files = [path for path in sorted(folder.iterdir()) if _stem_and_format(path)[1] in FILE_FORMATS]
+    files = [path for path in sorted(folder.iterdir()) if stem_and_format(path)[1] in FILE_FORMATS]
     for name in SPLIT_NAMES[split]:
-        found = [path for path in files if _stem_and_format(path)[0] == name]
+        found = [path for path in files if stem_and_format(path)[0] == name]
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise InvalidInputError(f"{folder} holds more than one {split} file ({names}); name the file itself")
@@ -293,7 +294,7 @@ def _hub_id(data: str | Path) -> tuple[str, str | None]:
     """Split a Hub id into repository and configuration, or raise for what can only be a path."""
     text = str(data)
     is_path = (
-        isinstance(data, Path) or text.startswith((".", "/", "~")) or _stem_and_format(Path(text))[1] in FILE_FORMATS
+        isinstance(data, Path) or text.startswith((".", "/", "~")) or stem_and_format(Path(text))[1] in FILE_FORMATS
     )
     match = _HUB_ID.fullmatch(text)
     if is_path or match is None:
@@ -312,7 +313,7 @@ def _read_hub(hub_id: str, repository: str, config: str | None, split: str) -> d
         splits = datasets.load_dataset(repository, config)
     except Exception as error:  # the Hub, the network and each file format fail with types of their own
         raise InvalidInputError(
-            f"{hub_id!r} is no local file or folder, and the Hub did not give it ({_one_line(error)}); "
+            f"{hub_id!r} is no local file or folder, and the Hub did not give it ({one_line(error)}); "
             "give a local file instead"
         ) from error
     name = next((name for name in SPLIT_NAMES[split] if name in splits), None)
@@ -323,55 +324,10 @@ def _read_hub(hub_id: str, repository: str, config: str | None, split: str) -> d
 
 
 def _read_file(path: Path) -> dict[str, list[Any]]:
-    """Load a local file into the columns that a task needs; nothing stays on the disk afterwards."""
-    import datasets
-
-    kind = _stem_and_format(path)[1]
-    if not path.is_file() or kind not in FILE_FORMATS:
+    """Load a local file into the columns that a task needs."""
+    if not path.is_file() or stem_and_format(path)[1] not in FILE_FORMATS:
         raise invalid("data", f"be a file with one of the endings {', '.join(FILE_FORMATS)}", str(path))
-    if not path.stat().st_size:
-        raise InvalidInputError(f"{path} holds no rows")
-    # The reader takes the name for a pattern, hence the escape.
-    pattern = glob.escape(str(path))
-    try:
-        with _silent_datasets(), tempfile.TemporaryDirectory(prefix="secateur-") as cache:
-            place = {"cache_dir": cache, "keep_in_memory": True}
-            if kind in (".csv", ".tsv"):
-                rows = datasets.Dataset.from_csv(pattern, **_csv_options(path, kind), **place)
-            elif kind == ".parquet":
-                rows = datasets.Dataset.from_parquet(pattern, **place)
-            else:
-                rows = datasets.Dataset.from_json(pattern, **place)
-            return rows.select_columns(_needed_columns(rows.column_names, str(path)))[:]
-    except InvalidInputError:
-        raise
-    except Exception as error:  # each file format fails with types of its own
-        reason = error.__cause__ or error
-        if isinstance(reason, UnicodeDecodeError):
-            raise InvalidInputError(f"{path} is not UTF-8 text: {_one_line(reason)}") from error
-        raise InvalidInputError(f"{path} cannot be read as {kind}: {_one_line(reason)}") from error
-
-
-def _csv_options(path: Path, kind: str) -> dict[str, Any]:
-    """Return the reader's options that keep every value the string it is in the file."""
-    import datasets
-
-    # A .tsv is GLUE's own form: a quotation mark is a character like any other.
-    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {"delimiter": ","}
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-        lines = (row for row in csv.reader(file, **form) if row)
-        header, first = next(lines, None), next(lines, None)
-    if header is None or first is None:
-        raise InvalidInputError(f"{path} holds no rows")
-    needed = _needed_columns(header, str(path))
-    # The reader would shift the columns without a word if the first row alone was too long; it checks the others.
-    if len(first) > len(header):
-        raise InvalidInputError(f"{path}: row 1 has {len(first)} fields, the header has {len(header)}")
-    # Columns that nobody needs may have no name, or one name twice, so they get names of our own.
-    names = [name if name in needed else f"ignored {index}" for index, name in enumerate(header)]
-    features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {**form, "header": 0, "names": names, "features": features, "keep_default_na": False}
+    return read_columns(path, _needed_columns)
 
 
 def _needed_columns(found: Sequence[str], source: str) -> list[str]:
@@ -393,8 +349,8 @@ def _texts(columns: dict[str, list[Any]], source: str) -> list[Text]:
     names = [name for name in columns if name != "label"]
     for name in names:
         for row, value in enumerate(columns[name], start=1):
-            if not isinstance(value, str):
-                raise InvalidInputError(f"{source}: `{name}` in row {row} must be text, got {value!r}")
+            if not _is_text(value):
+                raise InvalidInputError(f"{source}: `{name}` in row {row} must be text, got {shown(value)}")
     if not columns[names[0]]:
         raise InvalidInputError(f"{source} holds no rows")
     if not any(any(columns[name]) for name in names):
@@ -411,8 +367,9 @@ def _labels(values: list[Any], source: str) -> list[int] | list[float] | None:
     if any(isinstance(number, float) for number in numbers):
         return [float(number) for number in numbers]
     for row, number in enumerate(numbers, start=1):
-        if number < 0:
-            raise InvalidInputError(f"{source}: `label` in row {row} must be a class from 0 up, got {number}")
+        if not 0 <= number < MOST_CLASSES:
+            rule = f"must be a class from 0 up, below {MOST_CLASSES:,}"
+            raise InvalidInputError(f"{source}: `label` in row {row} {rule}, got {number}")
     return [int(number) for number in numbers]
 
 
@@ -422,7 +379,7 @@ def _number(value: Any, row: int, source: str) -> int | float:
     if value is None or value == "" or value != value:
         raise InvalidInputError(f"{where} is missing")
     number = value
-    if isinstance(value, str):
+    if isinstance(value, str) and "_" not in value:  # Python reads 1_0 as 10
         for kind in (int, float):
             try:
                 number = kind(value)
@@ -431,27 +388,6 @@ def _number(value: Any, row: int, source: str) -> int | float:
                 continue
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
         raise InvalidInputError(
-            f"{where} must be a number, 0 to n - 1 for classes or a float for a regression, got {value!r}"
+            f"{where} must be a number, 0 to n - 1 for classes or a float for a regression, got {shown(value)}"
         )
     return number
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-@contextmanager
-def _silent_datasets() -> Iterator[None]:
-    """Switch off the progress bars and the log of `datasets`; both are meant for downloads, not for a small file."""
-    import datasets
-
-    verbosity, without_bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if not without_bars:
-            datasets.enable_progress_bars()

@@ -25,7 +25,10 @@ class CheckpointError(SecateurError, ValueError):
 
 def invalid(name: str, rule: str, value: object, remedy: str = "") -> InvalidInputError:
     """Build the one form of input error: `` `name` must rule, got value. Remedy. ``."""
-    shown = repr(value)
-    if len(shown) > 80:
-        shown = shown[:77] + "..."
-    return InvalidInputError(f"`{name}` must {rule}, got {shown}" + (f"; {remedy}" if remedy else ""))
+    return InvalidInputError(f"`{name}` must {rule}, got {shown(value)}" + (f"; {remedy}" if remedy else ""))
+
+
+def shown(value: object, length: int = 80) -> str:
+    """Return how messages show a value: its `repr`, cut to `length` characters."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."

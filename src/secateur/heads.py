@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from secateur.errors import InvalidInputError, invalid
+from secateur.errors import InvalidInputError, invalid, shown
 from secateur.files import read_json, write_text
 
 if TYPE_CHECKING:
@@ -85,15 +85,17 @@ class HeadScores(_BySite):
         for site, vector in self.values_by_site.items():
             tensor = torch.as_tensor(vector, dtype=torch.float64).detach().cpu()
             if tensor.ndim != 1 or not tensor.numel():
-                raise invalid(f"scores[{site!r}]", "be a vector with one number for each head", tuple(tensor.shape))
+                raise invalid(
+                    f"scores[{shown(site)}]", "be a vector with one number for each head", tuple(tensor.shape)
+                )
             if bool(torch.isnan(tensor).any()) or bool((tensor == math.inf).any()):
-                raise invalid(f"scores[{site!r}]", "be finite", tensor.tolist())
+                raise invalid(f"scores[{shown(site)}]", "be finite", tensor.tolist())
             clean[site] = tensor
         kv_heads = {site: int(self.key_value_heads.get(site, v.numel())) for site, v in clean.items()}
         for site, count in kv_heads.items():
             if count < 1 or clean[site].numel() % count:
                 raise invalid(
-                    f"key_value_heads[{site!r}]", f"divide the site's {clean[site].numel()} heads evenly", count
+                    f"key_value_heads[{shown(site)}]", f"divide the site's {clean[site].numel()} heads evenly", count
                 )
         object.__setattr__(self, "values_by_site", clean)
         object.__setattr__(self, "key_value_heads", kv_heads)
@@ -103,10 +105,13 @@ class HeadScores(_BySite):
                 raise invalid("interactions", "name sites that have scores", site)
             count = clean[site].numel()
             if matrix.shape != (count, count) or not bool(torch.isfinite(matrix).all()):
-                raise invalid(f"interactions[{site!r}]", f"be finite numbers [{count}, {count}]", tuple(matrix.shape))
+                raise invalid(
+                    f"interactions[{shown(site)}]", f"be finite numbers [{count}, {count}]", tuple(matrix.shape)
+                )
         object.__setattr__(self, "interactions", matrices)
-        if self.num_texts is not None and (not isinstance(self.num_texts, int) or self.num_texts < 0):
-            raise invalid("num_texts", "be a whole number from 0", self.num_texts)
+        texts = self.num_texts
+        if texts is not None and (isinstance(texts, bool) or not isinstance(texts, int) or texts < 0):
+            raise invalid("num_texts", "be a whole number from 0", texts)
         if self.agreement is not None and not (isinstance(self.agreement, int | float) and 0 <= self.agreement <= 1):
             raise invalid("agreement", "be in [0, 1]", self.agreement)
 
@@ -130,8 +135,8 @@ class HeadScores(_BySite):
         values = {}
         for site, row in rows.items():
             if not all(x is None or (isinstance(x, int | float) and not isinstance(x, bool)) for x in row):
-                raise invalid(f"scores[{site!r}]", "be a list of numbers or null", row)
-            values[site] = torch.tensor([-math.inf if x is None else float(x) for x in row], dtype=torch.float64)
+                raise invalid(f"scores[{shown(site)}]", "be a list of numbers or null", row)
+            values[site] = _vector(f"scores[{shown(site)}]", [-math.inf if x is None else x for x in row])
         kv_heads = data.get("key_value_heads", {})
         if not isinstance(kv_heads, dict) or not all(
             isinstance(n, int) and not isinstance(n, bool) for n in kv_heads.values()
@@ -141,7 +146,7 @@ class HeadScores(_BySite):
             interactions = {
                 site: torch.tensor(matrix, dtype=torch.float64) for site, matrix in data.get("interactions", {}).items()
             }
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
             raise invalid("interactions", "map each site to rows of numbers", data["interactions"]) from None
         return cls(
             values, kv_heads, str(data.get("scorer", "")), interactions, data.get("num_texts"), data.get("agreement")
@@ -159,7 +164,9 @@ class HeadMask(_BySite):
         for site, vector in self.values_by_site.items():
             tensor = torch.as_tensor(vector).detach().cpu()
             if tensor.dtype != torch.bool or tensor.ndim != 1 or not tensor.numel():
-                raise invalid(f"mask[{site!r}]", "be a vector of booleans, one for each head (True = kept)", vector)
+                raise invalid(
+                    f"mask[{shown(site)}]", "be a vector of booleans, one for each head (True = kept)", vector
+                )
             clean[site] = tensor.clone()
         object.__setattr__(self, "values_by_site", clean)
 
@@ -207,8 +214,15 @@ class HeadMask(_BySite):
         rows = _rows(data, "head_mask", "mask")
         for site, row in rows.items():
             if not all(isinstance(x, bool) for x in row):
-                raise invalid(f"mask[{site!r}]", "be a list of true or false", row)
+                raise invalid(f"mask[{shown(site)}]", "be a list of true or false", row)
         return cls({site: torch.tensor(row, dtype=torch.bool) for site, row in rows.items()})
+
+
+def _vector(name: str, numbers: list[Any]) -> Tensor:
+    try:
+        return torch.tensor(numbers, dtype=torch.float64)
+    except (OverflowError, RuntimeError):  # a whole number of hundreds of digits
+        raise invalid(name, "hold numbers that float64 can hold", numbers) from None
 
 
 def _rows(data: Any, kind: str, key: str) -> dict[str, list[Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from secateur.errors import InvalidInputError
+from secateur.errors import InvalidInputError, shown
 from secateur.heads import HeadMask
 from secateur.model.inputs import example_inputs
 from secateur.model.loading import load_model
@@ -23,9 +23,9 @@ def verify_checkpoint(
 ) -> dict[str, Any]:
     """Reload a pruned model and its original, gate the original, and compare their outputs in float32.
 
-    `against` is the original; without it, the one that the checkpoint's recipe names. The result has `equal`,
-    `max_difference`, `tolerance`, `against`, and the numbers of heads `kept` and `dropped`. A model that was fine-tuned
-    after pruning differs, as it should.
+    `against` is the original; without it, the one that the checkpoint's recipe names, if that is on this machine: what
+    a checkpoint names is not fetched. The result has `equal`, `max_difference`, `tolerance`, `against`, and the numbers
+    of heads `kept` and `dropped`. A model that was fine-tuned after pruning differs, as it should.
 
     Raises `InvalidInputError` for a model that is not pruned, and where the original cannot be found.
     """
@@ -33,10 +33,17 @@ def verify_checkpoint(
     recipe = read_recipe(base_of(pruned).config)
     if recipe is None:
         raise InvalidInputError(f"{folder} is not pruned: its config has no head_pruning entry")
-    original_name = against or recipe.record.get("base_model")
-    if not original_name:
+    original_name = recipe.record.get("base_model") if against is None else against
+    if not isinstance(original_name, str | Path) or not str(original_name):
         raise InvalidInputError(f"{folder} does not say what it was pruned from; give the original with `--against`")
-    original = load_model(original_name, device, AutoModel)
+    own_word = {"local_files_only": True} if against is None else {}
+    try:
+        original = load_model(original_name, device, AutoModel, **own_word)
+    except InvalidInputError as error:
+        if not own_word:
+            raise
+        remedy = "what a checkpoint names is not fetched, so give the original with `--against`"
+        raise InvalidInputError(f"{folder} was pruned from {shown(original_name)}: {error}; {remedy}") from None
     vectors = {}
     for name, kept in recipe.kept_heads.items():
         vectors[name] = torch.zeros(recipe.sites[name].num_heads, dtype=torch.bool)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 NOBODY = -1  # an index that no single head owns: shared by all of them, or used by none
+# Far beyond any model, so that a few bytes of a damaged recipe cannot ask for all memory.
+_MOST_HEADS = 10_000
+_LONGEST_AXIS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,13 @@ class AttentionSite:
         if not (name == suffix or not suffix or name.endswith("." + suffix)):
             raise ValueError(f"site {name} does not end in {suffix}")
         block = name[: len(name) - len(suffix)].rstrip(".")
-        heads, kv_heads = _count(data["num_heads"]), _count(data["num_key_value_heads"])
+        heads, kv_heads = (_whole(data[name], 1, _MOST_HEADS) for name in ("num_heads", "num_key_value_heads"))
         if heads % kv_heads:
             raise ValueError(f"{heads} heads do not divide among {kv_heads} key-value heads")
         slices = []
         for parameter, axis, role, runs in data["slices"]:
             limit = {"query": heads, "head": heads, "output": heads, "key": kv_heads, "value": kv_heads}[role]
-            slices.append(HeadSlice(_above(parameter, block), int(axis), role, _from_runs(runs, limit)))
+            slices.append(HeadSlice(_above(parameter, block), _whole(axis, 0, 9), role, _from_runs(runs, limit)))
         attributes = {_above(path, block): quantity for path, quantity in data["attributes"].items()}
         if not set(attributes.values()) <= {"heads", "key_value_heads", "group", "width"}:
             raise ValueError(f"unknown quantity among {sorted(set(attributes.values()))}")
@@ -119,7 +122,7 @@ class AttentionSite:
             name=name,
             num_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=_count(data["head_dim"]),
+            head_dim=_whole(data["head_dim"], 1, _LONGEST_AXIS),
             slices=tuple(slices),
             attributes=attributes,
             output=_above(data["output"], block),
@@ -155,15 +158,15 @@ def _from_runs(text: str, limit: int) -> tuple[int, ...]:
     for run in text.split():
         owner, _, length = run.partition("x")
         number = NOBODY if owner == "-" else int(owner)
-        if not (NOBODY <= number < limit) or not 0 < int(length) <= 1_000_000:
+        if not (NOBODY <= number < limit) or not 0 < int(length) <= _LONGEST_AXIS - len(owners):
             raise ValueError(f"impossible run {run!r} among {limit} heads")
         owners += [number] * int(length)
     return tuple(owners)
 
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{value!r} is no positive whole number")
+def _whole(value: Any, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{value!r} is no whole number from {least} to {most}")
     return value
 
 

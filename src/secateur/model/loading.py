@@ -25,18 +25,19 @@ def load_model(
 
     `model_class` (an Auto class, say) overrides that class; `options` go to its `from_pretrained`. A path of a `.gguf`
     file is read too: its weights are widened to float32, after which the model is one like any other. The model arrives
-    in eval mode. Raises `InvalidInputError` where there is no model, and `CheckpointError` where a pruned one cannot be
-    rebuilt.
+    in eval mode. Code that lies beside a model is run only where `options` has `trust_remote_code=True`, and a folder
+    is read without asking the Hub, whatever its files name. Raises `InvalidInputError` where there is no model, and
+    `CheckpointError` where a pruned one cannot be rebuilt.
     """
     _check_exists(model)
     source, from_file = _source(model)
+    options = {**_access(model), **options}
     small = Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) < _SMALL
     try:
         with quiet_transformers(progress=not small):
             if model_class is None:
-                config = AutoConfig.from_pretrained(source, **from_file)
-                named = (getattr(config, "architectures", None) or [""])[0]
-                model_class = getattr(transformers, named, AutoModel) if named else AutoModel
+                access = {name: options[name] for name in _access(model)}
+                model_class = _named_class(AutoConfig.from_pretrained(source, **access, **from_file))
             if from_file:
                 options = {"dtype": torch.float32, **options, **from_file}
             loaded = model_class.from_pretrained(source, **options)
@@ -59,7 +60,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     _check_exists(model)
     source, from_file = _source(model)
     try:
-        return AutoTokenizer.from_pretrained(source, **from_file)
+        return AutoTokenizer.from_pretrained(source, **_access(model), **from_file)
     except Exception as error:
         raise InvalidInputError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
 
@@ -83,7 +84,7 @@ def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
 def missing_weights(model: str | Path, model_class: type[PreTrainedModel]) -> list[str]:
     """Return the weights of `model_class` that a folder or Hub repository does not hold and that would be random."""
     with quiet_transformers(progress=False):
-        _, loading = model_class.from_pretrained(_source(model)[0], output_loading_info=True)
+        _, loading = model_class.from_pretrained(_source(model)[0], output_loading_info=True, **_access(model))
     return sorted(loading["missing_keys"])
 
 
@@ -126,6 +127,19 @@ def _source(model: str | Path) -> tuple[str | Path, dict[str, str]]:
     if _is_gguf(path):
         return path.parent, {"gguf_file": path.name}
     return (transformer_folder(path) if path.is_dir() else model), {}
+
+
+def _access(model: str | Path) -> dict[str, bool]:
+    """Return what transformers may do: run no code from a model's files, and for a local one not ask the Hub."""
+    # Files of a folder can name Hub repositories, such as an adapter its base model.
+    return {"trust_remote_code": False, "local_files_only": Path(model).exists()}
+
+
+def _named_class(config: Any) -> Any:
+    """Return the class that a config names, where it is a model of transformers, else `AutoModel`."""
+    named = next(iter(getattr(config, "architectures", None) or []), None)
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
 
 
 def _is_gguf(path: Path) -> bool:

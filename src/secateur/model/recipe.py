@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, shown
 from secateur.model.layout import AttentionSite
 
 KEY = "head_pruning"
@@ -63,7 +63,7 @@ class Recipe:
         version = data.get("format_version")
         if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
-                f"`{KEY}.format_version` must be a number from 1 to {FORMAT_VERSION}, got {version!r}; "
+                f"`{KEY}.format_version` must be a number from 1 to {FORMAT_VERSION}, got {shown(version)}; "
                 "a newer secateur may read it"
             )
         try:
@@ -75,24 +75,25 @@ class Recipe:
             kept = {str(site): tuple(indices) for site, indices in data["kept_heads"].items()}
             bypassed, reshaped = (tuple(map(str, data.get(key, []))) for key in ("bypassed", "reshaped"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"`{KEY}` in the config is damaged: {type(error).__name__}: {error}") from None
+            raise CheckpointError(f"`{KEY}` in the config is damaged: {type(error).__name__}: {error!s:.200}") from None
         if not kept or set(kept) != set(sites):
             raise CheckpointError(
-                f"`{KEY}` must give kept heads and a layout for the same sites, got {sorted(kept)[:3]}"
+                f"`{KEY}` must give kept heads and a layout for the same sites, got {shown(sorted(kept)[:3])}"
             )
         for site, indices in kept.items():
             total = sites[site].num_heads
             whole = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < total for i in indices)
             if not whole or list(indices) != sorted(set(indices)):
                 raise CheckpointError(
-                    f"`{KEY}.kept_heads[{site!r}]` must be increasing head indices below {total}, got {list(indices)}"
+                    f"`{KEY}.kept_heads[{shown(site)}]` must be increasing head indices below {total}, got "
+                    f"{shown(list(indices))}"
                 )
         for site in bypassed:
             if kept.get(site, (0,)):
-                raise CheckpointError(f"`{KEY}.bypassed` must name sites without heads, got {site!r}")
+                raise CheckpointError(f"`{KEY}.bypassed` must name sites without heads, got {shown(site)}")
         for site in reshaped:
             if site not in kept:
-                raise CheckpointError(f"`{KEY}.reshaped` must name sites of the recipe, got {site!r}")
+                raise CheckpointError(f"`{KEY}.reshaped` must name sites of the recipe, got {shown(site)}")
         known = {"format_version", "kept_heads", "layouts", "bypassed", "reshaped"}
         return cls(kept, sites, bypassed, reshaped, {k: v for k, v in data.items() if k not in known})
 

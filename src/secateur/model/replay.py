@@ -51,7 +51,7 @@ def rebuild_(model: PreTrainedModel) -> None:
         return
     missing = missing_sites(base, recipe)
     if missing:
-        raise CheckpointError(f"`{KEY}` names the site {missing[0]}, which {type(base).__name__} does not have")
+        raise CheckpointError(f"`{KEY}` names the site {missing[0]:.80}, which {type(base).__name__} does not have")
     try:
         # `from_pretrained` builds models on the meta device, where index vectors would have no values.
         with torch.device("cpu"):
@@ -74,12 +74,15 @@ def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
             try:
                 shape = base.get_parameter(piece.parameter).shape
             except AttributeError:
-                raise UnsupportedModelError(f"{type(base).__name__} has no weight {piece.parameter}") from None
+                raise UnsupportedModelError(f"{type(base).__name__} has no weight {piece.parameter:.80}") from None
             if not 0 <= piece.axis < len(shape) or shape[piece.axis] != len(piece.owners):
                 raise UnsupportedModelError(
                     f"{piece.parameter} has the shape {tuple(shape)}, the recipe expects {len(piece.owners)} "
                     f"along axis {piece.axis}"
                 )
+        for path in site.attributes:
+            if not _is_count(base, path):
+                raise UnsupportedModelError(f"{type(base).__name__} has no number {path:.80}")
         kept = torch.zeros(site.num_heads, dtype=torch.bool)
         kept[list(recipe.kept_heads[name])] = True
         check_groups(site, kept)
@@ -146,6 +149,19 @@ def check_groups(site: AttentionSite, kept: Tensor) -> None:
             sizes,
             "`select_heads` makes such masks",
         )
+
+
+def _is_count(base: PreTrainedModel, path: str) -> bool:
+    """Does `path` name a whole number that belongs to a module of `base`, or to the config that a module reads?"""
+    holder, _, name = path.rpartition(".")
+    try:
+        owner: Any = base.get_submodule(holder.removesuffix(".config"))
+    except AttributeError:
+        return False
+    if holder.endswith(".config"):
+        owner = getattr(owner, "config", None)
+    value = getattr(owner, name, None)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _setter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
