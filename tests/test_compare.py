@@ -258,7 +258,7 @@ def test_a_folder_in_use_is_refused(settings, tmp_path):
 
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "settings.json").write_text(json.dumps(json.loads(json.dumps(vars(settings)))))
-    with FileLock(tmp_path / "c" / ".lock"), pytest.raises(InvalidInputError, match="another process"):
+    with FileLock(tmp_path / "c" / ".lock"), pytest.raises(InvalidInputError, match="one run at a time"):
         compare(settings, tmp_path / "c", progress=False)
 
 

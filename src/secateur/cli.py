@@ -9,15 +9,17 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from secateur import __version__
-from secateur.errors import SecateurError
-from secateur.files import check_new_folder, new_folder
+from secateur.errors import SecateurError, SecateurWarning
+from secateur.files import check_can_write, check_new_folder, new_folder
 from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer, scorer_class
 
 if TYPE_CHECKING:
@@ -149,6 +151,8 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
 
     if out is not None and out.parent != Path() and not out.parent.is_dir():
         raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
+    if out is not None:
+        check_can_write(out.parent)
     device = check_device(options["device"])
     scorer = _scorer(options)
     task = _calibration(data, options)
@@ -225,27 +229,27 @@ def prune(
     scorer = _scorer(options)
     task = _calibration(data, options)
     tokenizer = load_tokenizer(model)
-    pruned, report = prune_model(
-        model,
-        task.texts,
-        ratio,
-        budget=wanted,
-        scorer=scorer,
-        scope=scope,
-        min_heads=min_heads,
-        stop=options["stop"],
-        refine=refine,
-        tokenizer=tokenizer,
-        labels=task.labels,
-        batch_size=options["batch_size"],
-        max_length=options["max_length"],
-        seed=options["seed"],
-        device=str(device),
-        maps=maps,
-        progress=True,
-    )
-    report = replace(report, command=_command_line())
     with new_folder(out) as folder:
+        pruned, report = prune_model(
+            model,
+            task.texts,
+            ratio,
+            budget=wanted,
+            scorer=scorer,
+            scope=scope,
+            min_heads=min_heads,
+            stop=options["stop"],
+            refine=refine,
+            tokenizer=tokenizer,
+            labels=task.labels,
+            batch_size=options["batch_size"],
+            max_length=options["max_length"],
+            seed=options["seed"],
+            device=str(device),
+            maps=maps,
+            progress=True,
+        )
+        report = replace(report, command=_command_line())
         place = copy_modules(model, folder)
         pruned.save_pretrained(place)
         tokenizer.save_pretrained(place)
@@ -452,7 +456,7 @@ def meta_train(
     from secateur.model.loading import load_model, load_tokenizer
 
     config = MetaTrainingConfig(**settings)
-    if resume and latest_checkpoint(out) is None:
+    if resume and latest_checkpoint(out) is None and not (out / "log.jsonl").is_file():
         raise InvalidInputError(f"there is no checkpoint to resume in {out}")
     accelerator = Accelerator(log_with="tensorboard" if tensorboard else None, project_dir=str(out))
     if not resume and accelerator.is_main_process:
@@ -460,10 +464,11 @@ def meta_train(
     tasks = [load_task(d, "train") for d in data]
     held_out = [HeldOut(load_task(d, "dev")) for d in data if not Path(d).is_file()]
     subjects = [Subject(load_model(m, accelerator.device), load_tokenizer(m)) for m in models]
-    train_meta_pruner(
-        subjects, tasks, out, config, held_out=held_out, resume=resume, accelerator=accelerator,
-        stop_after=None if max_minutes is None else 60 * max_minutes,
-    )  # fmt: skip
+    with _stoppable(f"the checkpoints in {out} stay; go on with --resume"):
+        train_meta_pruner(
+            subjects, tasks, out, config, held_out=held_out, resume=resume, accelerator=accelerator,
+            stop_after=None if max_minutes is None else 60 * max_minutes,
+        )  # fmt: skip
     if accelerator.is_main_process:
         finished = (out / "pruner").is_dir()
         click.echo(f"pruner: {out / 'pruner'}" if finished else f"stopped at {latest_checkpoint(out)}; go on: --resume")
@@ -567,7 +572,8 @@ def compare(out: Path, jobs: int | None, device: str | None, as_json: bool, **se
 
     chosen = check_device(device)
     found = Settings(**settings)
-    rows = run_comparison(found, out, jobs=jobs or default_jobs(chosen, found.threads), device=str(chosen))
+    with _stoppable("the runs that had finished stay; the same command goes on"):
+        rows = run_comparison(found, out, jobs=jobs or default_jobs(chosen, found.threads), device=str(chosen))
     summaries = summarise(rows)
     write_report(read_runs([out]), out / "report.html")
     if as_json:
@@ -695,6 +701,15 @@ def _scorer(options: dict[str, Any]) -> Scorer:
     return make_scorer(options["scorer"], **chosen)
 
 
+@contextmanager
+def _stoppable(hint: str) -> Iterator[None]:
+    """Say after Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(hint) from None
+
+
 def _settled(read: int | None, given: int, agreement: float) -> str:
     return (
         f"{read} of {given} texts scored: at least {agreement:.0%} of the heads, with 95% confidence, are judged as "
@@ -720,6 +735,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # PyTorch's profiler tells stderr that it starts and stops
+    show, warnings.showwarning = warnings.showwarning, _in_one_line(warnings.showwarning)
     try:
         result = cli.main(arguments, prog_name="secateur", standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -729,12 +745,26 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except click.ClickException as error:
         return _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("secateur: stopped", err=True)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        click.echo(f"secateur: stopped; {str(stop) or 'nothing half-written is left'}", err=True)
         return 130
     except (SecateurError, OSError) as error:
         return _fail(str(error))
+    finally:
+        warnings.showwarning = show
     return result if isinstance(result, int) else 0
+
+
+def _in_one_line(show: Callable[..., None]) -> Callable[..., None]:
+    """Show our own warnings as the errors are shown, and others as before."""
+
+    def shown(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, SecateurWarning):
+            click.echo(f"secateur: {' '.join(str(message).split())}", err=True)
+        else:
+            show(message, category, *place)
+
+    return shown
 
 
 def _fail(message: str) -> int:

@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import platform
 import resource
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -25,14 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import set_seed
 
 from secateur.data import Task, load_task
-from secateur.errors import InvalidInputError, invalid
+from secateur.errors import InvalidInputError, SecateurError, invalid
 from secateur.evaluate import main_metric
-from secateur.files import append_line, read_json, read_lines, write_text
+from secateur.files import append_line, one_run, read_json, read_lines, remove_unfinished, write_text
 from secateur.finetune import finetune, load_classifier
 from secateur.heads import HeadScores
 from secateur.model.loading import check_device, load_model, load_tokenizer, quiet_transformers
@@ -155,7 +156,7 @@ def compare(
     `jobs` processes share the runs; with several GPUs each gets one. Rows do not depend on `jobs` or on the order,
     their `cost` aside.
 
-    Raises `InvalidInputError` where `out` holds a comparison with other settings or is in use by another process, and
+    Raises `InvalidInputError` where `out` holds a comparison with other settings or is in use by another run, and
     whatever a run raises; finished runs stay.
     """
     if jobs < 1:
@@ -166,6 +167,8 @@ def compare(
         table = out / "runs.jsonl"
         done = {_key(row): row for row in read_lines(table)}
         missing = [run for run in plan(settings) if run not in done]
+        if done and progress:
+            tqdm.write(f"going on: {len(done)} of {len(done) + len(missing)} runs are done", file=sys.stderr)
         scorings = list(
             dict.fromkeys(
                 run if scorer_class(run.scorer).needs_ratio else replace(run, ratio=0.0)
@@ -208,17 +211,10 @@ def _owned(out: Path, settings: Settings) -> Iterator[None]:
         # More seeds only add runs to those that are there.
         if names and (names != ["seeds"] or settings.seeds < found["seeds"]):
             raise InvalidInputError(f"{out} holds a comparison with other {', '.join(names)}; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise InvalidInputError(f"another process works on the comparison in {out}") from None
-    try:
+    with one_run(out / ".lock", out):
+        remove_unfinished(out)
         write_text(file, json.dumps(wanted, indent=1))
         yield
-    finally:
-        lock.release()
 
 
 def _check_tasks(settings: Settings) -> None:
@@ -324,17 +320,18 @@ def _machine(device: str) -> dict[str, Any]:
     return {"device": name, "cores": os.cpu_count(), "python": platform.python_version()}
 
 
-def _start_worker(threads: int, gpus: Any, parent: int) -> None:
+def _start_worker(threads: int, gpus: Any, parent: int, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says what follows
     torch.set_num_threads(threads)
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    threading.Thread(target=_follow, args=(parent, stop), daemon=True).start()
 
 
-def _follow(parent: int) -> None:
-    """End this process when its parent has been killed, which by itself would leave it waiting for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def _follow(parent: int, stop: Any) -> None:
+    """End this process when its parent says so or has been killed, after which it would wait for work for ever."""
+    while not stop.wait(1) and os.getppid() == parent:
+        pass
     os._exit(1)
 
 
@@ -355,9 +352,13 @@ def _workers(jobs: int, threads: int, device: str) -> Iterator[ProcessPoolExecut
         gpus = spawn.Queue()
         for number in range(jobs):
             gpus.put(number % torch.cuda.device_count())
-    pool = ProcessPoolExecutor(jobs, spawn, _start_worker, (threads, gpus, os.getpid()))
+    stop = spawn.Event()
+    pool = ProcessPoolExecutor(jobs, spawn, _start_worker, (threads, gpus, os.getpid(), stop))
     try:
         yield pool
+    except KeyboardInterrupt:
+        stop.set()  # at once, not after the runs that have begun
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -376,7 +377,7 @@ def _each(
                 yield work(*call)
                 bar.update(1)
             return
-        waiting = {pool.submit(work, *call) for call in calls}
+        waiting, error = {pool.submit(work, *call) for call in calls}, None
         while waiting:
             finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             failed = [f for f in finished if f.exception() is not None]
@@ -384,6 +385,12 @@ def _each(
                 yield future.result()
                 bar.update(1)
             if failed:
-                for future in waiting:
-                    future.cancel()
-                failed[0].result()
+                # What is running may still finish, and is not lost then.
+                waiting = {future for future in waiting if not future.cancel()}
+                error = error or failed[0].exception()
+        if isinstance(error, BrokenProcessPool):
+            raise SecateurError(
+                "a process of the comparison was killed, perhaps for want of memory; go on with fewer jobs (`--jobs`)"
+            ) from error
+        if error is not None:
+            raise error

@@ -23,6 +23,18 @@ class CheckpointError(SecateurError, ValueError):
     """A `head_pruning` recipe in a `config.json` cannot be followed."""
 
 
+class WriteError(SecateurError, OSError):
+    """The disk does not take a result: it is full, read-only or not ours; nothing half-written is left."""
+
+
+class OutOfMemoryError(SecateurError, MemoryError):
+    """Not even a batch of one text fits into memory."""
+
+
+class SecateurWarning(UserWarning):
+    """Something that a person should know and that stops nothing, such as batches that were halved."""
+
+
 def invalid(name: str, rule: str, value: object, remedy: str = "") -> InvalidInputError:
     """Build the one form of input error: `` `name` must rule, got value. Remedy. ``."""
     return InvalidInputError(f"`{name}` must {rule}, got {shown(value)}" + (f"; {remedy}" if remedy else ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secateur.files import check_new_folder, new_folder
+from secateur.files import new_folder
 from secateur.model.loading import find_tokenizer, load_model
 from secateur.model.onnx import save_onnx
 from secateur.model.standalone import MODULE, save_standalone
@@ -19,10 +19,9 @@ def export_standalone(source: str | Path, out: str | Path) -> dict[str, Any]:
     installed and secateur is not. Returns the class, the Auto classes that read the folder, and the file of the code.
     Raises what `save_standalone` raises; nothing is left behind then.
     """
-    check_new_folder(out)
-    model = load_model(source, "cpu", dtype="auto")
-    tokenizer = find_tokenizer(source)
     with new_folder(out) as folder:
+        model = load_model(source, "cpu", dtype="auto")
+        tokenizer = find_tokenizer(source)
         place = copy_modules(source, folder)
         auto_map = save_standalone(model, place)
         if tokenizer is not None:
@@ -35,10 +34,9 @@ def export_onnx(source: str | Path, out: str | Path) -> dict[str, Any]:
 
     Returns the class and what `save_onnx` returns. Raises what `save_onnx` raises; nothing is left behind then.
     """
-    check_new_folder(out)
-    model = load_model(source, "cpu")
-    tokenizer = find_tokenizer(source)
     with new_folder(out) as folder:
+        model = load_model(source, "cpu")
+        tokenizer = find_tokenizer(source)
         result = save_onnx(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -1,17 +1,30 @@
-"""Files that appear whole or not at all, and the checks of a folder before anything is computed for it."""
+"""Files and folders that appear whole or not at all, whatever ends the run that writes them.
+
+Everything is written beside its place under a hidden name (a folder: `.NAME.unfinished`), brought to the disk, and
+renamed. So a reader, also one after a kill or a power cut, finds what was there before or what is there now.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import InvalidInputError, invalid
+from filelock import FileLock, Timeout
+
+from secateur.errors import InvalidInputError, SecateurWarning, WriteError, invalid
+
+_UNFINISHED = "unfinished"
+# What the disk says no to, whoever was writing; other errors of a folder's contents are those of reading something.
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -20,20 +33,23 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write as `write_text` does."""
+    """Write as `write_text` does. Raises `WriteError`, and leaves what was there, where the disk does not take it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{_UNFINISHED}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+    except OSError as error:
+        raise _write_error(path, error) from error
 
 
 def read_json(path: str | Path) -> Any:
@@ -48,15 +64,27 @@ def read_json(path: str | Path) -> Any:
 
 
 def append_line(path: str | Path, row: Any) -> None:
-    """Append `row` as one JSON line that is on the disk when this returns; half a line that a kill left goes first."""
-    path = Path(path)
-    whole = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
-    with path.open("r+b" if path.is_file() else "wb") as file:
-        file.truncate(whole)
-        file.seek(whole)
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append `row` as one JSON line that is on the disk when this returns; half a line that a kill left goes first.
+
+    Raises `WriteError`, and leaves the lines that were there, where the disk does not take it.
+    """
+    path, whole = Path(path), 0
+    line = json.dumps(row).encode() + b"\n"
+    is_new = not path.is_file()
+    try:
+        with path.open("xb" if is_new else "r+b") as file:
+            whole = _end_of_lines(file)
+            file.truncate(whole)
+            file.seek(whole)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            _sync(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, whole)
+        raise _write_error(path, error) from error
 
 
 def read_lines(path: str | Path) -> list[Any]:
@@ -84,28 +112,141 @@ def check_new_folder(path: str | Path) -> Path:
     return path
 
 
+def check_can_write(folder: str | Path) -> None:
+    """Raise `WriteError` where nothing can be written into `folder`: to be found out before the work, not after it."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise WriteError(f"{folder} cannot be written to; choose another place, or get permission to write there")
+
+
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def one_run(lock: Path, out: str | Path) -> Iterator[None]:
+    """Hold the file `lock`, made with its folder, meanwhile: only one run can, and a killed one holds nothing.
+
+    Raises `InvalidInputError` where another run, in another process or thread, holds it for its results in `out`, and
+    `WriteError` where it cannot be made.
+    """
+    held = FileLock(lock, timeout=0)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except Timeout:
+        raise invalid("out", "be written by one run at a time", str(out), "wait for the other one to end") from None
+    except OSError as error:
+        raise _write_error(Path(out), error) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
+def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """Fill a hidden sibling folder and rename it to `path` at the end; after an exception nothing is left.
 
-    Raises `InvalidInputError` where `path` is a file or a folder with something in it.
+    With `replace` the new folder takes the place of one that is there. To be entered before the work whose results it
+    gets: a folder that cannot be written to, or that another run is about to write, is refused at once.
+
+    Raises `InvalidInputError` where `path` is a file, a folder with something in it (without `replace`) or another
+    run's, and `WriteError` where the disk does not take what is written.
     """
-    path = check_new_folder(path)
-    parent = path.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}."))
+    place = Path(os.path.realpath(path))
+    staging, lock = (place.with_name(f".{place.name}.{end}") for end in (_UNFINISHED, "lock"))
+    with one_run(lock, path):
+        try:
+            if not replace:
+                check_new_folder(path)
+            if staging.exists():
+                _remove(staging)
+                message = f"removed {staging}, which a run that was killed had not finished"
+                warnings.warn(message, SecateurWarning, stacklevel=3)
+            staging.mkdir()
+            yield staging
+            _sync_all(staging)
+            if not replace:
+                check_new_folder(path)  # nobody but a run heeds the lock
+            _put(staging, place)
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            refused = _refusal(error)
+            if refused is None:
+                raise
+            raise _write_error(Path(path), refused) from error
+        finally:
+            lock.unlink(missing_ok=True)  # still held, so that nobody else holds what is unlinked
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill leaves nothing that looks like it: it loses its name first."""
+    if path.exists():
+        going = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{_UNFINISHED}")
+        os.replace(path, going)
+        _remove(going)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what killed runs left in `folder`, of which the caller is sure to be the only run."""
+    for path in Path(folder).rglob(f".*.{_UNFINISHED}"):
+        _remove(path)
+
+
+def _put(staging: Path, place: Path) -> None:
+    """Give the finished folder its name."""
+    if place.is_dir() and any(place.iterdir()):
+        going = place.with_name(f".{place.name}.{secrets.token_hex(4)}.{_UNFINISHED}")
+        os.replace(place, going)
+        os.replace(staging, place)
+        _remove(going)
+    else:
+        os.replace(staging, place)
+    _sync(place.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_all(folder: Path) -> None:
+    """Bring a folder and everything in it to the disk: a rename may get there before what was written."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.chmod(staging, 0o777 & ~_umask())
-        yield staging
-        if path.exists():
-            path.rmdir()
-        os.replace(staging, path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _end_of_lines(file: Any) -> int:
+    """Return where the last whole line of an open file ends."""
+    size: int = file.seek(0, os.SEEK_END)
+    if not size:
+        return 0
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return size
+    file.seek(0)
+    return int(file.read().rfind(b"\n")) + 1
+
+
+def _refusal(error: BaseException) -> OSError | None:
+    """Return the disk's refusal that an exception tells of; libraries in Rust word it in exceptions of their own."""
+    if isinstance(error, WriteError) or not isinstance(error, Exception):
+        return None
+    if isinstance(error, OSError):
+        return error if error.errno in _REFUSALS else None
+    told = re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))
+    number = int(told[1] or told[2]) if told else None
+    return OSError(number, os.strerror(number)) if number in _REFUSALS else None
+
+
+def _write_error(path: Path, error: OSError) -> WriteError:
+    reason = error.strerror or str(error)
+    return WriteError(f"{path} cannot be written: {reason}; nothing half-written is left")

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import (
 from secateur.data import Task, padding_token, tokenize
 from secateur.errors import InvalidInputError, SecateurError, invalid
 from secateur.evaluate import check_model_fits, evaluate_model, main_metric
-from secateur.files import check_new_folder, new_folder, write_text
+from secateur.files import new_folder, write_text
 from secateur.model.loading import check_device, load_model, load_tokenizer, quiet_transformers
 from secateur.model.state import base_of
 
@@ -82,15 +82,14 @@ def finetune(
         raise invalid("learning_rate", "be above 0", learning_rate)
     if batch_size < 1:
         raise invalid("batch_size", "be at least 1", batch_size)
-    if out is not None:
-        check_new_folder(out)
     chosen = None if device is None else _device(device)
 
     set_seed(seed)
     is_loaded = isinstance(model_or_path, torch.nn.Module)
     if is_loaded and tokenizer is None:
         raise invalid("tokenizer", "be given with a loaded model", None)
-    with quiet_transformers(progress):
+    # The folder is claimed before the work whose results it gets.
+    with nullcontext() if out is None else new_folder(out) as folder, quiet_transformers(progress):
         model = model_or_path if is_loaded else load_classifier(model_or_path, task, dev)
         if tokenizer is None:
             tokenizer = load_tokenizer(model_or_path)
@@ -118,7 +117,7 @@ def finetune(
             if dev is not None:
                 metrics = evaluate_model(model, tokenizer, dev, max_length=max_length, progress=progress)
             result = FinetuneResult(metrics, seconds, steps, loss, main_metric(task if dev is None else dev))
-            if out is not None:
+            if folder is not None:
                 settings = {
                     "model": model.name_or_path if is_loaded else str(model_or_path),
                     "task": task.name,
@@ -128,12 +127,10 @@ def finetune(
                     "max_length": max_length,
                     "seed": seed,
                 }
-                with new_folder(out) as folder:
-                    model.save_pretrained(folder)
-                    tokenizer.save_pretrained(folder)
-                    write_text(
-                        folder / "finetune_result.json", json.dumps({**asdict(result), "settings": settings}, indent=1)
-                    )
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                about = {**asdict(result), "settings": settings}
+                write_text(folder / "finetune_result.json", json.dumps(about, indent=1))
     return model, result
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.files import read_json, write_text
+from secateur.files import append_line, new_folder, read_json, read_lines, remove_folder, write_text
 from secateur.meta.config import MetaTrainingConfig
 from secateur.meta.network import MetaPruner
 
@@ -24,32 +23,19 @@ class Log:
     """JSON lines, written one by one; what lies beyond the step that a run resumes from is taken out first."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if path.exists() and step:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break  # the line that a kill cut short
-                if row["step"] <= step:
-                    kept.append(line)
-        write_text(path, "".join(line + "\n" for line in kept))
+        kept = [row for row in read_lines(path) if row["step"] <= step] if step else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.path = path
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self.path, row)
 
 
 def save_checkpoint(
     out: Path, step: int, pruner: MetaPruner, optimizer: torch.optim.Optimizer, config: MetaTrainingConfig
 ) -> None:
     """Write the state after `step` updates as `checkpoint-STEP`; all but the two newest go once it is complete."""
-    final = out / f"checkpoint-{step}"
-    staging = out / f".{final.name}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     tensors = {f"pruner.{name}": value.contiguous() for name, value in pruner.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {
@@ -57,12 +43,11 @@ def save_checkpoint(
             for key, value in state.items()
             if value is not None
         }
-    save_file(tensors, staging / "state.safetensors")
-    write_text(staging / "state.json", json.dumps({"step": step, "config": asdict(config)}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    staging.rename(final)
+    with new_folder(out / f"checkpoint-{step}", replace=True) as folder:
+        save_file(tensors, folder / "state.safetensors")
+        write_text(folder / "state.json", json.dumps({"step": step, "config": asdict(config)}, indent=1))
     for old in _checkpoints(out)[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
 
 
 def load_checkpoint(
@@ -79,7 +64,9 @@ def load_checkpoint(
         made_with = MetaTrainingConfig(**about["config"])
         step = int(about["step"])
     except Exception as error:
-        raise CheckpointError(f"{folder} is no complete meta-training checkpoint: {error}") from None
+        raise CheckpointError(
+            f"{folder} is no complete meta-training checkpoint: {error}; without it, a run goes on from the one before"
+        ) from None
     for name in sorted({f.name for f in fields(config)} - _FREE):
         if getattr(made_with, name) != getattr(config, name):
             raise CheckpointError(

@@ -7,8 +7,10 @@ resumed from a checkpoint takes the identical next step, and any number of proce
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data import Task, batches, check_texts
 from secateur.errors import InvalidInputError, SecateurError, invalid
+from secateur.files import new_folder, one_run, remove_unfinished
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.config import MetaTrainingConfig
 from secateur.meta.network import PAIR, SINGLE, MetaPruner, to_network_size
@@ -243,7 +246,8 @@ class MetaTraining:
         self.accelerator.end_training()
         self.pruner.eval()
         if main and self.step >= self.config.steps:
-            self.pruner.save_pretrained(out / "pruner")
+            with new_folder(out / "pruner", replace=True) as folder:
+                self.pruner.save_pretrained(folder)
         return self.pruner
 
 
@@ -276,12 +280,23 @@ def train_meta_pruner(
     if occupied and not resume and accelerator.is_main_process:
         raise invalid("out", "be a new or empty folder", str(out), "resume the run that is there, or choose another")
     training = MetaTraining(subjects, tasks, config, accelerator)
-    last = latest_checkpoint(out)
-    if resume and last is not None:
-        training.step = load_checkpoint(last, training.pruner, training.optimizer, config)
-    accelerator.wait_for_everyone()  # the main process is about to write where the others have just looked
-    out.mkdir(parents=True, exist_ok=True)
-    return training.run(out, held_out, progress, stop_after)
+    with _held(out) if accelerator.is_main_process else nullcontext():
+        last = latest_checkpoint(out)
+        if resume and last is not None:
+            training.step = load_checkpoint(last, training.pruner, training.optimizer, config)
+        if resume and progress and accelerator.is_main_process:
+            where = last or "the start, as there is no checkpoint yet"
+            tqdm.write(f"going on from {where}; {config.steps - training.step} steps are left", file=sys.stderr)
+        accelerator.wait_for_everyone()  # the main process is about to write where the others have just looked
+        return training.run(out, held_out, progress, stop_after)
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Hold a run's folder for this run alone, and tidy up behind one that was killed."""
+    with one_run(out / ".lock", out):
+        remove_unfinished(out)
+        yield
 
 
 @torch.no_grad()
