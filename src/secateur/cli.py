@@ -19,7 +19,7 @@ import click
 
 from secateur import __version__
 from secateur.errors import SecateurError, SecateurWarning
-from secateur.files import check_can_write, check_new_folder, new_folder
+from secateur.files import check_can_write, check_new_folder, is_taken, new_folder
 from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer, scorer_class
 
 if TYPE_CHECKING:
@@ -449,7 +449,7 @@ def meta_train(
     from accelerate import Accelerator
 
     from secateur.data import load_task
-    from secateur.errors import InvalidInputError
+    from secateur.errors import InvalidInputError, invalid
     from secateur.meta.config import MetaTrainingConfig
     from secateur.meta.runs import latest_checkpoint
     from secateur.meta.training import HeldOut, Subject, train_meta_pruner
@@ -459,8 +459,8 @@ def meta_train(
     if resume and latest_checkpoint(out) is None and not (out / "log.jsonl").is_file():
         raise InvalidInputError(f"there is no checkpoint to resume in {out}")
     accelerator = Accelerator(log_with="tensorboard" if tensorboard else None, project_dir=str(out))
-    if not resume and accelerator.is_main_process:
-        check_new_folder(out)
+    if not resume and accelerator.is_main_process and is_taken(out):
+        raise invalid("out", "be a new or empty folder", str(out), "go on with --resume, or choose another folder")
     tasks = [load_task(d, "train") for d in data]
     held_out = [HeldOut(load_task(d, "dev")) for d in data if not Path(d).is_file()]
     subjects = [Subject(load_model(m, accelerator.device), load_tokenizer(m)) for m in models]
@@ -737,22 +737,29 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # PyTorch's profiler tells stderr that it starts and stops
     show, warnings.showwarning = warnings.showwarning, _in_one_line(warnings.showwarning)
     try:
-        result = cli.main(arguments, prog_name="secateur", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        return 2
-    except click.ClickException as error:
-        return _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt) as stop:
-        click.echo(f"secateur: stopped; {str(stop) or 'nothing half-written is left'}", err=True)
-        return 130
-    except (SecateurError, OSError) as error:
-        return _fail(str(error))
+        code, message = _run(arguments)
     finally:
         warnings.showwarning = show
-    return result if isinstance(result, int) else 0
+    if message:  # the last line: what the exception held on to, such as a progress bar, has been closed by now
+        click.echo(message, err=True)
+    return code
+
+
+def _run(arguments: list[str] | None) -> tuple[int, str]:
+    """Return the exit code, and the line that explains it."""
+    try:
+        result = cli.main(arguments, prog_name="secateur", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code, ""
+    except click.exceptions.NoArgsIsHelpError as error:
+        return 2, error.format_message()
+    except click.ClickException as error:
+        return 2, _error(error.format_message())
+    except (click.Abort, KeyboardInterrupt) as stop:
+        return 130, f"secateur: stopped; {str(stop) or 'nothing half-written is left'}"
+    except (SecateurError, OSError) as error:
+        return 2, _error(str(error))
+    return (result if isinstance(result, int) else 0), ""
 
 
 def _in_one_line(show: Callable[..., None]) -> Callable[..., None]:
@@ -767,9 +774,8 @@ def _in_one_line(show: Callable[..., None]) -> Callable[..., None]:
     return shown
 
 
-def _fail(message: str) -> int:
-    click.echo("secateur: error: " + " ".join(message.split()), err=True)
-    return 2
+def _error(message: str) -> str:
+    return "secateur: error: " + " ".join(message.split())
 
 
 if __name__ == "__main__":

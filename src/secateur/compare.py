@@ -33,7 +33,7 @@ from transformers import set_seed
 from secateur.data import Task, load_task
 from secateur.errors import InvalidInputError, SecateurError, invalid
 from secateur.evaluate import main_metric
-from secateur.files import append_line, one_run, read_json, read_lines, remove_unfinished, write_text
+from secateur.files import LOCK, append_line, is_taken, one_run, read_json, read_lines, remove_unfinished, write_text
 from secateur.finetune import finetune, load_classifier
 from secateur.heads import HeadScores
 from secateur.model.loading import check_device, load_model, load_tokenizer, quiet_transformers
@@ -167,8 +167,6 @@ def compare(
         table = out / "runs.jsonl"
         done = {_key(row): row for row in read_lines(table)}
         missing = [run for run in plan(settings) if run not in done]
-        if done and progress:
-            tqdm.write(f"going on: {len(done)} of {len(done) + len(missing)} runs are done", file=sys.stderr)
         scorings = list(
             dict.fromkeys(
                 run if scorer_class(run.scorer).needs_ratio else replace(run, ratio=0.0)
@@ -176,6 +174,11 @@ def compare(
                 if run.scorer != DENSE and not _scores_file(out, run).is_file()
             )
         )
+        scored = len(list((out / "scores").glob("*.json")))
+        if progress and (done or scored):
+            tqdm.write(
+                f"going on: {scored} scorings, {len(done)} of {len(plan(settings))} runs are done", file=sys.stderr
+            )
         place = str(check_device(device))
         with _workers(jobs, settings.threads, place) as pool:
             for _ in _each(pool, _score, [(settings, run, out, place) for run in scorings], "scoring", progress):
@@ -203,7 +206,7 @@ def _owned(out: Path, settings: Settings) -> Iterator[None]:
     """Hold the folder for this process alone, and check or write its settings."""
     file = out / "settings.json"
     wanted = json.loads(json.dumps(asdict(settings)))
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not file.is_file())):
+    if is_taken(out) and not file.is_file():
         raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
     if file.is_file():
         found = read_json(file)
@@ -211,7 +214,7 @@ def _owned(out: Path, settings: Settings) -> Iterator[None]:
         # More seeds only add runs to those that are there.
         if names and (names != ["seeds"] or settings.seeds < found["seeds"]):
             raise InvalidInputError(f"{out} holds a comparison with other {', '.join(names)}; choose another folder")
-    with one_run(out / ".lock", out):
+    with one_run(out / LOCK, out):
         remove_unfinished(out)
         write_text(file, json.dumps(wanted, indent=1))
         yield

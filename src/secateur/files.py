@@ -22,6 +22,9 @@ from filelock import FileLock, Timeout
 
 from secateur.errors import InvalidInputError, SecateurWarning, WriteError, invalid
 
+LOCK = ".lock"
+"""The file in a folder that grows with the work, which a run holds meanwhile."""
+
 _UNFINISHED = "unfinished"
 # What the disk says no to, whoever was writing; other errors of a folder's contents are those of reading something.
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -112,6 +115,13 @@ def check_new_folder(path: str | Path) -> Path:
     return path
 
 
+def is_taken(path: Path) -> bool:
+    """Is `path` a file, or a folder with more in it than what a run leaves that was killed as soon as it held it?"""
+    if not path.is_dir():
+        return path.exists()
+    return any(inside.name != LOCK and not inside.name.endswith(f".{_UNFINISHED}") for inside in path.iterdir())
+
+
 def check_can_write(folder: str | Path) -> None:
     """Raise `WriteError` where nothing can be written into `folder`: to be found out before the work, not after it."""
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -140,39 +150,54 @@ def one_run(lock: Path, out: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path) -> Iterator[Path]:
     """Fill a hidden sibling folder and rename it to `path` at the end; after an exception nothing is left.
 
-    With `replace` the new folder takes the place of one that is there. To be entered before the work whose results it
-    gets: a folder that cannot be written to, or that another run is about to write, is refused at once.
+    To be entered before the work whose results it gets: a folder that cannot be written to, or that another run is
+    about to write, is refused at once.
 
-    Raises `InvalidInputError` where `path` is a file, a folder with something in it (without `replace`) or another
-    run's, and `WriteError` where the disk does not take what is written.
+    Raises `InvalidInputError` where `path` is a file, a folder with something in it or another run's, and `WriteError`
+    where the disk does not take what is written.
     """
     place = Path(os.path.realpath(path))
-    staging, lock = (place.with_name(f".{place.name}.{end}") for end in (_UNFINISHED, "lock"))
+    lock = place.with_name(f".{place.name}.lock")
     with one_run(lock, path):
         try:
-            if not replace:
-                check_new_folder(path)
-            if staging.exists():
-                _remove(staging)
-                message = f"removed {staging}, which a run that was killed had not finished"
-                warnings.warn(message, SecateurWarning, stacklevel=3)
-            staging.mkdir()
-            yield staging
-            _sync_all(staging)
-            if not replace:
+            check_new_folder(path)
+            with _staged(place, path) as staging:
+                yield staging
                 check_new_folder(path)  # nobody but a run heeds the lock
-            _put(staging, place)
-        except BaseException as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            refused = _refusal(error)
-            if refused is None:
-                raise
-            raise _write_error(Path(path), refused) from error
         finally:
             lock.unlink(missing_ok=True)  # still held, so that nobody else holds what is unlinked
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Do what `new_folder` does, in a folder that the caller holds, and put the result in the place of an older one."""
+    with _staged(path, path) as staging:
+        yield staging
+        remove_folder(path)
+
+
+@contextmanager
+def _staged(place: Path, shown: str | Path) -> Iterator[Path]:
+    staging = place.with_name(f".{place.name}.{_UNFINISHED}")
+    try:
+        if staging.exists():
+            _remove(staging)
+            message = f"removed {staging}, which a run that was killed had not finished"
+            warnings.warn(message, SecateurWarning, stacklevel=5)
+        staging.mkdir()
+        yield staging
+        _sync_all(staging)
+        os.replace(staging, place)
+        _sync(place.parent)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        refused = _refusal(error)
+        if refused is None:
+            raise
+        raise _write_error(Path(shown), refused) from error
 
 
 def remove_folder(path: Path) -> None:
@@ -187,18 +212,6 @@ def remove_unfinished(folder: str | Path) -> None:
     """Remove what killed runs left in `folder`, of which the caller is sure to be the only run."""
     for path in Path(folder).rglob(f".*.{_UNFINISHED}"):
         _remove(path)
-
-
-def _put(staging: Path, place: Path) -> None:
-    """Give the finished folder its name."""
-    if place.is_dir() and any(place.iterdir()):
-        going = place.with_name(f".{place.name}.{secrets.token_hex(4)}.{_UNFINISHED}")
-        os.replace(place, going)
-        os.replace(staging, place)
-        _remove(going)
-    else:
-        os.replace(staging, place)
-    _sync(place.parent)
 
 
 def _remove(path: Path) -> None:

@@ -217,17 +217,21 @@ def _train(
         if arguments.n_gpu > 1:
             # One device: DataParallel would multiply the batch size.
             arguments._n_gpu = 1
+        bar = _Progress(f"fine-tune on {task.name}", progress)
         trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=rows,
             data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[_Progress(f"fine-tune on {task.name}")] if progress else [],
+            callbacks=[bar],
         )
         # It prints to stdout, which belongs to results.
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
-        output = trainer.train()
+        try:
+            output = trainer.train()
+        finally:
+            bar.close()
         seconds = time.perf_counter() - start
     if not math.isfinite(output.training_loss):
         raise SecateurError(f"the training loss became {output.training_loss}; try a lower `learning_rate`")
@@ -237,20 +241,20 @@ def _train(
 class _Progress(TrainerCallback):
     """A bar on stderr; the Trainer's own bar also writes its log to stdout."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar: Any = None
+    def __init__(self, title: str, shown: bool) -> None:
+        self.title, self.shown = title, shown
+        self.bar = tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar once the number of steps is known."""
-        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", leave=False)
+        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", leave=False, disable=not self.shown)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count one optimizer step."""
         self.bar.update(1)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
+    def close(self) -> None:
+        """Close the bar, also where the training ended early."""
         self.bar.close()
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.files import append_line, new_folder, read_json, read_lines, remove_folder, write_text
+from secateur.files import append_line, read_json, read_lines, remove_folder, replaced_folder, write_text
 from secateur.meta.config import MetaTrainingConfig
 from secateur.meta.network import MetaPruner
 
@@ -43,7 +43,7 @@ def save_checkpoint(
             for key, value in state.items()
             if value is not None
         }
-    with new_folder(out / f"checkpoint-{step}", replace=True) as folder:
+    with replaced_folder(out / f"checkpoint-{step}") as folder:
         save_file(tensors, folder / "state.safetensors")
         write_text(folder / "state.json", json.dumps({"step": step, "config": asdict(config)}, indent=1))
     for old in _checkpoints(out)[:-2]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data import Task, batches, check_texts
 from secateur.errors import InvalidInputError, SecateurError, invalid
-from secateur.files import new_folder, one_run, remove_unfinished
+from secateur.files import LOCK, is_taken, one_run, remove_unfinished, replaced_folder
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.config import MetaTrainingConfig
 from secateur.meta.network import PAIR, SINGLE, MetaPruner, to_network_size
@@ -246,7 +246,7 @@ class MetaTraining:
         self.accelerator.end_training()
         self.pruner.eval()
         if main and self.step >= self.config.steps:
-            with new_folder(out / "pruner", replace=True) as folder:
+            with replaced_folder(out / "pruner") as folder:
                 self.pruner.save_pretrained(folder)
         return self.pruner
 
@@ -276,8 +276,7 @@ def train_meta_pruner(
     config = config or MetaTrainingConfig()
     accelerator = accelerator or Accelerator()
     out = Path(out)
-    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if occupied and not resume and accelerator.is_main_process:
+    if is_taken(out) and not resume and accelerator.is_main_process:
         raise invalid("out", "be a new or empty folder", str(out), "resume the run that is there, or choose another")
     training = MetaTraining(subjects, tasks, config, accelerator)
     with _held(out) if accelerator.is_main_process else nullcontext():
@@ -294,7 +293,7 @@ def train_meta_pruner(
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
     """Hold a run's folder for this run alone, and tidy up behind one that was killed."""
-    with one_run(out / ".lock", out):
+    with one_run(out / LOCK, out):
         remove_unfinished(out)
         yield
 

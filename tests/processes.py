@@ -1,0 +1,94 @@
+"""Real processes for tests, forked from one that has imported everything: a start takes milliseconds, not seconds.
+
+`command` runs a command line of secateur in such a process. `moment` counts what the process does to files and folders
+below a folder, and at that number sends the process a signal: `SIGKILL` is a kill at that very moment.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(
+    [f"secateur.{name}" for name in ("cli", "compare", "meta.training", "report", "tables", "verify")]
+    + ["datasets", "transformers.trainer", "transformers.models.bert.modeling_bert"]
+)
+_TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: `code` is its exit code, or minus the signal that ended it."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+class Command:
+    """A running command."""
+
+    def __init__(self, line: list[str], log: Path, moment: int, signal: int, below: Path | None) -> None:
+        self.log = log
+        log.mkdir(exist_ok=True)
+        threads = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the process that all others are forked from
+        try:
+            self.process = _FORKED.Process(
+                target=_run, args=([str(word) for word in line], str(log), moment, signal, str(below or ""))
+            )
+            self.process.start()
+        finally:
+            os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+
+    def wait(self, seconds: float = 300) -> Ended:
+        """Return how it ended."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "the command has not ended"
+        return Ended(self.process.exitcode, *((self.log / name).read_text() for name in ("out", "err")))
+
+
+def command(line: list[object], log: Path, moment: int = 0, signal: int = 0, below: Path | None = None) -> Command:
+    """Start `secateur LINE`; what it prints goes into the folder `log`."""
+    return Command(line, log, moment, signal, below)  # type: ignore[arg-type]
+
+
+def touches(ended: Ended) -> int:
+    """Return how many moments a command had that was started with `moment=-1`."""
+    return int(ended.err.rpartition("moments ")[2])
+
+
+def _run(line: list[str], log: str, moment: int, signal: int, below: str) -> None:
+    os.setsid()
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    import torch
+
+    torch.set_num_threads(1)
+    from secateur import cli
+
+    seen = 0
+
+    def count(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal seen
+        if event not in _TOUCHES or not isinstance(arguments[0], str | Path):
+            return
+        writes = event != "open" or bool(int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))  # type: ignore[call-overload]
+        if writes and str(arguments[0]).startswith(below):
+            seen += 1
+            if seen == moment:
+                os.kill(os.getpid(), signal)
+
+    if below:
+        sys.addaudithook(count)
+    code = cli.main(line)
+    if moment < 0:
+        print("moments", seen, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
