@@ -32,15 +32,13 @@ class Ended:
 class Command:
     """A running command."""
 
-    def __init__(self, line: list[str], log: Path, moment: int, signal: int, below: Path | None) -> None:
+    def __init__(self, line: list[object], log: Path, *options: object) -> None:
         self.log = log
         log.mkdir(exist_ok=True)
         threads = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"  # of the process that all others are forked from
         try:
-            self.process = _FORKED.Process(
-                target=_run, args=([str(word) for word in line], str(log), moment, signal, str(below or ""))
-            )
+            self.process = _FORKED.Process(target=_run, args=([str(word) for word in line], str(log), *options))
             self.process.start()
         finally:
             os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
@@ -52,9 +50,19 @@ class Command:
         return Ended(self.process.exitcode, *((self.log / name).read_text() for name in ("out", "err")))
 
 
-def command(line: list[object], log: Path, moment: int = 0, signal: int = 0, below: Path | None = None) -> Command:
-    """Start `secateur LINE`; what it prints goes into the folder `log`."""
-    return Command(line, log, moment, signal, below)  # type: ignore[arg-type]
+def command(
+    line: list[object],
+    log: Path,
+    moment: int = 0,
+    signal: int = 0,
+    below: Path | None = None,
+    forked_workers: bool = False,
+) -> Command:
+    """Start `secateur LINE`; what it prints goes into the folder `log`.
+
+    With `forked_workers` the processes that it starts itself are forked as it was, and have nothing to import.
+    """
+    return Command(line, log, moment, signal, str(below or ""), forked_workers)
 
 
 def touches(ended: Ended) -> int:
@@ -62,7 +70,7 @@ def touches(ended: Ended) -> int:
     return int(ended.err.rpartition("moments ")[2])
 
 
-def _run(line: list[str], log: str, moment: int, signal: int, below: str) -> None:
+def _run(line: list[str], log: str, moment: int, signal: int, below: str, forked_workers: bool) -> None:
     os.setsid()
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -72,6 +80,8 @@ def _run(line: list[str], log: str, moment: int, signal: int, below: str) -> Non
     torch.set_num_threads(1)
     from secateur import cli
 
+    if forked_workers:
+        multiprocessing.get_context = lambda method=None: _FORKED  # type: ignore[assignment]
     seen = 0
 
     def count(event: str, arguments: tuple[object, ...]) -> None:

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -19,6 +17,7 @@ from secateur.errors import InvalidInputError
 from secateur.files import append_line, read_lines
 from secateur.summary import ALL_TASKS, summarise
 from secateur.tables import comparison_table, markdown
+from tests.processes import command
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 
@@ -216,26 +215,27 @@ texts: 8
 
 
 def test_killed_at_a_random_moment_in_two_processes(folder, tmp_path):
-    """A real process, killed and started again; then the same from one process without a kill."""
+    """A real process with two workers, killed and started again; then the same from one process without a kill."""
     (tmp_path / "c.yaml").write_text(CONFIG.format(folder=folder))
-    line = [sys.executable, "-m", "secateur.cli", "compare", "--config", str(tmp_path / "c.yaml"), "--device", "cpu"]
+    line = ["compare", "--config", str(tmp_path / "c.yaml"), "--device", "cpu"]
     killed, table = [*line, "--jobs", "2", "--out", str(tmp_path / "killed")], tmp_path / "killed" / "runs.jsonl"
-    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    running = command(killed, tmp_path / "log")
     while not read_lines(table):
-        assert process.poll() is None, process.stderr.read()
+        assert running.process.is_alive(), running.wait()
         time.sleep(0.01)
-    time.sleep(random.random() * 0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    time.sleep(random.random() * 0.2)
+    running.process.kill()
+    assert running.wait().code == -signal.SIGKILL
     before = len(read_lines(table))
     assert 0 < before < 6
-    _wait_until_gone(process.pid)
-    done = subprocess.run(killed, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    _wait_until_gone(running.process.pid)
+    done = command(killed, tmp_path / "log", forked_workers=True).wait()
+    assert done.code == 0, done.err
+    assert f"going on: 4 scorings, {before} of 6 runs are done" in done.err
     rows = read_lines(table)
     assert len({(r["scorer"], r["seed"]) for r in rows}) == len(rows) == 6
     alone = tmp_path / "alone"
-    assert cli.main([*line[3:], "--jobs", "1", "--out", str(alone)]) == 0
+    assert cli.main([*line, "--jobs", "1", "--out", str(alone)]) == 0
     key = lambda row: (row["scorer"], row["seed"])  # noqa: E731
     assert sorted(without_cost(rows), key=key) == sorted(without_cost(read_lines(alone / "runs.jsonl")), key=key)
 

@@ -1,14 +1,24 @@
 """What is left when a run is killed, stopped, or refused by the disk, and what the next run makes of it."""
 
 import json
+import os
 import signal
+import subprocess
+import threading
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from safetensors.torch import load_file
 
-from secateur.files import read_lines
+from secateur import cli
+from secateur import compare as comparison
+from secateur.errors import InvalidInputError, SecateurError, WriteError
+from secateur.files import append_line, new_folder, read_lines, write_text
 from tests.processes import command, touches
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SECTION = "Kills, Ctrl-C and disks"
 MOMENTS = "some of its writes, then Ctrl-C later, then a kill later still"
@@ -117,3 +127,194 @@ def test_killed_stopped_and_killed_again(name, given, tmp_path, outcome):
         assert "which a run that was killed had not finished" in ended.err
         done = "no folder that looks finished; the next run says what it removes and ends with the same result"
     outcome(SECTION, f"`{name}` killed after {MOMENTS}", f"{done}; Ctrl-C: exit code 130 and one line")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """`disk(size)` mounts a filesystem of that many KiB, or gives the one that is mounted another size or mode."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options):
+        remount = ",remount" if place.is_mount() else ""
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options + remount, "tmpfs", place], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"no permission to mount a small filesystem: {done.stderr.decode().strip()}")
+        return place
+
+    yield mount
+    subprocess.run(["umount", place], capture_output=True)
+
+
+def run(capsys, words):
+    code = cli.main([str(word) for word in words])
+    return code, capsys.readouterr().err
+
+
+# KiB that take what comes first and not what comes then: the weights, the second checkpoint, one of the rows.
+@pytest.mark.parametrize(("name", "size"), [("prune", 64), ("finetune", 64), ("meta-train", 400), ("compare", 16)])
+def test_the_disk_fills_up(name, size, given, disk, capsys, outcome):
+    out = disk(f"size={size}k") / "out"
+    code, err = run(capsys, line(name, given, out))
+    assert code == 2, err
+    message = err.strip().splitlines()[-1]
+    assert message.startswith("secateur: error: ")
+    assert "No space left on device" in message
+    assert hidden(out.parent) == []
+    kept = results(name, out)
+    assert bool(kept) == (name in ("meta-train", "compare"))
+    disk("size=20m")
+    more = ["--resume"] if name == "meta-train" else []
+    code, err = run(capsys, [*line(name, given, out), *more])
+    assert code == 0
+    assert results(name, out)
+    came = "one line, exit code 2; " + ("what had finished is kept" if kept else "nothing is left")
+    outcome(SECTION, f"the disk fills up during `{name}`", f"{came}; once there is room the same command succeeds")
+
+
+@pytest.mark.parametrize("name", ["score", "prune", "finetune", "meta-train", "compare", "export"])
+def test_a_read_only_folder_is_refused_before_the_work(name, given, disk, capsys, outcome):
+    disk("size=64k")
+    out = disk("ro") / "out"
+    if name in ("score", "export"):
+        words = [name, given / "model", "--out", out]
+        words += {"score": ["--data", given / "task"], "export": ["--format", "standalone"]}[name]
+    else:
+        words = line(name, given, out)
+    code, err = run(capsys, words)
+    assert code == 2
+    (message,) = err.strip().splitlines()  # no progress bar: nothing had been done
+    outcome(SECTION, f"`{name}` into a read-only folder", message)
+
+
+def test_two_runs_into_one_folder(given, tmp_path, capsys, outcome):
+    """The second is refused before it has done anything, and the first one's result is whole."""
+    out = tmp_path / "out"
+    words = line("prune", given, out)
+    with new_folder(out) as folder:
+        (folder / "config.json").write_text("{}")
+        code, err = run(capsys, words)
+        assert code == 2
+        (message,) = err.strip().splitlines()
+        assert "`out` must be written by one run at a time" in message
+        found = []
+
+        def other():
+            with pytest.raises(InvalidInputError, match="one run at a time"), new_folder(out):
+                found.append("entered")
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert found == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    outcome("At the same time", "two prunings into one folder", message)
+
+
+def test_a_folder_that_fills_behind_a_runs_back_is_left_alone(tmp_path):
+    with pytest.raises(InvalidInputError, match="new or empty"), new_folder(tmp_path / "out"):
+        write_text(tmp_path / "out" / "mine", "mine")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "file").write_text("x")
+    assert (tmp_path / "real" / "file").read_text() == "x"
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power cut a rename may be there and what was written before it not, unless both were asked for."""
+    events = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: events.append(os.readlink(f"/proc/self/fd/{handle}")) or sync(handle)
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(f"-> {b}") or replace(a, b))
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("x")
+    staging = tmp_path / ".out.unfinished"
+    before, after = events[: events.index(f"-> {tmp_path / 'out'}")], events[-1]
+    assert {str(staging), str(staging / "inner"), str(staging / "inner" / "file")} == set(before)
+    assert after == str(tmp_path)
+    events.clear()
+    write_text(tmp_path / "text", "x")
+    assert [e.startswith("-> ") for e in events] == [False, True, False]
+    assert events[-1] == str(tmp_path)
+    events.clear()
+    append_line(tmp_path / "lines", 1)
+    assert events == [str(tmp_path / "lines"), str(tmp_path)]
+
+
+def test_files_have_the_mode_that_the_user_wants(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "x")
+        with new_folder(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+def test_a_line_that_does_not_fit_leaves_the_lines_before_it(disk, outcome):
+    path = disk("size=8k") / "lines"
+    append_line(path, "first")
+    with pytest.raises(WriteError, match="No space left on device") as caught:
+        append_line(path, "x" * 20_000)
+    assert path.read_bytes() == b'"first"\n'
+    with pytest.raises(WriteError):
+        write_text(path, "x" * 20_000)
+    append_line(path, "second")
+    assert read_lines(path) == ["first", "second"]
+    assert os.listdir(path.parent) == ["lines"]
+    outcome(SECTION, "a line that does not fit on the disk", caught.value)
+
+
+def test_what_a_library_in_rust_says_of_the_disk(tmp_path):
+    with (
+        pytest.raises(WriteError, match="out cannot be written: No space left on device"),
+        new_folder(tmp_path / "out"),
+    ):
+        raise Exception("No space left on device (os error 28)")
+    with pytest.raises(RuntimeError, match="something else"), new_folder(tmp_path / "out"):
+        raise RuntimeError("something else")
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out"):
+        (tmp_path / "absent").read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Pool:
+    """Two runs at once: the second fails, then the first ends; the third had not begun."""
+
+    def submit(self, work, number):
+        future = Future()
+        if number < 2:
+            future.set_running_or_notify_cancel()
+            threading.Timer(0.1 if number == 0 else 0, work, (future, number)).start()
+        return future
+
+
+def test_a_run_that_fails_does_not_take_those_with_it_that_end_after_it():
+    def work(future, number):
+        future.set_exception(ValueError("no")) if number else future.set_result("done")
+
+    each = comparison._each(_Pool(), work, [(0,), (1,), (2,)], "", False)
+    assert next(each) == "done"
+    with pytest.raises(ValueError, match="no"):
+        next(each)
+
+
+def test_a_worker_that_is_killed_is_one_line(outcome):
+    def work(future, number):
+        future.set_exception(BrokenProcessPool("a process died"))
+
+    with pytest.raises(SecateurError, match="go on with fewer jobs") as caught:
+        list(comparison._each(_Pool(), work, [(1,)], "", False))
+    outcome(SECTION, "a worker process of `compare` is killed, as for want of memory", caught.value)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from secateur.meta.signals import (
 from secateur.meta.training import HeldOut, MetaTraining, Subject, train_meta_pruner
 from secateur.model.probe import HeadReading
 from secateur.pruning import score_heads
+from tests.processes import command
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 TASKS = [Task("singles", tiny_texts(40)), Task("pairs", tiny_texts(40, seed=1, pairs=True))]
@@ -272,7 +272,7 @@ def folders(tmp_path):
     return tmp_path / "model", data
 
 
-def command(folders, out, steps, *more):
+def meta_train(folders, out, steps, *more):
     model, data = folders
     return [
         "meta-train", "--model", str(model), "--data", str(data), "--out", str(out), "--steps", str(steps),
@@ -282,25 +282,23 @@ def command(folders, out, steps, *more):
 
 def test_a_killed_run_goes_on_to_the_identical_end(folders, tmp_path):
     """In processes of their own, one thread each: other thread counts round differently, and a sample may flip."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def start(out, *more):
-        arguments = [sys.executable, "-m", "secateur.cli", *command(folders, tmp_path / out, 12, *more)]
-        return subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        return command(meta_train(folders, tmp_path / out, 12, *more), tmp_path / "log")
 
-    assert start("whole").wait(120) == 0
-    process = start("killed")
-    deadline = time.monotonic() + 60
-    while latest_checkpoint(tmp_path / "killed") is None and time.monotonic() < deadline and process.poll() is None:
+    assert start("whole").wait().code == 0
+    running = start("killed")
+    while latest_checkpoint(tmp_path / "killed") is None and running.process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert latest_checkpoint(tmp_path / "killed") is not None
-    (tmp_path / "killed" / ".checkpoint-99").mkdir()  # one that was being written
-    assert start("killed", "--resume").wait(120) == 0
+    running.process.kill()
+    running.wait()
+    assert 0 < len(rows(tmp_path / "killed")) < len(rows(tmp_path / "whole"))
+    (tmp_path / "killed" / ".checkpoint-99.unfinished").mkdir()  # one that was being written
+    assert start("killed", "--resume").wait().code == 0
     assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
     one, other = (MetaPruner.from_pretrained(tmp_path / n / "pruner").state_dict() for n in ("whole", "killed"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert not (tmp_path / "killed" / ".checkpoint-99.unfinished").exists()
 
 
 @pytest.mark.parametrize("signal_name", ["straight_through", "leave_one_out"])
@@ -430,13 +428,13 @@ def test_the_command_refuses_bad_input_in_one_line(folders, tmp_path, capsys):
         (["--resume"], "there is no checkpoint to resume"),
         (["--data", str(tmp_path / "none.csv")], "none.csv"),
     ):
-        assert cli.main(command(folders, tmp_path / "out", 2, *more)) == 2
+        assert cli.main(meta_train(folders, tmp_path / "out", 2, *more)) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
 
 def test_tensorboard_gets_the_losses(folders, tmp_path, capsys):
-    assert cli.main(command(folders, tmp_path / "run", 2, "--tensorboard")) == 0
+    assert cli.main(meta_train(folders, tmp_path / "run", 2, "--tensorboard")) == 0
     assert "pruner: " in capsys.readouterr().out
     events = [p.read_bytes() for p in tmp_path.rglob("events.out.tfevents.*")]
     assert any(b"loss/data" in e for e in events)
@@ -444,10 +442,10 @@ def test_tensorboard_gets_the_losses(folders, tmp_path, capsys):
 
 
 def test_a_run_stops_in_time_and_goes_on(folders, tmp_path, capsys):
-    assert cli.main(command(folders, tmp_path / "run", 3, "--max-minutes", "0.00001")) == 0
+    assert cli.main(meta_train(folders, tmp_path / "run", 3, "--max-minutes", "0.00001")) == 0
     assert "checkpoint-1; go on: --resume" in capsys.readouterr().out
     assert not (tmp_path / "run" / "pruner").exists()
-    assert cli.main(command(folders, tmp_path / "run", 3, "--resume")) == 0
+    assert cli.main(meta_train(folders, tmp_path / "run", 3, "--resume")) == 0
     assert [r["step"] for r in rows(tmp_path / "run") if "losses" in r] == [1, 2, 3]
 
 

@@ -23,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -323,18 +324,17 @@ def _machine(device: str) -> dict[str, Any]:
     return {"device": name, "cores": os.cpu_count(), "python": platform.python_version()}
 
 
-def _start_worker(threads: int, gpus: Any, parent: int, stop: Any) -> None:
+def _start_worker(threads: int, gpus: Any, parent: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says what follows
     torch.set_num_threads(threads)
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
-    threading.Thread(target=_follow, args=(parent, stop), daemon=True).start()
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 
 
-def _follow(parent: int, stop: Any) -> None:
-    """End this process when its parent says so or has been killed, after which it would wait for work for ever."""
-    while not stop.wait(1) and os.getppid() == parent:
-        pass
+def _follow(parent: Connection) -> None:
+    """End this process when its parent closes the connection, or has been killed, which does that too."""
+    parent.poll(None)
     os._exit(1)
 
 
@@ -355,12 +355,12 @@ def _workers(jobs: int, threads: int, device: str) -> Iterator[ProcessPoolExecut
         gpus = spawn.Queue()
         for number in range(jobs):
             gpus.put(number % torch.cuda.device_count())
-    stop = spawn.Event()
-    pool = ProcessPoolExecutor(jobs, spawn, _start_worker, (threads, gpus, os.getpid(), stop))
+    theirs, ours = spawn.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(jobs, spawn, _start_worker, (threads, gpus, theirs))
     try:
         yield pool
     except KeyboardInterrupt:
-        stop.set()  # at once, not after the runs that have begun
+        ours.close()  # ends them at once, not after the runs that have begun
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

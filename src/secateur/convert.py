@@ -54,12 +54,12 @@ def _convert_pruner(source: Path, out: str | Path) -> dict[str, Any]:
 
 
 def _convert_model(source: str | Path, out: str | Path) -> dict[str, Any]:
-    model = load_model(source, "cpu")
-    if missing := missing_weights(source, type(model)):
-        raise CheckpointError(f"{source} lacks weights of {type(model).__name__}, such as {missing[0]}")
-    tokenizer = find_tokenizer(source)
-    inputs = example_inputs(model)
     with new_folder(out) as folder:
+        model = load_model(source, "cpu")
+        if missing := missing_weights(source, type(model)):
+            raise CheckpointError(f"{source} lacks weights of {type(model).__name__}, such as {missing[0]}")
+        tokenizer = find_tokenizer(source)
+        inputs = example_inputs(model)
         place = copy_modules(source, folder)
         model.save_pretrained(place)
         if tokenizer is not None:
