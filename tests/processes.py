@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,12 +58,14 @@ def command(
     signal: int = 0,
     below: Path | None = None,
     forked_workers: bool = False,
+    memory: int = 0,
 ) -> Command:
     """Start `secateur LINE`; what it prints goes into the folder `log`.
 
-    With `forked_workers` the processes that it starts itself are forked as it was, and have nothing to import.
+    With `forked_workers` the processes that it starts itself are forked as it was, and have nothing to import. `memory`
+    is how many MiB more it may take than it has at first.
     """
-    return Command(line, log, moment, signal, str(below or ""), forked_workers)
+    return Command(line, log, moment, signal, str(below or ""), forked_workers, memory)
 
 
 def touches(ended: Ended) -> int:
@@ -70,7 +73,7 @@ def touches(ended: Ended) -> int:
     return int(ended.err.rpartition("moments ")[2])
 
 
-def _run(line: list[str], log: str, moment: int, signal: int, below: str, forked_workers: bool) -> None:
+def _run(line: list[str], log: str, moment: int, signal: int, below: str, forked_workers: bool, memory: int) -> None:
     os.setsid()
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -82,6 +85,9 @@ def _run(line: list[str], log: str, moment: int, signal: int, below: str, forked
 
     if forked_workers:
         multiprocessing.get_context = lambda method=None: _FORKED  # type: ignore[assignment]
+    if memory:
+        here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (here + memory * 2**20,) * 2)
     seen = 0
 
     def count(event: str, arguments: tuple[object, ...]) -> None:

@@ -236,7 +236,7 @@ def test_scores_that_are_not_finite_name_the_site():
     model = tiny_model("bert")
     with torch.no_grad():
         model.encoder.layer[2].attention.output.dense.weight[0, 0] = float("nan")
-    with pytest.raises(InvalidInputError, match=r"contribution: the scores of site encoder\.layer\.2.* not finite"):
+    with pytest.raises(InvalidInputError, match=r"the scores of site encoder\.layer\.2.* not finite"):
         score_heads(model, inputs=inputs_of(model))
 
 

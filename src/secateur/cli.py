@@ -759,6 +759,12 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
         return 130, f"secateur: stopped; {str(stop) or 'nothing half-written is left'}"
     except (SecateurError, OSError) as error:
         return 2, _error(str(error))
+    except (RuntimeError, MemoryError) as error:
+        from secateur.halving import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return 2, _error(f"out of memory; a smaller `--batch-size` or `--max-length` takes less ({str(error)[:100]})")
     return (result if isinstance(result, int) else 0), ""
 
 

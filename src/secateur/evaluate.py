@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from tqdm import tqdm
 
 from secateur.data import Task, batches, padding_token
 from secateur.errors import invalid
+from secateur.halving import halves_batches
+from secateur.model.finite import check_finite
 from secateur.model.state import evaluation_mode
 
 # GLUE's own choice for each task. A task that is not named here is measured by accuracy, a regression by Spearman.
@@ -89,6 +92,7 @@ def check_model_fits(model: Any, task: Task) -> None:
         )
 
 
+@halves_batches
 def evaluate_model(
     model: Any,
     tokenizer: Any,
@@ -105,7 +109,8 @@ def evaluate_model(
     where it is when None, and comes back as it was: device, mode, configuration. A progress bar goes to stderr.
 
     Raises `InvalidInputError` where the task has no labels, where the model has another number of outputs, where it
-    is no sequence-classification model, and for what `secateur.data.batches` refuses.
+    is no sequence-classification model, for what `secateur.data.batches` refuses, and for NaN or infinity, naming the
+    module where it begins. Where a batch does not fit into memory, `batch_size` is halved, with a `SecateurWarning`.
     """
     check_model_fits(model, task)
     assert task.labels is not None  # check_model_fits raises where the task has no labels
@@ -115,9 +120,11 @@ def evaluate_model(
     rows: list[torch.Tensor] = []
     with ready_to_evaluate(model, tokenizer, device) as place, torch.no_grad():
         for batch in tqdm(inputs, desc=f"evaluate {task.name}", unit="batch", leave=False, disable=not progress):
-            logits = getattr(model(**{name: tensor.to(place) for name, tensor in batch.items()}), "logits", None)
+            run = partial(model, **{name: tensor.to(place) for name, tensor in batch.items()})
+            logits = getattr(run(), "logits", None)
             if logits is None or logits.ndim != 2:
                 raise invalid("model", "be a sequence-classification model", type(model).__name__)
+            check_finite(logits, model, run)
             rows.append(logits.float().cpu())
     outputs = torch.cat(rows)
     labels = [task.labels[i] for i in order]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,18 @@ from secateur.budget import Budget, BudgetedSelection, BudgetOutcome
 from secateur.data import StreamedBatches, Task, Text, check_texts
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
+from secateur.halving import halves_batches
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.search import MaskLoss, search
 from secateur.model.cost import ModelCost, max_length, measure_cost
+from secateur.model.finite import check_pass
 from secateur.model.inputs import ForwardArguments, forward_arguments
 from secateur.model.layout import AttentionSite
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.proof import TOLERANCE
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
-from secateur.model.state import base_of, evaluation_mode
+from secateur.model.state import base_of, evaluation_mode, held
 from secateur.scorers import DEFAULT_SCORER, make_scorer
 from secateur.scorers.base import Batch, Scorer, ScoringTask, StreamingScorer, Supervision
 from secateur.selection import Scope, select_heads
@@ -117,6 +120,7 @@ class PruningReport:
         write_text(path, json.dumps(self.to_json(), indent=1))
 
 
+@halves_batches
 def score_heads(
     model: nn.Module,
     texts: Sequence[Text] | None = None,
@@ -145,7 +149,7 @@ def score_heads(
         labels: one for each text, for scorers that need them: classes from 0 up, or floats for a regression. Such
             scorers look at the loss of `model` where it has a classification head, and of a fine-tuned copy elsewhere.
         inputs: ready batches of keyword arguments instead of texts, for models that read something else.
-        batch_size: texts a batch.
+        batch_size: texts a batch; halved, with a `SecateurWarning`, while a batch does not fit into memory.
         max_length: tokens a text, at most.
         seed: for scorers that draw random numbers.
         pruning_ratio: what the scores will be selected with, for scorers that learn a subset of that size (`dsp`), and
@@ -176,7 +180,7 @@ def score_heads(
         )
     if stop != "all" and (inputs is not None or texts is None):
         raise invalid("stop", "be 'all' where there are no `texts` to choose from", stop)
-    with evaluation_mode(model), _not_inference(), torch.enable_grad():
+    with held(base), evaluation_mode(model), _not_inference(), torch.enable_grad():
         made: Sequence[Mapping[str, Tensor]] = []
         if inputs is not None:
             made = [dict(batch) for batch in inputs]
@@ -207,6 +211,9 @@ def score_heads(
             base, sites, arguments, is_pair, seed, progress, special_ids, taught, pruning_ratio, settling
         )
         found = criterion.score(task)
+        if not all(bool(torch.isfinite(torch.as_tensor(row)).all()) for row in found.values()):
+            for batch in arguments:
+                check_pass(base, partial(base, **batch))
     scores = _in_original_numbering(found, sites, criterion_name(criterion))
     if settling is not None:
         return replace(scores, num_texts=settling.seen, agreement=settling.agreement)
@@ -222,6 +229,7 @@ def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
     return order if stop == "auto" else order[:stop]
 
 
+@torch.inference_mode(False)  # a copy that is made in it could not be trained
 def prune(
     model: str | Path | nn.Module,
     texts: Sequence[Text] | None = None,
@@ -335,6 +343,7 @@ def prune(
     return smaller, report
 
 
+@halves_batches
 def refine_mask(
     model: nn.Module,
     mask: HeadMask,
@@ -367,7 +376,7 @@ def refine_mask(
             raise invalid("mask", f"have {sites[name].original_num_heads} entries for site {name}", mask.shape)
         if bool(mask[name].sum() > mask[name][heads].sum()):
             raise invalid("mask", f"keep no head of site {name} that is gone already", mask[name].nonzero().flatten())
-    with evaluation_mode(base), _not_inference():
+    with held(base), evaluation_mode(base), _not_inference():
         made = forward_arguments(base, _tokenise(model, texts, tokenizer, batch_size, max_length))
         loss = MaskLoss(base, made, not isinstance(texts[0], str))
         trials = search(

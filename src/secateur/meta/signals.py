@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from secateur.meta.config import MetaTrainingConfig
 from secateur.meta.objective import relational_kl, represent
 from secateur.meta.sampling import draw_heads, draw_whole_sites, drop_dimensions
+from secateur.model.finite import check_finite
 from secateur.model.probe import probe
 
 Batch = Mapping[str, Any]
@@ -100,9 +102,11 @@ def ranking_loss(scores: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
 
 
 def gated_representations(model: PreTrainedModel, batch: Batch, gates: Mapping[str, Tensor], is_pair: bool) -> Tensor:
-    """Return the representations `[texts, width]` of a batch under gates."""
+    """Return the representations `[texts, width]` of a batch under gates. Raises what `check_finite` raises."""
     with probe(model, gates=gates):
-        return represent(model, model(**batch), batch, is_pair)
+        found = represent(model, model(**batch), batch, is_pair)
+        check_finite(found, model, partial(model, **batch))
+    return found
 
 
 def num_kept(heads: int, pruning_ratio: float) -> int:

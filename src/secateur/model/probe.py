@@ -13,7 +13,6 @@ Attention that does not go through the interface is reached by hooks instead: se
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.model.direct import Computed, inside_interface, is_known, known_sites, look_for_sites, watch
-from secateur.model.state import base_of
+from secateur.model.state import base_of, held
 
 _PREFIX = "secateur_"
 
@@ -61,11 +60,9 @@ class _Probe:
     callback: Callable[[HeadReading], None] | None
     gates: Mapping[str, Tensor]
     weights: bool
-    thread: int
 
 
 _active: list[_Probe] = []  # outermost first
-_lock = threading.Lock()
 
 
 @contextmanager
@@ -87,12 +84,24 @@ def probe(
             without them PyTorch's fused attention runs where the model supports it.
 
     Contexts nest: outer gates apply before inner ones. Raises `UnsupportedModelError` where the model has no attention
-    that can be reached, and `SecateurError` where another thread is probing the same model.
+    that can be reached, and `SecateurError` where another thread is probing the same model, or one that shares its
+    config, and where contexts of one model do not end in reverse order.
     """
     base = base_of(model)
-    entry = _Probe(
-        base, {id(m): n for n, m in base.named_modules()}, callback, gates or {}, weights, threading.get_ident()
-    )
+    with held(base), _probing(base, callback, gates or {}, weights):
+        yield
+
+
+def is_probed(base: PreTrainedModel) -> bool:
+    """Is this within a `probe` of the model?"""
+    return any(entry.model is base for entry in _active)
+
+
+@contextmanager
+def _probing(
+    base: PreTrainedModel, callback: Callable[[HeadReading], None] | None, gates: Mapping[str, Tensor], weights: bool
+) -> Iterator[None]:
+    entry = _Probe(base, {id(m): n for n, m in base.named_modules()}, callback, gates, weights)
     if not is_known(base):
         prepare(base)
     direct = known_sites(base)
@@ -100,11 +109,8 @@ def probe(
         unknown = [site for site in entry.gates if not _goes_through_interface(base.get_submodule(site))]
         if unknown:
             raise UnsupportedModelError(f"site {unknown[0]} has not been looked for; call `find_sites` with `inputs`")
-    with _lock:
-        mine = [p for p in _active if p.model is base]
-        if any(p.thread != entry.thread for p in mine):
-            raise SecateurError("the model is being probed in another thread; probe a copy of it, or wait")
-        _active.append(entry)
+    mine = [p for p in _active if p.model is base]
+    _active.append(entry)
     try:
         with (
             _own_names(base, weights or any(p.weights for p in mine)),
@@ -112,13 +118,18 @@ def probe(
         ):
             yield
     finally:
-        with _lock:
-            _active.remove(entry)
+        others = [p for p in _active if p.model is base]
+        _active.remove(entry)
+        if len(others) == 1:
+            for config in _configs(base):  # of ours where an outer context ended before this one
+                config._attn_implementation_internal = _plain(config._attn_implementation_internal)
+        if others[-1] is not entry:
+            raise SecateurError("gates and probes of one model must end in reverse order: one that began later is left")
 
 
 def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
     """Look for attention outside the interface, with `inputs` where the model does not run on made-up ones."""
-    with _own_names(base, maps=True):
+    with held(base), _own_names(base, maps=True):
         look_for_sites(base, inputs)
 
 
@@ -151,8 +162,12 @@ def _configs(base: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def _kind(base: PreTrainedModel, implementation: str | None, need_maps: bool) -> str:
-    original = (implementation or "eager").removeprefix(_PREFIX)
+    original = _plain(implementation) or "eager"
     return "eager" if need_maps or original == "eager" or not base._supports_sdpa else "sdpa"
+
+
+def _plain(implementation: str | None) -> str | None:
+    return None if implementation is None else implementation.removeprefix(_PREFIX)
 
 
 def _goes_through_interface(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     devices = [base.device] if base.device.type == "cuda" else []
     with evaluation_mode(base), torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        return _tensors(base(**inputs))
+        return tensors_of(base(**inputs))
 
 
 def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
@@ -47,11 +47,12 @@ def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
     return worst
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return every floating-point tensor in what a model returns, attention maps aside."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
         value = [item for name, item in value.items() if not str(name).endswith("attentions")]
     elif not isinstance(value, list | tuple):
         return []
-    return [tensor for item in value for tensor in _tensors(item)]
+    return [tensor for item in value for tensor in tensors_of(item)]

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ from secateur.heads import HeadMask
 from secateur.model.adapted import ConfigView
 from secateur.model.emptied import bypass_
 from secateur.model.failure import locate
+from secateur.model.finite import check_finite
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite
-from secateur.model.probe import probe
+from secateur.model.probe import is_probed, probe
 from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
 from secateur.model.recipe import KEY, Recipe, read_recipe
 from secateur.model.replay import check_groups, cut_site_
 from secateur.model.reshaped import reshape_
 from secateur.model.sites import find_sites
-from secateur.model.state import base_of, in_float32
+from secateur.model.state import base_of, held, in_float32
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def gated_heads(model: nn.Module, mask: HeadMask, sites: Mapping[str, AttentionS
         yield
 
 
+@torch.inference_mode(False)  # weights that are made in it could not be trained
 def remove_heads_(
     model: nn.Module,
     mask: HeadMask,
@@ -97,11 +100,15 @@ def remove_heads_(
     kept = present_mask(mask, sites)
     for name, vector in kept.items():
         check_groups(sites[name], vector)
+    if is_probed(base):
+        raise RemovalError("the model is being gated or probed; remove heads outside of that context")
     inputs = example_inputs(base) if inputs is None else inputs
     undo: list[Callable[[], None]] = []
-    with in_float32(base):
+    with held(base), in_float32(base):
         with gated_heads(base, mask, sites):
             wanted = hidden_states(base, inputs)
+            for tensor in wanted:
+                check_finite(tensor, base, partial(hidden_states, base, inputs))
         try:
             for name, site in sites.items():
                 cut_site_(base, site, kept[name], undo)

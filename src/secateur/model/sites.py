@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from secateur.errors import UnsupportedModelError
 from secateur.model.adapted import reads_config, takes_bias
 from secateur.model.direct import reads_heads
+from secateur.model.finite import check_weights
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite, HeadSlice
 from secateur.model.ownership import Ownership
 from secateur.model.probe import HeadReading, prepare, probe
 from secateur.model.recipe import read_recipe
-from secateur.model.state import base_of, evaluation_mode, gradients_for_all, in_float32
+from secateur.model.state import base_of, evaluation_mode, gradients_for_all, held, in_float32
 
 # Attributes that modelling code reads at run time, by what they count. An attribute is adjusted only where its value
 # is the one expected, and every removal is proved afterwards, so a name too many does no harm.
@@ -54,9 +55,16 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
         with in_float32(base):
             prepare(base, inputs)
     inputs = example_inputs(base) if inputs is None else inputs
-    with in_float32(base), evaluation_mode(base), gradients_for_all(base), probe(base, finder.see), finder.watching():
-        base(**inputs)
-    return finder.finish()
+    try:
+        with (
+            held(base), in_float32(base), evaluation_mode(base), gradients_for_all(base),
+            probe(base, finder.see), finder.watching(),
+        ):  # fmt: skip
+            base(**inputs)
+        return finder.finish()
+    except UnsupportedModelError:
+        check_weights(base)  # NaN has no gradient to tell heads apart by
+        raise
 
 
 class _Finder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.errors import UnsupportedModelError
+from secateur.errors import SecateurError, UnsupportedModelError
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -27,6 +28,34 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return base
 
 
+_holders: dict[int, tuple[int, int]] = {}  # id of a model or config → the thread that holds it, and how often
+_lock = threading.Lock()
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Keep a model, and others that share a config with it, for this thread meanwhile; it may do so again inside.
+
+    What a measurement switches is put back at its end, which two threads at a time would do in the wrong order. Raises
+    `SecateurError` where another thread holds it.
+    """
+    base, thread = base_of(model), threading.get_ident()
+    configs = (getattr(module, "config", None) for module in base.modules())
+    keys = {id(base), *(id(config) for config in configs if config is not None)}
+    with _lock:
+        if any(_holders.get(key, (thread, 0))[0] != thread for key in keys):
+            raise SecateurError("the model is in use in another thread; give each thread a copy of it, or wait")
+        _holders.update({key: (thread, _holders.get(key, (thread, 0))[1] + 1) for key in keys})
+    try:
+        yield
+    finally:
+        with _lock:
+            for key in keys:
+                times = _holders.pop(key)[1]
+                if times > 1:
+                    _holders[key] = (thread, times - 1)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout and running statistics off, and give every module its own mode back afterwards."""
@@ -42,8 +71,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_for_all(model: nn.Module) -> Iterator[None]:
-    """Let gradients reach every floating-point parameter, whatever the caller froze; `.grad` is never written."""
+    """Let gradients reach every floating-point parameter, whatever the caller froze; `.grad` is never written.
+
+    Raises `UnsupportedModelError` for weights made within `torch.inference_mode`, which gradients never reach.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    if any(parameter.is_inference() for parameter, _ in flags):
+        raise UnsupportedModelError("the model was loaded within `torch.inference_mode`; load it outside of it")
     try:
         for parameter, _ in flags:
             if parameter.is_floating_point():

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data import Task
+from secateur.errors import InvalidInputError
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import HeadReading, probe
 from secateur.stopping import Settling
@@ -112,6 +113,11 @@ class StreamingScorer(Scorer):
 
         def add(reading: HeadReading) -> None:
             rows = self.read(reading, batch, task).double().cpu()
+            if not bool(torch.isfinite(rows).all()):
+                raise InvalidInputError(
+                    f"the scores of site {reading.site} are not finite; check the model's weights, or compute in "
+                    "float32 or bfloat16"
+                )
             sums[reading.site] = sums.get(reading.site, torch.zeros(rows.shape[1])) + rows.sum(dim=0)
             counts[reading.site] = counts.get(reading.site, 0) + len(rows)
             if task.settling is not None:
