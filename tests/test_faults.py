@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
@@ -318,3 +319,22 @@ def test_a_worker_that_is_killed_is_one_line(outcome):
     with pytest.raises(SecateurError, match="go on with fewer jobs") as caught:
         list(comparison._each(_Pool(), work, [(1,)], "", False))
     outcome(SECTION, "a worker process of `compare` is killed, as for want of memory", caught.value)
+
+
+def test_ctrl_c_ends_every_process_of_a_comparison(given, tmp_path, outcome):
+    """At once, in one line, and the rows that were there stay."""
+    out = tmp_path / "out"
+    words = line("compare", given, out)
+    words[words.index("--jobs") + 1], words[words.index("--seeds") + 1] = 2, 8
+    running = command(words, tmp_path / "log", forked_workers=True)
+    while not read_lines(out / "runs.jsonl"):
+        assert running.process.is_alive(), running.wait()
+        time.sleep(0.01)
+    os.kill(running.process.pid, signal.SIGINT)
+    ended = running.wait()
+    assert ended.code == 130, ended.err
+    assert "Traceback" not in ended.err
+    message = ended.err.strip().splitlines()[-1]
+    assert message == "secateur: stopped; the runs that had finished stay; the same command goes on"
+    assert 0 < len(read_lines(out / "runs.jsonl")) < 16
+    outcome(SECTION, "Ctrl-C during a `compare` of two processes", message)
