@@ -756,7 +756,8 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
     except click.ClickException as error:
         return 2, _error(error.format_message())
     except (click.Abort, KeyboardInterrupt) as stop:
-        return 130, f"secateur: stopped; {str(stop) or 'nothing half-written is left'}"
+        hint = str(stop.__cause__ or stop)  # click raises its Abort from the exception that holds it
+        return 130, f"secateur: stopped; {hint or 'nothing half-written is left'}"
     except (SecateurError, OSError) as error:
         return 2, _error(str(error))
     except (RuntimeError, MemoryError) as error:
