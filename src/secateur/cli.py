@@ -6,10 +6,11 @@ Nothing heavy is imported here, so that `--help` answers at once; every command 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,10 @@ from secateur.files import check_new_folder, new_folder
 from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer, scorer_class
 
 if TYPE_CHECKING:
-    from secateur.data import Task
+    import torch
+    from accelerate import Accelerator
+
+    from secateur.data import Text
     from secateur.scorers.base import Scorer
 
 _CALIBRATION_TEXTS = 256
@@ -88,6 +92,10 @@ _scoring = _options(
         "--stop", default="all", show_default=True, type=_Stop(),
         help="Score all of them, a number, or, in random order, as many as it takes until the heads to keep settle.",
     ),
+    click.option(
+        "--stream", is_flag=True,
+        help="Read the data one batch after the other, shuffled among the next 10,000 texts; shards by a pattern too.",
+    ),
     click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
     _length,
     _seed,
@@ -142,30 +150,43 @@ def info(model: str, device: str | None, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores to this JSON file.")
 @_json
 def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Score every attention head of MODEL on a task's texts; some scorers need their labels too."""
-    from secateur.model.loading import check_device, load_model, load_tokenizer
+    """Score every attention head of MODEL on a task's texts; some scorers need their labels too.
+
+    Under `accelerate launch` or torchrun each process scores a share of the texts. `--device auto` is for a model that
+    is larger than a GPU: it is spread over GPUs, memory and disk (`device_map="auto"`).
+    """
+    from secateur.errors import invalid
+    from secateur.model.loading import load_model, load_tokenizer
     from secateur.pruning import score_heads
     from secateur.tables import print_table, scores_table
 
     if out is not None and out.parent != Path() and not out.parent.is_dir():
         raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
-    device = check_device(options["device"])
+    spread = options["device"] == "auto"
+    accelerator, device = _processes(None if spread else options["device"])
+    if spread and accelerator.num_processes > 1:
+        raise invalid("device", "be one of its own for each process that a launcher started", "auto")
     scorer = _scorer(options)
-    task = _calibration(data, options)
+    texts, labels = _calibration(data, options)
     scores = score_heads(
-        load_model(model, device),
-        task.texts,
+        load_model(model, device, **({"device_map": "auto"} if spread else {})),
+        texts,
         scorer,
         load_tokenizer(model),
-        labels=task.labels,
+        labels=labels,
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         seed=options["seed"],
         stop=options["stop"],
-        progress=True,
+        accelerator=accelerator,
+        progress=accelerator.is_main_process,
     )
+    accelerator.wait_for_everyone()  # a process that just leaves can make the others abort
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
     if scores.agreement is not None:
-        click.echo(_settled(scores.num_texts, len(task), scores.agreement), err=True)
+        click.echo(_settled(scores.num_texts, texts, scores.agreement), err=True)
     if out is not None:
         scores.save(out)
         click.echo(f"scores of {len(scores)} sites: {out}", err=True)
@@ -206,28 +227,32 @@ def prune(
     context: click.Context, model: str, data: str, ratio: float, budget: str | None, scope: Any, min_heads: int,
     refine: int, maps: bool, out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder."""
+    """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder.
+
+    Under `accelerate launch` or torchrun each process scores a share of the texts, and the first one saves.
+    """
     from dataclasses import replace
 
     from secateur.budget import Budget
-    from secateur.model.loading import check_device, load_tokenizer
+    from secateur.model.loading import load_tokenizer
     from secateur.pruning import prune as prune_model
     from secateur.report import write_report
     from secateur.report.runs import ATTENTION_MAPS, PRUNING, read_runs
     from secateur.sentence import copy_modules
     from secateur.tables import print_table, pruning_table
 
-    check_new_folder(out)
     if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("`ratio` must be left out where there is a `--budget`")
     wanted = None if budget is None else Budget.parse(budget)
-    device = check_device(options["device"])
+    accelerator, device = _processes(options["device"])
+    if accelerator.is_main_process:
+        check_new_folder(out)
     scorer = _scorer(options)
-    task = _calibration(data, options)
+    texts, labels = _calibration(data, options)
     tokenizer = load_tokenizer(model)
     pruned, report = prune_model(
         model,
-        task.texts,
+        texts,
         ratio,
         budget=wanted,
         scorer=scorer,
@@ -236,14 +261,19 @@ def prune(
         stop=options["stop"],
         refine=refine,
         tokenizer=tokenizer,
-        labels=task.labels,
+        labels=labels,
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         seed=options["seed"],
         device=str(device),
         maps=maps,
-        progress=True,
+        accelerator=accelerator,
+        progress=accelerator.is_main_process,
     )
+    accelerator.wait_for_everyone()  # a process that just leaves can make the others abort
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
     report = replace(report, command=_command_line())
     with new_folder(out) as folder:
         place = copy_modules(model, folder)
@@ -259,7 +289,7 @@ def prune(
         print_table(pruning_table(report))
         click.echo(f"{report}\nproof: largest difference to the gated model {report.max_difference:.1e}")
         if report.agreement is not None:
-            click.echo(_settled(report.num_texts, len(task), report.agreement))
+            click.echo(_settled(report.num_texts, texts, report.agreement))
         if report.refinement:
             first, best = report.refinement[0], min(report.refinement)
             click.echo(f"relational KL on these texts {first:.4f}, after {refine} exchanges {best:.4f}")
@@ -665,16 +695,34 @@ def demo(out: Path, seed: int, device: str | None, as_json: bool) -> None:
         click.echo(f"report: {out / 'report.html'}\npruned model: {out / 'pruned'}")
 
 
-def _calibration(data: str, options: dict[str, Any]) -> Task:
-    """Load the calibration texts, a random choice of the data's rows that depends on the seed alone."""
+def _processes(device: str | None) -> tuple[Accelerator, torch.device]:
+    """Return this process's place among those that a launcher started, if one did, and the device it works on."""
+    from accelerate import Accelerator
+
+    from secateur.model.loading import check_device
+
+    accelerator = Accelerator()
+    alone = accelerator.num_processes == 1 or device is not None
+    return accelerator, check_device(device) if alone else accelerator.device
+
+
+def _calibration(data: str, options: dict[str, Any]) -> tuple[Iterable[Text], Any]:
+    """Return calibration texts and labels: a random choice of the data's rows by the seed, or the first of a stream."""
     from secateur.data import load_task
+    from secateur.errors import invalid
+    from secateur.streams import stream_texts
 
     need_labels = scorer_class(options["scorer"]).needs_labels
-    task = load_task(data, options["split"], need_labels=need_labels)
     number = options["num_texts"]
-    if number is None:
-        number = _CALIBRATION_TEXTS if options["stop"] == "all" else len(task)
-    return task.head(number, seed=options["seed"])
+    if number is None and options["stop"] == "all":
+        number = _CALIBRATION_TEXTS
+    if options["stream"]:
+        if need_labels:
+            raise invalid("stream", f"not be given with scorer {options['scorer']}, which needs labels", True)
+        return itertools.islice(stream_texts(data, options["split"], options["seed"]), number), None
+    task = load_task(data, options["split"], need_labels=need_labels)
+    task = task.head(number or len(task), seed=options["seed"])
+    return task.texts, task.labels
 
 
 def _scorer(options: dict[str, Any]) -> Scorer:
@@ -695,9 +743,10 @@ def _scorer(options: dict[str, Any]) -> Scorer:
     return make_scorer(options["scorer"], **chosen)
 
 
-def _settled(read: int | None, given: int, agreement: float) -> str:
+def _settled(read: int | None, texts: Iterable[Text], agreement: float) -> str:
+    given = f"{read} of {len(texts)}" if isinstance(texts, Sequence) else f"{read}"
     return (
-        f"{read} of {given} texts scored: at least {agreement:.0%} of the heads, with 95% confidence, are judged as "
+        f"{given} texts scored: at least {agreement:.0%} of the heads, with 95% confidence, are judged as "
         "all texts would judge them"
     )
 
