@@ -13,12 +13,15 @@ demo: $(PLAIN)/.installed
 	rm -rf demo
 	$(PLAIN)/bin/secateur demo --out demo
 
+# Two processes of one thread each: tiny matrices gain nothing from threads.
+PARALLEL := -n 2 --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The same suite against the oldest transformers that pyproject.toml allows, but for ONNX, whose extra needs a newer one.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --ignore tests/test_onnx.py --ignore tests/test_deployment_page.py
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) --ignore tests/test_onnx.py --ignore tests/test_deployment_page.py
 
 # What was tried against it and what came of it, from the tests that say so. Writes docs/robustness.md.
 robustness: $(STAMP)
