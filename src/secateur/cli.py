@@ -21,6 +21,9 @@ from secateur.files import check_new_folder, new_folder
 from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer, scorer_class
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
     from secateur.data import Task
     from secateur.scorers.base import Scorer
 
@@ -142,14 +145,17 @@ def info(model: str, device: str | None, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores to this JSON file.")
 @_json
 def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Score every attention head of MODEL on a task's texts; some scorers need their labels too."""
-    from secateur.model.loading import check_device, load_model, load_tokenizer
+    """Score every attention head of MODEL on a task's texts; some scorers need their labels too.
+
+    Under `accelerate launch` or torchrun each process scores a share of the texts.
+    """
+    from secateur.model.loading import load_model, load_tokenizer
     from secateur.pruning import score_heads
     from secateur.tables import print_table, scores_table
 
     if out is not None and out.parent != Path() and not out.parent.is_dir():
         raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
-    device = check_device(options["device"])
+    accelerator, device = _processes(options["device"])
     scorer = _scorer(options)
     task = _calibration(data, options)
     scores = score_heads(
@@ -162,8 +168,13 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
         max_length=options["max_length"],
         seed=options["seed"],
         stop=options["stop"],
-        progress=True,
+        accelerator=accelerator,
+        progress=accelerator.is_main_process,
     )
+    accelerator.wait_for_everyone()  # a process that just leaves can make the others abort
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
     if scores.agreement is not None:
         click.echo(_settled(scores.num_texts, len(task), scores.agreement), err=True)
     if out is not None:
@@ -206,22 +217,26 @@ def prune(
     context: click.Context, model: str, data: str, ratio: float, budget: str | None, scope: Any, min_heads: int,
     refine: int, maps: bool, out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder."""
+    """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder.
+
+    Under `accelerate launch` or torchrun each process scores a share of the texts, and the first one saves.
+    """
     from dataclasses import replace
 
     from secateur.budget import Budget
-    from secateur.model.loading import check_device, load_tokenizer
+    from secateur.model.loading import load_tokenizer
     from secateur.pruning import prune as prune_model
     from secateur.report import write_report
     from secateur.report.runs import ATTENTION_MAPS, PRUNING, read_runs
     from secateur.sentence import copy_modules
     from secateur.tables import print_table, pruning_table
 
-    check_new_folder(out)
+    accelerator, device = _processes(options["device"])
+    if accelerator.is_main_process:
+        check_new_folder(out)
     if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("`ratio` must be left out where there is a `--budget`")
     wanted = None if budget is None else Budget.parse(budget)
-    device = check_device(options["device"])
     scorer = _scorer(options)
     task = _calibration(data, options)
     tokenizer = load_tokenizer(model)
@@ -242,8 +257,13 @@ def prune(
         seed=options["seed"],
         device=str(device),
         maps=maps,
-        progress=True,
+        accelerator=accelerator,
+        progress=accelerator.is_main_process,
     )
+    accelerator.wait_for_everyone()  # a process that just leaves can make the others abort
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
     report = replace(report, command=_command_line())
     with new_folder(out) as folder:
         place = copy_modules(model, folder)
@@ -663,6 +683,17 @@ def demo(out: Path, seed: int, device: str | None, as_json: bool) -> None:
     else:
         print_table(demo_table(result))
         click.echo(f"report: {out / 'report.html'}\npruned model: {out / 'pruned'}")
+
+
+def _processes(device: str | None) -> tuple[Accelerator, torch.device]:
+    """Return this process's place among those that a launcher started, if one did, and the device it works on."""
+    from accelerate import Accelerator
+
+    from secateur.model.loading import check_device
+
+    accelerator = Accelerator()
+    alone = accelerator.num_processes == 1 or device is not None
+    return accelerator, check_device(device) if alone else accelerator.device
 
 
 def _calibration(data: str, options: dict[str, Any]) -> Task:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -132,6 +133,7 @@ def score_heads(
     scope: Scope = "site",
     min_heads: int = 1,
     stop: Stop = "all",
+    accelerator: Accelerator | None = None,
     progress: bool = False,
     **options: Any,
 ) -> HeadScores:
@@ -154,6 +156,8 @@ def score_heads(
         stop: "all" scores every text, a number that many, drawn with the seed; "auto" reads the texts in random order
             and stops when the heads to keep have settled (see `secateur.stopping.Settling`), which takes a scorer that
             streams: a mean over texts from one dense pass. The scores say how many texts were scored.
+        accelerator: of the processes that `accelerate launch` or torchrun started, all of which make this call with the
+            same arguments: each scores a share of the batches, and all return the scores of one process, bit for bit.
         progress: whether to show a progress bar on stderr.
 
     Raises `InvalidInputError` for bad arguments, missing texts or labels, and non-finite scores,
@@ -202,9 +206,10 @@ def score_heads(
             taught = _supervise(model, made, labels, texts if inputs is None else None, tokenizer, max_length)
         settling = None
         if stop == "auto" and texts is not None:
-            settling = Settling(_selecting(sites, pruning_ratio, scope, min_heads), len(texts), seed)
+            selecting = _selecting(sites, pruning_ratio, scope, min_heads)
+            settling = Settling(selecting, len(texts), seed, accelerator)
         task = ScoringTask(
-            base, sites, arguments, is_pair, seed, progress, special_ids, taught, pruning_ratio, settling
+            base, sites, arguments, is_pair, seed, progress, special_ids, taught, pruning_ratio, settling, accelerator
         )
         found = criterion.score(task)
     scores = _in_original_numbering(found, sites, criterion_name(criterion))
@@ -240,6 +245,7 @@ def prune(
     seed: int = 0,
     device: str | None = None,
     maps: bool = False,
+    accelerator: Accelerator | None = None,
     progress: bool = False,
     **options: Any,
 ) -> tuple[Any, PruningReport]:
@@ -288,6 +294,7 @@ def prune(
         scope=scope,
         min_heads=min_heads,
         stop=stop,
+        accelerator=accelerator,
         progress=progress,
         **options,
     )
@@ -302,7 +309,7 @@ def prune(
     if refine and texts is not None:
         mask, refinement = refine_mask(
             pruned, mask, texts, tokenizer, steps=refine, scope=scope, min_heads=min_heads, batch_size=batch_size,
-            max_length=max_length, seed=seed, progress=progress,
+            max_length=max_length, seed=seed, accelerator=accelerator, progress=progress,
         )  # fmt: skip
     attention = None
     if maps and texts is not None and tokenizer is not None:
@@ -347,6 +354,7 @@ def refine_mask(
     batch_size: int = 32,
     max_length: int = 128,
     seed: int = 0,
+    accelerator: Accelerator | None = None,
     progress: bool = False,
 ) -> tuple[HeadMask, list[float]]:
     """Improve a mask on a task's own texts: exchange heads and keep what lowers the relational KL to the dense model.
@@ -369,7 +377,7 @@ def refine_mask(
             raise invalid("mask", f"keep no head of site {name} that is gone already", mask[name].nonzero().flatten())
     with evaluation_mode(base), _not_inference():
         made = forward_arguments(base, _tokenise(model, texts, tokenizer, batch_size, max_length))
-        loss = MaskLoss(base, made, not isinstance(texts[0], str))
+        loss = MaskLoss(base, made, not isinstance(texts[0], str), accelerator)
         trials = search(
             loss,
             HeadMask({name: mask[name][heads] for name, heads in there.items()}),
