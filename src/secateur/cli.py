@@ -147,19 +147,24 @@ def info(model: str, device: str | None, as_json: bool) -> None:
 def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Score every attention head of MODEL on a task's texts; some scorers need their labels too.
 
-    Under `accelerate launch` or torchrun each process scores a share of the texts.
+    Under `accelerate launch` or torchrun each process scores a share of the texts. `--device auto` is for a model that
+    is larger than a GPU: it is spread over GPUs, memory and disk (`device_map="auto"`).
     """
+    from secateur.errors import invalid
     from secateur.model.loading import load_model, load_tokenizer
     from secateur.pruning import score_heads
     from secateur.tables import print_table, scores_table
 
     if out is not None and out.parent != Path() and not out.parent.is_dir():
         raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
-    accelerator, device = _processes(options["device"])
+    spread = options["device"] == "auto"
+    accelerator, device = _processes(None if spread else options["device"])
+    if spread and accelerator.num_processes > 1:
+        raise invalid("device", "be one of its own for each process that a launcher started", "auto")
     scorer = _scorer(options)
     task = _calibration(data, options)
     scores = score_heads(
-        load_model(model, device),
+        load_model(model, device, **({"device_map": "auto"} if spread else {})),
         task.texts,
         scorer,
         load_tokenizer(model),

@@ -30,6 +30,7 @@ from secateur.model.cost import ModelCost, max_length, measure_cost
 from secateur.model.inputs import ForwardArguments, forward_arguments
 from secateur.model.layout import AttentionSite
 from secateur.model.loading import load_model, load_tokenizer
+from secateur.model.offload import check_whole, device_of
 from secateur.model.proof import TOLERANCE
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
@@ -172,6 +173,8 @@ def score_heads(
         raise invalid("seed", "be a whole number", seed)
     # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
     select_heads(HeadScores({"check": torch.zeros(1)}), pruning_ratio, scope, min_heads)
+    if criterion.needs_gradients:
+        check_whole(base, f"scorer {criterion_name(criterion)}, which back-propagates,")
     check_stop(stop)
     streams = isinstance(criterion, StreamingScorer)
     if stop == "auto" and not streams:
@@ -272,6 +275,7 @@ def prune(
             tokenizer = _own_tokenizer(model)
         smaller = copy.deepcopy(model)
         pruned = transformer_of(smaller)
+    check_whole(pruned, "pruning")
     before = measure_cost(pruned)
     if refine and texts is None:
         raise InvalidInputError("`refine` needs `texts` to judge masks by")
@@ -446,7 +450,8 @@ def _supervise(
 def _streamed(
     model: nn.Module, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
 ) -> StreamedBatches:
-    return StreamedBatches(tokenizer, texts, batch_size, min(length, max_length(model, length)), base_of(model).device)
+    device = device_of(base_of(model))
+    return StreamedBatches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
 
 
 def _tokenise(*arguments: Any) -> list[dict[str, Tensor]]:

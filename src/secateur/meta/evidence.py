@@ -105,7 +105,7 @@ def gather_evidence(
         for name, calls in found.items():
             for call, sums in enumerate(calls):
                 gathered[name].add(sums, call)
-        representations.append(representation.to(model.device))
+        representations.append(representation)
     targets = torch.cat(representations) if representations else torch.zeros(0, 1)
     if len(targets) < 4:
         raise invalid("texts", "be at least 4, as this scorer compares them with each other", len(targets))
@@ -180,11 +180,12 @@ class _Site:
         flat = outputs.flatten(2)
         # Each token counts as much as its text's length leaves it.
         moments = torch.einsum("bti,btj->ij", flat * share.unsqueeze(-1), flat)
-        own = self.products.view(self.heads, self.width, self.heads, self.width).diagonal(dim1=0, dim2=2)
+        products = self.products.to(outputs.device)
+        own = products.view(self.heads, self.width, self.heads, self.width).diagonal(dim1=0, dim2=2)
         squared = torch.einsum("bthi,ijh,bthj->bth", outputs, own, outputs)
         assert reading.weights is not None  # asked for above
         return _Sums(
-            self._by_heads(moments).cpu(),
+            self._by_heads(moments.to(self.products.device)).cpu(),
             (squared.clamp(min=0).sqrt() * share.unsqueeze(-1)).sum(dim=(0, 1)).cpu(),
             _map_statistics(reading.weights.float(), real).sum(dim=0).cpu(),
             torch.einsum("bti,bt->bi", flat, share).cpu(),
@@ -207,6 +208,7 @@ class _Site:
 
     def features(self, target: Tensor) -> _Row:
         """Put the sums together; `target` is the kernel of the texts' representations `[texts, texts]`."""
+        target = target.to(self.products.device)
         over_tokens = self.over_tokens / self.texts
         size = (self.norms / self.texts).clamp(min=_TINY).log()
         variation, relevance, alignment, between = self._between_texts(self.means, target)

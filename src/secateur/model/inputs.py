@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError
+from secateur.model.offload import device_of
 from secateur.model.state import base_of
 
 
@@ -57,7 +58,8 @@ def example_inputs(
         inputs["decoder_input_ids"] = _token_ids(config, batch, length, random)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    return {key: value.to(base.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    device = device_of(base)
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
 def forward_arguments(model: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:

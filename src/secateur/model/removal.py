@@ -20,6 +20,7 @@ from secateur.model.emptied import bypass_
 from secateur.model.failure import locate
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite
+from secateur.model.offload import check_whole
 from secateur.model.probe import probe
 from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
 from secateur.model.recipe import KEY, Recipe, read_recipe
@@ -93,6 +94,7 @@ def remove_heads_(
     `record` is written to the config's `head_pruning` beside the kept heads.
     """
     base = base_of(model)
+    check_whole(base, "removing heads")
     sites = find_sites(base) if sites is None else sites
     kept = present_mask(mask, sites)
     for name, vector in kept.items():
