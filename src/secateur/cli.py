@@ -6,10 +6,11 @@ Nothing heavy is imported here, so that `--help` answers at once; every command 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from secateur.data import Task
+    from secateur.data import Text
     from secateur.scorers.base import Scorer
 
 _CALIBRATION_TEXTS = 256
@@ -90,6 +91,10 @@ _scoring = _options(
     click.option(
         "--stop", default="all", show_default=True, type=_Stop(),
         help="Score all of them, a number, or, in random order, as many as it takes until the heads to keep settle.",
+    ),
+    click.option(
+        "--stream", is_flag=True,
+        help="Read the data one batch after the other, shuffled among the next 10,000 texts; shards by a pattern too.",
     ),
     click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
     _length,
@@ -162,13 +167,13 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
     if spread and accelerator.num_processes > 1:
         raise invalid("device", "be one of its own for each process that a launcher started", "auto")
     scorer = _scorer(options)
-    task = _calibration(data, options)
+    texts, labels = _calibration(data, options)
     scores = score_heads(
         load_model(model, device, **({"device_map": "auto"} if spread else {})),
-        task.texts,
+        texts,
         scorer,
         load_tokenizer(model),
-        labels=task.labels,
+        labels=labels,
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         seed=options["seed"],
@@ -181,7 +186,7 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
     if not accelerator.is_main_process:
         return
     if scores.agreement is not None:
-        click.echo(_settled(scores.num_texts, len(task), scores.agreement), err=True)
+        click.echo(_settled(scores.num_texts, texts, scores.agreement), err=True)
     if out is not None:
         scores.save(out)
         click.echo(f"scores of {len(scores)} sites: {out}", err=True)
@@ -243,11 +248,11 @@ def prune(
         raise click.UsageError("`ratio` must be left out where there is a `--budget`")
     wanted = None if budget is None else Budget.parse(budget)
     scorer = _scorer(options)
-    task = _calibration(data, options)
+    texts, labels = _calibration(data, options)
     tokenizer = load_tokenizer(model)
     pruned, report = prune_model(
         model,
-        task.texts,
+        texts,
         ratio,
         budget=wanted,
         scorer=scorer,
@@ -256,7 +261,7 @@ def prune(
         stop=options["stop"],
         refine=refine,
         tokenizer=tokenizer,
-        labels=task.labels,
+        labels=labels,
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         seed=options["seed"],
@@ -284,7 +289,7 @@ def prune(
         print_table(pruning_table(report))
         click.echo(f"{report}\nproof: largest difference to the gated model {report.max_difference:.1e}")
         if report.agreement is not None:
-            click.echo(_settled(report.num_texts, len(task), report.agreement))
+            click.echo(_settled(report.num_texts, texts, report.agreement))
         if report.refinement:
             first, best = report.refinement[0], min(report.refinement)
             click.echo(f"relational KL on these texts {first:.4f}, after {refine} exchanges {best:.4f}")
@@ -701,16 +706,23 @@ def _processes(device: str | None) -> tuple[Accelerator, torch.device]:
     return accelerator, check_device(device) if alone else accelerator.device
 
 
-def _calibration(data: str, options: dict[str, Any]) -> Task:
-    """Load the calibration texts, a random choice of the data's rows that depends on the seed alone."""
+def _calibration(data: str, options: dict[str, Any]) -> tuple[Iterable[Text], Any]:
+    """Return calibration texts and labels: a random choice of the data's rows by the seed, or the first of a stream."""
     from secateur.data import load_task
+    from secateur.errors import invalid
+    from secateur.streams import stream_texts
 
     need_labels = scorer_class(options["scorer"]).needs_labels
-    task = load_task(data, options["split"], need_labels=need_labels)
     number = options["num_texts"]
-    if number is None:
-        number = _CALIBRATION_TEXTS if options["stop"] == "all" else len(task)
-    return task.head(number, seed=options["seed"])
+    if number is None and options["stop"] == "all":
+        number = _CALIBRATION_TEXTS
+    if options["stream"]:
+        if need_labels:
+            raise invalid("stream", f"not be given with scorer {options['scorer']}, which needs labels", True)
+        return itertools.islice(stream_texts(data, options["split"], options["seed"]), number), None
+    task = load_task(data, options["split"], need_labels=need_labels)
+    task = task.head(number or len(task), seed=options["seed"])
+    return task.texts, task.labels
 
 
 def _scorer(options: dict[str, Any]) -> Scorer:
@@ -731,9 +743,10 @@ def _scorer(options: dict[str, Any]) -> Scorer:
     return make_scorer(options["scorer"], **chosen)
 
 
-def _settled(read: int | None, given: int, agreement: float) -> str:
+def _settled(read: int | None, texts: Iterable[Text], agreement: float) -> str:
+    given = f"{read} of {len(texts)}" if isinstance(texts, Sequence) else f"{read}"
     return (
-        f"{read} of {given} texts scored: at least {agreement:.0%} of the heads, with 95% confidence, are judged as "
+        f"{given} texts scored: at least {agreement:.0%} of the heads, with 95% confidence, are judged as "
         "all texts would judge them"
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -39,7 +40,8 @@ from secateur.scorers import DEFAULT_SCORER, make_scorer
 from secateur.scorers.base import Batch, Scorer, ScoringTask, StreamingScorer, Supervision
 from secateur.selection import Scope, select_heads
 from secateur.sentence import transformer_of
-from secateur.stopping import Settling, Stop, check_stop
+from secateur.stopping import AGREEMENT, Settling, Stop, check_stop
+from secateur.streams import BatchStream
 
 _PROBE_TEXTS = 8
 
@@ -121,7 +123,7 @@ class PruningReport:
 
 def score_heads(
     model: nn.Module,
-    texts: Sequence[Text] | None = None,
+    texts: Iterable[Text] | None = None,
     scorer: str | Scorer = DEFAULT_SCORER,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -142,7 +144,9 @@ def score_heads(
 
     Args:
         model: a transformers model, or a SentenceTransformer; of a task model, the base model is scored.
-        texts: calibration texts, unlabelled: strings, or pairs of strings. Not needed by every scorer.
+        texts: calibration texts, unlabelled: strings, or pairs of strings. Not needed by every scorer. What is no
+            sequence, such as a generator, is read in its own order, by scorers that stream one batch at a time, so that
+            memory does not grow with their number; a number for `stop` takes the first ones.
         scorer: a registered name, with `options` for its constructor, or a `Scorer`.
         tokenizer: of the model; looked up by the model's name where absent.
         labels: one for each text, for scorers that need them: classes from 0 up, or floats for a regression. Such
@@ -156,7 +160,8 @@ def score_heads(
         scope, min_heads: what the scores will be selected with, for `stop="auto"`.
         stop: "all" scores every text, a number that many, drawn with the seed; "auto" reads the texts in random order
             and stops when the heads to keep have settled (see `secateur.stopping.Settling`), which takes a scorer that
-            streams: a mean over texts from one dense pass. The scores say how many texts were scored.
+            streams: a mean over texts from one dense pass. Texts that are no sequence must come in random order for it.
+            The scores say how many texts were scored.
         accelerator: of the processes that `accelerate launch` or torchrun started, all of which make this call with the
             same arguments: each scores a share of the batches, and all return the scores of one process, bit for bit.
         progress: whether to show a progress bar on stderr.
@@ -183,42 +188,53 @@ def score_heads(
         )
     if stop != "all" and (inputs is not None or texts is None):
         raise invalid("stop", "be 'all' where there are no `texts` to choose from", stop)
+    listed, stream = _listed(texts, streams and inputs is None and labels is None), None
     with evaluation_mode(model), _not_inference(), torch.enable_grad():
         made: Sequence[Mapping[str, Tensor]] = []
         if inputs is not None:
             made = [dict(batch) for batch in inputs]
+        elif listed is not None:
+            tokenizer = _own_tokenizer(given) if tokenizer is None else tokenizer
+            order = reading_order(listed, stop, seed)
+            if labels is not None and len(labels) == len(listed):
+                labels = [labels[i] for i in order]
+            listed = [listed[i] for i in order]
+            made = _streamed(model, listed, tokenizer, batch_size, max_length)
         elif texts is not None:
             tokenizer = _own_tokenizer(given) if tokenizer is None else tokenizer
-            order = reading_order(texts, stop, seed)
-            if labels is not None and len(labels) == len(texts):
-                labels = [labels[i] for i in order]
-            texts = [texts[i] for i in order]
-            made = _streamed(model, texts, tokenizer, batch_size, max_length)
+            first = itertools.islice(texts, stop if isinstance(stop, int) else None)
+            stream = _one_by_one(model, first, tokenizer, batch_size, max_length)
         elif criterion.needs_texts:
             raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
         arguments: Sequence[Batch] = ForwardArguments(base, made)
         if not streams:  # others read them more than once
             made, arguments = list(made), list(arguments)
-        is_pair = texts is not None and len(texts) > 0 and not isinstance(texts[0], str)
+        sample = stream.first if stream is not None else listed
+        is_pair = sample is not None and len(sample) > 0 and not isinstance(sample[0], str)
         sites = find_sites(model)
         special_ids = _special_ids(base.config.get_text_config() if tokenizer is None else tokenizer)
         taught = None
         if criterion.needs_labels:
             if labels is None:
                 raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `labels`, one for each text")
-            taught = _supervise(model, made, labels, texts if inputs is None else None, tokenizer, max_length)
+            taught = _supervise(model, made, labels, listed if inputs is None else None, tokenizer, max_length)
         settling = None
-        if stop == "auto" and texts is not None:
+        if stop == "auto":
             selecting = _selecting(sites, pruning_ratio, scope, min_heads)
-            settling = Settling(selecting, len(texts), seed, accelerator)
+            settling = Settling(selecting, math.inf if listed is None else len(listed), seed, accelerator)
         task = ScoringTask(
-            base, sites, arguments, is_pair, seed, progress, special_ids, taught, pruning_ratio, settling, accelerator
-        )
+            base, sites, arguments, is_pair, seed, progress, special_ids, taught, pruning_ratio, settling, accelerator,
+            stream,
+        )  # fmt: skip
         found = criterion.score(task)
     scores = _in_original_numbering(found, sites, criterion_name(criterion))
     if settling is not None:
-        return replace(scores, num_texts=settling.seen, agreement=settling.agreement)
-    return scores if texts is None or inputs is not None else replace(scores, num_texts=len(texts))
+        # A stream that ended before was read whole, which nobody could know at the last look.
+        agreement = settling.agreement if settling.agreement >= AGREEMENT else 1.0
+        return replace(scores, num_texts=settling.seen, agreement=agreement)
+    if stream is not None:
+        return replace(scores, num_texts=stream.seen)
+    return scores if listed is None or inputs is not None else replace(scores, num_texts=len(listed))
 
 
 def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
@@ -232,7 +248,7 @@ def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
 
 def prune(
     model: str | Path | nn.Module,
-    texts: Sequence[Text] | None = None,
+    texts: Iterable[Text] | None = None,
     pruning_ratio: float = 0.5,
     *,
     budget: str | Budget | None = None,
@@ -277,13 +293,18 @@ def prune(
         pruned = transformer_of(smaller)
     check_whole(pruned, "pruning")
     before = measure_cost(pruned)
-    if refine and texts is None:
-        raise InvalidInputError("`refine` needs `texts` to judge masks by")
+    if refine and not isinstance(texts, Sequence):
+        raise InvalidInputError("`refine` needs `texts` to judge masks by, in a list, as it reads them again and again")
     if refine and scope == "global" and wanted is not None and wanted.quantity != "heads":
         raise invalid("refine", f"be 0 at scope 'global' with the budget {wanted}, which exchanges may exceed", refine)
     within = None if wanted is None else BudgetedSelection(pruned, wanted, scope, min_heads, progress)
     if within is not None:
         pruning_ratio = within.expected_ratio
+    first: Sequence[Text] | None = None
+    if texts is not None and not isinstance(texts, Sequence) and isinstance(texts, Iterable):
+        left = iter(texts)
+        first = list(itertools.islice(left, MAX_TEXTS))
+        texts = itertools.chain(first, left)
     start = time.perf_counter()
     scores = score_heads(
         pruned,
@@ -308,21 +329,21 @@ def prune(
     else:
         mask, pruning_ratio = within.select(scores)
     refinement: list[float] = []
-    if texts is not None:
-        texts = [texts[i] for i in reading_order(texts, stop, seed)[: scores.num_texts]]
-    if refine and texts is not None:
+    if isinstance(texts, Sequence):
+        first = [texts[i] for i in reading_order(texts, stop, seed)[: scores.num_texts]]
+    if refine and first is not None:
         mask, refinement = refine_mask(
-            pruned, mask, texts, tokenizer, steps=refine, scope=scope, min_heads=min_heads, batch_size=batch_size,
+            pruned, mask, first, tokenizer, steps=refine, scope=scope, min_heads=min_heads, batch_size=batch_size,
             max_length=max_length, seed=seed, accelerator=accelerator, progress=progress,
         )  # fmt: skip
     attention = None
-    if maps and texts is not None and tokenizer is not None:
-        made = _tokenise(pruned, texts[:MAX_TEXTS], tokenizer, MAX_TEXTS, max_length)
+    if maps and first is not None and tokenizer is not None:
+        made = _tokenise(pruned, first[:MAX_TEXTS], tokenizer, MAX_TEXTS, max_length)
         attention = mean_maps(pruned, find_sites(pruned), forward_arguments(base_of(pruned), made)[0])
     inputs = None
-    if texts is not None and tokenizer is not None:
-        first = _tokenise(pruned, texts[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length)
-        inputs = forward_arguments(base_of(pruned), first)[0]
+    if first is not None and tokenizer is not None:
+        made = _tokenise(pruned, first[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length)
+        inputs = forward_arguments(base_of(pruned), made)[0]
     record = {"scorer": scores.scorer, "scope": scope, "base_model": name, "secateur_version": version("secateur")}
     removal = remove_heads_(pruned, mask, inputs=inputs, record=record)
     report = PruningReport(
@@ -331,7 +352,7 @@ def prune(
         scope=scope,
         requested_ratio=pruning_ratio,
         seed=seed,
-        num_texts=0 if texts is None else len(texts),
+        num_texts=scores.num_texts or 0,
         mask=removal.mask,
         scores=scores,
         before=before,
@@ -452,6 +473,23 @@ def _streamed(
 ) -> StreamedBatches:
     device = device_of(base_of(model))
     return StreamedBatches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
+
+
+def _one_by_one(
+    model: nn.Module, texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
+) -> BatchStream:
+    base = base_of(model)
+    tokens = min(length, max_length(model, length))
+    return BatchStream(tokenizer, texts, batch_size, tokens, device_of(base), ForwardArguments(base, []).of)
+
+
+def _listed(texts: Iterable[Text] | None, may_come_one_by_one: bool) -> Sequence[Text] | None:
+    """Return the texts where they are a sequence, or must become one; None where there are none or they may not."""
+    if texts is None or isinstance(texts, Sequence):
+        return texts
+    if not isinstance(texts, Iterable):
+        raise invalid("texts", "be strings or pairs of strings, in a list or one after the other", texts)
+    return None if may_come_one_by_one else list(texts)
 
 
 def _tokenise(*arguments: Any) -> list[dict[str, Tensor]]:

@@ -79,8 +79,12 @@ class ForwardArguments(Sequence[dict[str, Any]]):
 
     def __getitem__(self, number: Any) -> Any:
         """Return the arguments for the batch of that number."""
+        return self.of(self.made[number])
+
+    def of(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments for a batch."""
         extra = {"use_cache": False} if "use_cache" in self.accepted else {}
-        return {**{k: v for k, v in self.made[number].items() if k in self.accepted}, **extra}
+        return {**{k: v for k, v in batch.items() if k in self.accepted}, **extra}
 
 
 def _needs_both(config: Any) -> bool:

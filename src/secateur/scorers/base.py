@@ -18,6 +18,7 @@ from secateur.model.layout import AttentionSite
 from secateur.model.probe import HeadReading, probe
 from secateur.processes import in_order
 from secateur.stopping import Settling
+from secateur.streams import BatchStream
 
 Batch = Mapping[str, Tensor]
 Item = TypeVar("Item")
@@ -44,7 +45,8 @@ class Supervision:
 class ScoringTask:
     """All that a criterion may look at.
 
-    `model` is the base model, in eval mode. `batches` are keyword arguments of its forward, one mapping a batch.
+    `model` is the base model, in eval mode. `batches` are keyword arguments of its forward, one mapping a batch;
+    criteria that stream read them by `each`, from `stream` where the texts come one by one.
     `is_pair` says whether each text is a pair of sentences, which decides how a text is represented. Criteria that
     draw random numbers draw them from `seed`. `special_ids` are the token ids that stand for no word: of the start and
     end of a text, separators and padding. `supervision` is there for criteria that need labels alone. `pruning_ratio`
@@ -64,19 +66,24 @@ class ScoringTask:
     pruning_ratio: float = 0.5
     settling: Settling | None = None
     accelerator: Accelerator | None = None
+    stream: BatchStream | None = None
 
-    def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    def track(self, items: Iterable[Any], total: int | None, what: str) -> Iterable[Any]:
         """Wrap `items` in a progress bar on stderr where the caller wants one."""
         return tqdm(items, total=total, desc=what, disable=not self.progress, leave=False)
 
     def share(
-        self, compute: Callable[[Item], Result], items: Sequence[Item], what: str = "scoring"
+        self, compute: Callable[[Item], Result], items: Iterable[Item], what: str = "scoring"
     ) -> Iterable[Result]:
         """Yield `compute(item)` for each item in order, computed by this process or another: see `in_order`."""
-        return self.track(in_order(compute, items, self.accelerator), len(items), what)
+        total = len(items) if isinstance(items, Sequence) else None
+        return self.track(in_order(compute, items, self.accelerator), total, what)
 
     def each(self, compute: Callable[[Batch], Result]) -> Iterable[Result]:
         """Yield `compute(batch)` for each batch in order, with tensors on the CPU, as `share` does."""
+        stream = self.stream
+        if stream is not None:
+            return self.share(lambda part: compute(stream.make(part)), stream.parts())
         return self.share(lambda number: compute(self.batches[number]), range(len(self.batches)))
 
 
