@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, dispatch_model
 from transformers import AutoModel
 
 import secateur
@@ -55,14 +55,19 @@ def test_weights_on_disk_give_the_scores_and_gates_of_weights_in_memory(tmp_path
     assert {name: vars(module).get("forward") for name, module in model.named_modules()} == calls
 
 
-def test_weights_in_cpu_memory_and_half_precision():
+def test_half_precision_in_cpu_memory_or_spread_is_never_widened(monkeypatch):
     whole = tiny_model("llama").to(torch.bfloat16)
     sites, batch = find_sites(whole), example_inputs(whole)
     scores = secateur.score_heads(whole, inputs=[batch])
-    model = cpu_offload(tiny_model("llama").to(torch.bfloat16), execution_device=torch.device("cpu"))
-    assert find_sites(model) == sites
-    found = secateur.score_heads(model, inputs=[batch])
-    assert all(torch.equal(found[site], scores[site]) for site in scores)
+    fetched = cpu_offload(tiny_model("llama").to(torch.bfloat16), execution_device=torch.device("cpu"))
+    places = dict.fromkeys(DISK["llama"], "cpu")
+    spread = dispatch_model(tiny_model("llama").to(torch.bfloat16), places, force_hooks=True)
+    assert not is_offloaded(spread)
+    monkeypatch.setattr("secateur.model.sites.in_float32", lambda _: 1 / 0)  # a copy that might not fit
+    for model in (fetched, spread):
+        assert find_sites(model) == sites
+        found = secateur.score_heads(model, inputs=[batch])
+        assert all(torch.equal(found[site], scores[site]) for site in scores)
 
 
 def test_a_block_is_put_back_also_after_an_exception(tmp_path, monkeypatch):

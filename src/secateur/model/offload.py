@@ -22,6 +22,13 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(has_offloaded_params(module) for module in model.modules())
 
 
+def is_too_large_to_widen(model: nn.Module) -> bool:
+    """Return whether there may be no room for all weights in float32: fetched ones, or halves spread over devices."""
+    spread = any(hasattr(module, "_hf_hook") for module in model.modules())
+    half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+    return is_offloaded(model) or (spread and half)
+
+
 def check_whole(model: nn.Module, what: str) -> None:
     """Raise `UnsupportedModelError`, which says what works instead, where weights are kept elsewhere."""
     if is_offloaded(model):

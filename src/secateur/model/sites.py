@@ -19,7 +19,7 @@ from secateur.model.adapted import reads_config, takes_bias
 from secateur.model.direct import reads_heads
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite, HeadSlice
-from secateur.model.offload import check_whole, gradients_within, is_offloaded
+from secateur.model.offload import check_whole, gradients_within, is_offloaded, is_too_large_to_widen
 from secateur.model.ownership import Ownership
 from secateur.model.probe import HeadReading, count_heads, prepare, probe
 from secateur.model.recipe import read_recipe
@@ -43,7 +43,7 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
         inputs: keyword arguments of the base model's forward; made up where absent.
 
     The model is run once, on a few tokens, in float32, and left as it was. Where `device_map` keeps weights on CPU or
-    disk, it is run twice in its own precision, and the weights around one site are held at a time. Raises
+    disk, or spreads half-precision ones, it is run twice as it is, and gradients flow around one site at a time. Raises
     `UnsupportedModelError` naming the site and the reason where heads cannot be told apart, and where the model has no
     reachable attention.
     """
@@ -57,7 +57,7 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
         with in_float32(base):
             prepare(base, inputs)
     inputs = example_inputs(base) if inputs is None else inputs
-    if is_offloaded(base):
+    if is_too_large_to_widen(base):
         # The block around a site holds its projections too, also where the output projection is a neighbour.
         blocks = {
             site.rpartition(".")[0]: base.get_submodule(site.rpartition(".")[0]) for site in count_heads(base, inputs)
