@@ -8,6 +8,7 @@ import json
 import random
 import weakref
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -109,6 +110,20 @@ def test_shards_are_read_in_order_by_a_folder_or_a_pattern(tmp_path):
     assert list(stream_texts(tmp_path, "dev")) == expected[:1]
     with pytest.raises(InvalidInputError, match="holds no test file"):
         next(stream_texts(tmp_path, "test"))
+
+
+def test_hub_ids_stream_without_a_download(monkeypatch):
+    asked = {}
+
+    def load_dataset(repository, config, streaming):
+        asked.update(repository=repository, config=config, streaming=streaming)
+        return {"train": datasets.Dataset.from_list(ROWS).to_iterable_dataset()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(stream_texts("glue/sst2")) == [row["sentence"] for row in ROWS]
+    assert asked == {"repository": "nyu-mll/glue", "config": "sst2", "streaming": True}
+    with pytest.raises(InvalidInputError, match="has no dev split: found train"):
+        next(stream_texts("glue/sst2", "dev"))
 
 
 @pytest.mark.parametrize(

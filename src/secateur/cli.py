@@ -241,12 +241,12 @@ def prune(
     from secateur.sentence import copy_modules
     from secateur.tables import print_table, pruning_table
 
-    if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
-        raise click.UsageError("`ratio` must be left out where there is a `--budget`")
-    wanted = None if budget is None else Budget.parse(budget)
     accelerator, device = _processes(options["device"])
     if accelerator.is_main_process:
         check_new_folder(out)
+    if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("`ratio` must be left out where there is a `--budget`")
+    wanted = None if budget is None else Budget.parse(budget)
     scorer = _scorer(options)
     texts, labels = _calibration(data, options)
     tokenizer = load_tokenizer(model)

@@ -36,6 +36,7 @@ from secateur.model.proof import TOLERANCE
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of, evaluation_mode
+from secateur.processes import is_shared
 from secateur.scorers import DEFAULT_SCORER, make_scorer
 from secateur.scorers.base import Batch, Scorer, ScoringTask, StreamingScorer, Supervision
 from secateur.selection import Scope, select_heads
@@ -297,8 +298,8 @@ def prune(
         raise InvalidInputError("`refine` needs `texts` to judge masks by, in a list, as it reads them again and again")
     if refine and scope == "global" and wanted is not None and wanted.quantity != "heads":
         raise invalid("refine", f"be 0 at scope 'global' with the budget {wanted}, which exchanges may exceed", refine)
-    if wanted is not None and wanted.quantity == "latency" and accelerator and accelerator.num_processes > 1:
-        raise invalid("budget", "be no latency under several processes, each of which would measure another", budget)
+    if wanted is not None and wanted.quantity == "latency" and is_shared(accelerator):
+        raise invalid("budget", "be of another kind under a launcher, whose processes would time each other", wanted)
     within = None if wanted is None else BudgetedSelection(pruned, wanted, scope, min_heads, progress)
     if within is not None:
         pruning_ratio = within.expected_ratio
