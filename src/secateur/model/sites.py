@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.checks import check_mapping
 from secateur.errors import UnsupportedModelError
 from secateur.model.adapted import reads_config, takes_bias
 from secateur.model.direct import reads_heads
@@ -45,6 +46,8 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
     site and the reason where heads cannot be told apart, and where the model has no reachable attention.
     """
     base = base_of(model)
+    if inputs is not None:
+        check_mapping("inputs", inputs)
     if getattr(base.config, "attention_type", None) == "block_sparse":
         raise UnsupportedModelError(
             f"{type(base).__name__} attends in sparse blocks; load it with `attention_type='original_full'`"
