@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from secateur import __version__
+from secateur.checks import LARGEST_SEED
 from secateur.errors import SecateurError
 from secateur.files import check_new_folder, new_folder
 from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer, scorer_class
@@ -61,6 +62,22 @@ class _Stop(click.ParamType):
         return int(value)
 
 
+class _Positive(click.ParamType):
+    """A finite number above 0; click's own range lets NaN through."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or fail in the one error form."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not 0 < number < float("inf"):
+            self.fail(f"`{param.name if param else 'value'}` must be a number above 0, got {value}", param, ctx)
+        return number
+
+
 def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
     """Join several click options into one decorator."""
     return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
@@ -68,7 +85,9 @@ def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 _device = click.option("--device", default=None, help="cpu, cuda, cuda:1 … [default: a GPU where there is one]")
-_seed = click.option("--seed", default=0, show_default=True, type=int, help="Seed of everything random.")
+_seed = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST_SEED), help="Seed of everything random."
+)
 _out = click.option("--out", required=True, type=click.Path(path_type=Path), help="New or empty folder for the result.")
 _length = click.option("--max-length", default=128, show_default=True, type=click.IntRange(4), help="Tokens a text.")
 _data = click.option(
@@ -381,8 +400,8 @@ _training = _options(
 @cli.command()
 @click.argument("model")
 @_training
-@click.option("--epochs", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True))
-@click.option("--learning-rate", default=2e-5, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--epochs", default=3.0, show_default=True, type=_Positive())
+@click.option("--learning-rate", default=2e-5, show_default=True, type=_Positive())
 @click.option("--max-train", default=None, type=click.IntRange(1), help="Training texts at most, drawn with the seed.")
 @_seed
 @_out
@@ -444,7 +463,7 @@ def evaluate(
 @click.option("--steps", default=6000, show_default=True, type=click.IntRange(1), help="Optimiser updates.")
 @click.option("--batch-size", default=60, show_default=True, type=click.IntRange(2), help="Texts a batch.")
 @click.option("--batches-per-step", default=8, show_default=True, type=click.IntRange(1))
-@click.option("--learning-rate", default=0.02, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--learning-rate", default=0.02, show_default=True, type=_Positive())
 @click.option("--optimizer", default="sgd", show_default=True, type=click.Choice(["sgd", "adam"]))
 @click.option("--ratio", "pruning_ratio", default=0.5, show_default=True, type=_Ratio())
 @click.option(
@@ -457,10 +476,10 @@ def evaluate(
 @click.option(
     "--pool", default=0, show_default=True, type=click.IntRange(0), help="Batches a task drawn again; 0 = fresh."
 )
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--temperature", default=1.0, show_default=True, type=_Positive())
 @click.option("--evaluate-every", default=100, show_default=True, type=click.IntRange(1))
 @click.option("--checkpoint-every", default=100, show_default=True, type=click.IntRange(1))
-@click.option("--max-minutes", default=None, type=click.FloatRange(0, min_open=True), help="Stop there, resumable.")
+@click.option("--max-minutes", default=None, type=_Positive(), help="Stop there, resumable.")
 @click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard, in `--out`.")
 @_length
 @_seed
@@ -787,7 +806,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    click.echo("secateur: error: " + " ".join(message.split()), err=True)
+    line = " ".join(message.split())
+    # What a file or a name holds must not steer the terminal.
+    click.echo(
+        "secateur: error: " + "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line), err=True
+    )
     return 2
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
 from secateur.budget import Budget, BudgetedSelection, BudgetOutcome
+from secateur.checks import check_flag, check_mapping, check_seed, check_whole
 from secateur.data import StreamedBatches, Task, Text, check_texts
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
@@ -30,8 +31,8 @@ from secateur.meta.search import MaskLoss, search
 from secateur.model.cost import ModelCost, max_length, measure_cost
 from secateur.model.inputs import ForwardArguments, forward_arguments
 from secateur.model.layout import AttentionSite
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.offload import check_whole, device_of
+from secateur.model.loading import check_device, load_model, load_tokenizer
+from secateur.model.offload import check_loaded, device_of
 from secateur.model.proof import TOLERANCE
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
@@ -39,7 +40,7 @@ from secateur.model.state import base_of, evaluation_mode
 from secateur.processes import is_shared
 from secateur.scorers import DEFAULT_SCORER, make_scorer
 from secateur.scorers.base import Batch, Scorer, ScoringTask, StreamingScorer, Supervision
-from secateur.selection import Scope, select_heads
+from secateur.selection import Scope, check_pruning_ratio, select_heads
 from secateur.sentence import transformer_of
 from secateur.stopping import AGREEMENT, Settling, Stop, check_stop
 from secateur.streams import BatchStream
@@ -175,12 +176,18 @@ def score_heads(
     criterion = make_scorer(scorer, **options) if isinstance(scorer, str) else scorer
     if not isinstance(criterion, Scorer):
         raise TypeError(f"`scorer` must be a registered name or a Scorer, got {type(scorer).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise invalid("seed", "be a whole number", seed)
+    check_seed(seed)
+    check_whole("batch_size", batch_size)
+    check_whole("max_length", max_length, 4)
+    check_flag("progress", progress)
+    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Sequence)):
+        raise invalid("labels", "be a list with a number for each text", labels)
+    if inputs is not None:
+        _check_inputs(inputs)
     # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
     select_heads(HeadScores({"check": torch.zeros(1)}), pruning_ratio, scope, min_heads)
     if criterion.needs_gradients:
-        check_whole(base, f"scorer {criterion_name(criterion)}, which back-propagates,")
+        check_loaded(base, f"scorer {criterion_name(criterion)}, which back-propagates,")
     check_stop(stop)
     streams = isinstance(criterion, StreamingScorer)
     if stop == "auto" and not streams:
@@ -238,6 +245,13 @@ def score_heads(
     return scores if listed is None or inputs is not None else replace(scores, num_texts=len(listed))
 
 
+def _check_inputs(inputs: Any) -> None:
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str) or not inputs:
+        raise invalid("inputs", "be a list of at least one batch", inputs)
+    for number, batch in enumerate(inputs):
+        check_mapping(f"inputs[{number}]", batch)
+
+
 def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
     """Return which texts are scored, in which order: as given, or at random where they may not all be read."""
     check_texts(texts)
@@ -279,6 +293,11 @@ def prune(
     attention maps of the first few texts in the report; it takes a pass over them. The other arguments are those of
     `score_heads` and `select_heads`. The proof runs on the first few of the texts.
     """
+    check_whole("refine", refine, 0)
+    check_flag("maps", maps)
+    check_pruning_ratio(pruning_ratio)
+    if device is not None:
+        check_device(device)
     wanted = Budget.parse(budget) if isinstance(budget, str) else budget
     if isinstance(model, str | Path):
         name = str(model)
@@ -292,7 +311,7 @@ def prune(
             tokenizer = _own_tokenizer(model)
         smaller = copy.deepcopy(model)
         pruned = transformer_of(smaller)
-    check_whole(pruned, "pruning")
+    check_loaded(pruned, "pruning")
     before = measure_cost(pruned)
     if refine and not isinstance(texts, Sequence):
         raise InvalidInputError("`refine` needs `texts` to judge masks by, in a list, as it reads them again and again")
@@ -394,8 +413,16 @@ def refine_mask(
 
     Raises `InvalidInputError` for fewer than two texts, steps below 0, and a mask that does not fit the model.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise invalid("steps", "be a whole number from 0", steps)
+    check_whole("steps", steps, 0)
+    check_whole("batch_size", batch_size)
+    check_whole("max_length", max_length, 4)
+    check_seed(seed)
+    check_flag("progress", progress)
+    if not isinstance(mask, HeadMask):
+        raise invalid("mask", "be a HeadMask", mask)
+    select_heads(HeadScores({"check": torch.zeros(1)}), 0, scope, min_heads)  # checks them
+    check_texts(texts)
+    tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
     base, sites = base_of(model), find_sites(model)
     there = {name: list(site.heads) for name, site in sites.items() if site.num_heads}
     for name, heads in there.items():

@@ -12,6 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from secateur.checks import check_flag, check_whole
 from secateur.errors import invalid
 from secateur.meta.evidence import (
     DIRECTION_FEATURES,
@@ -67,6 +68,13 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         prior: float = 0.5,
     ) -> None:
         super().__init__()
+        for name, value in (("width", width), ("layers", layers), ("attention_heads", attention_heads)):
+            check_whole(name, value, 1, 4096)
+        if width % attention_heads:
+            raise invalid("width", f"be a multiple of the {attention_heads} attention heads", width)
+        check_flag("joint", joint)
+        if isinstance(without, str) or not isinstance(without, Sequence):
+            raise invalid("without", "be a list of kinds of evidence", without)
         for kind in without:
             if kind not in EVIDENCE_KINDS:
                 raise invalid("without", f"name kinds among {', '.join(EVIDENCE_KINDS)}", kind)

@@ -116,7 +116,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, TypeError):
         raise invalid("device", "be a device that this machine has, such as 'cpu'", str(device)) from None
     return chosen
 

@@ -29,7 +29,7 @@ def is_too_large_to_widen(model: nn.Module) -> bool:
     return is_offloaded(model) or (spread and half)
 
 
-def check_whole(model: nn.Module, what: str) -> None:
+def check_loaded(model: nn.Module, what: str) -> None:
     """Raise `UnsupportedModelError`, which says what works instead, where weights are kept elsewhere."""
     if is_offloaded(model):
         raise UnsupportedModelError(

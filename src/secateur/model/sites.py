@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.checks import check_mapping
 from secateur.errors import UnsupportedModelError
 from secateur.model.adapted import reads_config, takes_bias
 from secateur.model.direct import reads_heads
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite, HeadSlice
-from secateur.model.offload import check_whole, gradients_within, is_offloaded, is_too_large_to_widen
+from secateur.model.offload import check_loaded, gradients_within, is_offloaded, is_too_large_to_widen
 from secateur.model.ownership import Ownership
 from secateur.model.probe import HeadReading, count_heads, prepare, probe
 from secateur.model.recipe import read_recipe
@@ -48,6 +49,8 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
     reachable attention.
     """
     base = base_of(model)
+    if inputs is not None:
+        check_mapping("inputs", inputs)
     if getattr(base.config, "attention_type", None) == "block_sparse":
         raise UnsupportedModelError(
             f"{type(base).__name__} attends in sparse blocks; load it with `attention_type='original_full'`"
@@ -68,7 +71,7 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
         ):  # fmt: skip
             base(**inputs)
         if not finder.readings:
-            check_whole(base, "finding heads past transformers' attention interface")
+            check_loaded(base, "finding heads past transformers' attention interface")
         return finder.finish()
     with in_float32(base), evaluation_mode(base), gradients_for_all(base), probe(base, finder.see), finder.watching():
         base(**inputs)

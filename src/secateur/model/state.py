@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError
-from secateur.model.offload import check_whole
+from secateur.model.offload import check_loaded
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -77,7 +77,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
     Raises `UnsupportedModelError` for weights on the meta device and for quantised weights, which have no such copy.
     """
-    check_whole(model, "this")
+    check_loaded(model, "this")
     tensors = [*model.parameters(), *model.buffers()]
     for tensor in tensors:
         if tensor.is_meta:
