@@ -36,7 +36,7 @@ def results(accelerator: Any) -> dict[str, Any]:
     scores["shared layers"] = secateur.score_heads(tiny_model("albert"), texts, **common)
     more = tiny_texts(4000, seed=1)
     scores["auto"] = secateur.score_heads(model, more, "entropy", stop="auto", scope="global", **common)
-    scores["stream"] = secateur.score_heads(model, iter(more), stop="auto", pruning_ratio=0.25, **common)
+    scores["stream"] = secateur.score_heads(model, iter(more), stop=61, **common)
     found = {name: row.to_json() for name, row in scores.items()}
     _, report = secateur.prune(model, texts, refine=4, maps=True, **common)
     found["prune"] = {"mask": report.mask.kept_heads, "losses": report.refinement, "texts": report.num_texts}
@@ -88,7 +88,7 @@ def test_any_number_of_processes_finds_what_one_finds_bit_for_bit(tmp_path, alon
     for process in running:
         process.start()
     for process in running:
-        process.join(120)
+        process.join(600)  # a guard against waiting for ever, no measure of speed
         process.kill()
     assert [process.exitcode for process in running] == [0] * processes
     for rank in range(processes):
