@@ -6,19 +6,25 @@ STAMP := $(VENV)/.installed
 # What a user installs, and nothing else: the demo shows that it is enough.
 PLAIN := .venv-plain
 OLDEST := .venv-oldest
+AUDIT := .venv-audit
+# Licences of what a user installs. With PyTorch's CUDA build NVIDIA's own is found too, which is for you to accept.
+LICENCES := Apache;BSD;MIT;ISC;MPL;Mozilla Public License;PSF;Python Software Foundation
 
-.PHONY: demo test test-oldest robustness fuzz sweep docs lint format clean
+.PHONY: demo test test-oldest robustness fuzz audit coverage sweep docs lint format clean
 
 demo: $(PLAIN)/.installed
 	rm -rf demo
 	$(PLAIN)/bin/secateur demo --out demo
 
+# Two processes of one thread each: tiny matrices gain nothing from threads.
+PARALLEL := -n 2 --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The same suite against the oldest transformers that pyproject.toml allows, but for ONNX, whose extra needs a newer one.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --ignore tests/test_onnx.py --ignore tests/test_deployment_page.py
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) --ignore tests/test_onnx.py --ignore tests/test_deployment_page.py
 
 # What was tried against it and what came of it, from the tests that say so. Writes docs/robustness.md.
 robustness: $(STAMP)
@@ -28,6 +34,22 @@ robustness: $(STAMP)
 # for a machine that has the night. Writes what came of them.
 fuzz: $(STAMP)
 	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py --outcomes benchmarks/results/fuzz.json
+
+# What a user installs: no licence but those above, and no version with a known vulnerability. The second asks PyPI's
+# advisory database, and fails where a package cannot be looked up there.
+audit: $(PLAIN)/.installed $(AUDIT)/.installed
+	$(AUDIT)/bin/pip-licenses --python $(PLAIN)/bin/python --from=mixed --partial-match --allow-only '$(LICENCES)'
+	$(PLAIN)/bin/python -m pip freeze --exclude-editable | sed -n 's/^\([^ ]*==[^+]*\).*/\1/p' > $(AUDIT)/installed.txt
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(AUDIT)/installed.txt
+
+$(AUDIT)/.installed: audit-requirements.txt
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --requirement audit-requirements.txt
+	touch $@
+
+# Which lines of src/ the tests run.
+coverage: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 # Every model type of the installed transformers; about ten minutes. Writes docs/coverage.md.
 sweep: $(STAMP)
@@ -60,4 +82,4 @@ $(eval $(call environment,$(PLAIN),constraints.txt,))
 $(eval $(call environment,$(OLDEST),constraints-oldest.txt,[test]))
 
 clean:
-	rm -rf $(VENV) $(PLAIN) $(OLDEST) demo dist build docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PLAIN) $(OLDEST) $(AUDIT) demo dist build docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Draw the comparisons for the docs from their raw files.
 
-python benchmarks/plots.py     # → docs/representations.svg, docs/glue.svg
+python benchmarks/plots.py     # → docs/representations.svg, docs/glue.svg, docs/growth.svg
 """
 
 from __future__ import annotations
@@ -80,9 +80,32 @@ def glue() -> None:
     _save(figure, "glue")
 
 
+def growth() -> None:
+    """CPU seconds of scoring against texts and tokens, and a line through the counted operations."""
+    rows = read_json(RESULTS / "growth.json")["rows"]
+    figure, both = plt.subplots(1, 2, figsize=(8, 3.6))
+    for axes, what, fixed in zip(both, ("texts", "tokens"), ("tokens", "texts"), strict=True):
+        least = min(row[what] for row in rows)
+        same = next(row[fixed] for row in rows if row[what] > least)
+        for scorer, colour in (("contribution", COLOURS["contribution"]), ("entropy", COLOURS["leave_one_out"])):
+            found = sorted((r for r in rows if r["scorer"] == scorer and r[fixed] == same), key=lambda r: r[what])
+            x, middle = [r[what] for r in found], [statistics.median(r["cpu_seconds"]) for r in found]
+            reach = [[m - min(r["cpu_seconds"]) for m, r in zip(middle, found, strict=True)],
+                     [max(r["cpu_seconds"]) - m for m, r in zip(middle, found, strict=True)]]  # fmt: skip
+            axes.errorbar(x, middle, yerr=reach, marker="o", color=colour, label=scorer, capsize=2)
+        counted = [r["macs"] / found[0]["macs"] * middle[0] for r in found]
+        axes.plot(x, counted, color="black", linewidth=0.8, linestyle=":", label="as multiply-accumulates")
+        axes.plot(x, [middle[0] * n / x[0] for n in x], color="#888888", linewidth=0.8, label="linear")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set(xlabel=f"{what} ({found[0][fixed]} {fixed})", ylabel="CPU seconds")
+    both[0].legend(frameon=False, fontsize=8)
+    _save(figure, "growth")
+
+
 def _save(figure: plt.Figure, name: str) -> None:
-    for side in ("top", "right"):
-        figure.axes[0].spines[side].set_visible(False)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     # No date and fixed ids, so that the same numbers give the same file.
     plt.rcParams["svg.hashsalt"] = "secateur"
@@ -94,3 +117,5 @@ if __name__ == "__main__":
     representations()
     if (RESULTS / "glue.jsonl").is_file():
         glue()
+    if (RESULTS / "growth.json").is_file():
+        growth()

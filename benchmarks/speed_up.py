@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def main(rounds: int, training_rounds: int, level_rounds: int, clock: Any) -> No
     for scope in ("site", "global"):
         models[f"half, scope {scope}"], _ = secateur.prune(demo_model(), texts, 0.5, scope=scope, device="cpu")
     result: dict[str, Any] = {
-        "command": "OMP_NUM_THREADS=1 python -m benchmarks.speed_up",
+        "command": " ".join(["OMP_NUM_THREADS=1 python -m benchmarks.speed_up", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "versions": environment(),
         "seed": 0,
@@ -76,8 +77,6 @@ def main(rounds: int, training_rounds: int, level_rounds: int, clock: Any) -> No
         "rows": [],
         "heads": [],
     }
-    if clock == "cpu":
-        result["command"] += " --clock cpu"
     for count, train in ((rounds, False), (training_rounds, True)):
         for shape in SHAPES if count else ():
             measured = benchmark(models, [shape], rounds=count, train=train, clock=clock)

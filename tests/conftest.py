@@ -11,7 +11,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import secateur  # noqa: F401 - reloading is part of what every test relies on
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests run in as many processes as there are cores, and their matrices are tiny
 
 pytest_plugins = ["tests.outcomes"]
 

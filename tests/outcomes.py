@@ -115,5 +115,9 @@ def _as_json(config: pytest.Config) -> str:
 
 def _cell(text: str) -> str:
     """Fit a text into one cell of a Markdown table, where nothing of it is markup but backticks."""
-    line = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-    return line if len(line) <= 300 else line[:297] + "..."
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    line = (line if len(line) <= 300 else line[:297] + "...").replace("|", "\\|")
+    parts = line.split("`")
+    if len(parts) % 2 == 0:  # a backtick alone
+        return line.replace("`", "'").replace("<", "&lt;")
+    return "`".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(parts))

@@ -80,8 +80,9 @@ def comparison_rows(tasks=("a", "b"), losses=None):
             cost = {"training_seconds": 60.0}
             rows.append({**base, "scorer": "dense", "ratio": 0.0, "value": dense, "kept_heads": None, "cost": cost})
             for (scorer, ratio), lost in (losses or LOSSES).items():
-                cost = {"training_seconds": 50.0, "scoring_seconds": SECONDS[scorer]}
-                kept = {"layer.0": KEPT[scorer] if ratio == 0.5 else [0, *KEPT[scorer]][-3:]}
+                cost = {"training_seconds": 50.0, "scoring_seconds": SECONDS.get(scorer, 2.0)}
+                own = KEPT.get(scorer, [0, 3])
+                kept = {"layer.0": own if ratio == 0.5 else [0, *own][-3:]}
                 value = dense - lost[seed]
                 rows.append(
                     {**base, "scorer": scorer, "ratio": ratio, "value": value, "kept_heads": kept, "cost": cost}

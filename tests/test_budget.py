@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import secateur
@@ -77,6 +77,7 @@ def test_a_budget_says_what_may_remain_and_a_ratio_what_may_go():
     assert select_heads(scores, 0.5).kept_heads == {"a": [1, 2]}
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3),
     st.floats(0.05, 1),

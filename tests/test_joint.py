@@ -245,8 +245,9 @@ def test_the_score_is_the_prior_and_the_mean_of_the_members_by_hand():
     contribution = column(evidence, "size") + column(evidence, "site level")
     expected = 0.7 * standardised(contribution) + sum(standardised(row) for row in judged) / 3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(InvalidInputError, match="`members` must be at least 1"):
-        JointPruner(members=0)
+    for wrong in ({"members": 0}, {"prior": -1.0}, {"prior": math.nan}):
+        with pytest.raises(InvalidInputError, match=f"`{next(iter(wrong))}` must be"):
+            JointPruner(**wrong)
 
 
 def test_one_pruner_serves_models_of_other_widths_depths_and_head_counts():

@@ -85,6 +85,14 @@ def test_evaluation_halves_the_batch(outcome):
     outcome(MEMORY, "a batch does not fit during evaluation", warned[0].message)
 
 
+def test_texts_that_come_only_once_are_not_begun_again():
+    model = tiny_model("bert")
+    find_sites(model)
+    full_above(model, 2)
+    with pytest.raises(OutOfMemoryError, match="`batch_size` must be smaller than 8"):
+        score_heads(model, iter(TEXTS), "contribution", tiny_tokenizer(), batch_size=8)
+
+
 def test_what_cannot_be_halved_is_said(outcome):
     model = tiny_model("bert")
     find_sites(model)

@@ -6,24 +6,29 @@ Nothing heavy is imported here, so that `--help` answers at once; every command 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from secateur import __version__
+from secateur.checks import LARGEST_SEED
 from secateur.errors import SecateurError, SecateurWarning
 from secateur.files import check_can_write, check_new_folder, is_taken, new_folder
 from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer, scorer_class
 
 if TYPE_CHECKING:
-    from secateur.data import Task
+    import torch
+    from accelerate import Accelerator
+
+    from secateur.data import Text
     from secateur.scorers.base import Scorer
 
 _CALIBRATION_TEXTS = 256
@@ -59,6 +64,22 @@ class _Stop(click.ParamType):
         return int(value)
 
 
+class _Positive(click.ParamType):
+    """A finite number above 0; click's own range lets NaN through."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or fail in the one error form."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not 0 < number < float("inf"):
+            self.fail(f"`{param.name if param else 'value'}` must be a number above 0, got {value}", param, ctx)
+        return number
+
+
 def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
     """Join several click options into one decorator."""
     return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
@@ -66,7 +87,9 @@ def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 _device = click.option("--device", default=None, help="cpu, cuda, cuda:1 … [default: a GPU where there is one]")
-_seed = click.option("--seed", default=0, show_default=True, type=int, help="Seed of everything random.")
+_seed = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST_SEED), help="Seed of everything random."
+)
 _out = click.option("--out", required=True, type=click.Path(path_type=Path), help="New or empty folder for the result.")
 _length = click.option("--max-length", default=128, show_default=True, type=click.IntRange(4), help="Tokens a text.")
 _data = click.option(
@@ -89,6 +112,10 @@ _scoring = _options(
     click.option(
         "--stop", default="all", show_default=True, type=_Stop(),
         help="Score all of them, a number, or, in random order, as many as it takes until the heads to keep settle.",
+    ),
+    click.option(
+        "--stream", is_flag=True,
+        help="Read the data one batch after the other, shuffled among the next 10,000 texts; shards by a pattern too.",
     ),
     click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
     _length,
@@ -144,8 +171,13 @@ def info(model: str, device: str | None, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores to this JSON file.")
 @_json
 def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Score every attention head of MODEL on a task's texts; some scorers need their labels too."""
-    from secateur.model.loading import check_device, load_model, load_tokenizer
+    """Score every attention head of MODEL on a task's texts; some scorers need their labels too.
+
+    Under `accelerate launch` or torchrun each process scores a share of the texts. `--device auto` is for a model that
+    is larger than a GPU: it is spread over GPUs, memory and disk (`device_map="auto"`).
+    """
+    from secateur.errors import invalid
+    from secateur.model.loading import load_model, load_tokenizer
     from secateur.pruning import score_heads
     from secateur.tables import print_table, scores_table
 
@@ -153,23 +185,31 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
         raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
     if out is not None:
         check_can_write(out.parent)
-    device = check_device(options["device"])
+    spread = options["device"] == "auto"
+    accelerator, device = _processes(None if spread else options["device"])
+    if spread and accelerator.num_processes > 1:
+        raise invalid("device", "be one of its own for each process that a launcher started", "auto")
     scorer = _scorer(options)
-    task = _calibration(data, options)
+    texts, labels = _calibration(data, options)
     scores = score_heads(
-        load_model(model, device),
-        task.texts,
+        load_model(model, device, **({"device_map": "auto"} if spread else {})),
+        texts,
         scorer,
         load_tokenizer(model),
-        labels=task.labels,
+        labels=labels,
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         seed=options["seed"],
         stop=options["stop"],
-        progress=True,
+        accelerator=accelerator,
+        progress=accelerator.is_main_process,
     )
+    accelerator.wait_for_everyone()  # a process that just leaves can make the others abort
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return
     if scores.agreement is not None:
-        click.echo(_settled(scores.num_texts, len(task), scores.agreement), err=True)
+        click.echo(_settled(scores.num_texts, texts, scores.agreement), err=True)
     if out is not None:
         scores.save(out)
         click.echo(f"scores of {len(scores)} sites: {out}", err=True)
@@ -210,29 +250,34 @@ def prune(
     context: click.Context, model: str, data: str, ratio: float, budget: str | None, scope: Any, min_heads: int,
     refine: int, maps: bool, out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder."""
+    """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder.
+
+    Under `accelerate launch` or torchrun each process scores a share of the texts, and the first one saves.
+    """
     from dataclasses import replace
 
     from secateur.budget import Budget
-    from secateur.model.loading import check_device, load_tokenizer
+    from secateur.model.loading import load_tokenizer
     from secateur.pruning import prune as prune_model
     from secateur.report import write_report
     from secateur.report.runs import ATTENTION_MAPS, PRUNING, read_runs
     from secateur.sentence import copy_modules
     from secateur.tables import print_table, pruning_table
 
-    check_new_folder(out)
+    accelerator, device = _processes(options["device"])
+    if accelerator.is_main_process:
+        check_new_folder(out)
     if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("`ratio` must be left out where there is a `--budget`")
     wanted = None if budget is None else Budget.parse(budget)
-    device = check_device(options["device"])
     scorer = _scorer(options)
-    task = _calibration(data, options)
+    texts, labels = _calibration(data, options)
     tokenizer = load_tokenizer(model)
-    with new_folder(out) as folder:
+    # Of the processes that a launcher started, the first one holds the folder and saves.
+    with new_folder(out) if accelerator.is_main_process else nullcontext(out) as folder:
         pruned, report = prune_model(
             model,
-            task.texts,
+            texts,
             ratio,
             budget=wanted,
             scorer=scorer,
@@ -241,14 +286,19 @@ def prune(
             stop=options["stop"],
             refine=refine,
             tokenizer=tokenizer,
-            labels=task.labels,
+            labels=labels,
             batch_size=options["batch_size"],
             max_length=options["max_length"],
             seed=options["seed"],
             device=str(device),
             maps=maps,
-            progress=True,
+            accelerator=accelerator,
+            progress=accelerator.is_main_process,
         )
+        accelerator.wait_for_everyone()  # a process that just leaves can make the others abort
+        accelerator.end_training()
+        if not accelerator.is_main_process:
+            return
         report = replace(report, command=_command_line())
         place = copy_modules(model, folder)
         pruned.save_pretrained(place)
@@ -263,7 +313,7 @@ def prune(
         print_table(pruning_table(report))
         click.echo(f"{report}\nproof: largest difference to the gated model {report.max_difference:.1e}")
         if report.agreement is not None:
-            click.echo(_settled(report.num_texts, len(task), report.agreement))
+            click.echo(_settled(report.num_texts, texts, report.agreement))
         if report.refinement:
             first, best = report.refinement[0], min(report.refinement)
             click.echo(f"relational KL on these texts {first:.4f}, after {refine} exchanges {best:.4f}")
@@ -355,8 +405,8 @@ _training = _options(
 @cli.command()
 @click.argument("model")
 @_training
-@click.option("--epochs", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True))
-@click.option("--learning-rate", default=2e-5, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--epochs", default=3.0, show_default=True, type=_Positive())
+@click.option("--learning-rate", default=2e-5, show_default=True, type=_Positive())
 @click.option("--max-train", default=None, type=click.IntRange(1), help="Training texts at most, drawn with the seed.")
 @_seed
 @_out
@@ -418,7 +468,7 @@ def evaluate(
 @click.option("--steps", default=6000, show_default=True, type=click.IntRange(1), help="Optimiser updates.")
 @click.option("--batch-size", default=60, show_default=True, type=click.IntRange(2), help="Texts a batch.")
 @click.option("--batches-per-step", default=8, show_default=True, type=click.IntRange(1))
-@click.option("--learning-rate", default=0.02, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--learning-rate", default=0.02, show_default=True, type=_Positive())
 @click.option("--optimizer", default="sgd", show_default=True, type=click.Choice(["sgd", "adam"]))
 @click.option("--ratio", "pruning_ratio", default=0.5, show_default=True, type=_Ratio())
 @click.option(
@@ -431,10 +481,10 @@ def evaluate(
 @click.option(
     "--pool", default=0, show_default=True, type=click.IntRange(0), help="Batches a task drawn again; 0 = fresh."
 )
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--temperature", default=1.0, show_default=True, type=_Positive())
 @click.option("--evaluate-every", default=100, show_default=True, type=click.IntRange(1))
 @click.option("--checkpoint-every", default=100, show_default=True, type=click.IntRange(1))
-@click.option("--max-minutes", default=None, type=click.FloatRange(0, min_open=True), help="Stop there, resumable.")
+@click.option("--max-minutes", default=None, type=_Positive(), help="Stop there, resumable.")
 @click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard, in `--out`.")
 @_length
 @_seed
@@ -671,16 +721,34 @@ def demo(out: Path, seed: int, device: str | None, as_json: bool) -> None:
         click.echo(f"report: {out / 'report.html'}\npruned model: {out / 'pruned'}")
 
 
-def _calibration(data: str, options: dict[str, Any]) -> Task:
-    """Load the calibration texts, a random choice of the data's rows that depends on the seed alone."""
+def _processes(device: str | None) -> tuple[Accelerator, torch.device]:
+    """Return this process's place among those that a launcher started, if one did, and the device it works on."""
+    from accelerate import Accelerator
+
+    from secateur.model.loading import check_device
+
+    accelerator = Accelerator()
+    alone = accelerator.num_processes == 1 or device is not None
+    return accelerator, check_device(device) if alone else accelerator.device
+
+
+def _calibration(data: str, options: dict[str, Any]) -> tuple[Iterable[Text], Any]:
+    """Return calibration texts and labels: a random choice of the data's rows by the seed, or the first of a stream."""
     from secateur.data import load_task
+    from secateur.errors import invalid
+    from secateur.streams import stream_texts
 
     need_labels = scorer_class(options["scorer"]).needs_labels
-    task = load_task(data, options["split"], need_labels=need_labels)
     number = options["num_texts"]
-    if number is None:
-        number = _CALIBRATION_TEXTS if options["stop"] == "all" else len(task)
-    return task.head(number, seed=options["seed"])
+    if number is None and options["stop"] == "all":
+        number = _CALIBRATION_TEXTS
+    if options["stream"]:
+        if need_labels:
+            raise invalid("stream", f"not be given with scorer {options['scorer']}, which needs labels", True)
+        return itertools.islice(stream_texts(data, options["split"], options["seed"]), number), None
+    task = load_task(data, options["split"], need_labels=need_labels)
+    task = task.head(number or len(task), seed=options["seed"])
+    return task.texts, task.labels
 
 
 def _scorer(options: dict[str, Any]) -> Scorer:
@@ -710,9 +778,10 @@ def _stoppable(hint: str) -> Iterator[None]:
         raise KeyboardInterrupt(hint) from None
 
 
-def _settled(read: int | None, given: int, agreement: float) -> str:
+def _settled(read: int | None, texts: Iterable[Text], agreement: float) -> str:
+    given = f"{read} of {len(texts)}" if isinstance(texts, Sequence) else f"{read}"
     return (
-        f"{read} of {given} texts scored: at least {agreement:.0%} of the heads, with 95% confidence, are judged as "
+        f"{given} texts scored: at least {agreement:.0%} of the heads, with 95% confidence, are judged as "
         "all texts would judge them"
     )
 
@@ -782,7 +851,9 @@ def _in_one_line(show: Callable[..., None]) -> Callable[..., None]:
 
 
 def _error(message: str) -> str:
-    return "secateur: error: " + " ".join(message.split())
+    line = " ".join(message.split())
+    # What a file or a name holds must not steer the terminal.
+    return "secateur: error: " + "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from secateur.checks import check_tokenizer, check_whole
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.rows import FILE_FORMATS, one_line, read_columns, stem_and_format
 
@@ -132,10 +133,10 @@ def load_task(
     """
     if split not in SPLIT_NAMES:
         raise invalid("split", "be train, dev or test", split)
-    if max_rows is not None and max_rows < 1:
-        raise invalid("max_rows", "be at least 1", max_rows)
-    if not str(data).strip():
-        raise invalid("data", "name a file, a folder or a Hub id", str(data))
+    if max_rows is not None:
+        check_whole("max_rows", max_rows)
+    if not isinstance(data, str | Path) or not str(data).strip():
+        raise invalid("data", "name a file, a folder or a Hub id", data)
     path = Path(data).expanduser()
     if path.exists():
         file = _split_file(path, split) if path.is_dir() else path
@@ -186,8 +187,8 @@ def tokenize(tokenizer: Any, texts: Sequence[Text], max_length: int = 128) -> An
     Raises `InvalidInputError` for texts that `check_texts` refuses and for `max_length` below 4.
     """
     check_texts(texts)
-    if max_length < 4:
-        raise invalid("max_length", "be at least 4", max_length)
+    check_tokenizer(tokenizer)
+    check_whole("max_length", max_length, 4)
     return _encode(tokenizer, texts, max_length)
 
 
@@ -221,10 +222,9 @@ class StreamedBatches(Sequence[dict[str, Tensor]]):
         device: str | torch.device = "cpu",
     ) -> None:
         check_texts(texts)
-        if batch_size < 1:
-            raise invalid("batch_size", "be at least 1", batch_size)
-        if max_length < 4:
-            raise invalid("max_length", "be at least 4", max_length)
+        check_tokenizer(tokenizer)
+        check_whole("batch_size", batch_size)
+        check_whole("max_length", max_length, 4)
         self.tokenizer, self.texts, self.batch_size = tokenizer, texts, batch_size
         self.max_length, self.device = max_length, device
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -25,9 +26,11 @@ def halves_batches(function: Callable[Arguments, Result]) -> Callable[Arguments,
 
     From the start, so that what it returns is what the smaller batch gives, also where texts of a batch are compared
     with each other. Each time it issues a `SecateurWarning`. It raises `OutOfMemoryError` where a single text does not
-    fit, where the caller made the batches, and where other processes would not know of it.
+    fit, where the caller made the batches, where texts come one after the other and cannot be read again, and where
+    other processes would not know of it.
     """
     default = (function.__kwdefaults__ or {})["batch_size"]
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def halving(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -43,7 +46,9 @@ def halves_batches(function: Callable[Arguments, Result]) -> Callable[Arguments,
             size: int = kwargs.get("batch_size", default)  # type: ignore[assignment]
             if kwargs.get("inputs") is not None:
                 raise OutOfMemoryError(f"a batch of `inputs` does not fit into memory; make smaller ones ({reason})")
-            if getattr(kwargs.get("accelerator"), "num_processes", 1) > 1:
+            texts = signature.bind(*args, **kwargs).arguments.get("texts")
+            is_stream = texts is not None and not isinstance(texts, Sequence)
+            if is_stream or getattr(kwargs.get("accelerator"), "num_processes", 1) > 1:
                 raise OutOfMemoryError(f"`batch_size` must be smaller than {size} to fit into memory ({reason})")
             if size <= 1:
                 raise OutOfMemoryError(f"one text does not fit into memory; lower `max_length` ({reason})")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from secateur.checks import check_mapping, check_path, check_whole
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.files import read_json, write_text
 
@@ -49,12 +50,12 @@ class _BySite(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
-        write_text(path, json.dumps(self.to_json(), indent=1))
+        write_text(check_path("path", path), json.dumps(self.to_json(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote."""
-        return cls.from_json(read_json(path))
+        return cls.from_json(read_json(check_path("path", path)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +80,15 @@ class HeadScores(_BySite):
     agreement: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.values_by_site:
-            raise invalid("scores", "name at least one attention site", {})
+        check_mapping("scores", self.values_by_site)
+        for name in ("key_value_heads", "interactions"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise invalid(name, "map sites to what is known of them", getattr(self, name))
+        if not isinstance(self.scorer, str):
+            raise invalid("scorer", "be a text", self.scorer)
         clean = {}
         for site, vector in self.values_by_site.items():
-            tensor = torch.as_tensor(vector, dtype=torch.float64).detach().cpu()
+            tensor = _vector(f"scores[{shown(site)}]", vector)
             if tensor.ndim != 1 or not tensor.numel():
                 raise invalid(
                     f"scores[{shown(site)}]", "be a vector with one number for each head", tuple(tensor.shape)
@@ -91,15 +96,16 @@ class HeadScores(_BySite):
             if bool(torch.isnan(tensor).any()) or bool((tensor == math.inf).any()):
                 raise invalid(f"scores[{shown(site)}]", "be finite", tensor.tolist())
             clean[site] = tensor
-        kv_heads = {site: int(self.key_value_heads.get(site, v.numel())) for site, v in clean.items()}
+        kv_heads = {site: self.key_value_heads.get(site, v.numel()) for site, v in clean.items()}
         for site, count in kv_heads.items():
-            if count < 1 or clean[site].numel() % count:
+            check_whole(f"key_value_heads[{shown(site)}]", count)
+            if clean[site].numel() % count:
                 raise invalid(
                     f"key_value_heads[{shown(site)}]", f"divide the site's {clean[site].numel()} heads evenly", count
                 )
         object.__setattr__(self, "values_by_site", clean)
         object.__setattr__(self, "key_value_heads", kv_heads)
-        matrices = {site: torch.as_tensor(m, dtype=torch.float64) for site, m in self.interactions.items()}
+        matrices = {site: _vector(f"interactions[{shown(site)}]", m) for site, m in self.interactions.items()}
         for site, matrix in matrices.items():
             if site not in clean:
                 raise invalid("interactions", "name sites that have scores", site)
@@ -158,11 +164,10 @@ class HeadMask(_BySite):
     """Which heads stay: site name → bool vector `[heads]`, True = kept, original numbering."""
 
     def __post_init__(self) -> None:
-        if not self.values_by_site:
-            raise invalid("mask", "name at least one attention site", {})
+        check_mapping("mask", self.values_by_site)
         clean = {}
         for site, vector in self.values_by_site.items():
-            tensor = torch.as_tensor(vector).detach().cpu()
+            tensor = _vector(f"mask[{shown(site)}]", vector, None)
             if tensor.dtype != torch.bool or tensor.ndim != 1 or not tensor.numel():
                 raise invalid(
                     f"mask[{shown(site)}]", "be a vector of booleans, one for each head (True = kept)", vector
@@ -218,11 +223,11 @@ class HeadMask(_BySite):
         return cls({site: torch.tensor(row, dtype=torch.bool) for site, row in rows.items()})
 
 
-def _vector(name: str, numbers: list[Any]) -> Tensor:
+def _vector(name: str, values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
     try:
-        return torch.tensor(numbers, dtype=torch.float64)
-    except (OverflowError, RuntimeError):  # a whole number of hundreds of digits
-        raise invalid(name, "hold numbers that float64 can hold", numbers) from None
+        return torch.as_tensor(values, dtype=dtype).detach().cpu()
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # a text, rows of unlike lengths, 300 digits
+        raise invalid(name, "hold numbers, each as float64 can hold it" if dtype else "hold booleans", values) from None
 
 
 def _rows(data: Any, kind: str, key: str) -> dict[str, list[Any]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from secateur.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
 from secateur.budget import Budget, BudgetedSelection, BudgetOutcome
+from secateur.checks import check_flag, check_mapping, check_seed, check_whole
 from secateur.data import StreamedBatches, Task, Text, check_texts
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
@@ -31,16 +34,19 @@ from secateur.model.cost import ModelCost, max_length, measure_cost
 from secateur.model.finite import check_pass
 from secateur.model.inputs import ForwardArguments, forward_arguments
 from secateur.model.layout import AttentionSite
-from secateur.model.loading import load_model, load_tokenizer
+from secateur.model.loading import check_device, load_model, load_tokenizer
+from secateur.model.offload import check_loaded, device_of
 from secateur.model.proof import TOLERANCE
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of, evaluation_mode, held
+from secateur.processes import is_shared
 from secateur.scorers import DEFAULT_SCORER, make_scorer
 from secateur.scorers.base import Batch, Scorer, ScoringTask, StreamingScorer, Supervision
-from secateur.selection import Scope, select_heads
+from secateur.selection import Scope, check_pruning_ratio, select_heads
 from secateur.sentence import transformer_of
-from secateur.stopping import Settling, Stop, check_stop
+from secateur.stopping import AGREEMENT, Settling, Stop, check_stop
+from secateur.streams import BatchStream
 
 _PROBE_TEXTS = 8
 
@@ -123,7 +129,7 @@ class PruningReport:
 @halves_batches
 def score_heads(
     model: nn.Module,
-    texts: Sequence[Text] | None = None,
+    texts: Iterable[Text] | None = None,
     scorer: str | Scorer = DEFAULT_SCORER,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -136,6 +142,7 @@ def score_heads(
     scope: Scope = "site",
     min_heads: int = 1,
     stop: Stop = "all",
+    accelerator: Accelerator | None = None,
     progress: bool = False,
     **options: Any,
 ) -> HeadScores:
@@ -143,7 +150,9 @@ def score_heads(
 
     Args:
         model: a transformers model, or a SentenceTransformer; of a task model, the base model is scored.
-        texts: calibration texts, unlabelled: strings, or pairs of strings. Not needed by every scorer.
+        texts: calibration texts, unlabelled: strings, or pairs of strings. Not needed by every scorer. What is no
+            sequence, such as a generator, is read in its own order, by scorers that stream one batch at a time, so that
+            memory does not grow with their number; a number for `stop` takes the first ones.
         scorer: a registered name, with `options` for its constructor, or a `Scorer`.
         tokenizer: of the model; looked up by the model's name where absent.
         labels: one for each text, for scorers that need them: classes from 0 up, or floats for a regression. Such
@@ -157,7 +166,10 @@ def score_heads(
         scope, min_heads: what the scores will be selected with, for `stop="auto"`.
         stop: "all" scores every text, a number that many, drawn with the seed; "auto" reads the texts in random order
             and stops when the heads to keep have settled (see `secateur.stopping.Settling`), which takes a scorer that
-            streams: a mean over texts from one dense pass. The scores say how many texts were scored.
+            streams: a mean over texts from one dense pass. Texts that are no sequence must come in random order for it.
+            The scores say how many texts were scored.
+        accelerator: of the processes that `accelerate launch` or torchrun started, all of which make this call with the
+            same arguments: each scores a share of the batches, and all return the scores of one process, bit for bit.
         progress: whether to show a progress bar on stderr.
 
     Raises `InvalidInputError` for bad arguments, missing texts or labels, and non-finite scores,
@@ -168,10 +180,18 @@ def score_heads(
     criterion = make_scorer(scorer, **options) if isinstance(scorer, str) else scorer
     if not isinstance(criterion, Scorer):
         raise TypeError(f"`scorer` must be a registered name or a Scorer, got {type(scorer).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise invalid("seed", "be a whole number", seed)
+    check_seed(seed)
+    check_whole("batch_size", batch_size)
+    check_whole("max_length", max_length, 4)
+    check_flag("progress", progress)
+    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Sequence)):
+        raise invalid("labels", "be a list with a number for each text", labels)
+    if inputs is not None:
+        _check_inputs(inputs)
     # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
     select_heads(HeadScores({"check": torch.zeros(1)}), pruning_ratio, scope, min_heads)
+    if criterion.needs_gradients:
+        check_loaded(base, f"scorer {criterion_name(criterion)}, which back-propagates,")
     check_stop(stop)
     streams = isinstance(criterion, StreamingScorer)
     if stop == "auto" and not streams:
@@ -180,44 +200,63 @@ def score_heads(
         )
     if stop != "all" and (inputs is not None or texts is None):
         raise invalid("stop", "be 'all' where there are no `texts` to choose from", stop)
+    listed, stream = _listed(texts, streams and inputs is None and labels is None), None
     with held(base), evaluation_mode(model), _not_inference(), torch.enable_grad():
         made: Sequence[Mapping[str, Tensor]] = []
         if inputs is not None:
             made = [dict(batch) for batch in inputs]
+        elif listed is not None:
+            tokenizer = _own_tokenizer(given) if tokenizer is None else tokenizer
+            order = reading_order(listed, stop, seed)
+            if labels is not None and len(labels) == len(listed):
+                labels = [labels[i] for i in order]
+            listed = [listed[i] for i in order]
+            made = _streamed(model, listed, tokenizer, batch_size, max_length)
         elif texts is not None:
             tokenizer = _own_tokenizer(given) if tokenizer is None else tokenizer
-            order = reading_order(texts, stop, seed)
-            if labels is not None and len(labels) == len(texts):
-                labels = [labels[i] for i in order]
-            texts = [texts[i] for i in order]
-            made = _streamed(model, texts, tokenizer, batch_size, max_length)
+            first = itertools.islice(texts, stop if isinstance(stop, int) else None)
+            stream = _one_by_one(model, first, tokenizer, batch_size, max_length)
         elif criterion.needs_texts:
             raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
         arguments: Sequence[Batch] = ForwardArguments(base, made)
         if not streams:  # others read them more than once
             made, arguments = list(made), list(arguments)
-        is_pair = texts is not None and len(texts) > 0 and not isinstance(texts[0], str)
+        sample = stream.first if stream is not None else listed
+        is_pair = sample is not None and len(sample) > 0 and not isinstance(sample[0], str)
         sites = find_sites(model)
         special_ids = _special_ids(base.config.get_text_config() if tokenizer is None else tokenizer)
         taught = None
         if criterion.needs_labels:
             if labels is None:
                 raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `labels`, one for each text")
-            taught = _supervise(model, made, labels, texts if inputs is None else None, tokenizer, max_length)
+            taught = _supervise(model, made, labels, listed if inputs is None else None, tokenizer, max_length)
         settling = None
-        if stop == "auto" and texts is not None:
-            settling = Settling(_selecting(sites, pruning_ratio, scope, min_heads), len(texts), seed)
+        if stop == "auto":
+            selecting = _selecting(sites, pruning_ratio, scope, min_heads)
+            settling = Settling(selecting, math.inf if listed is None else len(listed), seed, accelerator)
         task = ScoringTask(
-            base, sites, arguments, is_pair, seed, progress, special_ids, taught, pruning_ratio, settling
-        )
+            base, sites, arguments, is_pair, seed, progress, special_ids, taught, pruning_ratio, settling, accelerator,
+            stream,
+        )  # fmt: skip
         found = criterion.score(task)
         if not all(bool(torch.isfinite(torch.as_tensor(row)).all()) for row in found.values()):
             for batch in arguments:
                 check_pass(base, partial(base, **batch))
     scores = _in_original_numbering(found, sites, criterion_name(criterion))
     if settling is not None:
-        return replace(scores, num_texts=settling.seen, agreement=settling.agreement)
-    return scores if texts is None or inputs is not None else replace(scores, num_texts=len(texts))
+        # A stream that ended before was read whole, which nobody could know at the last look.
+        agreement = settling.agreement if settling.agreement >= AGREEMENT else 1.0
+        return replace(scores, num_texts=settling.seen, agreement=agreement)
+    if stream is not None:
+        return replace(scores, num_texts=stream.seen)
+    return scores if listed is None or inputs is not None else replace(scores, num_texts=len(listed))
+
+
+def _check_inputs(inputs: Any) -> None:
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str) or not inputs:
+        raise invalid("inputs", "be a list of at least one batch", inputs)
+    for number, batch in enumerate(inputs):
+        check_mapping(f"inputs[{number}]", batch)
 
 
 def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
@@ -232,7 +271,7 @@ def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
 @torch.inference_mode(False)  # a copy that is made in it could not be trained
 def prune(
     model: str | Path | nn.Module,
-    texts: Sequence[Text] | None = None,
+    texts: Iterable[Text] | None = None,
     pruning_ratio: float = 0.5,
     *,
     budget: str | Budget | None = None,
@@ -248,6 +287,7 @@ def prune(
     seed: int = 0,
     device: str | None = None,
     maps: bool = False,
+    accelerator: Accelerator | None = None,
     progress: bool = False,
     **options: Any,
 ) -> tuple[Any, PruningReport]:
@@ -261,6 +301,11 @@ def prune(
     attention maps of the first few texts in the report; it takes a pass over them. The other arguments are those of
     `score_heads` and `select_heads`. The proof runs on the first few of the texts.
     """
+    check_whole("refine", refine, 0)
+    check_flag("maps", maps)
+    check_pruning_ratio(pruning_ratio)
+    if device is not None:
+        check_device(device)
     wanted = Budget.parse(budget) if isinstance(budget, str) else budget
     if isinstance(model, str | Path):
         name = str(model)
@@ -274,14 +319,22 @@ def prune(
             tokenizer = _own_tokenizer(model)
         smaller = copy.deepcopy(model)
         pruned = transformer_of(smaller)
+    check_loaded(pruned, "pruning")
     before = measure_cost(pruned)
-    if refine and texts is None:
-        raise InvalidInputError("`refine` needs `texts` to judge masks by")
+    if refine and not isinstance(texts, Sequence):
+        raise InvalidInputError("`refine` needs `texts` to judge masks by, in a list, as it reads them again and again")
     if refine and scope == "global" and wanted is not None and wanted.quantity != "heads":
         raise invalid("refine", f"be 0 at scope 'global' with the budget {wanted}, which exchanges may exceed", refine)
+    if wanted is not None and wanted.quantity == "latency" and is_shared(accelerator):
+        raise invalid("budget", "be of another kind under a launcher, whose processes would time each other", wanted)
     within = None if wanted is None else BudgetedSelection(pruned, wanted, scope, min_heads, progress)
     if within is not None:
         pruning_ratio = within.expected_ratio
+    first: Sequence[Text] | None = None
+    if texts is not None and not isinstance(texts, Sequence) and isinstance(texts, Iterable):
+        left = iter(texts)
+        first = list(itertools.islice(left, MAX_TEXTS))
+        texts = itertools.chain(first, left)
     start = time.perf_counter()
     scores = score_heads(
         pruned,
@@ -296,6 +349,7 @@ def prune(
         scope=scope,
         min_heads=min_heads,
         stop=stop,
+        accelerator=accelerator,
         progress=progress,
         **options,
     )
@@ -305,21 +359,21 @@ def prune(
     else:
         mask, pruning_ratio = within.select(scores)
     refinement: list[float] = []
-    if texts is not None:
-        texts = [texts[i] for i in reading_order(texts, stop, seed)[: scores.num_texts]]
-    if refine and texts is not None:
+    if isinstance(texts, Sequence):
+        first = [texts[i] for i in reading_order(texts, stop, seed)[: scores.num_texts]]
+    if refine and first is not None:
         mask, refinement = refine_mask(
-            pruned, mask, texts, tokenizer, steps=refine, scope=scope, min_heads=min_heads, batch_size=batch_size,
-            max_length=max_length, seed=seed, progress=progress,
+            pruned, mask, first, tokenizer, steps=refine, scope=scope, min_heads=min_heads, batch_size=batch_size,
+            max_length=max_length, seed=seed, accelerator=accelerator, progress=progress,
         )  # fmt: skip
     attention = None
-    if maps and texts is not None and tokenizer is not None:
-        made = _tokenise(pruned, texts[:MAX_TEXTS], tokenizer, MAX_TEXTS, max_length)
+    if maps and first is not None and tokenizer is not None:
+        made = _tokenise(pruned, first[:MAX_TEXTS], tokenizer, MAX_TEXTS, max_length)
         attention = mean_maps(pruned, find_sites(pruned), forward_arguments(base_of(pruned), made)[0])
     inputs = None
-    if texts is not None and tokenizer is not None:
-        first = _tokenise(pruned, texts[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length)
-        inputs = forward_arguments(base_of(pruned), first)[0]
+    if first is not None and tokenizer is not None:
+        made = _tokenise(pruned, first[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length)
+        inputs = forward_arguments(base_of(pruned), made)[0]
     record = {"scorer": scores.scorer, "scope": scope, "base_model": name, "secateur_version": version("secateur")}
     removal = remove_heads_(pruned, mask, inputs=inputs, record=record)
     report = PruningReport(
@@ -328,7 +382,7 @@ def prune(
         scope=scope,
         requested_ratio=pruning_ratio,
         seed=seed,
-        num_texts=0 if texts is None else len(texts),
+        num_texts=scores.num_texts or 0,
         mask=removal.mask,
         scores=scores,
         before=before,
@@ -356,6 +410,7 @@ def refine_mask(
     batch_size: int = 32,
     max_length: int = 128,
     seed: int = 0,
+    accelerator: Accelerator | None = None,
     progress: bool = False,
 ) -> tuple[HeadMask, list[float]]:
     """Improve a mask on a task's own texts: exchange heads and keep what lowers the relational KL to the dense model.
@@ -367,8 +422,16 @@ def refine_mask(
 
     Raises `InvalidInputError` for fewer than two texts, steps below 0, and a mask that does not fit the model.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise invalid("steps", "be a whole number from 0", steps)
+    check_whole("steps", steps, 0)
+    check_whole("batch_size", batch_size)
+    check_whole("max_length", max_length, 4)
+    check_seed(seed)
+    check_flag("progress", progress)
+    if not isinstance(mask, HeadMask):
+        raise invalid("mask", "be a HeadMask", mask)
+    select_heads(HeadScores({"check": torch.zeros(1)}), 0, scope, min_heads)  # checks them
+    check_texts(texts)
+    tokenizer = _own_tokenizer(model) if tokenizer is None else tokenizer
     base, sites = base_of(model), find_sites(model)
     there = {name: list(site.heads) for name, site in sites.items() if site.num_heads}
     for name, heads in there.items():
@@ -378,7 +441,7 @@ def refine_mask(
             raise invalid("mask", f"keep no head of site {name} that is gone already", mask[name].nonzero().flatten())
     with held(base), evaluation_mode(base), _not_inference():
         made = forward_arguments(base, _tokenise(model, texts, tokenizer, batch_size, max_length))
-        loss = MaskLoss(base, made, not isinstance(texts[0], str))
+        loss = MaskLoss(base, made, not isinstance(texts[0], str), accelerator)
         trials = search(
             loss,
             HeadMask({name: mask[name][heads] for name, heads in there.items()}),
@@ -447,7 +510,25 @@ def _supervise(
 def _streamed(
     model: nn.Module, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
 ) -> StreamedBatches:
-    return StreamedBatches(tokenizer, texts, batch_size, min(length, max_length(model, length)), base_of(model).device)
+    device = device_of(base_of(model))
+    return StreamedBatches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
+
+
+def _one_by_one(
+    model: nn.Module, texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
+) -> BatchStream:
+    base = base_of(model)
+    tokens = min(length, max_length(model, length))
+    return BatchStream(tokenizer, texts, batch_size, tokens, device_of(base), ForwardArguments(base, []).of)
+
+
+def _listed(texts: Iterable[Text] | None, may_come_one_by_one: bool) -> Sequence[Text] | None:
+    """Return the texts where they are a sequence, or must become one; None where there are none or they may not."""
+    if texts is None or isinstance(texts, Sequence):
+        return texts
+    if not isinstance(texts, Iterable):
+        raise invalid("texts", "be strings or pairs of strings, in a list or one after the other", texts)
+    return None if may_come_one_by_one else list(texts)
 
 
 def _tokenise(*arguments: Any) -> list[dict[str, Tensor]]:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from secateur.errors import invalid
+from secateur.processes import from_main
 
 Stop = int | Literal["all", "auto"]
 """How many texts to score: all that are given, a number of them, or as many as it takes."""
@@ -43,8 +45,14 @@ class Settling:
     with the square of the number of heads and not with the texts.
     """
 
-    def __init__(self, select: Callable[[Mapping[str, Tensor]], Tensor], num_texts: int, seed: int = 0) -> None:
-        self.select, self.total = select, num_texts
+    def __init__(
+        self,
+        select: Callable[[Mapping[str, Tensor]], Tensor],
+        num_texts: float,
+        seed: int = 0,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.select, self.total, self.accelerator = select, num_texts, accelerator
         self.seen = 0
         self.agreement = 0.0
         self._next = float(_AT_LEAST)
@@ -72,7 +80,7 @@ class Settling:
             self.agreement = 1.0
         elif self.seen >= self._next:
             self._next = self.seen * _GROWTH
-            self.agreement = self._agreement()
+            self.agreement = from_main(self._agreement, self.accelerator)
         return self.agreement >= AGREEMENT
 
     def _agreement(self) -> float:

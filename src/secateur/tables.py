@@ -17,12 +17,13 @@ from secateur.summary import Summary
 
 def print_table(table: Table) -> None:
     """Print the title as plain lines and the table to stdout, as wide as the table needs where there is no terminal."""
-    console = Console(highlight=False)
+    # Names come from models and files: a bracket in one is a bracket, and no style or emoji.
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)
     title, table.title = table.title, None
     if title:
-        console.print(title, markup=False, soft_wrap=True)
+        console.print(title, soft_wrap=True)
     if table.columns:
         console.print(table)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModel
 
 from secateur.errors import InvalidInputError, shown
@@ -36,14 +37,9 @@ def verify_checkpoint(
     original_name = recipe.record.get("base_model") if against is None else against
     if not isinstance(original_name, str | Path) or not str(original_name):
         raise InvalidInputError(f"{folder} does not say what it was pruned from; give the original with `--against`")
-    own_word = {"local_files_only": True} if against is None else {}
-    try:
-        original = load_model(original_name, device, AutoModel, **own_word)
-    except InvalidInputError as error:
-        if not own_word:
-            raise
-        remedy = "what a checkpoint names is not fetched, so give the original with `--against`"
-        raise InvalidInputError(f"{folder} was pruned from {shown(original_name)}: {error}; {remedy}") from None
+    original = load_model(
+        original_name if against is not None else _on_this_machine(original_name, folder), device, AutoModel
+    )
     vectors = {}
     for name, kept in recipe.kept_heads.items():
         vectors[name] = torch.zeros(recipe.sites[name].num_heads, dtype=torch.bool)
@@ -62,3 +58,16 @@ def verify_checkpoint(
         "kept": mask.num_kept,
         "dropped": mask.num_heads - mask.num_kept,
     }
+
+
+def _on_this_machine(name: str | Path, folder: str | Path) -> str | Path:
+    """Return where the model is that a checkpoint names, in its own folder or the cache of the Hub's files."""
+    if Path(name).exists():
+        return name
+    try:
+        return snapshot_download(str(name), local_files_only=True)
+    except (OSError, ValueError):
+        raise InvalidInputError(
+            f"{folder} was pruned from {shown(name)}, which is not on this machine; what a checkpoint names is not "
+            "fetched, so give the original with `--against`"
+        ) from None

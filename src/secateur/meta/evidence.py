@@ -11,11 +11,12 @@ batches changes it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from secateur.errors import invalid
 from secateur.meta.objective import represent
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import HeadReading, probe
+from secateur.processes import in_order
 from secateur.scorers.contribution import output_weights
 
 _TINY = 1e-12
@@ -74,24 +76,36 @@ class Evidence:
 
 @torch.no_grad()
 def gather_evidence(
-    model: PreTrainedModel, sites: Mapping[str, AttentionSite], batches: Sequence[Mapping[str, Any]], is_pair: bool
+    model: PreTrainedModel,
+    sites: Mapping[str, AttentionSite],
+    batches: Iterable[Mapping[str, Any]],
+    is_pair: bool,
+    accelerator: Accelerator | None = None,
 ) -> Evidence:
     """Run `model` (a base model in evaluation mode) once over the batches and return the evidence.
 
-    Raises `InvalidInputError` where there are fewer than four texts: relations between texts are part of it.
+    The processes of `accelerator`, if any, run a share of the batches each and all get the evidence. Raises
+    `InvalidInputError` where there are fewer than four texts: relations between texts are part of it.
     """
     gathered = {name: _Site(output_weights(model, site)) for name, site in sites.items() if site.num_heads}
-    representations = []
-    for batch in batches:
-        calls: dict[str, int] = defaultdict(int)
 
-        def keep(reading: HeadReading, batch: Mapping[str, Any] = batch, calls: dict[str, int] = calls) -> None:
+    def run(batch: Mapping[str, Any]) -> tuple[dict[str, list[_Sums]], Tensor]:
+        found: dict[str, list[_Sums]] = defaultdict(list)
+
+        def keep(reading: HeadReading) -> None:
             if reading.site in gathered:  # an earlier pruning may have left a site without heads
-                gathered[reading.site].add(reading, batch.get("attention_mask"), calls[reading.site])
-                calls[reading.site] += 1
+                found[reading.site].append(gathered[reading.site].read(reading, batch.get("attention_mask")))
 
         with probe(model, keep, weights=True):
-            representations.append(represent(model, model(**batch), batch, is_pair).float())
+            representation = represent(model, model(**batch), batch, is_pair).float()
+        return dict(found), representation.cpu()
+
+    representations = []
+    for found, representation in in_order(run, batches, accelerator):
+        for name, calls in found.items():
+            for call, sums in enumerate(calls):
+                gathered[name].add(sums, call)
+        representations.append(representation)
     targets = torch.cat(representations) if representations else torch.zeros(0, 1)
     if len(targets) < 4:
         raise invalid("texts", "be at least 4, as this scorer compares them with each other", len(targets))
@@ -126,6 +140,21 @@ class _Row:
     totals: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """What one site shows of one batch, on the CPU, so that another process can have computed it.
+
+    Sums over texts: `over_tokens` `[heads, heads]`, `norms` `[heads]`, `maps` `[heads, MAP_FEATURES]`. By text, all
+    heads side by side: `means` over tokens and `firsts`, of the first token, `[texts, heads · width]`.
+    """
+
+    over_tokens: Tensor
+    norms: Tensor
+    maps: Tensor
+    means: Tensor
+    firsts: Tensor
+
+
 class _Site:
     """Sums over texts for one site; a site that runs several times in a pass (shared weights) keeps its calls apart."""
 
@@ -140,7 +169,8 @@ class _Site:
         self.means: dict[int, list[Tensor]] = defaultdict(list)
         self.firsts: dict[int, list[Tensor]] = defaultdict(list)
 
-    def add(self, reading: HeadReading, mask: Tensor | None, call: int) -> None:
+    def read(self, reading: HeadReading, mask: Tensor | None) -> _Sums:
+        """Sum up one batch."""
         outputs = reading.outputs.float()
         texts, tokens = outputs.shape[:2]
         real = torch.ones(texts, tokens, device=outputs.device)
@@ -150,15 +180,27 @@ class _Site:
         flat = outputs.flatten(2)
         # Each token counts as much as its text's length leaves it.
         moments = torch.einsum("bti,btj->ij", flat * share.unsqueeze(-1), flat)
-        self.over_tokens += self._by_heads(moments)
-        own = self.products.view(self.heads, self.width, self.heads, self.width).diagonal(dim1=0, dim2=2)
+        products = self.products.to(outputs.device)
+        own = products.view(self.heads, self.width, self.heads, self.width).diagonal(dim1=0, dim2=2)
         squared = torch.einsum("bthi,ijh,bthj->bth", outputs, own, outputs)
-        self.norms += (squared.clamp(min=0).sqrt() * share.unsqueeze(-1)).sum(dim=(0, 1))
-        self.means[call].append(torch.einsum("bti,bt->bi", flat, share))
-        self.firsts[call].append(flat[:, 0])
         assert reading.weights is not None  # asked for above
-        self.maps += _map_statistics(reading.weights.float(), real).sum(dim=0)
-        self.texts += texts
+        return _Sums(
+            self._by_heads(moments.to(self.products.device)).cpu(),
+            (squared.clamp(min=0).sqrt() * share.unsqueeze(-1)).sum(dim=(0, 1)).cpu(),
+            _map_statistics(reading.weights.float(), real).sum(dim=0).cpu(),
+            torch.einsum("bti,bt->bi", flat, share).cpu(),
+            flat[:, 0].cpu(),
+        )
+
+    def add(self, sums: _Sums, call: int) -> None:
+        """Take one batch's sums, of the call with that number."""
+        device = self.products.device
+        self.over_tokens += sums.over_tokens.to(device)
+        self.norms += sums.norms.to(device)
+        self.maps += sums.maps.to(device)
+        self.means[call].append(sums.means.to(device))
+        self.firsts[call].append(sums.firsts.to(device))
+        self.texts += len(sums.means)
 
     def _by_heads(self, moments: Tensor) -> Tensor:
         """Turn second moments of all heads' outputs into inner products of their contributions, `[heads, heads]`."""
@@ -166,6 +208,7 @@ class _Site:
 
     def features(self, target: Tensor) -> _Row:
         """Put the sums together; `target` is the kernel of the texts' representations `[texts, texts]`."""
+        target = target.to(self.products.device)
         over_tokens = self.over_tokens / self.texts
         size = (self.norms / self.texts).clamp(min=_TINY).log()
         variation, relevance, alignment, between = self._between_texts(self.means, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from secateur.checks import check_flag, check_whole
 from secateur.errors import invalid
 from secateur.meta.evidence import (
     DIRECTION_FEATURES,
@@ -67,11 +69,20 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         prior: float = 0.5,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("width", width), ("layers", layers), ("attention_heads", attention_heads), ("members", members)
+        ):  # fmt: skip
+            check_whole(name, value, 1, 4096)
+        if width % attention_heads:
+            raise invalid("width", f"be a multiple of the {attention_heads} attention heads", width)
+        check_flag("joint", joint)
+        if isinstance(without, str) or not isinstance(without, Sequence):
+            raise invalid("without", "be a list of kinds of evidence", without)
         for kind in without:
             if kind not in EVIDENCE_KINDS:
                 raise invalid("without", f"name kinds among {', '.join(EVIDENCE_KINDS)}", kind)
-        if members < 1:
-            raise invalid("members", "be at least 1", members)
+        if isinstance(prior, bool) or not isinstance(prior, int | float) or not 0 <= prior < math.inf:
+            raise invalid("prior", "be a number from 0", prior)
         left_out = {name for kind in without for name in EVIDENCE_KINDS[kind]}
         self.register_buffer("used", torch.tensor([float(name not in left_out) for name in FEATURES]))
         self.register_buffer("mean", torch.zeros(len(FEATURES)))

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from secateur.checks import check_path, check_positive
 from secateur.errors import CheckpointError, invalid
 
 SIZE = 128
@@ -35,6 +36,7 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
 
     def __init__(self, initial_std: float = 0.01) -> None:
         super().__init__()
+        check_positive("initial_std", initial_std)
         widths = [1, 8, 16, 32, 64, 128]
         layers: list[nn.Module] = []
         for number, (before, after) in enumerate(itertools.pairwise(widths)):
@@ -52,8 +54,10 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
 
     def forward(self, maps: Tensor) -> Tensor:
         """Score `[maps, 128, 128]` and return `[maps, 2]` in (0, 2): column 0 for pairs, column 1 for singles."""
-        if maps.ndim != 3 or maps.shape[1:] != (SIZE, SIZE):
-            raise invalid("maps", f"have the shape [maps, {SIZE}, {SIZE}]", tuple(maps.shape), "see `to_network_size`")
+        if not isinstance(maps, Tensor) or maps.ndim != 3 or maps.shape[1:] != (SIZE, SIZE):
+            raise invalid(
+                "maps", f"have the shape [maps, {SIZE}, {SIZE}]", getattr(maps, "shape", maps), "see `to_network_size`"
+            )
         # Channels last makes these convolutions about twice as fast on a CPU; the values are the same.
         images = maps.unsqueeze(1).to(memory_format=torch.channels_last)
         return 2 * self.main(images).flatten(1)
@@ -101,7 +105,7 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
         The file is a pickled state dict; it is read with torch's restricted loader, which runs no code from it. Raises
         `CheckpointError` where it is absent, damaged, or of another architecture.
         """
-        path = Path(path)
+        path = check_path("path", path)
         if not path.is_file():
             raise CheckpointError(f"there is no meta-pruner checkpoint {path}")
         try:
@@ -142,8 +146,10 @@ def without_padding(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     Beyond 128 tokens, the queries of equal stretches are averaged and their keys summed, so that a row still sums to 1.
     Returns `[batch, heads, rows, columns]`, as large as the largest map needs, with zeros behind smaller ones.
     """
-    if weights.ndim != 4:
-        raise invalid("weights", "have the shape [batch, heads, queries, keys]", tuple(weights.shape))
+    if not isinstance(weights, Tensor) or weights.ndim != 4:
+        raise invalid("weights", "have the shape [batch, heads, queries, keys]", getattr(weights, "shape", weights))
+    if mask is not None and not isinstance(mask, Tensor):
+        raise invalid("mask", "be None or have the shape [batch, tokens]", mask)
     if mask is None or not bool((mask == 0).any()):
         return _pooled(weights)
     real = mask.bool()

@@ -1,7 +1,8 @@
-"""What meta-training draws at random: tasks, sites that stay whole, heads to keep (paper, steps 1 and 3)."""
+"""What is drawn at random: tasks, sites that stay whole, heads to keep (paper, steps 1 and 3), and from what."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -62,3 +63,9 @@ def drop_dimensions(width: int, fraction: float, random: torch.Generator) -> Ten
     if not bool(mask.any()):
         mask[int(torch.randint(width, (1,), generator=random))] = 1
     return mask
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """Return a generator that depends on the numbers alone; hashed, since neighbouring seeds can draw alike."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

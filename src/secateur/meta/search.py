@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -19,34 +20,47 @@ from secateur.errors import invalid
 from secateur.heads import HeadMask
 from secateur.meta.objective import relational_kl
 from secateur.meta.signals import gated_representations
+from secateur.processes import in_order
 from secateur.selection import Scope
 
 
 class MaskLoss:
     """The relational KL of masks on fixed texts; the dense pass is made once.
 
-    Batches of a single text are left out, as one text has no relations. Raises `InvalidInputError` where none is left.
+    The processes of `accelerator`, if any, judge a share of the batches each and get the same loss. Batches of a single
+    text are left out, as one text has no relations. Raises `InvalidInputError` where none is left.
     """
 
-    @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], is_pair: bool) -> None:
-        self.model, self.is_pair = model, is_pair
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Mapping[str, Any]],
+        is_pair: bool,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.model, self.is_pair, self.accelerator = model, is_pair, accelerator
         self.batches = [batch for batch in batches if len(next(iter(batch.values()))) > 1]
         if not self.batches:
             raise invalid(
                 "texts", "be at least 2 a batch, as masks are judged by the relations between them", "1 or none"
             )
-        self.dense = [gated_representations(model, batch, {}, is_pair) for batch in self.batches]
+        self.dense: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, mask: Mapping[str, Tensor]) -> float:
         """Return the mean over batches of KL(dense ‖ gated), ≥ 0; lower is better."""
         gates = {site: row.float() for site, row in mask.items()}
-        values = [
-            float(relational_kl(dense, gated_representations(self.model, batch, gates, self.is_pair)))
-            for batch, dense in zip(self.batches, self.dense, strict=True)
-        ]
+
+        def judge(number: int) -> float:
+            if number not in self.dense:
+                self.dense[number] = self._representations(number, {})
+            return float(relational_kl(self.dense[number], self._representations(number, gates)))
+
+        values = list(in_order(judge, range(len(self.batches)), self.accelerator))
         return sum(values) / len(values)
+
+    def _representations(self, number: int, gates: Mapping[str, Tensor]) -> Tensor:
+        return gated_representations(self.model, self.batches[number], gates, self.is_pair)
 
 
 Trial = tuple[HeadMask, float]

@@ -6,7 +6,6 @@ resumed from a checkpoint takes the identical next step, and any number of proce
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from secateur.meta.config import MetaTrainingConfig
 from secateur.meta.network import PAIR, SINGLE, MetaPruner, to_network_size
 from secateur.meta.objective import relational_kl, represent
 from secateur.meta.runs import Log, latest_checkpoint, load_checkpoint, save_checkpoint
-from secateur.meta.sampling import task_weights
+from secateur.meta.sampling import generator, task_weights
 from secateur.meta.signals import (
     gated_representations,
     leave_one_out_estimate,
@@ -136,10 +135,10 @@ class MetaTraining:
     def loss(self, step: int, number: int) -> tuple[Task, Tensor]:
         """Return the loss of one batch of one step, and its task (paper, steps 1 to 5)."""
         config = self.config
-        random = _generator(config.seed, step, number)
+        random = generator(config.seed, step, number)
         subject_number, task_number, place = self.draw(random)
         subject, task = self.subjects[subject_number], self.tasks[task_number]
-        chooser = _generator(config.seed, -1 - task_number, place) if config.pool else random
+        chooser = generator(config.seed, -1 - task_number, place) if config.pool else random
         rows = torch.randperm(len(task), generator=chooser)[: config.batch_size].tolist()
         batch = subject.batch([task.texts[i] for i in rows], config.max_length)
 
@@ -309,9 +308,3 @@ def mask_kl(model: PreTrainedModel, mask: HeadMask, made: Sequence[Batch], is_pa
                 dense = gated_representations(model, batch, {}, is_pair)
                 values.append(float(relational_kl(dense, gated_representations(model, batch, gates, is_pair))))
     return sum(values) / len(values)
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    """Return a generator that depends on the numbers alone; hashed, since neighbouring seeds can draw alike."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError
+from secateur.model.offload import device_of
 from secateur.model.state import base_of
 
 
@@ -57,7 +58,8 @@ def example_inputs(
         inputs["decoder_input_ids"] = _token_ids(config, batch, length, random)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    return {key: value.to(base.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    device = device_of(base)
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
 def forward_arguments(model: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
@@ -77,8 +79,12 @@ class ForwardArguments(Sequence[dict[str, Any]]):
 
     def __getitem__(self, number: Any) -> Any:
         """Return the arguments for the batch of that number."""
+        return self.of(self.made[number])
+
+    def of(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments for a batch."""
         extra = {"use_cache": False} if "use_cache" in self.accepted else {}
-        return {**{k: v for k, v in self.made[number].items() if k in self.accepted}, **extra}
+        return {**{k: v for k, v in batch.items() if k in self.accepted}, **extra}
 
 
 def _needs_both(config: Any) -> bool:

@@ -132,13 +132,13 @@ class AttentionSite:
         )
 
     def _block(self) -> str:
-        """Return the longest module path above the site and its output projection."""
-        pairs = zip(self.name.split("."), self.output.split("."), strict=False)
+        """Return the longest module path above the site, its output projection, and all that its heads own."""
+        paths = [self.name, self.output, *(piece.parameter for piece in self.slices), *self.attributes]
         common = []
-        for one, other in pairs:
-            if one != other:
+        for parts in zip(*(path.split(".") for path in paths), strict=False):
+            if len(set(parts)) > 1:
                 break
-            common.append(one)
+            common.append(parts[0])
         return ".".join(common)
 
 
@@ -175,4 +175,6 @@ def _below(path: str, block: str) -> str:
 
 
 def _above(path: str, block: str) -> str:
+    if path and not all(path.split(".")):
+        raise ValueError(f"{path!r} is no path of a module")
     return ".".join(part for part in (block, path) if part)

@@ -25,9 +25,9 @@ def load_model(
 
     `model_class` (an Auto class, say) overrides that class; `options` go to its `from_pretrained`. A path of a `.gguf`
     file is read too: its weights are widened to float32, after which the model is one like any other. The model arrives
-    in eval mode. Code that lies beside a model is run only where `options` has `trust_remote_code=True`, and a folder
-    is read without asking the Hub, whatever its files name. Raises `InvalidInputError` where there is no model, and
-    `CheckpointError` where a pruned one cannot be rebuilt.
+    in eval mode, on `device` unless the options have a `device_map`. Code that lies beside a model is run only where
+    `options` has `trust_remote_code=True`, and a folder is read without asking the Hub, whatever its files name. Raises
+    `InvalidInputError` where there is no model, and `CheckpointError` where a pruned one cannot be rebuilt.
     """
     _check_exists(model)
     source, from_file = _source(model)
@@ -52,7 +52,7 @@ def load_model(
     if not type(loaded).__module__.startswith("transformers_modules"):
         # The class is transformers' own: saved again, a standalone export would lack the code that `auto_map` names.
         vars(loaded.config).pop("auto_map", None)
-    return loaded.to(device or default_device()).eval()
+    return (loaded if "device_map" in options else loaded.to(device or default_device())).eval()
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
@@ -116,7 +116,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, TypeError):
         raise invalid("device", "be a device that this machine has, such as 'cpu'", str(device)) from None
     return chosen
 

@@ -23,7 +23,11 @@ class Ownership:
     def __init__(self, base: PreTrainedModel) -> None:
         self.base = base
         self.random = torch.Generator().manual_seed(0)
-        self.names = {id(p): n for n, p in base.named_parameters()}
+        self.names: dict[int, str] = {}
+
+    def look_up_names(self) -> None:
+        """Learn which parameter is called what, as of now: those of an offloaded model come and go."""
+        self.names = {id(p): n for n, p in self.base.named_parameters()}
 
     def is_matrix(self, piece: HeadSlice) -> bool:
         """Is it more than a bias that is divided?"""

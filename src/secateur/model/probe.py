@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.model.direct import Computed, inside_interface, is_known, known_sites, look_for_sites, watch
+from secateur.model.offload import is_offloaded
 from secateur.model.state import base_of, held
 
 _PREFIX = "secateur_"
@@ -128,7 +129,12 @@ def _probing(
 
 
 def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
-    """Look for attention outside the interface, with `inputs` where the model does not run on made-up ones."""
+    """Look for attention outside the interface, with `inputs` where the model does not run on made-up ones.
+
+    Not where weights are fetched layer by layer: gradients through the whole model would hold all of them.
+    """
+    if is_offloaded(base):
+        return
     with held(base), _own_names(base, maps=True):
         look_for_sites(base, inputs)
 

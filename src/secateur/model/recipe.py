@@ -17,6 +17,8 @@ from secateur.model.layout import AttentionSite
 
 KEY = "head_pruning"
 FORMAT_VERSION = 1
+OWN_NAMES = frozenset({"format_version", "kept_heads", "layouts", "bypassed", "reshaped"})
+"""What a recipe is made of; every other name in it is for the record."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,7 @@ class Recipe:
         for site in reshaped:
             if site not in kept:
                 raise CheckpointError(f"`{KEY}.reshaped` must name sites of the recipe, got {shown(site)}")
-        known = {"format_version", "kept_heads", "layouts", "bypassed", "reshaped"}
-        return cls(kept, sites, bypassed, reshaped, {k: v for k, v in data.items() if k not in known})
+        return cls(kept, sites, bypassed, reshaped, {k: v for k, v in data.items() if k not in OWN_NAMES})
 
 
 def read_recipe(config: PreTrainedConfig) -> Recipe | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from secateur.checks import check_mapping
 from secateur.errors import RemovalError, invalid
 from secateur.heads import HeadMask
 from secateur.model.adapted import ConfigView
@@ -22,9 +24,10 @@ from secateur.model.failure import locate
 from secateur.model.finite import check_finite
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite
+from secateur.model.offload import check_loaded
 from secateur.model.probe import is_probed, probe
 from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
-from secateur.model.recipe import KEY, Recipe, read_recipe
+from secateur.model.recipe import KEY, OWN_NAMES, Recipe, read_recipe
 from secateur.model.replay import check_groups, cut_site_
 from secateur.model.reshaped import reshape_
 from secateur.model.sites import find_sites
@@ -47,6 +50,8 @@ def present_mask(mask: HeadMask, sites: Mapping[str, AttentionSite]) -> dict[str
     Raises `InvalidInputError` for a site that the model lacks, a vector of another length, and a head that is marked
     as kept though an earlier pruning removed it.
     """
+    if not isinstance(mask, HeadMask):
+        raise invalid("mask", "be a HeadMask", mask)
     for name, vector in mask.items():
         if name not in sites:
             raise invalid("mask", f"name sites of the model, such as {next(iter(sites))!r}", name)
@@ -68,6 +73,9 @@ def gated_heads(model: nn.Module, mask: HeadMask, sites: Mapping[str, AttentionS
 
     Raises what `present_mask` and `find_sites` raise.
     """
+    base_of(model)
+    if sites is not None:
+        check_mapping("sites", sites)
     sites = find_sites(model) if sites is None else sites
     gates = {name: kept.to(torch.float32) for name, kept in present_mask(mask, sites).items()}
     with probe(model, gates=gates):
@@ -96,6 +104,11 @@ def remove_heads_(
     `record` is written to the config's `head_pruning` beside the kept heads.
     """
     base = base_of(model)
+    for argument, value in (("inputs", inputs), ("sites", sites), ("record", record)):
+        if value is not None:
+            check_mapping(argument, value)
+    _check_record(record or {})
+    check_loaded(base, "removing heads")
     sites = find_sites(base) if sites is None else sites
     kept = present_mask(mask, sites)
     for name, vector in kept.items():
@@ -175,6 +188,16 @@ def _prove(
                     f"({failure.place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its heads "
                     "with `secateur.gated_heads`, which works, as scoring does; the model is unchanged"
                 ) from error
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raise `InvalidInputError` unless the record is JSON and leaves what a recipe holds alone."""
+    if taken := sorted(OWN_NAMES & set(record)):
+        raise invalid("record", f"not have the names {', '.join(sorted(OWN_NAMES))}", taken)
+    try:
+        json.dumps(record)
+    except (TypeError, ValueError):
+        raise invalid("record", "hold what JSON can hold", dict(record)) from None
 
 
 def _original_mask(sites: Mapping[str, AttentionSite], kept: Mapping[str, Tensor]) -> HeadMask:

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.checks import check_mapping
 from secateur.errors import UnsupportedModelError
 from secateur.model.adapted import reads_config, takes_bias
 from secateur.model.direct import reads_heads
 from secateur.model.finite import check_weights
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite, HeadSlice
+from secateur.model.offload import check_loaded, gradients_within, is_offloaded, is_too_large_to_widen
 from secateur.model.ownership import Ownership
-from secateur.model.probe import HeadReading, prepare, probe
+from secateur.model.probe import HeadReading, count_heads, prepare, probe
 from secateur.model.recipe import read_recipe
 from secateur.model.state import base_of, evaluation_mode, gradients_for_all, held, in_float32
 
@@ -42,28 +44,47 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
         model: a transformers model with floating-point weights.
         inputs: keyword arguments of the base model's forward; made up where absent.
 
-    The model is run once, on a few tokens, in float32, and left as it was. Raises `UnsupportedModelError` naming the
-    site and the reason where heads cannot be told apart, and where the model has no reachable attention.
+    The model is run once, on a few tokens, in float32, and left as it was. Where `device_map` keeps weights on CPU or
+    disk, or spreads half-precision ones, it is run twice as it is, and gradients flow around one site at a time. Raises
+    `UnsupportedModelError` naming the site and the reason where heads cannot be told apart, and where the model has no
+    reachable attention.
     """
     base = base_of(model)
+    if inputs is not None:
+        check_mapping("inputs", inputs)
     if getattr(base.config, "attention_type", None) == "block_sparse":
         raise UnsupportedModelError(
             f"{type(base).__name__} attends in sparse blocks; load it with `attention_type='original_full'`"
         )
     finder = _Finder(base)
-    if inputs is not None:
+    if inputs is not None and not is_offloaded(base):
         with in_float32(base):
             prepare(base, inputs)
     inputs = example_inputs(base) if inputs is None else inputs
     try:
-        with (
-            held(base), in_float32(base), evaluation_mode(base), gradients_for_all(base),
-            probe(base, finder.see), finder.watching(),
-        ):  # fmt: skip
-            base(**inputs)
+        if is_too_large_to_widen(base):
+            # The block around a site holds its projections too, also where the output projection is a neighbour.
+            blocks = {
+                site.rpartition(".")[0]: base.get_submodule(site.rpartition(".")[0])
+                for site in count_heads(base, inputs)
+            }
+            with (
+                held(base), evaluation_mode(base), gradients_for_all(base), probe(base, finder.see), finder.watching(),
+                gradients_within(base, blocks),
+            ):  # fmt: skip
+                base(**inputs)
+            if not finder.readings:
+                check_loaded(base, "finding heads past transformers' attention interface")
+        else:
+            with (
+                held(base), in_float32(base), evaluation_mode(base), gradients_for_all(base),
+                probe(base, finder.see), finder.watching(),
+            ):  # fmt: skip
+                base(**inputs)
         return finder.finish()
     except UnsupportedModelError:
-        check_weights(base)  # NaN has no gradient to tell heads apart by
+        if not is_offloaded(base):
+            check_weights(base)  # NaN has no gradient to tell heads apart by
         raise
 
 
@@ -86,6 +107,7 @@ class _Finder:
         """Take the query, key and value part of a site, and remember what its output projection must read."""
         site, module = reading.site, reading.module
         if site not in self.readings:
+            self.ownership.look_up_names()
             heads = reading.outputs.shape[2]
             kv_heads = heads if reading.key is None else reading.key.shape[1]
             if kv_heads and heads % kv_heads:
@@ -137,6 +159,7 @@ class _Finder:
         if not as_they_are and not reads_heads(outputs, tensor, outputs.transpose(1, 2).shape[:3]):
             return
         self.pending = None
+        self.ownership.look_up_names()
         self.outputs[site] = name
         heads, width = heads_out.shape[2:]
         if not heads:

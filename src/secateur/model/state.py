@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.model.offload import check_loaded
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -110,6 +111,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
     Raises `UnsupportedModelError` for weights on the meta device and for quantised weights, which have no such copy.
     """
+    check_loaded(model, "this")
     tensors = [*model.parameters(), *model.buffers()]
     for tensor in tensors:
         if tensor.is_meta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from secateur.errors import invalid
+from secateur.errors import invalid, shown
 from secateur.report.charts import Chart, Point, Series, drawn
 from secateur.report.heads import check_sites, head_map, histogram, is_number
 from secateur.report.numbers import DASH, amount, brief, change, signed
@@ -146,15 +146,17 @@ def _maps(maps: Any) -> dict[str, Any] | None:
     if maps is None:
         return None
     rule = "be what `AttentionMaps.to_json` returns"
-    if not isinstance(maps, dict) or not isinstance(maps.get("sites"), dict) or not is_number(maps.get("tokens")):
+    tokens = maps.get("tokens") if isinstance(maps, dict) else None
+    if not isinstance(maps, dict) or not isinstance(maps.get("sites"), dict) or not isinstance(tokens, int):
         raise invalid("attention_maps", rule, maps)
     for site in maps["sites"].values():
         if not isinstance(site, dict) or not isinstance(site.get("heads"), list):
             raise invalid("attention_maps", rule, site)
-        size = len(site["heads"]) * maps["tokens"] ** 2
-        levels = site.get("levels")
-        if not isinstance(levels, str) or len(levels) != 4 * -(-size // 3) or len(site["peaks"]) != len(site["heads"]):
-            raise invalid("attention_maps", f"hold {size} levels and a peak for each head", levels)
+        size = len(site["heads"]) * tokens**2
+        levels, peaks = site.get("levels"), site.get("peaks")
+        matching = isinstance(peaks, list) and len(peaks) == len(site["heads"]) and all(map(is_number, peaks))
+        if not isinstance(levels, str) or len(levels) != 4 * -(-size // 3) or not matching:
+            raise invalid("attention_maps", f"hold {shown(size)} levels and a peak for each head", levels)
     return {"tokens": maps["tokens"], "texts": maps.get("texts"), "sites": maps["sites"]} if maps["sites"] else None
 
 

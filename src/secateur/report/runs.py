@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import InvalidInputError, invalid
+from secateur.errors import InvalidInputError, invalid, shown
 from secateur.files import read_json, read_lines
+from secateur.heads import HeadScores
+from secateur.report.heads import is_number
 
 ATTENTION_MAPS, PRUNING, RESULT, ROWS, SETTINGS = (
     "attention_maps.json",
@@ -91,8 +93,8 @@ def cost_rows(before: dict[str, int], after: dict[str, int]) -> list[dict[str, A
 
 def demo_data(result: Any, maps: Any = None) -> dict[str, Any]:
     """Return the data of a page for the demo's result."""
-    data = pruning_data(result["pruning"], maps)
     try:
+        data = pruning_data(result["pruning"], maps)
         rows = {row["name"]: row for row in result["rows"]}
         data["cost"] += [rows["latency, 8 x 128"], rows["fine-tuning"]]
         data["quality"] = [{**rows["accuracy"], "note": f"held-out sentences, one seed ({result['seed']})"}]
@@ -136,25 +138,45 @@ def _maps_of(folder: Path) -> Any:
 
 
 def _scores(data: Any) -> dict[str, Any]:
-    from secateur.heads import HeadScores
-
     rows = HeadScores.from_json(data).to_json()["scores"]
     sites = [{"name": name, "scores": row, "kept": [x is not None for x in row]} for name, row in rows.items()]
     return {"kind": "scores", "title": "secateur score", "scorer": data.get("scorer"), "sites": sites}
 
 
 def _comparison(name: str, rows: list[Any], settings: Any, folder: Path | None) -> dict[str, Any]:
-    needed = ("data", "task", "scorer", "ratio", "seed", "value", "metric", "cost")
-    for row in rows:
-        missing = [key for key in needed if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise InvalidInputError(f"{name}: a row of {ROWS} has no {', '.join(missing)}")
+    for number, row in enumerate(rows, 1):
+        _check_row(row, f"{name}: row {number} of {ROWS}")
+    if not isinstance(settings, dict):
+        raise invalid("settings", "map names to values", settings)
     scores = {}
     for file in sorted(folder.glob("*.json")) if folder is not None and folder.is_dir() else []:
-        scores[file.stem] = read_json(file).get("scores", {})
+        scores[file.stem] = HeadScores.from_json(read_json(file)).to_json()["scores"]
     if not rows:
         raise invalid("run", "have at least one finished run", name)
     return {"kind": "comparison", "name": name, "rows": rows, "settings": settings, "scores": scores}
+
+
+def _check_row(row: Any, where: str) -> None:
+    """Raise `InvalidInputError` unless a row of a comparison holds what the page and the plots are made of."""
+    words, numbers = ("data", "task", "scorer", "metric"), ("ratio", "seed", "value")
+    if missing := [key for key in (*words, *numbers, "cost") if not isinstance(row, dict) or key not in row]:
+        raise InvalidInputError(f"{where} has no {', '.join(missing)}")
+    for key in words:
+        if not isinstance(row[key], str):
+            raise InvalidInputError(f"{where}: `{key}` must be a text, got {shown(row[key])}")
+    for key in numbers:
+        if not is_number(row[key]):
+            raise InvalidInputError(f"{where}: `{key}` must be a finite number, got {shown(row[key])}")
+    if not 0 <= row["ratio"] < 1:
+        raise InvalidInputError(f"{where}: `ratio` must be in [0, 1), got {row['ratio']}")
+    cost, kept, made_with = row["cost"], row.get("kept_heads"), row.get("environment")
+    if not isinstance(cost, dict) or not all(value is None or is_number(value) for value in cost.values()):
+        raise InvalidInputError(f"{where}: `cost` must map names to numbers, got {shown(cost)}")
+    heads = kept.values() if isinstance(kept, dict) else [] if kept is None else [kept]
+    if not all(isinstance(row, list) and all(isinstance(head, int) for head in row) for row in heads):
+        raise InvalidInputError(f"{where}: `kept_heads` must map sites to head numbers, got {shown(kept)}")
+    if made_with is not None and not isinstance(made_with, dict):
+        raise InvalidInputError(f"{where}: `environment` must map names to values, got {shown(made_with)}")
 
 
 def _joins(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,9 +17,13 @@ from secateur.data import Task
 from secateur.errors import InvalidInputError
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import HeadReading, probe
+from secateur.processes import in_order
 from secateur.stopping import Settling
+from secateur.streams import BatchStream
 
 Batch = Mapping[str, Tensor]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,14 @@ class Supervision:
 class ScoringTask:
     """All that a criterion may look at.
 
-    `model` is the base model, in eval mode. `batches` are keyword arguments of its forward, one mapping a batch.
+    `model` is the base model, in eval mode. `batches` are keyword arguments of its forward, one mapping a batch;
+    criteria that stream read them by `each`, from `stream` where the texts come one by one.
     `is_pair` says whether each text is a pair of sentences, which decides how a text is represented. Criteria that
     draw random numbers draw them from `seed`. `special_ids` are the token ids that stand for no word: of the start and
     end of a text, separators and padding. `supervision` is there for criteria that need labels alone. `pruning_ratio`
     is what the caller means to select with, for criteria that learn a subset of that size. `settling`, if any, is asked
-    after every batch by criteria that stream, and may end the reading.
+    after every batch by criteria that stream, and may end the reading. `accelerator`, if any, is that of the processes
+    which share the work.
     """
 
     model: PreTrainedModel
@@ -59,10 +66,26 @@ class ScoringTask:
     supervision: Supervision | None = None
     pruning_ratio: float = 0.5
     settling: Settling | None = None
+    accelerator: Accelerator | None = None
+    stream: BatchStream | None = None
 
-    def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    def track(self, items: Iterable[Any], total: int | None, what: str) -> Iterable[Any]:
         """Wrap `items` in a progress bar on stderr where the caller wants one."""
         return tqdm(items, total=total, desc=what, disable=not self.progress, leave=False)
+
+    def share(
+        self, compute: Callable[[Item], Result], items: Iterable[Item], what: str = "scoring"
+    ) -> Iterable[Result]:
+        """Yield `compute(item)` for each item in order, computed by this process or another: see `in_order`."""
+        total = len(items) if isinstance(items, Sequence) else None
+        return self.track(in_order(compute, items, self.accelerator), total, what)
+
+    def each(self, compute: Callable[[Batch], Result]) -> Iterable[Result]:
+        """Yield `compute(batch)` for each batch in order, with tensors on the CPU, as `share` does."""
+        stream = self.stream
+        if stream is not None:
+            return self.share(lambda part: compute(stream.make(part)), stream.parts())
+        return self.share(lambda number: compute(self.batches[number]), range(len(self.batches)))
 
 
 class Scorer(ABC):
@@ -118,18 +141,30 @@ class StreamingScorer(Scorer):
                     f"the scores of site {reading.site} are not finite; check the model's weights, or compute in "
                     "float32 or bfloat16"
                 )
-            sums[reading.site] = sums.get(reading.site, torch.zeros(rows.shape[1])) + rows.sum(dim=0)
-            counts[reading.site] = counts.get(reading.site, 0) + len(rows)
-            if task.settling is not None:
-                latest.setdefault(reading.site, []).append(rows)
+            latest.setdefault(reading.site, []).append(rows)
+
+        def run(one: Batch) -> dict[str, tuple[Tensor, int, Tensor | None]]:
+            """Return, for each site, the sum over texts and over the layers that share it, of how many, and by text."""
+            nonlocal batch
+            batch = one
+            latest.clear()
+            task.model(**batch)
+            return {
+                site: (
+                    torch.stack([part.sum(dim=0) for part in rows]).sum(dim=0),
+                    sum(len(part) for part in rows),
+                    None if task.settling is None else torch.stack(rows).mean(dim=0),
+                )
+                for site, rows in latest.items()
+            }
 
         with torch.no_grad(), probe(task.model, add, weights=self.weights):
-            for batch in task.track(task.batches, len(task.batches), "scoring"):
-                task.model(**batch)
+            for found in task.each(run):
+                for site, (total, count, _) in found.items():
+                    sums[site] = sums.get(site, torch.zeros(total.shape)) + total
+                    counts[site] = counts.get(site, 0) + count
                 if task.settling is not None:
-                    # A site that several layers share is read several times a batch.
-                    task.settling.add({site: torch.stack(rows).mean(dim=0) for site, rows in latest.items()})
-                    latest.clear()
+                    task.settling.add({site: rows for site, (_, _, rows) in found.items() if rows is not None})
                     if task.settling.settled():
                         break
         # A site that an earlier pruning left without heads may never be reached.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.model.layout import NOBODY, AttentionSite
+from secateur.model.offload import weight_of
 from secateur.model.probe import HeadReading
 from secateur.scorers.base import Batch, ScoringTask, StreamingScorer, mean_over_tokens
 
@@ -45,7 +46,7 @@ class ContributionScorer(StreamingScorer):
 def output_weights(model: Any, site: AttentionSite) -> Tensor:
     """Return each head's part of the output projection, `[heads, width, model width]`, float32."""
     piece = next(p for p in site.slices_of("output") if model.get_parameter(p.parameter).ndim == 2)
-    weight = model.get_parameter(piece.parameter).detach().float()
+    weight = weight_of(model, piece.parameter).float()
     rows = weight if piece.axis == 0 else weight.T  # [heads · width, model width]
     owners = torch.tensor(piece.owners)
     order = torch.argsort(owners, stable=True)

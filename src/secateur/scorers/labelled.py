@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from secateur.finetune import finetune
 from secateur.model.classifier import is_classifier, with_new_head
 from secateur.model.probe import probe
 from secateur.model.state import evaluation_mode
+from secateur.processes import is_shared
 from secateur.scorers.base import Batch, Scorer, ScoringTask, Supervision
 
 WARMUP_EPOCHS = 3.0
@@ -62,6 +63,11 @@ class LabelledScorer(Scorer):
             raise InvalidInputError(
                 "`inputs` hold no texts to fine-tune a classification head on; give `texts`, or a model that is "
                 "fine-tuned already, and leave `warmup_epochs` as it is"
+            )
+        if (own or epochs) and is_shared(task.accelerator):
+            raise InvalidInputError(
+                "scorers that train a copy of the model, or its classification head first, cannot share that among "
+                "processes; run them in one, or give a model that is fine-tuned already to one that only reads it"
             )
         with random_states_kept():
             set_seed(seed)
@@ -111,21 +117,25 @@ def text_losses(model: PreTrainedModel, batch: Batch, labels: Tensor, gates: Map
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
-def gate_gradients(task: ScoringTask, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """Yield, for each batch, the derivative of every text's loss on every gate at 1: `[batch, heads]` a site."""
-    batches = zip(task.batches, supervision(task).labels, strict=True)
-    for batch, labels in task.track(batches, len(task.batches), "scoring"):
+def gate_gradients(task: ScoringTask, model: PreTrainedModel) -> Iterable[dict[str, Tensor]]:
+    """Return, for each batch, the derivative of every text's loss on every gate at 1: `[batch, heads]` a site."""
+    labelled = supervision(task).labels
+
+    def run(number: int) -> dict[str, Tensor]:
+        labels = labelled[number]
         gates = {
             name: torch.ones(len(labels), site.num_heads, device=model.device, requires_grad=True)
             for name, site in task.sites.items()
         }
         # Texts do not see each other, so the gradient of the sum holds each text's own.
-        total = text_losses(model, batch, labels, gates).sum()
+        total = text_losses(model, task.batches[number], labels, gates).sum()
         found = torch.autograd.grad(total, list(gates.values()), allow_unused=True)
-        yield {
+        return {
             name: torch.zeros(gate.shape, dtype=torch.float64) if row is None else row.double().cpu()
             for (name, gate), row in zip(gates.items(), found, strict=True)
         }
+
+    return task.share(run, range(len(labelled)))
 
 
 def is_number(value: Any, *, least: float = float("-inf"), above: float = float("-inf")) -> bool:

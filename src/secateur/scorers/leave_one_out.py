@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.meta.objective import relational_kl
 from secateur.meta.signals import gated_representations
-from secateur.scorers.base import Scorer, ScoringTask
+from secateur.scorers.base import Batch, Scorer, ScoringTask
 
 
 class LeaveOneOutScorer(Scorer):
@@ -23,11 +23,18 @@ class LeaveOneOutScorer(Scorer):
         heads = [(name, h) for name, site in task.sites.items() for h in range(site.num_heads)]
         scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
         batches = [batch for batch in task.batches if len(next(iter(batch.values()))) > 1]  # one text has no relations
-        dense = [gated_representations(task.model, batch, {}, task.is_pair) for batch in batches]
-        for name, head in task.track(heads, len(heads), "leave one out"):
-            gate = torch.ones(task.sites[name].num_heads)
-            gate[head] = 0
-            for batch, before in zip(batches, dense, strict=True):
+
+        def run(batch: Batch) -> list[Tensor]:
+            before = gated_representations(task.model, batch, {}, task.is_pair)
+            found = []
+            for name, head in heads:
+                gate = torch.ones(task.sites[name].num_heads)
+                gate[head] = 0
                 after = gated_representations(task.model, batch, {name: gate}, task.is_pair)
-                scores[name][head] += relational_kl(before, after).double().cpu() / len(batches)
+                found.append(relational_kl(before, after).double().cpu())
+            return found
+
+        for found in task.share(run, batches, "leave one out"):
+            for (name, head), value in zip(heads, found, strict=True):
+                scores[name][head] += value / len(batches)
         return scores

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur.model.layout import AttentionSite, HeadSlice
+from secateur.model.offload import weight_of
 from secateur.scorers.base import Scorer, ScoringTask
 
 
@@ -34,7 +35,7 @@ class MagnitudeScorer(Scorer):
         """Return the sum of squares of each head's weights, `[heads]`; biases do not count."""
         total = torch.zeros(heads, dtype=torch.float64)
         for piece in pieces:
-            weight = task.model.get_parameter(piece.parameter).detach().double().cpu()
+            weight = weight_of(task.model, piece.parameter).double().cpu()
             if weight.ndim > 1:
                 rows = weight.square().sum(dim=[a for a in range(weight.ndim) if a != piece.axis])
                 owners = torch.tensor(piece.owners)

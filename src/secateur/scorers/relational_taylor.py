@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secateur.errors import InvalidInputError, invalid
 from secateur.meta.objective import relations
+from secateur.meta.sampling import generator
 from secateur.meta.signals import gated_representations
 from secateur.scorers.base import Scorer, ScoringTask
 
@@ -39,20 +40,24 @@ class RelationalTaylorScorer(Scorer):
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Run every batch once with open gates and back-propagate `samples` times."""
-        random = torch.Generator().manual_seed(task.seed)
         batches = [batch for batch in task.batches if len(next(iter(batch.values()))) > 1]  # one text has no relations
         if not batches:
             raise InvalidInputError("scorer relational_taylor needs a batch of 2 texts or more; give more texts")
         scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
-        for batch in task.track(batches, len(batches), "scoring"):
+
+        def run(number: int) -> list[dict[str, Tensor]]:
+            random = generator(task.seed, number)  # of the batch alone, whoever computes it
             gates = {
                 name: torch.ones(site.num_heads, device=task.model.device, requires_grad=True)
                 for name, site in task.sites.items()
             }
-            pairs = relations(gated_representations(task.model, batch, gates, task.is_pair).float())
-            for _ in range(self.samples):
-                signs = (torch.randint(0, 2, (len(pairs),), generator=random) * 2 - 1).to(pairs)
-                for name, row in kl_sample(pairs, gates, signs).items():
+            pairs = relations(gated_representations(task.model, batches[number], gates, task.is_pair).float())
+            draws = [torch.randint(0, 2, (len(pairs),), generator=random) * 2 - 1 for _ in range(self.samples)]
+            return [kl_sample(pairs, gates, signs.to(pairs)) for signs in draws]
+
+        for found in task.share(run, range(len(batches))):
+            for sample in found:
+                for name, row in sample.items():
                     scores[name] += row / (self.samples * len(batches))
         return scores
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.errors import CheckpointError
 from secateur.meta.network import MetaPruner
+from secateur.model.offload import device_of
 from secateur.model.probe import HeadReading
 from secateur.scorers.base import Batch, ScoringTask, StreamingScorer
 
@@ -35,13 +36,16 @@ class SmpScorer(StreamingScorer):
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Move the network to the model's device, then stream the batches."""
-        self.pruner.to(task.model.device).eval()
+        self.pruner.to(device_of(task.model)).eval()
         return super().score(task)
 
     def read(self, reading: HeadReading, batch: Batch, task: ScoringTask) -> Tensor:
         """Score each head's map with the channel of the task's kind."""
         assert reading.weights is not None  # this class asks for them
-        return self.pruner.score_maps(reading.weights.float(), batch.get("attention_mask"), task.is_pair)
+        mask = batch.get("attention_mask")
+        # Layers of a model that is spread over devices compute their maps on several.
+        weights = reading.weights.float().to(device_of(task.model))
+        return self.pruner.score_maps(weights, mask, task.is_pair)
 
 
 def load_pruner(pruner: MetaPruner | str | Path | None) -> MetaPruner:

@@ -1,0 +1,57 @@
+"""What arguments must be that many functions share, each refused in the one form of errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import invalid
+
+LARGEST_SEED = 2**32 - 1
+"""What every library that draws random numbers here takes."""
+
+
+def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """Raise `InvalidInputError` unless `value` is a whole number from `least`, up to `most` where that is given."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        raise invalid(name, f"be a whole number from {least}" + (f" to {most}" if most is not None else ""), value)
+
+
+def check_seed(value: Any) -> None:
+    """Raise `InvalidInputError` unless `value` is a seed."""
+    check_whole("seed", value, 0, LARGEST_SEED)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise `InvalidInputError` unless `value` is a finite number above 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise invalid(name, "be a number above 0", value)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise `InvalidInputError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise invalid(name, "be True or False", value)
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Raise `InvalidInputError` unless `value` is a mapping from texts that has an entry."""
+    if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
+        raise invalid(name, "be a mapping from names with at least one entry", value)
+
+
+def check_path(name: str, value: Any) -> Path:
+    """Return `value` as a path, or raise `InvalidInputError` unless it names one."""
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise invalid(name, "be a path", value)
+    return Path(value)
+
+
+def check_tokenizer(value: Any) -> None:
+    """Raise `InvalidInputError` unless `value` is called like a tokenizer of transformers."""
+    if not callable(value) or not hasattr(value, "pad_token"):
+        raise invalid("tokenizer", "be a tokenizer of transformers", value)
