@@ -28,12 +28,12 @@ test-oldest: $(OLDEST)/.installed
 
 # What was tried against it and what came of it, from the tests that say so. Writes docs/robustness.md.
 robustness: $(STAMP)
-	$(BIN)/python -m pytest --outcomes docs/robustness.md
+	$(BIN)/python -m pytest --outcomes=docs/robustness.md
 
 # The damaged recipes, scores and masks of tests/test_fuzz.py, 100,000 of the first two kinds and new ones each time;
 # for a machine that has the night. Writes what came of them.
 fuzz: $(STAMP)
-	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py --outcomes benchmarks/results/fuzz.json
+	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py --outcomes=benchmarks/results/fuzz.json
 
 # What a user installs: no licence but those above, and no version with a known vulnerability. The second asks PyPI's
 # advisory database, and fails where a package cannot be looked up there.
