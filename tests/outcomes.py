@@ -82,7 +82,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     file = session.config.getoption("--outcomes")
-    if file and exitstatus == pytest.ExitCode.OK:
+    if file and exitstatus == pytest.ExitCode.OK and not hasattr(session.config, "workerinput"):  # the whole run
         text = _as_json(session.config) if file.suffix == ".json" else _as_page()
         file.write_text(text, encoding="utf-8")
 

@@ -77,7 +77,8 @@ class Recipe:
             kept = {str(site): tuple(indices) for site, indices in data["kept_heads"].items()}
             bypassed, reshaped = (tuple(map(str, data.get(key, []))) for key in ("bypassed", "reshaped"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"`{KEY}` in the config is damaged: {type(error).__name__}: {error!s:.200}") from None
+            reason = " ".join(str(error)[:200].split())
+            raise CheckpointError(f"`{KEY}` in the config is damaged: {type(error).__name__}: {reason}") from None
         if not kept or set(kept) != set(sites):
             raise CheckpointError(
                 f"`{KEY}` must give kept heads and a layout for the same sites, got {shown(sorted(kept)[:3])}"
