@@ -24,6 +24,9 @@ SCOPE = ["layer", "", None, 3, []]
 LEAST = [-1, 1.5, "1", None, True]
 RATIO = [-0.1, 1, float("nan"), "half", None, True, ""]
 TEXTS = [[], "", "a text", 3, [3], {"a": 1}]
+LISTED = TEXTS[:-1]  # these read anything that can be iterated over
+BUDGET = [3, "", {}, "half"]
+PROCESSES = [3, "", {}]
 INPUTS = [3, "", {}, {3: 1}]
 
 CALLS = {
@@ -35,21 +38,22 @@ CALLS = {
     },
     "select_heads": {"scores": [None, 3, "", {}], "pruning_ratio": RATIO, "scope": SCOPE, "min_heads": LEAST},
     "score_heads": {
-        "model": MODEL, "texts": [t for t in TEXTS if t is not None], "scorer": ["best", "", None, 3],
+        "model": MODEL, "texts": LISTED, "scorer": ["best", "", None, 3],
         "tokenizer": [3, "", object()], "labels": [3, ""], "inputs": [3, "", [], [{}], [3]], "batch_size": COUNT,
         "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED, "pruning_ratio": RATIO, "scope": SCOPE,
         "min_heads": LEAST, "stop": [0, -1, "soon", "", None, 1.5], "progress": FLAG,
+        "accelerator": PROCESSES,
     },
     "prune": {
-        "model": [*MODEL, ""], "texts": TEXTS, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3], "scope": SCOPE,
+        "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3], "scope": SCOPE,
         "min_heads": LEAST, "stop": [0, -1, "soon", "", None, 1.5], "refine": LEAST, "tokenizer": [3, "", object()],
         "labels": [3, ""], "batch_size": COUNT, "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
-        "device": ["abacus", "", 3.5, []], "maps": FLAG, "progress": FLAG,
+        "device": ["abacus", "", 3.5, []], "maps": FLAG, "progress": FLAG, "budget": BUDGET, "accelerator": PROCESSES,
     },
     "refine_mask": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": LEAST, "scope": SCOPE,
         "min_heads": LEAST, "batch_size": COUNT, "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
-        "progress": FLAG,
+        "progress": FLAG, "accelerator": PROCESSES,
     },
     "HeadScores": {
         "values_by_site": [None, 3, "", {}, {3: [1.0]}, {"a": []}, {"a": "x"}, {"a": [float("nan")]}, {"a": [[1.0]]}],

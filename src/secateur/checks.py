@@ -38,10 +38,10 @@ def check_flag(name: str, value: Any) -> None:
         raise invalid(name, "be True or False", value)
 
 
-def check_mapping(name: str, value: Any) -> None:
+def check_mapping(name: str, value: Any, rule: str = "be a mapping from names with at least one entry") -> None:
     """Raise `InvalidInputError` unless `value` is a mapping from texts that has an entry."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
-        raise invalid(name, "be a mapping from names with at least one entry", value)
+        raise invalid(name, rule, value)
 
 
 def check_path(name: str, value: Any) -> Path:
@@ -55,3 +55,9 @@ def check_tokenizer(value: Any) -> None:
     """Raise `InvalidInputError` unless `value` is called like a tokenizer of transformers."""
     if not callable(value) or not hasattr(value, "pad_token"):
         raise invalid("tokenizer", "be a tokenizer of transformers", value)
+
+
+def check_accelerator(value: Any) -> None:
+    """Raise `InvalidInputError` unless `value` is None or knows its processes, as an `Accelerator` does."""
+    if value is not None and not hasattr(value, "num_processes"):
+        raise invalid("accelerator", "be an Accelerator or None", value)

@@ -70,7 +70,7 @@ class HeadScores(_BySite):
     `secateur.stopping.Settling`), None elsewhere.
 
     Raises `InvalidInputError` for an empty mapping and for NaN or +inf, naming the site, and for interactions that are
-    not finite or of another shape.
+    not finite or of another shape, and for a site whose key-value groups have unlike numbers of heads left.
     """
 
     key_value_heads: dict[str, int] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class HeadScores(_BySite):
     agreement: float | None = None
 
     def __post_init__(self) -> None:
-        check_mapping("scores", self.values_by_site)
+        check_mapping("scores", self.values_by_site, "map at least one attention site to a vector")
         for name in ("key_value_heads", "interactions"):
             if not isinstance(getattr(self, name), Mapping):
                 raise invalid(name, "map sites to what is known of them", getattr(self, name))
@@ -103,6 +103,11 @@ class HeadScores(_BySite):
                 raise invalid(
                     f"key_value_heads[{shown(site)}]", f"divide the site's {clean[site].numel()} heads evenly", count
                 )
+        for site, vector in clean.items():
+            # A removal leaves equal groups (see `remove_heads_`), so other scores are of no model.
+            sizes = (vector > -math.inf).view(kv_heads[site], -1).sum(dim=1).tolist()
+            if len(set(sizes) - {0}) > 1:
+                raise invalid(f"scores[{shown(site)}]", "have as many heads in every group that is there", sizes)
         object.__setattr__(self, "values_by_site", clean)
         object.__setattr__(self, "key_value_heads", kv_heads)
         matrices = {site: _vector(f"interactions[{shown(site)}]", m) for site, m in self.interactions.items()}
@@ -164,7 +169,7 @@ class HeadMask(_BySite):
     """Which heads stay: site name → bool vector `[heads]`, True = kept, original numbering."""
 
     def __post_init__(self) -> None:
-        check_mapping("mask", self.values_by_site)
+        check_mapping("mask", self.values_by_site, "map at least one attention site to a vector")
         clean = {}
         for site, vector in self.values_by_site.items():
             tensor = _vector(f"mask[{shown(site)}]", vector, None)

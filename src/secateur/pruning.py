@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
 from secateur.budget import Budget, BudgetedSelection, BudgetOutcome
-from secateur.checks import check_flag, check_mapping, check_seed, check_whole
+from secateur.checks import check_accelerator, check_flag, check_mapping, check_seed, check_whole
 from secateur.data import StreamedBatches, Task, Text, check_texts
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
@@ -180,6 +180,7 @@ def score_heads(
     check_whole("batch_size", batch_size)
     check_whole("max_length", max_length, 4)
     check_flag("progress", progress)
+    check_accelerator(accelerator)
     if labels is not None and (isinstance(labels, str) or not isinstance(labels, Sequence)):
         raise invalid("labels", "be a list with a number for each text", labels)
     if inputs is not None:
@@ -298,6 +299,9 @@ def prune(
     check_pruning_ratio(pruning_ratio)
     if device is not None:
         check_device(device)
+    if budget is not None and not isinstance(budget, str | Budget):
+        raise invalid("budget", "be a text such as macs=0.85, or a Budget", budget)
+    check_accelerator(accelerator)
     wanted = Budget.parse(budget) if isinstance(budget, str) else budget
     if isinstance(model, str | Path):
         name = str(model)
@@ -418,6 +422,7 @@ def refine_mask(
     check_whole("max_length", max_length, 4)
     check_seed(seed)
     check_flag("progress", progress)
+    check_accelerator(accelerator)
     if not isinstance(mask, HeadMask):
         raise invalid("mask", "be a HeadMask", mask)
     select_heads(HeadScores({"check": torch.zeros(1)}), 0, scope, min_heads)  # checks them
