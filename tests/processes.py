@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal as signals
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ def touches(ended: Ended) -> int:
 
 def _run(line: list[str], log: str, moment: int, signal: int, below: str, forked_workers: bool, memory: int) -> None:
     os.setsid()
+    # A test run that was started in the background ignores Ctrl-C, and so would everything that comes of it.
+    signals.signal(signals.SIGINT, signals.default_int_handler)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)

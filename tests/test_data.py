@@ -252,7 +252,7 @@ def test_labels_can_be_demanded(tmp_path):
 def test_bad_arguments(tmp_path):
     with pytest.raises(InvalidInputError, match="`split` must be train, dev or test, got 'validation'"):
         load_task(tmp_path, "validation")
-    with pytest.raises(InvalidInputError, match="`max_rows` must be at least 1, got 0"):
+    with pytest.raises(InvalidInputError, match="`max_rows` must be a whole number from 1, got 0"):
         load_task(tmp_path, max_rows=0)
     with pytest.raises(InvalidInputError, match="`data` must name a file, a folder or a Hub id, got ''"):
         load_task("")
@@ -416,10 +416,10 @@ def test_batches_keep_the_order_and_pad_to_their_own_longest(bert_tokenizer):
 
 
 def test_batches_refuse_bad_sizes(bert_tokenizer):
-    with pytest.raises(InvalidInputError, match="`batch_size` must be at least 1, got 0"):
+    with pytest.raises(InvalidInputError, match="`batch_size` must be a whole number from 1, got 0"):
         batches(bert_tokenizer, ["a"], batch_size=0)
     for call in (batches, tokenize):
-        with pytest.raises(InvalidInputError, match="`max_length` must be at least 4, got 3"):
+        with pytest.raises(InvalidInputError, match="`max_length` must be a whole number from 4, got 3"):
             call(bert_tokenizer, ["a"], max_length=3)
 
 

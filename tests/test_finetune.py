@@ -372,7 +372,7 @@ def test_the_head_has_room_for_the_classes_of_both_splits(base):
         ({"epochs": 0}, "`epochs` must be above 0, got 0"),
         ({"learning_rate": -1.0}, r"`learning_rate` must be above 0, got -1\.0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"max_length": 2}, "`max_length` must be at least 4, got 2"),
+        ({"max_length": 2}, "`max_length` must be a whole number from 4, got 2"),
         ({"device": "abacus"}, "`device` must be a device that this machine has"),
         ({"device": "cpu:1"}, "`device` must name no other device than the first"),
         ({"tokenizer": None}, "`tokenizer` must be given with a loaded model, got None"),

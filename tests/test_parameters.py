@@ -8,7 +8,6 @@ import torch
 import secateur
 from secateur import cli
 from secateur.heads import HeadMask, HeadScores
-from secateur.meta.joint import JointPruner
 from secateur.meta.network import MetaPruner
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
@@ -37,6 +36,10 @@ CALLS = {
         "record": [3, "", {}, {"kept_heads": {}}, {"a": object()}],
     },
     "select_heads": {"scores": [None, 3, "", {}], "pruning_ratio": RATIO, "scope": SCOPE, "min_heads": LEAST},
+    "select_within_budget": {
+        "scores": [None, 3, "", {}], "budget": [*BUDGET, None, "heads=0", "heads=1.1", "heads=nan", "latency=0.5"],
+        "model": MODEL, "scope": SCOPE, "min_heads": LEAST,
+    },
     "score_heads": {
         "model": MODEL, "texts": LISTED, "scorer": ["best", "", None, 3],
         "tokenizer": [3, "", object()], "labels": [3, ""], "inputs": [3, "", [], [{}], [3]], "batch_size": COUNT,
@@ -66,6 +69,7 @@ CALLS = {
     "JointPruner": {
         "width": [0, 47, 1.5, "48", None, 10**9], "layers": [0, "2", None, 10**9],
         "attention_heads": [0, "4", None, 10**9], "joint": FLAG, "without": [3, None, "maps", ["none"]],
+        "members": [0, "4", None, 10**9], "prior": [-1, "1", None, float("nan"), True],
     },
 }  # fmt: skip
 METHODS = {
@@ -89,6 +93,7 @@ def good():
     return {
         "model": model, "mask": uneven_mask(sites), "scores": HeadScores({"a": [1.0, 2.0]}), "texts": tiny_texts(4),
         "tokenizer": tiny_tokenizer(), "values_by_site": {"a": [1.0, 2.0]}, "sites": None, "steps": 1,
+        "budget": "heads=0.5",
     }  # fmt: skip
 
 
@@ -171,4 +176,3 @@ def test_the_pruners_take_only_maps():
         MetaPruner()("x")
     with pytest.raises(ValueError, match="`weights` must"):
         MetaPruner().score_maps("x", None, False)
-    assert JointPruner(width=8, attention_heads=2).embed.out_features == 8

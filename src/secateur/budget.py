@@ -198,6 +198,7 @@ def select_within_budget(
 
     The other arguments are those of `select_heads`. Raises `InvalidInputError` for a budget that cannot be reached.
     """
+    select_heads(scores, 0, scope, min_heads)  # checks them
     wanted = budget if isinstance(budget, Budget) else Budget.parse(budget)
     return BudgetedSelection(model, wanted, scope, min_heads).select(scores)[0]
 

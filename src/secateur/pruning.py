@@ -307,10 +307,8 @@ def prune(
     check_pruning_ratio(pruning_ratio)
     if device is not None:
         check_device(device)
-    if budget is not None and not isinstance(budget, str | Budget):
-        raise invalid("budget", "be a text such as macs=0.85, or a Budget", budget)
     check_accelerator(accelerator)
-    wanted = Budget.parse(budget) if isinstance(budget, str) else budget
+    wanted = budget if budget is None or isinstance(budget, Budget) else Budget.parse(budget)
     if isinstance(model, str | Path):
         name = str(model)
         tokenizer = load_tokenizer(model) if tokenizer is None and texts is not None else tokenizer
