@@ -272,6 +272,10 @@ def test_ctrl_c_is_not_an_error_message(capsys, monkeypatch, texts):
 def test_errors_have_one_base():
     from secateur import errors
 
-    own = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
-    assert len(own) == 5
+    own = [
+        e
+        for e in vars(errors).values()
+        if isinstance(e, type) and issubclass(e, Exception) and not issubclass(e, Warning)
+    ]
+    assert len(own) == 7
     assert all(issubclass(e, SecateurError) for e in own)

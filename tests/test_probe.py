@@ -156,4 +156,4 @@ def test_a_second_thread_is_refused_and_other_models_are_not():
             thread.start()
             thread.join()
     assert len(errors) == 1
-    assert "being probed in another thread" in errors[0]
+    assert "in use in another thread" in errors[0]

@@ -41,6 +41,13 @@ def invalid(name: str, rule: str, value: object, remedy: str = "") -> InvalidInp
 
 
 def shown(value: object, length: int = 80) -> str:
-    """Return how messages show a value: its `repr`, cut to `length` characters."""
+    """Return how messages show a value: its `repr`, to `length` characters, of which a path keeps all that are its.
+
+    The end of a path is what tells it from others.
+    """
     text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
+    if len(text) <= length or (
+        isinstance(value, str) and "\n" not in value and len(text) <= 4 * length and "/" in value
+    ):
+        return text
+    return text[: length - 3] + "..."
