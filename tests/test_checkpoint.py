@@ -209,7 +209,7 @@ def test_a_recipe_of_another_model_names_the_missing_site(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["num_hidden_layers"] = 2
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"names the site encoder\.layer\.2\.attention\.self, which BertModel"):
+    with pytest.raises(CheckpointError, match=r"names the site 'encoder\.layer\.2\.attention\.self', which BertModel"):
         AutoModel.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="which BertModel does not have"):
         AutoModelForMaskedLM.from_pretrained(tmp_path)

@@ -136,7 +136,7 @@ def test_any_json_is_no_recipe(outcome):
     values = st.recursive(st.sampled_from(ODD), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
     tally = Tally()
 
-    @cases(200)
+    @cases(50)
     @given(values)
     def try_one(data):
         with pytest.raises(CheckpointError) as caught:

@@ -102,7 +102,7 @@ def test_a_recipe_changes_numbers_and_nothing_else(folder, outcome):
         changed = json.loads(json.dumps(recipe))
         changed["layouts"][0]["attributes"] = {path: "heads"}
         change(folder / "config.json", head_pruning=changed)
-        with pytest.raises(SecateurError, match="has no number encoder") as caught:
+        with pytest.raises(SecateurError, match="has no number 'encoder") as caught:
             load_model(folder)
     outcome(CODE, "a recipe that sets an attribute of a module that is no number, such as its `forward`", caught.value)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, invalid
+from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, invalid, shown
 from secateur.model.adapted import narrow_bias_, set_in_config_, takes_bias
 from secateur.model.emptied import bypass_
 from secateur.model.layout import AttentionSite
@@ -51,7 +51,7 @@ def rebuild_(model: PreTrainedModel) -> None:
         return
     missing = missing_sites(base, recipe)
     if missing:
-        raise CheckpointError(f"`{KEY}` names the site {missing[0]:.80}, which {type(base).__name__} does not have")
+        raise CheckpointError(f"`{KEY}` names the site {shown(missing[0])}, which {type(base).__name__} does not have")
     try:
         # `from_pretrained` builds models on the meta device, where index vectors would have no values.
         with torch.device("cpu"):
@@ -74,7 +74,7 @@ def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
             try:
                 shape = base.get_parameter(piece.parameter).shape
             except AttributeError:
-                raise UnsupportedModelError(f"{type(base).__name__} has no weight {piece.parameter:.80}") from None
+                raise UnsupportedModelError(f"{type(base).__name__} has no weight {shown(piece.parameter)}") from None
             if not 0 <= piece.axis < len(shape) or shape[piece.axis] != len(piece.owners):
                 raise UnsupportedModelError(
                     f"{piece.parameter} has the shape {tuple(shape)}, the recipe expects {len(piece.owners)} "
@@ -82,7 +82,7 @@ def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
                 )
         for path in site.attributes:
             if not _is_count(base, path):
-                raise UnsupportedModelError(f"{type(base).__name__} has no number {path:.80}")
+                raise UnsupportedModelError(f"{type(base).__name__} has no number {shown(path)}")
         kept = torch.zeros(site.num_heads, dtype=torch.bool)
         kept[list(recipe.kept_heads[name])] = True
         check_groups(site, kept)
