@@ -41,7 +41,7 @@ def invalid(name: str, rule: str, value: object, remedy: str = "") -> InvalidInp
 
 
 def shown(value: object, length: int = 80) -> str:
-    """Return how messages show a value: its `repr`, to `length` characters, of which a path keeps all that are its.
+    """Return how messages show a value: its `repr`, cut to `length` characters, or to four times as many for a path.
 
     The end of a path is what tells it from others.
     """
