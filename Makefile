@@ -31,7 +31,7 @@ robustness: $(STAMP)
 	$(BIN)/python -m pytest --outcomes=docs/robustness.md
 
 # The damaged recipes, scores and masks of tests/test_fuzz.py, 100,000 of the first two kinds and new ones each time;
-# for a machine that has the night. Writes what came of them.
+# about a quarter of an hour. Writes what came of them.
 fuzz: $(STAMP)
 	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py --outcomes=benchmarks/results/fuzz.json
 
