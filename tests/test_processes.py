@@ -55,10 +55,10 @@ def work(rank: int, processes: int, port: int, out: Path) -> None:
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
     AcceleratorState._reset_state()
     PartialState._reset_state()
     accelerator = Accelerator()
+    torch.set_num_threads(1)  # accelerate takes a number of its own where OMP_NUM_THREADS does not say one
     assert accelerator.num_processes == processes
     (out / f"{rank}.json").write_text(json.dumps(results(accelerator)))
     accelerator.wait_for_everyone()
@@ -71,19 +71,12 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def work_alone(out: Path) -> None:
-    torch.set_num_threads(1)
-    (out / "alone.json").write_text(json.dumps(results(None)))
-
-
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """What one process finds, forked as the others are, so that the tests before have left the same in all."""
-    folder = tmp_path_factory.mktemp("alone")
-    process = multiprocessing.get_context("fork").Process(target=work_alone, args=(folder,))
-    process.start()
-    process.join(600)
-    return json.loads((folder / "alone.json").read_text())
+def alone():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield results(None)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork: every process would import")
