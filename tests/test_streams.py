@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import itertools
 import json
@@ -131,7 +132,9 @@ def test_hub_ids_stream_without_a_download(monkeypatch):
     [
         ('{"sentence": "good"}\n{"sentence": 5}\n', "must be text in row 2"),
         ('{"sentence": "good"}\n[1]\n', "row 2 must be an object"),
-        ('{"sentence": "good"}\n{"sent', "cannot be read as .jsonl"),
+        ('{"sentence": "good"}\n{"sent', "row 2 is no JSON"),
+        ('{"sentence": "good", "sentence": "bad"}\n', "row 1 is no JSON: an object has one name twice"),
+        ('{"sentence": "a\0b"}\n', "NUL characters"),
         ('{"title": "good"}\n', "has no text columns"),
         ("", "holds no rows"),
     ],
@@ -141,6 +144,16 @@ def test_rows_that_are_no_texts_are_named(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(InvalidInputError, match=message):
         list(stream_texts(file))
+
+
+def test_a_text_may_be_longer_than_csv_takes_by_itself(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("sentence\n" + "good " * 40_000 + "\nbad\n")
+    limit = csv.field_size_limit()
+    texts = stream_texts(file)
+    assert len(next(texts)) == 200_000
+    assert csv.field_size_limit() == limit  # between two rows too
+    assert list(texts) == ["bad"]
 
 
 def test_shuffling_reads_no_further_ahead_than_its_buffer():

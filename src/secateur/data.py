@@ -145,7 +145,7 @@ def load_task(
         is_split_name = any(stem in names for names in SPLIT_NAMES.values())
         name = file.absolute().parent.name if is_split_name else stem
     else:
-        repository, config = _hub_id(data)
+        repository, config = hub_id(data)
         source, columns = str(data), _read_hub(str(data), repository, config, split)
         name = config if repository == "nyu-mll/glue" and config else str(data)
 
@@ -290,7 +290,7 @@ def _split_file(folder: Path, split: str) -> Path:
     )
 
 
-def _hub_id(data: str | Path) -> tuple[str, str | None]:
+def hub_id(data: str | Path) -> tuple[str, str | None]:
     """Split a Hub id into repository and configuration, or raise for what can only be a path."""
     text = str(data)
     is_path = (
@@ -305,7 +305,7 @@ def _hub_id(data: str | Path) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def _read_hub(hub_id: str, repository: str, config: str | None, split: str) -> dict[str, list[Any]]:
+def _read_hub(source: str, repository: str, config: str | None, split: str) -> dict[str, list[Any]]:
     """Load a split of a Hub data set into the columns that a task needs."""
     import datasets
 
@@ -313,24 +313,24 @@ def _read_hub(hub_id: str, repository: str, config: str | None, split: str) -> d
         splits = datasets.load_dataset(repository, config)
     except Exception as error:  # the Hub, the network and each file format fail with types of their own
         raise InvalidInputError(
-            f"{hub_id!r} is no local file or folder, and the Hub did not give it ({one_line(error)}); "
+            f"{source!r} is no local file or folder, and the Hub did not give it ({one_line(error)}); "
             "give a local file instead"
         ) from error
     name = next((name for name in SPLIT_NAMES[split] if name in splits), None)
     if name is None:
-        raise InvalidInputError(f"{hub_id} has no {split} split: found {', '.join(splits)}")
+        raise InvalidInputError(f"{source} has no {split} split: found {', '.join(splits)}")
     rows = splits[name]
-    return rows.select_columns(_needed_columns(rows.column_names, hub_id))[:]
+    return rows.select_columns(needed_columns(rows.column_names, source))[:]
 
 
 def _read_file(path: Path) -> dict[str, list[Any]]:
     """Load a local file into the columns that a task needs."""
     if not path.is_file() or stem_and_format(path)[1] not in FILE_FORMATS:
         raise invalid("data", f"be a file with one of the endings {', '.join(FILE_FORMATS)}", str(path))
-    return read_columns(path, _needed_columns)
+    return read_columns(path, needed_columns)
 
 
-def _needed_columns(found: Sequence[str], source: str) -> list[str]:
+def needed_columns(found: Sequence[str], source: str) -> list[str]:
     """Return the text columns and, where there is one, `label`."""
     texts = next((names for names in TEXT_COLUMNS if all(name in found for name in names)), None)
     if texts is None:

@@ -46,8 +46,6 @@ def shown(value: object, length: int = 80) -> str:
     The end of a path is what tells it from others.
     """
     text = repr(value)
-    if len(text) <= length or (
-        isinstance(value, str) and "\n" not in value and len(text) <= 4 * length and "/" in value
-    ):
-        return text
-    return text[: length - 3] + "..."
+    is_path = isinstance(value, str) and "/" in value and "\n" not in value
+    most = 4 * length if is_path else length
+    return text if len(text) <= most else text[: length - 3] + "..."

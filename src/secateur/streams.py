@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import gzip
 import itertools
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from secateur.data import FILE_FORMATS, SPLIT_NAMES, Text, _hub_id, _needed_columns, batches, check_texts
-from secateur.errors import InvalidInputError, invalid
+from secateur.data import SPLIT_NAMES, Text, batches, check_texts, hub_id, needed_columns
+from secateur.errors import InvalidInputError, invalid, shown
+from secateur.rows import FILE_FORMATS, one_line, read_rows, stem_and_format
 
 Item = TypeVar("Item")
 
@@ -93,7 +91,7 @@ def _files(data: str, split: str) -> list[Path]:
     path = Path(data).expanduser()
     if path.is_dir():
         stems = SPLIT_NAMES[split]
-        named = sorted(file for file in path.iterdir() if _format(file) in FILE_FORMATS)
+        named = sorted(file for file in path.iterdir() if stem_and_format(file)[1] in FILE_FORMATS)
         found = [file for file in named if file.name.split(".")[0].split("-")[0] in stems]
         if not found:
             raise InvalidInputError(f"{path} holds no {split} file: expected {' or '.join(stems)} or shards of it")
@@ -103,68 +101,33 @@ def _files(data: str, split: str) -> list[Path]:
     return [Path(name) for name in sorted(glob.glob(str(path)))]
 
 
-def _format(file: Path) -> str:
-    return (Path(file.stem) if file.suffix.lower() == ".gz" else file).suffix.lower()
-
-
 def _texts_of(file: Path) -> Iterator[Text]:
-    kind = _format(file)
-    if kind not in FILE_FORMATS:
+    if stem_and_format(file)[1] not in FILE_FORMATS:
         raise invalid("data", f"name files with one of the endings {', '.join(FILE_FORMATS)}", str(file))
-    rows = _parquet(file) if kind == ".parquet" else _lines(file, kind)
-    try:
-        yield from _chosen(rows, str(file))
-    except InvalidInputError:
-        raise
-    except Exception as error:  # gzip, csv, JSON and Parquet fail with types of their own
-        reason = " ".join(str(error).split())[:200]
-        raise InvalidInputError(f"{file} cannot be read as {kind}: {reason or type(error).__name__}") from error
+    return _chosen(read_rows(file, needed_columns), str(file))
 
 
 def _chosen(rows: Iterator[Mapping[str, Any]], source: str) -> Iterator[Text]:
     """Pick the text columns, which the first row decides."""
     names: list[str] = []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, Mapping):
-            raise InvalidInputError(f"{source}: row {number} must be an object with text columns, got {row!r:.80}")
-        names = names or [name for name in _needed_columns(list(row), source) if name != "label"]
+        names = names or [name for name in needed_columns(list(row), source) if name != "label"]
         values = [row.get(name) for name in names]
-        if None in row or not all(isinstance(value, str) for value in values):
-            raise InvalidInputError(f"{source}: {' and '.join(names)} must be text in row {number}, got {row!r:.80}")
+        if not all(isinstance(value, str) for value in values):
+            raise InvalidInputError(f"{source}: {' and '.join(names)} must be text in row {number}, got {shown(row)}")
         yield values[0] if len(values) == 1 else tuple(values)  # type: ignore[misc]
     if not names:
         raise InvalidInputError(f"{source} holds no rows")
 
 
-def _lines(file: Path, kind: str) -> Iterator[Mapping[str, Any]]:
-    opened = gzip.open if file.suffix.lower() == ".gz" else open
-    with opened(file, "rt", encoding="utf-8-sig", newline="" if kind in (".csv", ".tsv") else None) as lines:
-        if kind in (".csv", ".tsv"):
-            # A .tsv is GLUE's own form: a quotation mark is a character like any other.
-            form: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {"strict": True}
-            yield from csv.DictReader(lines, **form)
-        else:
-            yield from (json.loads(line) for line in lines if line.strip())
-
-
-def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(file) as opened:
-        needed = _needed_columns(opened.schema_arrow.names, str(file))
-        for part in opened.iter_batches(1024, columns=needed):
-            yield from part.to_pylist()
-
-
 def _hub(data: str | Path, split: str) -> Iterator[Text]:
     import datasets
 
-    repository, config = _hub_id(data)
+    repository, config = hub_id(data)
     try:
         splits = datasets.load_dataset(repository, config, streaming=True)
     except Exception as error:  # the Hub, the network and each file format fail with types of their own
-        reason = " ".join(str(error).split())[:200]
-        raise InvalidInputError(f"{str(data)!r} is no file, and the Hub did not give it ({reason})") from error
+        raise InvalidInputError(f"{str(data)!r} is no file, and the Hub did not give it ({one_line(error)})") from error
     name = next((name for name in SPLIT_NAMES[split] if name in splits), None)
     if name is None:
         raise InvalidInputError(f"{data} has no {split} split: found {', '.join(splits)}")
