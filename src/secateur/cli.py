@@ -204,9 +204,7 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
         accelerator=accelerator,
         progress=accelerator.is_main_process,
     )
-    accelerator.wait_for_everyone()  # a process that just leaves can make the others abort
-    accelerator.end_training()
-    if not accelerator.is_main_process:
+    if not _ends_as_main(accelerator):
         return
     if scores.agreement is not None:
         click.echo(_settled(scores.num_texts, texts, scores.agreement), err=True)
@@ -295,9 +293,7 @@ def prune(
             accelerator=accelerator,
             progress=accelerator.is_main_process,
         )
-        accelerator.wait_for_everyone()  # a process that just leaves can make the others abort
-        accelerator.end_training()
-        if not accelerator.is_main_process:
+        if not _ends_as_main(accelerator):
             return
         report = replace(report, command=_command_line())
         place = copy_modules(model, folder)
@@ -767,6 +763,13 @@ def _scorer(options: dict[str, Any]) -> Scorer:
             raise click.UsageError("`pruner` goes with `--scorer smp` and `--scorer smp-plus` only")
         chosen["pruner"] = options["pruner"]
     return make_scorer(options["scorer"], **chosen)
+
+
+def _ends_as_main(accelerator: Accelerator) -> bool:
+    """End the work that processes share, all at once, and say whether this is the one that goes on to write."""
+    accelerator.wait_for_everyone()  # a process that just leaves can make the others abort
+    accelerator.end_training()
+    return bool(accelerator.is_main_process)
 
 
 @contextmanager
