@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -89,19 +89,34 @@ def test_stopped_and_resumed_gives_the_rows_of_one_go(settings, tmp_path, monkey
     assert len(runs) == len(set(runs)) == len(whole)  # nothing was done twice
 
 
-def test_more_seeds_go_on_and_other_settings_do_not_mix(settings, folder, tmp_path):
-    from dataclasses import replace
-
-    one = compare(replace(settings, seeds=1), tmp_path / "c", progress=False)
-    two = compare(settings, tmp_path / "c", progress=False)
-    assert two[: len(one)] == one
-    for change in ({"ratios": (0.25,)}, {"seeds": 1}, {"num_texts": 9}):
-        with pytest.raises(InvalidInputError, match=f"other {next(iter(change))}"):
-            compare(replace(settings, **change), tmp_path / "c", progress=False)
+def test_what_only_adds_runs_goes_on_and_other_settings_do_not_mix(settings, tmp_path):
+    first = replace(settings, data=settings.data[:1], scorers=("random",), seeds=1)
+    one = compare(first, tmp_path / "c", progress=False)
+    grown = replace(settings, scorers=("contribution", "random"), ratios=(0.25, 0.5), seeds=2)
+    rows = compare(grown, tmp_path / "c", progress=False)
+    assert len(rows) == 2 * 2 * (1 + 2 * 2)
+    assert [row for row in rows if row in one] == one  # timings too: they were not done again
+    alone = compare(grown, tmp_path / "alone", progress=False)
+    assert without_cost(rows) == without_cost(alone)
+    for change in (
+        {"ratios": (0.25,)}, {"seeds": 1}, {"data": settings.data[1:]}, {"scorers": ("random",)}, {"num_texts": 9},
+        {"bf16": True}, {"scorers": ("random", "contribution", "smp"), "pruners": {"smp": "x"}, "threads": 2},
+    ):  # fmt: skip
+        with pytest.raises(InvalidInputError, match=f"other {list(change)[-1]};"):
+            compare(replace(grown, **change), tmp_path / "c", progress=False)
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "file").write_text("mine")
     with pytest.raises(InvalidInputError, match="`out` must be a new folder"):
         compare(settings, tmp_path / "else", progress=False)
+
+
+def test_a_pruner_may_come_with_its_scorer_and_not_after_it(settings):
+    found = asdict(replace(settings, scorers=("random", "smp")))
+    late = asdict(replace(settings, scorers=("random", "smp"), pruners={"smp": "x"}))
+    added = asdict(replace(settings, scorers=("random", "smp", "smp-plus"), pruners={"smp-plus": "x"}))
+    assert comparison._differences(found, late) == ["pruners"]
+    assert comparison._differences(late, found) == ["pruners"]
+    assert comparison._differences(found, added) == []
 
 
 def test_a_folder_from_before_a_setting_was_known_goes_on(settings, tmp_path):
@@ -123,8 +138,6 @@ def test_the_learning_rate_and_the_epochs_replace_the_protocols(settings, tmp_pa
 
 
 def test_scorers_that_need_labels_or_the_ratio_get_them(settings, tmp_path):
-    from dataclasses import replace
-
     chosen = replace(settings, data=settings.data[:1], scorers=("taylor", "dsp"), ratios=(0.25, 0.5), seeds=1)
     rows = compare(chosen, tmp_path / "c", progress=False)
     assert len(rows) == 1 + 2 * 2
@@ -139,11 +152,11 @@ def test_each_scorer_gets_its_own_pruner(folder, tmp_path, monkeypatch, capsys):
 
     torch.manual_seed(0)
     MetaPruner().save_pretrained(tmp_path / "maps-only")
-    JointPruner().save_pretrained(tmp_path / "joint")
     monkeypatch.setitem(PROTOCOLS, "lite", Protocol(max_train=8, max_length=16, epochs=1, learning_rate=1e-3))
     line = ["compare", "--model", folder / "model", "--data", folder / "singles", "--seeds", "1", "--jobs", "1"]
     line += ["--texts", "8", "--device", "cpu", "--scorer", "smp", "--scorer", "smp-plus"]
-    own = {"smp": f"smp={tmp_path / 'maps-only'}", "smp-plus": f"smp-plus={tmp_path / 'joint'}"}
+    JointPruner().save_pretrained(tmp_path / "singles")
+    own = {"smp": f"smp={tmp_path / 'maps-only'}", "smp-plus": f"smp-plus={tmp_path / '{task}'}"}
     given = {"none": (), "smp": ("smp",), "both": ("smp", "smp-plus")}
     scores = {}
     for name, chosen in given.items():
@@ -186,15 +199,11 @@ def test_a_pruner_that_names_no_scorer_is_one_line(given, folder, tmp_path, caps
     ],
 )
 def test_settings_out_of_range(settings, change, message):
-    from dataclasses import replace
-
     with pytest.raises(InvalidInputError, match=f"`{message}` must"):
         replace(settings, **change)
 
 
 def test_two_tasks_of_one_name(settings, folder, tmp_path):
-    from dataclasses import replace
-
     copy = tmp_path / "singles"
     copy.mkdir()
     for split in ("train.tsv", "dev.tsv"):

@@ -306,6 +306,22 @@ def test_the_seed_fixes_everything_and_nothing_is_printed(base, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_bfloat16_changes_the_training_and_not_what_comes_back(tokenizer):
+    train, dev = toy_task(64, seed=1), toy_task(20, seed=2)
+    losses = []
+    for bf16 in (False, True, True):
+        torch.manual_seed(0)
+        model, result = finetune(tiny_bert(), train, dev, tokenizer=tokenizer, bf16=bf16, **FAST)
+        losses.append(result.train_loss)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert not {"forward", "_original_forward"} & set(vars(model))  # no autocast stays behind
+        logits = model(**tokenizer("good", return_tensors="pt")).logits
+        assert logits.bfloat16().float().ne(logits).any()
+    finetune(tiny_bert(), train, tokenizer=tokenizer, bf16=True, **{**FAST, "device": None})
+    assert losses[0] != losses[1] == losses[2]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_a_loaded_model_is_trained_in_place(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -389,6 +389,9 @@ def bench(
         print_table(benchmark_table(result))
 
 
+_bf16 = click.option(
+    "--bf16", is_flag=True, help="Train with matrix products in bfloat16: faster where the device has it."
+)
 _training = _options(
     _data,
     click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
@@ -404,11 +407,12 @@ _training = _options(
 @click.option("--epochs", default=3.0, show_default=True, type=_Positive())
 @click.option("--learning-rate", default=2e-5, show_default=True, type=_Positive())
 @click.option("--max-train", default=None, type=click.IntRange(1), help="Training texts at most, drawn with the seed.")
+@_bf16
 @_seed
 @_out
 def finetune(
     model: str, data: str, batch_size: int, max_length: int, device: str | None, as_json: bool, epochs: float,
-    learning_rate: float, max_train: int | None, seed: int, out: Path,
+    learning_rate: float, max_train: int | None, bf16: bool, seed: int, out: Path,
 ) -> None:  # fmt: skip
     """Fine-tune MODEL, dense or pruned alike, on labelled data with transformers' Trainer."""
     from secateur.data import load_task
@@ -423,7 +427,7 @@ def finetune(
         train = train.head(max_train, seed=seed)
     _, result = finetune_model(
         model, train, dev, out=out, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size,
-        max_length=max_length, seed=seed, device=str(chosen),
+        max_length=max_length, seed=seed, bf16=bf16, device=str(chosen),
     )  # fmt: skip
     if as_json:
         _print_json({"metrics": result.metrics, "seconds": result.seconds, "steps": result.steps, "out": str(out)})
@@ -593,11 +597,12 @@ def _read_pruners(context: click.Context, parameter: click.Parameter, items: tup
     multiple=True,
     metavar="SCORER=PLACE",
     callback=_read_pruners,
-    help="Meta-pruner of a scorer, such as smp=FOLDER or smp-plus=FOLDER; may be repeated.",
+    help="Meta-pruner of a scorer, such as smp=FOLDER or smp-plus=FOLDER/{task}; may be repeated.",
 )
 @click.option("--max-train", default=None, type=click.IntRange(1), help="Training texts at most, below the protocol's.")
 @click.option("--learning-rate", default=None, type=float, help="Instead of the protocol's.")
 @click.option("--epochs", default=None, type=float, help="Instead of the protocol's.")
+@_bf16
 @click.option("--jobs", default=None, type=click.IntRange(1), help="Runs at once [default: cores / threads; GPUs]")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder of the comparison, new or to go on."

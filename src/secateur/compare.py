@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -72,8 +72,9 @@ class Settings:
     calibration texts from the training texts (with their labels, for scorers that need those), its training texts, the
     classification head and their order: dense and pruned runs of one seed are pairs. `threads` is the number of CPU
     threads of one run: another number rounds otherwise, so it belongs to the settings. `pruners` maps scorers to their
-    meta-pruners, where those that ship are not meant. `max_train` lowers the protocol's number of training texts;
-    `learning_rate` and `epochs` take the place of the protocol's, for models that its own do not train to their best.
+    meta-pruners, where those that ship are not meant; `{task}` in a place becomes the task's name, for a pruner of each
+    task. `max_train` lowers the protocol's number of training texts; `learning_rate` and `epochs` take the place of the
+    protocol's, for models that its own do not train to their best. `bf16` trains as `finetune` does with it.
 
     Raises `InvalidInputError` for values outside their ranges and for names that repeat.
     """
@@ -91,6 +92,7 @@ class Settings:
     max_train: int | None = None
     learning_rate: float | None = None
     epochs: float | None = None
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         for name in ("data", "scorers", "ratios"):
@@ -211,14 +213,26 @@ def _owned(out: Path, settings: Settings) -> Iterator[None]:
         raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
     if file.is_file():
         found = read_json(file)
-        names = [f.name for f in fields(Settings) if found.get(f.name) != wanted[f.name]]
-        # More seeds only add runs to those that are there.
-        if names and (names != ["seeds"] or settings.seeds < found["seeds"]):
+        names = _differences(found, wanted)
+        if names:
             raise InvalidInputError(f"{out} holds a comparison with other {', '.join(names)}; choose another folder")
     with one_run(out / LOCK, out):
         remove_unfinished(out)
         write_text(file, json.dumps(wanted, indent=1))
         yield
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return the settings that forbid to go on; what only adds runs to those that are there may grow."""
+    # A folder from before a setting was known has its default.
+    found = {**{f.name: f.default for f in fields(Settings)}, "pruners": {}, **found}
+    names = [name for name in ("data", "scorers", "ratios") if not set(found[name]) <= set(wanted[name])]
+    if found["seeds"] > wanted["seeds"]:
+        names.append("seeds")
+    if any(found["pruners"].get(scorer) != wanted["pruners"].get(scorer) for scorer in found["scorers"]):
+        names.append("pruners")
+    fixed = set(wanted) - {"data", "scorers", "ratios", "seeds", "pruners"}
+    return names + sorted(name for name in fixed if found[name] != wanted[name])
 
 
 def _check_tasks(settings: Settings) -> None:
@@ -245,7 +259,9 @@ def _scores_file(out: Path, run: Run) -> Path:
 def _score(settings: Settings, run: Run, out: Path, device: str) -> None:
     """Score, once for all ratios where the scorer allows it, and write the scores with what they cost."""
     train = _splits(run.data)[0].head(settings.num_texts, seed=run.seed)
-    options: dict[str, Any] = {"pruner": settings.pruners[run.scorer]} if run.scorer in settings.pruners else {}
+    options: dict[str, Any] = {}
+    if run.scorer in settings.pruners:
+        options["pruner"] = settings.pruners[run.scorer].replace("{task}", train.name)
     with quiet_transformers(False):
         model, tokenizer = load_model(settings.model, device), load_tokenizer(settings.model)
     start = time.perf_counter()
@@ -290,6 +306,7 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
         batch_size=protocol.batch_size,
         max_length=protocol.max_length,
         seed=run.seed,
+        bf16=settings.bf16,
         device=device,
         progress=False,
     )

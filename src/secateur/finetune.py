@@ -59,6 +59,7 @@ def finetune(
     batch_size: int = 32,
     max_length: int = 128,
     seed: int = 0,
+    bf16: bool = False,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> tuple[Any, FinetuneResult]:
@@ -67,9 +68,10 @@ def finetune(
     `model_or_path` is a folder or Hub id, loaded with a classification head that fits the task, or a loaded
     sequence-classification model, which is trained in place and needs its `tokenizer`. The optimizer is AdamW with
     a linear schedule whose first tenth warms up. The model comes back in evaluation mode on the device it trained on:
-    `device` ("cpu", "cuda", "mps") or, when None, the accelerator of this machine if there is one. `out` names a new
-    folder for the model, its tokenizer and `finetune_result.json`. The seed fixes the head, the order of the texts
-    and the dropout, and is set for the whole process.
+    `device` ("cpu", "cuda", "mps") or, when None, the accelerator of this machine if there is one. With `bf16` the
+    training steps compute matrix products in bfloat16 (autocast); weights, optimizer and evaluation stay as they are.
+    `out` names a new folder for the model, its tokenizer and `finetune_result.json`. The seed fixes the head, the order
+    of the texts and the dropout, and is set for the whole process.
 
     Raises `InvalidInputError` for a task without labels, a model that does not load or does not fit, parameters out
     of range, and a folder `out` that is not empty; all of it before the training. Raises `SecateurError` where the
@@ -83,6 +85,8 @@ def finetune(
     if batch_size < 1:
         raise invalid("batch_size", "be at least 1", batch_size)
     chosen = None if device is None else _device(device)
+    if bf16 and check_device(chosen).type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise invalid("bf16", "be off on a device without bfloat16", bf16)
 
     set_seed(seed)
     is_loaded = isinstance(model_or_path, torch.nn.Module)
@@ -109,6 +113,7 @@ def finetune(
                 batch_size=batch_size,
                 max_length=max_length,
                 seed=seed,
+                bf16=bf16,
                 device=chosen,
                 progress=progress,
             )
@@ -126,6 +131,7 @@ def finetune(
                     "batch_size": batch_size,
                     "max_length": max_length,
                     "seed": seed,
+                    "bf16": bf16,
                 }
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
@@ -180,6 +186,7 @@ def _train(
     batch_size: int,
     max_length: int,
     seed: int,
+    bf16: bool,
     device: torch.device | None,
     progress: bool,
 ) -> tuple[float, int, float]:
@@ -191,7 +198,11 @@ def _train(
         for i, label in enumerate(task.labels)
     ]
     steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
-    with tempfile.TemporaryDirectory(prefix="secateur-") as folder, _use_cache_kept(model.config):
+    with (
+        tempfile.TemporaryDirectory(prefix="secateur-") as folder,
+        _kept(model.config, "use_cache"),
+        _kept(model, "forward", "_original_forward"),
+    ):
         arguments = TrainingArguments(
             output_dir=folder,
             num_train_epochs=epochs,
@@ -202,7 +213,8 @@ def _train(
             **_group_by_length(),
             seed=seed,
             data_seed=seed,
-            use_cpu=device is not None and device.type == "cpu",
+            bf16=bf16,
+            use_cpu=check_device(device).type == "cpu",
             dataloader_pin_memory=torch.cuda.is_available() and (device is None or device.type == "cuda"),
             save_strategy="no",
             eval_strategy="no",
@@ -266,16 +278,15 @@ def _group_by_length() -> dict[str, Any]:
 
 
 @contextmanager
-def _use_cache_kept(config: Any) -> Iterator[None]:
-    """Keep an entry that the Trainer overwrites and that would end up in the saved configuration."""
-    use_cache = vars(config).get("use_cache")
+def _kept(owner: Any, *names: str) -> Iterator[None]:
+    """Keep an object's own attributes: the Trainer overwrites a config's entry, and for bf16 wraps the forward."""
+    before = {name: vars(owner)[name] for name in names if name in vars(owner)}
     try:
         yield
     finally:
-        if use_cache is None:
-            vars(config).pop("use_cache", None)
-        else:
-            config.use_cache = use_cache
+        for name in names:
+            vars(owner).pop(name, None)
+        vars(owner).update(before)
 
 
 def _device(device: str | torch.device) -> torch.device:
