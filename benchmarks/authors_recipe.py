@@ -41,8 +41,8 @@ from secateur.heads import HeadScores
 from secateur.meta.network import PAIR, SINGLE, MetaPruner
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.probe import probe
-from secateur.pruning import environment
 from secateur.scorers.smp import SHIPPED
+from secateur.versions import environment
 
 TASKS = ("sst2", "mnli")
 BATCH, LENGTH = 32, 128

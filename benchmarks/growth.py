@@ -25,9 +25,9 @@ from secateur.model.cost import measure_cost
 from secateur.model.inputs import example_inputs
 from secateur.model.loading import load_model
 from secateur.model.sites import find_sites
-from secateur.pruning import environment
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
+from secateur.versions import environment
 
 SCORERS = ("contribution", "entropy")
 TEXTS, TOKENS = (32, 64, 128, 256, 512), (32, 64, 128, 256, 512)

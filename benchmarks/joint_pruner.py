@@ -44,7 +44,7 @@ from secateur.meta.joint_training import (
 )
 from secateur.meta.search import MaskLoss
 from secateur.model.sites import find_sites
-from secateur.pruning import environment
+from secateur.versions import environment
 from subjects import SUBJECTS, Subject, tokenised
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]

@@ -22,7 +22,7 @@ from secateur.data import Task, load_task
 from secateur.demo import demo_model
 from secateur.files import read_json, write_text
 from secateur.finetune import finetune
-from secateur.pruning import environment
+from secateur.versions import environment
 
 OUT = Path(__file__).parent / "results" / "learning_rates.json"
 TAUGHT, JUDGED, LENGTH = 1000, 500, 64

@@ -26,7 +26,7 @@ from secateur.meta.network import to_network_size
 from secateur.meta.objective import relational_kl, represent
 from secateur.meta.training import MetaTraining, Subject
 from secateur.model.probe import probe
-from secateur.pruning import environment
+from secateur.versions import environment
 
 BATCH, LENGTH, ROUNDS = 60, 128, 7
 

@@ -27,7 +27,8 @@ from secateur.demo import CALIBRATION_TEXTS, MAX_LENGTH, demo_model, demo_task
 from secateur.export import export_onnx
 from secateur.files import write_text
 from secateur.model.loading import load_model
-from secateur.pruning import environment, prune
+from secateur.pruning import prune
+from secateur.versions import environment
 
 SHAPES = ((1, 128), (8, 128))
 

@@ -45,7 +45,7 @@ from secateur.evaluate import regression_metrics
 from secateur.files import read_json, write_text
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
-from secateur.pruning import environment
+from secateur.versions import environment
 
 SCORERS = ("contribution", "smp-plus", "random")
 SCORED, LENGTH, BATCH = 96, 64, 32

@@ -36,8 +36,10 @@ from secateur.meta.search import MaskLoss
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.probe import probe
-from secateur.pruning import environment, refine_mask, score_heads
+from secateur.refinement import refine_mask
+from secateur.scoring import score_heads
 from secateur.selection import select_heads
+from secateur.versions import environment
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
 RATIOS = [0.25, 0.5, 0.75]

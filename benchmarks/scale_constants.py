@@ -25,9 +25,9 @@ from torch import Tensor
 
 from secateur.files import write_text
 from secateur.heads import HeadScores
-from secateur.pruning import environment
 from secateur.selection import select_heads
 from secateur.stopping import Settling
+from secateur.versions import environment
 
 HEADS, GROUPS, TEXTS = 64, 8, 32
 SITES = (2, 5, 10, 20)

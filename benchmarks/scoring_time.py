@@ -23,9 +23,9 @@ from secateur.files import write_text
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.sites import find_sites
-from secateur.pruning import environment
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
+from secateur.versions import environment
 
 SCORERS = ["contribution", "entropy", "smp", "smp-plus", "relational_taylor"]
 ROUNDS = 5

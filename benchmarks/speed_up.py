@@ -29,7 +29,7 @@ from secateur.model.latency_table import measure_latency
 from secateur.model.loading import load_model
 from secateur.model.sites import find_sites
 from secateur.model.timing import Clock, Shape, quartiles
-from secateur.pruning import environment
+from secateur.versions import environment
 
 
 def fastest(row: Measured, first: Measured) -> float:

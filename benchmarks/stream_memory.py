@@ -29,8 +29,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 import secateur
 from secateur.data import load_task
 from secateur.files import write_text
-from secateur.pruning import environment
 from secateur.streams import stream_texts
+from secateur.versions import environment
 
 COUNTS = (1_000, 4_000, 16_000)
 WORDS = [

@@ -47,7 +47,7 @@ from secateur.model.probe import probe
 from secateur.model.removal import gated_heads, remove_heads_
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of
-from secateur.pruning import environment
+from secateur.versions import environment
 
 ROOT = Path(__file__).parents[1]
 MOST_PARAMETERS = 20_000_000

@@ -26,8 +26,9 @@ from tqdm import tqdm
 from secateur.files import read_json, write_text
 from secateur.meta.objective import relational_kl
 from secateur.meta.signals import gated_representations
-from secateur.pruning import environment, score_heads
+from secateur.scoring import score_heads
 from secateur.selection import select_heads
+from secateur.versions import environment
 from subjects import SUBJECTS, Subject
 
 RATIOS = [0.25, 0.5, 0.75]

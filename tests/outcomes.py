@@ -101,7 +101,7 @@ def _as_page() -> str:
 
 
 def _as_json(config: pytest.Config) -> str:
-    from secateur.pruning import environment
+    from secateur.versions import environment
 
     facts = {
         "command": " ".join(["python -m pytest", *config.invocation_params.args]),

@@ -11,7 +11,8 @@ from secateur.heads import HeadMask
 from secateur.model.probe import probe
 from secateur.model.removal import gated_heads, remove_heads_
 from secateur.model.sites import find_sites
-from secateur.pruning import prune, score_heads
+from secateur.pruning import prune
+from secateur.scoring import score_heads
 from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,7 @@ from secateur.model.probe import prepare, probe
 from secateur.model.proof import hidden_states, largest_difference
 from secateur.model.removal import gated_heads, remove_heads_
 from secateur.model.sites import find_sites
-from secateur.pruning import score_heads
+from secateur.scoring import score_heads
 from tests.tiny import tiny_model
 
 DIRECT = {

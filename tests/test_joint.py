@@ -28,9 +28,10 @@ from secateur.model.inputs import example_inputs, forward_arguments
 from secateur.model.probe import probe
 from secateur.model.removal import gated_heads, remove_heads_
 from secateur.model.sites import find_sites
-from secateur.pruning import refine_mask, score_heads
+from secateur.refinement import refine_mask
 from secateur.scorers.contribution import output_weights
 from secateur.scorers.smp_plus import SmpPlusScorer
+from secateur.scoring import score_heads
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 RANDOM = torch.Generator().manual_seed(0)

@@ -12,7 +12,8 @@ from secateur.heads import HeadScores
 from secateur.model.proof import hidden_states, largest_difference
 from secateur.model.removal import gated_heads, remove_heads_
 from secateur.model.sites import find_sites
-from secateur.pruning import refine_mask, score_heads
+from secateur.refinement import refine_mask
+from secateur.scoring import score_heads
 from secateur.selection import select_heads
 from tests.processes import command
 from tests.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask

@@ -31,7 +31,7 @@ from secateur.meta.signals import (
 )
 from secateur.meta.training import HeldOut, MetaTraining, Subject, train_meta_pruner
 from secateur.model.probe import HeadReading
-from secateur.pruning import score_heads
+from secateur.scoring import score_heads
 from tests.processes import command
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 

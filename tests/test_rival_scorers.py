@@ -19,12 +19,12 @@ from secateur.model.inputs import example_inputs
 from secateur.model.probe import HeadReading, probe
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
-from secateur.pruning import score_heads
 from secateur.scorers import SCORERS, dsp, labelled, learned, make_scorer, scorer_class
 from secateur.scorers.dsp import relaxed_top_k
 from secateur.scorers.l0 import hard_concrete, open_probability
 from secateur.scorers.labelled import text_losses
 from secateur.scorers.relational_taylor import kl_sample
+from secateur.scoring import score_heads
 from secateur.selection import select_heads
 from tests.test_scorers import condition
 from tests.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask

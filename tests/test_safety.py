@@ -19,6 +19,7 @@ from secateur.model.sites import find_sites
 from secateur.report import render_report
 from secateur.report.plots import write_plots
 from secateur.report.runs import read_runs
+from secateur.scorers import make_scorer
 from secateur.tables import print_table, scores_table
 from secateur.verify import verify_checkpoint
 from tests.report_data import EVIL, comparison_rows, pruning_json, write_comparison, write_pruned
@@ -82,7 +83,7 @@ def test_weights_that_are_a_pickle_run_nothing(folder, tmp_path, outcome):
     pickled = tmp_path / "pruner.bin"
     pickled.write_bytes(pickle.dumps(Payload(mark), protocol=2))
     with pytest.raises(SecateurError) as caught:
-        cli.make_scorer("smp", pruner=str(pickled))
+        make_scorer("smp", pruner=str(pickled))
     assert not mark.exists()
     outcome(CODE, "a meta-pruner's `.bin` with a call in its pickle", caught.value)
 

@@ -17,10 +17,10 @@ from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite
 from secateur.model.removal import gated_heads, remove_heads_
 from secateur.model.sites import find_sites
-from secateur.pruning import score_heads
 from secateur.scorers import SCORERS, make_scorer, scorer_class
 from secateur.scorers.base import Scorer
 from secateur.scorers.contribution import contribution_norms, gram_matrices, output_weights
+from secateur.scoring import score_heads
 from tests.tiny import CONFIGS, tiny_classifier, tiny_model, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from secateur.model.sites import find_sites as find_sites
     from secateur.pruning import PruningReport as PruningReport
     from secateur.pruning import prune as prune
-    from secateur.pruning import refine_mask as refine_mask
-    from secateur.pruning import score_heads as score_heads
+    from secateur.refinement import refine_mask as refine_mask
     from secateur.scorers.base import Scorer as Scorer
+    from secateur.scoring import score_heads as score_heads
     from secateur.selection import select_heads as select_heads
 
 __version__ = "0.1.0"
@@ -50,9 +50,9 @@ _WHERE = {
     "find_sites": "secateur.model.sites",
     "gated_heads": "secateur.model.removal",
     "prune": "secateur.pruning",
-    "refine_mask": "secateur.pruning",
+    "refine_mask": "secateur.refinement",
     "remove_heads_": "secateur.model.removal",
-    "score_heads": "secateur.pruning",
+    "score_heads": "secateur.scoring",
     "select_heads": "secateur.selection",
     "select_within_budget": "secateur.budget",
 }

@@ -22,7 +22,7 @@ from secateur.model.inputs import example_inputs
 from secateur.model.memory import peak_bytes
 from secateur.model.state import base_of, evaluation_mode, gradients_for_all
 from secateur.model.timing import Clock, Shape, quartiles, time_in_turn
-from secateur.pruning import environment
+from secateur.versions import environment
 
 SHAPES = (Shape(1, 128), Shape(8, 128), Shape(1, 512))
 

@@ -9,21 +9,15 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import multiprocessing
 import os
 import platform
 import resource
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +26,18 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from secateur.data import Task, load_task
-from secateur.errors import InvalidInputError, SecateurError, invalid
+from secateur.errors import InvalidInputError, invalid
 from secateur.evaluate import main_metric
 from secateur.files import LOCK, append_line, is_taken, one_run, read_json, read_lines, remove_unfinished, write_text
 from secateur.finetune import finetune, load_classifier
 from secateur.heads import HeadScores
 from secateur.model.loading import check_device, load_model, load_tokenizer, quiet_transformers
 from secateur.model.removal import remove_heads_
-from secateur.pruning import environment, score_heads
 from secateur.scorers import SCORERS, scorer_class
+from secateur.scoring import score_heads
 from secateur.selection import Scope, select_heads
+from secateur.versions import environment
+from secateur.workers import each, workers
 
 DENSE = "dense"
 
@@ -183,11 +179,11 @@ def compare(
                 f"going on: {scored} scorings, {len(done)} of {len(plan(settings))} runs are done", file=sys.stderr
             )
         place = str(check_device(device))
-        with _workers(jobs, settings.threads, place) as pool:
-            for _ in _each(pool, _score, [(settings, run, out, place) for run in scorings], "scoring", progress):
+        with workers(jobs, settings.threads, place) as pool:
+            for _ in each(pool, _score, [(settings, run, out, place) for run in scorings], "scoring", progress):
                 pass
             calls = [(settings, run, out, place) for run in missing]
-            for row in _each(pool, _train, calls, "fine-tuning", progress):
+            for row in each(pool, _train, calls, "fine-tuning", progress):
                 append_line(table, row)
                 done[_key(row)] = row
     return [done[run] for run in plan(settings)]
@@ -339,78 +335,3 @@ def _peak_memory() -> int:
 def _machine(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
     return {"device": name, "cores": os.cpu_count(), "python": platform.python_version()}
-
-
-def _start_worker(threads: int, gpus: Any, parent: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says what follows
-    torch.set_num_threads(threads)
-    if gpus is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-
-
-def _follow(parent: Connection) -> None:
-    """End this process when its parent closes the connection, or has been killed, which does that too."""
-    parent.poll(None)
-    os._exit(1)
-
-
-@contextmanager
-def _workers(jobs: int, threads: int, device: str) -> Iterator[ProcessPoolExecutor | None]:
-    """Yield a pool of fresh processes, each with its threads and its GPU, or None where one job runs in this one."""
-    if jobs == 1:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            yield None
-        finally:
-            torch.set_num_threads(before)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    gpus = None
-    if device == "cuda" and torch.cuda.device_count() > 1:
-        gpus = spawn.Queue()
-        for number in range(jobs):
-            gpus.put(number % torch.cuda.device_count())
-    theirs, ours = spawn.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(jobs, spawn, _start_worker, (threads, gpus, theirs))
-    try:
-        yield pool
-    except KeyboardInterrupt:
-        ours.close()  # ends them at once, not after the runs that have begun
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _each(
-    pool: ProcessPoolExecutor | None,
-    work: Callable[..., Any],
-    calls: Sequence[tuple[Any, ...]],
-    what: str,
-    progress: bool,
-) -> Iterator[Any]:
-    """Yield the results as they come; the first error stops the rest, after what had finished was yielded."""
-    with tqdm(total=len(calls), desc=what, unit="run", disable=not progress) as bar:
-        if pool is None:
-            for call in calls:
-                yield work(*call)
-                bar.update(1)
-            return
-        waiting, error = {pool.submit(work, *call) for call in calls}, None
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            failed = [f for f in finished if f.exception() is not None]
-            for future in finished - set(failed):
-                yield future.result()
-                bar.update(1)
-            if failed:
-                # What is running may still finish, and is not lost then.
-                waiting = {future for future in waiting if not future.cancel()}
-                error = error or failed[0].exception()
-        if isinstance(error, BrokenProcessPool):
-            raise SecateurError(
-                "a process of the comparison was killed, perhaps for want of memory; go on with fewer jobs (`--jobs`)"
-            ) from error
-        if error is not None:
-            raise error

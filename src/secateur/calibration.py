@@ -1,0 +1,66 @@
+"""Calibration texts on their way to a model: as a list or one by one, in their order, tokenised into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from secateur.data import StreamedBatches, Text, check_texts
+from secateur.errors import InvalidInputError, invalid
+from secateur.model.cost import max_length
+from secateur.model.inputs import ForwardArguments
+from secateur.model.loading import load_tokenizer
+from secateur.model.offload import device_of
+from secateur.model.state import base_of
+from secateur.sentence import transformer_of
+from secateur.stopping import Stop
+from secateur.streams import BatchStream
+
+
+def as_list(texts: Iterable[Text] | None, may_come_one_by_one: bool) -> Sequence[Text] | None:
+    """Return the texts where they are a sequence, or must become one; None where there are none or they may not."""
+    if texts is None or isinstance(texts, Sequence):
+        return texts
+    if not isinstance(texts, Iterable):
+        raise invalid("texts", "be strings or pairs of strings, in a list or one after the other", texts)
+    return None if may_come_one_by_one else list(texts)
+
+
+def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
+    """Return which texts are scored, in which order: as given, or at random where they may not all be read."""
+    check_texts(texts)
+    if stop == "all":
+        return list(range(len(texts)))
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    return order if stop == "auto" else order[:stop]
+
+
+def batches(
+    model: nn.Module, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
+) -> StreamedBatches:
+    """Return the texts' batches on the model's device, made anew at every reading."""
+    device = device_of(base_of(model))
+    return StreamedBatches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
+
+
+def batches_one_by_one(
+    model: nn.Module, texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
+) -> BatchStream:
+    """Return batches, as the model takes them, of texts that come one after the other and are read once."""
+    base = base_of(model)
+    tokens = min(length, max_length(model, length))
+    return BatchStream(tokenizer, texts, batch_size, tokens, device_of(base), ForwardArguments(base, []).of)
+
+
+def own_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a SentenceTransformer, or of a model that was loaded by name."""
+    inner = transformer_of(model)
+    if inner is not model and isinstance(found := getattr(model, "tokenizer", None), PreTrainedTokenizerBase):
+        return found
+    name = getattr(inner, "name_or_path", "")
+    if not name:
+        raise InvalidInputError("`tokenizer` must be given for a model that was not loaded by name")
+    return load_tokenizer(name)

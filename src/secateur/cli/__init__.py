@@ -1,0 +1,90 @@
+"""The commands. Each is thin: it checks, calls the library, and prints results to stdout, progress to stderr.
+
+Nothing heavy is imported here, so that `--help` answers at once; every command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from secateur import __version__
+from secateur.cli.comparing import bench, compare
+from secateur.cli.exchange import convert, export
+from secateur.cli.heads import info, prune, score, verify
+from secateur.cli.pages import demo, report
+from secateur.cli.training import evaluate, finetune, meta_train
+from secateur.errors import SecateurError, SecateurWarning
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="secateur")
+def cli() -> None:
+    """Remove attention heads that a task does not need from a pre-trained Transformer, and prove the result."""
+
+
+_FROM_MODEL_TO_SMALLER = (info, score, prune, verify)
+_BESIDE_IT = (bench, finetune, evaluate, meta_train, compare, report, export, convert, demo)
+for command in (*_FROM_MODEL_TO_SMALLER, *_BESIDE_IT):
+    cli.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 2 with one line on stderr for bad input, 130 for Ctrl-C."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # PyTorch's profiler tells stderr that it starts and stops
+    show, warnings.showwarning = warnings.showwarning, _in_one_line(warnings.showwarning)
+    try:
+        code, message = _run(arguments)
+    finally:
+        warnings.showwarning = show
+    if message:  # the last line: what the exception held on to, such as a progress bar, has been closed by now
+        click.echo(message, err=True)
+    return code
+
+
+def _run(arguments: list[str] | None) -> tuple[int, str]:
+    """Return the exit code, and the line that explains it."""
+    try:
+        result = cli.main(arguments, prog_name="secateur", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code, ""
+    except click.exceptions.NoArgsIsHelpError as error:
+        return 2, error.format_message()
+    except click.ClickException as error:
+        return 2, _error(error.format_message())
+    except (click.Abort, KeyboardInterrupt) as stop:
+        hint = str(stop.__cause__ or stop)  # click raises its Abort from the exception that holds it
+        return 130, f"secateur: stopped; {hint or 'nothing half-written is left'}"
+    except (SecateurError, OSError) as error:
+        return 2, _error(str(error))
+    except (RuntimeError, MemoryError) as error:
+        from secateur.halving import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return 2, _error(f"out of memory; a smaller `--batch-size` or `--max-length` takes less ({str(error)[:100]})")
+    return (result if isinstance(result, int) else 0), ""
+
+
+def _in_one_line(show: Callable[..., None]) -> Callable[..., None]:
+    """Show our own warnings as the errors are shown, and others as before."""
+
+    def shown(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, SecateurWarning):
+            click.echo(f"secateur: {' '.join(str(message).split())}", err=True)
+        else:
+            show(message, category, *place)
+
+    return shown
+
+
+def _error(message: str) -> str:
+    line = " ".join(message.split())
+    # What a file or a name holds must not steer the terminal.
+    return "secateur: error: " + "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)

@@ -1,0 +1,149 @@
+"""Options that commands share, and their values; what is printed in the same way everywhere."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from secateur.checks import LARGEST_SEED
+from secateur.scorers import DEFAULT_SCORER, SCORERS
+
+CALIBRATION_TEXTS = 256
+
+
+class Ratio(click.ParamType):
+    """A fraction in [0, 1)."""
+
+    name = "ratio"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or fail in the one error form."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number < 1:
+            self.fail(f"`{param.name if param else 'ratio'}` must be in [0, 1), got {value}", param, ctx)
+        return number
+
+
+class StopRule(click.ParamType):
+    """`all`, `auto`, or how many texts."""
+
+    name = "all|auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the word or the number, or fail in the one error form."""
+        if value in ("all", "auto"):
+            return value
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"`stop` must be all, auto or a whole number from 1, got {value}", param, ctx)
+        return int(value)
+
+
+class Positive(click.ParamType):
+    """A finite number above 0; click's own range lets NaN through."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or fail in the one error form."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not 0 < number < float("inf"):
+            self.fail(f"`{param.name if param else 'value'}` must be a number above 0, got {value}", param, ctx)
+        return number
+
+
+def together(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    """Join several click options into one decorator."""
+    return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+device_option = click.option("--device", default=None, help="cpu, cuda, cuda:1 … [default: a GPU where there is one]")
+
+seed_option = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST_SEED), help="Seed of everything random."
+)
+
+out_option = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="New or empty folder for the result."
+)
+
+length_option = click.option(
+    "--max-length", default=128, show_default=True, type=click.IntRange(4), help="Tokens a text."
+)
+
+data_option = click.option(
+    "--data", required=True, help="Texts: a file (csv, tsv, jsonl, parquet), a folder with train and dev, or a Hub id."
+)
+
+scoring_options = together(
+    click.option(
+        "--scorer", default=DEFAULT_SCORER, show_default=True, type=click.Choice(sorted(SCORERS)), help="Criterion."
+    ),
+    click.option(
+        "--option", "scorer_options", multiple=True, metavar="NAME=VALUE",
+        help="An option of the scorer, such as warmup_epochs=1; may be repeated.",
+    ),
+    click.option("--pruner", default=None, help="Meta-pruner of smp, smp-plus: folder, Hub id, the authors' .bin."),
+    click.option("--split", default="train", show_default=True, type=click.Choice(["train", "dev", "test"])),
+    click.option(
+        "--texts", "num_texts", default=None, type=click.IntRange(1),
+        help=f"Calibration texts, drawn from the data with the seed [default: {CALIBRATION_TEXTS}; all with --stop].",
+    ),
+    click.option(
+        "--stop", default="all", show_default=True, type=StopRule(),
+        help="Score all of them, a number, or, in random order, as many as it takes until the heads to keep settle.",
+    ),
+    click.option(
+        "--stream", is_flag=True,
+        help="Read the data one batch after the other, shuffled among the next 10,000 texts; shards by a pattern too.",
+    ),
+    click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
+    length_option,
+    seed_option,
+    device_option,
+)  # fmt: skip
+
+bf16_option = click.option(
+    "--bf16", is_flag=True, help="Train with matrix products in bfloat16: faster where the device has it."
+)
+
+training_options = together(
+    data_option,
+    click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
+    length_option,
+    device_option,
+    json_option,
+)
+
+
+@contextmanager
+def stoppable(hint: str) -> Iterator[None]:
+    """Say after Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(hint) from None
+
+
+def print_json(data: Any) -> None:
+    """Print the one JSON object of `--json`."""
+    click.echo(json.dumps(data, indent=1))
+
+
+def command_line() -> str:
+    """Return what was typed, for a report."""
+    return " ".join(["secateur", *sys.argv[1:]])

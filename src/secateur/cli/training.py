@@ -1,0 +1,149 @@
+"""`finetune`, `evaluate` and `meta-train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from secateur.cli.options import (
+    Positive,
+    Ratio,
+    bf16_option,
+    length_option,
+    out_option,
+    print_json,
+    seed_option,
+    stoppable,
+    training_options,
+)
+from secateur.files import check_new_folder, is_taken
+
+
+@click.command()
+@click.argument("model")
+@training_options
+@click.option("--epochs", default=3.0, show_default=True, type=Positive())
+@click.option("--learning-rate", default=2e-5, show_default=True, type=Positive())
+@click.option("--max-train", default=None, type=click.IntRange(1), help="Training texts at most, drawn with the seed.")
+@bf16_option
+@seed_option
+@out_option
+def finetune(
+    model: str, data: str, batch_size: int, max_length: int, device: str | None, as_json: bool, epochs: float,
+    learning_rate: float, max_train: int | None, bf16: bool, seed: int, out: Path,
+) -> None:  # fmt: skip
+    """Fine-tune MODEL, dense or pruned alike, on labelled data with transformers' Trainer."""
+    from secateur.data import load_task
+    from secateur.finetune import finetune as finetune_model
+    from secateur.model.loading import check_device
+
+    check_new_folder(out)
+    chosen = check_device(device)
+    train = load_task(data, "train", need_labels=True)
+    dev = load_task(data, "dev", need_labels=True) if not Path(data).is_file() else None
+    if max_train is not None:
+        train = train.head(max_train, seed=seed)
+    _, result = finetune_model(
+        model, train, dev, out=out, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size,
+        max_length=max_length, seed=seed, bf16=bf16, device=str(chosen),
+    )  # fmt: skip
+    if as_json:
+        print_json({"metrics": result.metrics, "seconds": result.seconds, "steps": result.steps, "out": str(out)})
+    else:
+        _echo_metrics(result.metrics, result.main_metric)
+        click.echo(f"{result.steps} steps in {result.seconds:.1f} s\nmodel: {out}")
+
+
+@click.command()
+@click.argument("model")
+@training_options
+@click.option("--split", default="dev", show_default=True, type=click.Choice(["train", "dev", "test"]))
+def evaluate(
+    model: str, data: str, batch_size: int, max_length: int, device: str | None, as_json: bool, split: Any
+) -> None:
+    """Evaluate a fine-tuned MODEL, dense or pruned alike, with the task's standard metrics."""
+    from transformers import AutoModelForSequenceClassification
+
+    from secateur.data import load_task
+    from secateur.evaluate import evaluate_model, main_metric
+    from secateur.model.loading import check_device, load_model, load_tokenizer
+
+    chosen = check_device(device)
+    task = load_task(data, split, need_labels=True)
+    loaded = load_model(model, chosen, AutoModelForSequenceClassification)
+    metrics = evaluate_model(loaded, load_tokenizer(model), task, batch_size=batch_size, max_length=max_length)
+    if as_json:
+        print_json({"metrics": metrics, "texts": len(task)})
+    else:
+        _echo_metrics(metrics, main_metric(task))
+
+
+@click.command("meta-train")
+@click.option("--model", "models", multiple=True, required=True, help="Frozen model to learn on; may be repeated.")
+@click.option("--data", "data", multiple=True, required=True, help="A task, as for prune; may be repeated.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for log, checkpoints and pruner.")
+@click.option("--resume", is_flag=True, help="Continue the newest checkpoint in `--out`.")
+@click.option("--steps", default=6000, show_default=True, type=click.IntRange(1), help="Optimiser updates.")
+@click.option("--batch-size", default=60, show_default=True, type=click.IntRange(2), help="Texts a batch.")
+@click.option("--batches-per-step", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--learning-rate", default=0.02, show_default=True, type=Positive())
+@click.option("--optimizer", default="sgd", show_default=True, type=click.Choice(["sgd", "adam"]))
+@click.option("--ratio", "pruning_ratio", default=0.5, show_default=True, type=Ratio())
+@click.option(
+    "--signal",
+    default="straight_through",
+    show_default=True,
+    type=click.Choice(["straight_through", "leave_one_out", "random_masks"]),
+    help="What teaches the pruner; the first is the paper's.",
+)
+@click.option(
+    "--pool", default=0, show_default=True, type=click.IntRange(0), help="Batches a task drawn again; 0 = fresh."
+)
+@click.option("--temperature", default=1.0, show_default=True, type=Positive())
+@click.option("--evaluate-every", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--checkpoint-every", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--max-minutes", default=None, type=Positive(), help="Stop there, resumable.")
+@click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard, in `--out`.")
+@length_option
+@seed_option
+def meta_train(
+    models: tuple[str, ...], data: tuple[str, ...], out: Path, resume: bool, max_minutes: float | None,
+    tensorboard: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Meta-train a pruner on the unlabelled texts of several tasks; run it under `accelerate launch` to share the work.
+
+    A task's dev texts, where it has some, judge the run: the log holds the relational KL of the mask they get.
+    """
+    from accelerate import Accelerator
+
+    from secateur.data import load_task
+    from secateur.errors import InvalidInputError, invalid
+    from secateur.meta.config import MetaTrainingConfig
+    from secateur.meta.runs import latest_checkpoint
+    from secateur.meta.training import HeldOut, Subject, train_meta_pruner
+    from secateur.model.loading import load_model, load_tokenizer
+
+    config = MetaTrainingConfig(**settings)
+    if resume and latest_checkpoint(out) is None and not (out / "log.jsonl").is_file():
+        raise InvalidInputError(f"there is no checkpoint to resume in {out}")
+    accelerator = Accelerator(log_with="tensorboard" if tensorboard else None, project_dir=str(out))
+    if not resume and accelerator.is_main_process and is_taken(out):
+        raise invalid("out", "be a new or empty folder", str(out), "go on with --resume, or choose another folder")
+    tasks = [load_task(d, "train") for d in data]
+    held_out = [HeldOut(load_task(d, "dev")) for d in data if not Path(d).is_file()]
+    subjects = [Subject(load_model(m, accelerator.device), load_tokenizer(m)) for m in models]
+    with stoppable(f"the checkpoints in {out} stay; go on with --resume"):
+        train_meta_pruner(
+            subjects, tasks, out, config, held_out=held_out, resume=resume, accelerator=accelerator,
+            stop_after=None if max_minutes is None else 60 * max_minutes,
+        )  # fmt: skip
+    if accelerator.is_main_process:
+        finished = (out / "pruner").is_dir()
+        click.echo(f"pruner: {out / 'pruner'}" if finished else f"stopped at {latest_checkpoint(out)}; go on: --resume")
+
+
+def _echo_metrics(metrics: dict[str, float], main: str) -> None:
+    for name, value in metrics.items():
+        click.echo(f"{name} {value:.4f}" + (" (main metric)" if name == main else ""))
