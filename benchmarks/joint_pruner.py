@@ -4,26 +4,19 @@
     python benchmarks/joint_pruner.py collect --glue GLUE --samples DIR [--subjects minilm …] [--count N] [--pruner P]
     python benchmarks/joint_pruner.py fit --samples DIR --out DIR [--without-tasks qnli …] [--without-subjects minilm …]
     python benchmarks/joint_pruner.py unseen --samples DIR --out DIR   # one fit without each task and each family
-    python benchmarks/joint_pruner.py ablate --samples DIR             # kinds of evidence and of trials
 
 `collect` writes a file for each sample and passes over those that are there, so it may be stopped at any time. GLUE is
 a folder with one folder a task. MiniLM and SmolLM2 read the training texts of the tasks; the other models read inputs
 of their own domain (subjects.py), from the half that is not judged. With a pruner, an earlier fit, masks near its
 choice are tried too; with {unseen} in its path it is the one that was fitted without the sample's task, or without its
-model where that reads no tasks: what it gets wrong is what a user of other tasks would get. `ablate` judges by the
-correlation of scores with the trials of tasks (MiniLM) and of families of models that were left out of the fit; it runs
-no model.
+model where that reads no tasks: what it gets wrong is what a user of other tasks would get.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
 import os
-import statistics
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +24,16 @@ import torch
 from tqdm import tqdm
 
 from secateur.data import load_task
-from secateur.files import write_text
 from secateur.meta.joint import JointPruner
 from secateur.meta.joint_training import (
-    LEAVE_ONE_OUT,
     FitConfig,
     Sample,
     TrialConfig,
     collect,
     fit,
-    trial_loss,
 )
 from secateur.meta.search import MaskLoss
 from secateur.model.sites import find_sites
-from secateur.versions import environment
 from subjects import SUBJECTS, Subject, tokenised
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
@@ -121,73 +110,10 @@ def fitted(samples: list[Sample], seed: int = 0, groups: tuple[int, ...] | None 
     return pruner
 
 
-@torch.no_grad()
-def explained(pruner: JointPruner, samples: list[Sample]) -> float:
-    """Return the mean correlation of the scores with the log KL of trials at 25%, 50% and 75%."""
-    return statistics.mean(1 - float(trial_loss(pruner(sample.evidence), sample)) for sample in samples)
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "all evidence, searched masks": {},
-    "sizes only": {"without": ("direction", "redundancy", "maps", "place")},
-    "+ maps": {"without": ("direction", "redundancy", "place")},
-    "+ direction": {"without": ("redundancy", "maps", "place")},
-    "+ redundancy": {"without": ("direction", "maps", "place")},
-    "no maps": {"without": ("maps",)},
-    "no direction": {"without": ("direction",)},
-    "no redundancy": {"without": ("redundancy",)},
-    "each head alone": {"joint": False},
-    "leave-one-out instead of masks": {"groups": (LEAVE_ONE_OUT,)},
-}
-
-
-def ablate(folder: Path, seeds: int) -> dict[str, Any]:
-    """Fit every variant without each task and without each family, and return the correlations on what was left out."""
-    tasks = sorted({task_of(s.task) for s in load(folder)[0] if s.task != OWN})
-    families = sorted({family(s.subject) for s in load(folder)[0]})
-    rows = []
-    for name, network in tqdm(VARIANTS.items(), desc="ablation"):
-        for seed in range(seeds):
-            for kind, left_out in [("task", t) for t in tasks] + [("family", f) for f in families]:
-                kept, unseen = load(folder, **{("tasks" if kind == "task" else "families"): (left_out,)})
-                judged = unseen if kind == "family" else [s for s in unseen if s.subject == "minilm"]
-                found = explained(fitted(kept, seed, **network), judged)
-                start = explained(JointPruner().eval(), judged)
-                rows.append(
-                    {"variant": name, "seed": seed, "left_out": left_out, "kind": kind, "correlation": found,
-                     "contribution": start}
-                )  # fmt: skip
-    return {"rows": rows, "samples": len(load(folder)[0]), "fit": asdict(FitConfig())}
-
-
-def ablation_table(rows: list[dict]) -> str:
-    """Return mean correlations as Markdown: over unseen tasks, and for each family."""
-    columns = ["unseen tasks", *dict.fromkeys(r["left_out"] for r in rows if r["kind"] == "family")]
-
-    def cells(name: str, key: str) -> list[str]:
-        found = []
-        for column in columns:
-            chosen = [r for r in rows if r["variant"] == name]
-            kind = [r for r in chosen if r["left_out"] == column or (column == "unseen tasks" and r["kind"] == "task")]
-            by_seed = [
-                statistics.mean(r[key] for r in kind if r["seed"] == s) for s in sorted({r["seed"] for r in kind})
-            ]
-            spread = f" ± {statistics.stdev(by_seed):.2f}" if len(by_seed) > 1 and key == "correlation" else ""
-            found.append(f"{statistics.mean(by_seed):.2f}{spread}")
-        return found
-
-    lines = ["| fitted with | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    first = next(iter(VARIANTS))
-    lines.append("| nothing (contribution) | " + " | ".join(cells(first, "contribution")) + " |")
-    for name in dict.fromkeys(r["variant"] for r in rows):
-        lines.append(f"| {name} | " + " | ".join(cells(name, "correlation")) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
-    every = {name: commands.add_parser(name) for name in ("collect", "fit", "unseen", "ablate")}
+    every = {name: commands.add_parser(name) for name in ("collect", "fit", "unseen")}
     for part in every.values():
         part.add_argument("--samples", required=True, type=Path)
     every["collect"].add_argument("--glue", required=True, type=Path)
@@ -199,7 +125,6 @@ def main() -> None:
     for name in ("fit", "unseen"):
         every[name].add_argument("--out", required=True, type=Path)
         every[name].add_argument("--seed", type=int, default=0)
-    every["ablate"].add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if options.command == "collect":
@@ -208,23 +133,12 @@ def main() -> None:
         kept, _ = load(options.samples, tuple(options.without_tasks), tuple(options.without_subjects))
         fitted(kept, options.seed).save_pretrained(options.out)
         print(f"fitted on {len(kept)} samples: {options.out}")
-    elif options.command == "unseen":
+    else:
         names = {task_of(s.task) for s in load(options.samples)[0]} - {OWN}
         for name in sorted(names):
             fitted(load(options.samples, tasks=(name,))[0], options.seed).save_pretrained(options.out / name)
         for name in sorted({family(s.subject) for s in load(options.samples)[0]}):
             fitted(load(options.samples, families=(name,))[0], options.seed).save_pretrained(options.out / name)
-    else:
-        result = {
-            "command": f"python benchmarks/joint_pruner.py ablate --samples DIR --seeds {options.seeds}",
-            "date": datetime.date.today().isoformat(),
-            "machine": "2 cores, no GPU",
-            "versions": environment(),
-            **ablate(options.samples, options.seeds),
-        }
-        out = Path(__file__).parent / "results" / "joint_ablation.json"
-        write_text(out, json.dumps(result, indent=1) + "\n")
-        print(ablation_table(result["rows"]))
 
 
 if __name__ == "__main__":

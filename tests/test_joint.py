@@ -285,7 +285,7 @@ def test_evidence_that_is_left_out_is_not_seen(kind):
         if name != "depth":
             changed.features[:, FEATURES.index(name)] += torch.rand(12)
     with torch.no_grad():
-        blind, seeing = learned(without=(kind,)), learned()
+        blind, seeing = learned(without=(kind,), prior=0.0), learned(prior=0.0)
         assert torch.equal(blind(changed), blind(evidence))
         assert not torch.equal(seeing(changed), seeing(evidence))
     with pytest.raises(InvalidInputError, match="`without` must name kinds among"):

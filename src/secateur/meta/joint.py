@@ -18,19 +18,22 @@ from secateur.errors import invalid
 from secateur.meta.evidence import (
     DIRECTION_FEATURES,
     FEATURES,
+    LEVEL_FEATURES,
     MAP_FEATURES,
     PLACE_FEATURES,
     REDUNDANCY_FEATURES,
+    SIZE_FEATURES,
     Evidence,
 )
 
 EVIDENCE_KINDS = {
+    "sizes": SIZE_FEATURES + LEVEL_FEATURES,
     "direction": DIRECTION_FEATURES,
     "redundancy": REDUNDANCY_FEATURES,
     "maps": MAP_FEATURES,
     "place": PLACE_FEATURES,
 }
-"""Kinds of evidence that a pruner can be made without, for ablations; sizes and levels are always there."""
+"""Kinds of evidence that a pruner can be made without, for ablations; `prior` looks at a size in any case."""
 
 SIZE, LEVEL = FEATURES.index("size"), FEATURES.index("site level")
 
@@ -127,9 +130,8 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         )
         real = (sites >= 0)[:, None, None]
         seen = ((features - self.mean) / self.std).clamp(-5, 5) * self.used
-        judged = torch.stack(
-            [member(seen, relations, real, features[..., SIZE], features[..., LEVEL]) for member in self.members], dim=1
-        )
+        sizes, levels = (features[..., column] * self.used[column] for column in (SIZE, LEVEL))
+        judged = torch.stack([member(seen, relations, real, sizes, levels) for member in self.members], dim=1)
         return [rows[:, : len(one.features)] for rows, one in zip(judged, many, strict=True)]
 
     @classmethod
