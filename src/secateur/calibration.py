@@ -38,7 +38,7 @@ def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
     return order if stop == "auto" else order[:stop]
 
 
-def batches(
+def calibration_batches(
     model: nn.Module, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
 ) -> StreamedBatches:
     """Return the texts' batches on the model's device, made anew at every reading."""
@@ -46,7 +46,7 @@ def batches(
     return StreamedBatches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
 
 
-def batches_one_by_one(
+def stream_batches(
     model: nn.Module, texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
 ) -> BatchStream:
     """Return batches, as the model takes them, of texts that come one after the other and are read once."""

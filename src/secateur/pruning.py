@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
 from secateur.budget import Budget, BudgetedSelection, BudgetOutcome
-from secateur.calibration import batches, own_tokenizer, reading_order
+from secateur.calibration import calibration_batches, own_tokenizer, reading_order
 from secateur.checks import check_accelerator, check_flag, check_whole
 from secateur.data import Text
 from secateur.errors import InvalidInputError, invalid
@@ -223,11 +223,11 @@ def prune(
         )  # fmt: skip
     attention = None
     if maps and first is not None and tokenizer is not None:
-        made = list(batches(pruned, first[:MAX_TEXTS], tokenizer, MAX_TEXTS, max_length))
+        made = list(calibration_batches(pruned, first[:MAX_TEXTS], tokenizer, MAX_TEXTS, max_length))
         attention = mean_maps(pruned, find_sites(pruned), forward_arguments(base_of(pruned), made)[0])
     inputs = None
     if first is not None and tokenizer is not None:
-        made = list(batches(pruned, first[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length))
+        made = list(calibration_batches(pruned, first[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length))
         inputs = forward_arguments(base_of(pruned), made)[0]
     record = {"scorer": scores.scorer, "scope": scope, "base_model": name, "secateur_version": version("secateur")}
     removal = remove_heads_(pruned, mask, inputs=inputs, record=record)

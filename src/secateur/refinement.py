@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.calibration import batches, own_tokenizer
+from secateur.calibration import calibration_batches, own_tokenizer
 from secateur.checks import check_accelerator, check_flag, check_seed, check_whole
 from secateur.data import Text, check_texts
 from secateur.errors import invalid
@@ -66,7 +66,7 @@ def refine_mask(
         if bool(mask[name].sum() > mask[name][heads].sum()):
             raise invalid("mask", f"keep no head of site {name} that is gone already", mask[name].nonzero().flatten())
     with held(base), evaluation_mode(base), torch.inference_mode(False):
-        made = forward_arguments(base, list(batches(model, texts, tokenizer, batch_size, max_length)))
+        made = forward_arguments(base, list(calibration_batches(model, texts, tokenizer, batch_size, max_length)))
         loss = MaskLoss(base, made, not isinstance(texts[0], str), accelerator)
         trials = search(
             loss,

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.calibration import as_list, batches, batches_one_by_one, own_tokenizer, reading_order
+from secateur.calibration import as_list, calibration_batches, own_tokenizer, reading_order, stream_batches
 from secateur.checks import check_accelerator, check_flag, check_mapping, check_seed, check_whole
 from secateur.data import Task, Text
 from secateur.errors import InvalidInputError, invalid
@@ -120,11 +120,11 @@ def score_heads(
             if labels is not None and len(labels) == len(listed):
                 labels = [labels[i] for i in order]
             listed = [listed[i] for i in order]
-            made = batches(model, listed, tokenizer, batch_size, max_length)
+            made = calibration_batches(model, listed, tokenizer, batch_size, max_length)
         elif texts is not None:
             tokenizer = own_tokenizer(given) if tokenizer is None else tokenizer
             first = itertools.islice(texts, stop if isinstance(stop, int) else None)
-            stream = batches_one_by_one(model, first, tokenizer, batch_size, max_length)
+            stream = stream_batches(model, first, tokenizer, batch_size, max_length)
         elif criterion.needs_texts:
             raise InvalidInputError(f"scorer {criterion_name(criterion)} needs `texts`")
         arguments: Sequence[Batch] = ForwardArguments(base, made)
