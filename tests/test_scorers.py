@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import secateur
+from secateur.data import batches
 from secateur.errors import CheckpointError, InvalidInputError
 from secateur.heads import HeadMask
 from secateur.meta.network import MetaPruner
@@ -21,7 +22,7 @@ from secateur.scorers import SCORERS, make_scorer, scorer_class
 from secateur.scorers.base import Scorer
 from secateur.scorers.contribution import contribution_norms, gram_matrices, output_weights
 from secateur.scoring import score_heads
-from tests.tiny import CONFIGS, tiny_classifier, tiny_model, uneven_mask
+from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,6 +140,21 @@ def test_padding_does_not_change_a_score(name):
     one, other = (score_heads(model, scorer=name, inputs=[b], **options(name)) for b in (batch, wider))
     for site in one:
         torch.testing.assert_close(one[site], other[site], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in SCORERS if scorer_class(name).texts_apart])
+def test_texts_of_like_length_share_a_batch_where_each_is_read_by_itself(name):
+    model, tokenizer = tiny_model("bert"), tiny_tokenizer()
+    texts = ["good bad film", "good", "plot film plot good bad film plot", "bad", "film film film film", "plot"]
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True)
+    together = score_heads(model, texts, name, tokenizer, batch_size=2, **options(name))
+    hook.remove()
+    words = sorted((len(tokenizer(text)["input_ids"]) for text in texts), reverse=True)
+    assert [tuple(shape) for shape in seen[-3:]] == [(2, words[0]), (2, words[2]), (2, words[4])]
+    ready = batches(tokenizer, texts, 2)
+    for site, row in score_heads(model, None, name, tokenizer, inputs=ready, **options(name)).items():
+        torch.testing.assert_close(together[site], row, atol=1e-5, rtol=0)
 
 
 def test_random_depends_on_the_seed_alone():

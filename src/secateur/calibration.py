@@ -38,6 +38,11 @@ def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
     return order if stop == "auto" else order[:stop]
 
 
+def by_length(texts: Sequence[Text]) -> list[Text]:
+    """Return the texts from the longest to the shortest, in characters: what takes most memory comes first."""
+    return sorted(texts, key=lambda text: len(text) if isinstance(text, str) else sum(map(len, text)), reverse=True)
+
+
 def calibration_batches(
     model: nn.Module, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
 ) -> StreamedBatches:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.calibration import as_list, calibration_batches, own_tokenizer, reading_order, stream_batches
+from secateur.calibration import as_list, by_length, calibration_batches, own_tokenizer, reading_order, stream_batches
 from secateur.checks import check_accelerator, check_flag, check_mapping, check_seed, check_whole
 from secateur.data import Task, Text
 from secateur.errors import InvalidInputError, invalid
@@ -66,7 +66,8 @@ def score_heads(
         labels: one for each text, for scorers that need them: classes from 0 up, or floats for a regression. Such
             scorers look at the loss of `model` where it has a classification head, and of a fine-tuned copy elsewhere.
         inputs: ready batches of keyword arguments instead of texts, for models that read something else.
-        batch_size: texts a batch; halved, with a `SecateurWarning`, while a batch does not fit into memory.
+        batch_size: texts a batch; halved, with a `SecateurWarning`, while a batch does not fit into memory. Where a
+            scorer reads each text by itself, texts of like length share a batch, which saves padding.
         max_length: tokens a text, at most.
         seed: for scorers that draw random numbers.
         pruning_ratio: what the scores will be selected with, for scorers that learn a subset of that size (`dsp`), and
@@ -120,6 +121,8 @@ def score_heads(
             if labels is not None and len(labels) == len(listed):
                 labels = [labels[i] for i in order]
             listed = [listed[i] for i in order]
+            if criterion.texts_apart and stop != "auto":
+                listed = by_length(listed)
             made = calibration_batches(model, listed, tokenizer, batch_size, max_length)
         elif texts is not None:
             tokenizer = own_tokenizer(given) if tokenizer is None else tokenizer

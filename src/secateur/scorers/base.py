@@ -93,8 +93,9 @@ class Scorer(ABC):
 
     Subclasses set `description` (one line), `source` (paper or "this project"), `passes` (forward passes over the
     texts, in words), `needs_texts`, `needs_labels` (with a model that is fine-tuned on them: see `LabelledScorer`),
-    `needs_gradients` (whether they back-propagate through the model) and `needs_ratio` (whether scores are good for one
-    pruning ratio alone), and implement `score`. Options are constructor arguments with defaults.
+    `needs_gradients` (whether they back-propagate through the model), `needs_ratio` (whether scores are good for one
+    pruning ratio alone) and `texts_apart` (whether each text is read by itself, so that it does not matter which ones
+    share a batch), and implement `score`. Options are constructor arguments with defaults.
     """
 
     description: ClassVar[str]
@@ -104,6 +105,7 @@ class Scorer(ABC):
     needs_labels: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     needs_ratio: ClassVar[bool] = False
+    texts_apart: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
@@ -121,6 +123,7 @@ class StreamingScorer(Scorer):
     """
 
     passes = "1"
+    texts_apart = True
     weights: ClassVar[bool] = False
 
     @abstractmethod

@@ -26,6 +26,7 @@ class SmpPlusScorer(Scorer):
     description = "joint meta-pruner: sees contributions, maps and redundancy, and scores all heads together"
     source = "this project, after Zhang et al. 2021 (arXiv 2011.03770)"
     passes = "1"
+    texts_apart = True
 
     def __init__(self, pruner: JointPruner | str | Path | None = None) -> None:
         self.pruner = read_pruner(JointPruner, SHIPPED if pruner is None else pruner)
