@@ -85,7 +85,10 @@ def collect_all(glue: Path, samples: Path, names: list[str], count: int, pruner:
 
 
 def in_bfloat16(batches: list[dict]) -> list[dict]:
-    return [{k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
+    def cast(value: Any) -> Any:
+        return value.to(torch.bfloat16) if torch.is_tensor(value) and value.is_floating_point() else value
+
+    return [{name: cast(value) for name, value in batch.items()} for batch in batches]
 
 
 def family(subject: str) -> str:
