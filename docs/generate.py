@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import statistics
+from pathlib import Path
 
 import secateur
+from secateur.compare import DENSE
+from secateur.files import read_lines
 from secateur.scorers import DEFAULT_SCORER, SCORERS, scorer_class
+from secateur.summary import ALL_TASKS, summarise
+
+RIVALS = Path(__file__).parents[1] / "benchmarks" / "results" / "rivals.jsonl"
 
 MODULES = [
     "secateur.attention_maps",
@@ -67,6 +74,30 @@ def _section(name: str) -> list[str]:
     shown = ", ".join(f"`{option.name}={option.default!r}`" for option in options)
     lines += [f"- Options and their defaults: {shown or 'none'}", "", "```{eval-rst}"]
     return [*lines, f".. autoclass:: {kind.__module__}.{kind.__qualname__}", "   :no-index:", "```"]
+
+
+def rivals_table() -> str:
+    """Return what the rows of the rivals' comparison say, best first at each ratio: it follows from the raw file."""
+    rows = read_lines(RIVALS)
+    found = {(s.scorer, s.ratio, s.task): s for s in summarise(rows)}
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = ["| heads removed | scorer | " + " | ".join(tasks) + " | retention | scoring, s |"]
+    lines.append("|---" * (len(tasks) + 4) + "|")
+    # A cell that was not run on every task has no mean.
+    every = [(s.ratio, s.scorer) for s in found.values() if s.task == ALL_TASKS]
+    cells = sorted(every, key=lambda cell: (cell[0], -(found[cell[1], cell[0], ALL_TASKS].retention or 0)))
+    for ratio, scorer in cells:
+        marks = [found[scorer, ratio, task] for task in tasks]
+        values = [f"{m.mean:.3f}" + (f" ± {m.std:.3f}" if m.std is not None else "") for m in marks]
+        retention = found[scorer, ratio, ALL_TASKS].retention
+        seconds = [
+            r["cost"]["scoring_seconds"] for r in rows if (r["ratio"], r["scorer"]) == (ratio, scorer) != (0.0, DENSE)
+        ]
+        last = "" if retention is None else f"{retention:.1%}", f"{statistics.median(seconds):.1f}" if seconds else ""
+        lines.append(
+            f"| {ratio:.0%} | {scorer if scorer == DENSE else f'`{scorer}`'} | " + " | ".join([*values, *last]) + " |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def api_page() -> str:
