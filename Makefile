@@ -7,10 +7,12 @@ STAMP := $(VENV)/.installed
 PLAIN := .venv-plain
 OLDEST := .venv-oldest
 AUDIT := .venv-audit
+# Other libraries, under transformers 5 and under the last transformers 4.
+PEERS := .venv-peers
 # Licences of what a user installs. With PyTorch's CUDA build NVIDIA's own is found too, which is for you to accept.
 LICENCES := Apache;BSD;MIT;ISC;MPL;Mozilla Public License;PSF;Python Software Foundation
 
-.PHONY: demo test test-oldest robustness fuzz audit coverage sweep docs lint format clean
+.PHONY: demo test test-oldest robustness fuzz audit coverage sweep peers docs lint format clean
 
 demo: $(PLAIN)/.installed
 	rm -rf demo
@@ -55,6 +57,21 @@ coverage: $(STAMP)
 sweep: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep
 
+# Other libraries that remove heads beside ours, about a quarter of an hour. Writes benchmarks/results/peers.json. Most of
+# them ask for versions of their time, which nothing here could run with: each gets what it imports, and no more.
+peers: $(PEERS)/.peers $(PEERS)-4/.peers
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.peers --transformers-4 $(PEERS)-4/bin/python
+
+$(PEERS)/.peers: $(PEERS)/.installed benchmarks/peers-requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --requirement benchmarks/peers-requirements.txt
+	touch $@
+
+$(PEERS)-4/.peers: benchmarks/peers-requirements.txt benchmarks/peers-4-requirements.txt demo-requirements.txt
+	$(PYTHON) -m venv $(PEERS)-4
+	$(PEERS)-4/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers-4-requirements.txt
+	$(PEERS)-4/bin/python -m pip install --quiet --no-deps --require-hashes --requirement demo-requirements.txt
+	touch $@
+
 # The pages of docs/ with the commands, the scorers and the API, made from the code; open docs/_build/html/index.html.
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
@@ -80,6 +97,7 @@ endef
 $(eval $(call environment,$(VENV),constraints.txt,[dev]))
 $(eval $(call environment,$(PLAIN),constraints.txt,))
 $(eval $(call environment,$(OLDEST),constraints-oldest.txt,[test]))
+$(eval $(call environment,$(PEERS),constraints.txt,))
 
 clean:
-	rm -rf $(VENV) $(PLAIN) $(OLDEST) $(AUDIT) demo dist build docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PLAIN) $(OLDEST) $(AUDIT) $(PEERS) $(PEERS)-4 demo dist build docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache
