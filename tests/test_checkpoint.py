@@ -230,3 +230,4 @@ def test_the_recipe_records_what_was_done(tmp_path):
     assert {
         k: model.config.head_pruning[k] for k in record
     } == record  # an earlier pruning's, where nothing else is said
+    assert model.config.head_pruning["pruning_ratio"] == 0.333333

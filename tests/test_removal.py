@@ -88,6 +88,14 @@ def test_the_smaller_model_trains(kind):
             assert parameter.grad.shape == parameter.shape
 
 
+def test_what_is_cut_in_inference_mode_trains_all_the_same():
+    model = tiny_model("bert")
+    with torch.inference_mode():
+        remove_heads_(model, uneven_mask(find_sites(model)))
+    model.train()(**example_inputs(model)).last_hidden_state.square().mean().backward()
+    assert model.encoder.layer[0].attention.self.query.weight.grad.shape == (24, 32)
+
+
 def test_linear_layers_know_their_new_sizes():
     model = tiny_model("bert")
     remove_heads_(model, uneven_mask(find_sites(model)))

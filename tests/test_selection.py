@@ -67,7 +67,7 @@ def test_grouped_site_keeps_equal_groups():
 
 def test_negative_scores_do_not_make_a_grouped_site_smaller():
     # Two groups of four, of which 3 heads stay: three of one group, though fewer would add up to more.
-    scores = HeadScores({"a": torch.tensor([-1.0, -2, -3, -4, -5, -6, -7, -8])}, {"a": 2})
+    scores = HeadScores({"a": torch.tensor([-1.0, -2, -3, -4, -1.5, -6, -7, -8])}, {"a": 2})
     assert select_heads(scores, 0.625).kept_heads == {"a": [0, 1, 2]}
 
 
