@@ -12,7 +12,7 @@ PEERS := .venv-peers
 # Licences of what a user installs. With PyTorch's CUDA build NVIDIA's own is found too, which is for you to accept.
 LICENCES := Apache;BSD;MIT;ISC;MPL;Mozilla Public License;PSF;Python Software Foundation
 
-.PHONY: demo test test-oldest robustness fuzz audit coverage sweep peers docs lint format clean
+.PHONY: demo test test-oldest robustness fuzz audit coverage mutation sweep peers docs lint format clean
 
 demo: $(PLAIN)/.installed
 	rm -rf demo
@@ -49,9 +49,19 @@ $(AUDIT)/.installed: audit-requirements.txt
 	$(AUDIT)/bin/python -m pip install --quiet --requirement audit-requirements.txt
 	touch $@
 
-# Which lines of src/ the tests run.
+# Which lines of src/ the tests run; fails below the share in pyproject.toml. Writes benchmarks/results/coverage.json.
 coverage: $(STAMP)
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python benchmarks/line_coverage.py
+
+# Do the tests notice mistakes in selection, removal, and what reads and writes checkpoints? About an hour; a stopped run
+# goes on. Writes benchmarks/results/mutation.json, and fails where a mistake that no test notices is not explained.
+mutation: $(VENV)/.mutation
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py
+
+$(VENV)/.mutation: $(STAMP) mutation-requirements.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement mutation-requirements.txt
+	touch $@
 
 # Every model type of the installed transformers; about ten minutes. Writes docs/coverage.md.
 sweep: $(STAMP)

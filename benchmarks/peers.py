@@ -31,7 +31,7 @@ import secateur
 from secateur.demo import demo_model, demo_task
 from secateur.files import write_text
 from secateur.model.timing import quartiles
-from secateur.pruning import environment
+from secateur.versions import environment
 
 WORKER = Path(__file__).parent / "peer_workers.py"
 RESULT = Path(__file__).parent / "results" / "peers.json"

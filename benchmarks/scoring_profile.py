@@ -36,9 +36,9 @@ from secateur.model.memory import cpu_allocations
 from secateur.model.probe import probe
 from secateur.model.sites import find_sites
 from secateur.model.timing import quartiles, time_in_turn
-from secateur.pruning import environment
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
+from secateur.versions import environment
 
 SCORERS = ["contribution", "smp", "smp-plus", "leave_one_out"]
 ROUNDS = 5

@@ -184,6 +184,9 @@ def damage(**changes):
         (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": [-1]}), "head indices below 4"),
         (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": ["0"]}), "head indices below 4"),
         (lambda r: r["kept_heads"].pop("encoder.layer.0.attention.self"), "for the same sites"),
+        (damage(bypassed=["encoder.layer.0.attention.self"]), "bypassed` must name sites without heads, got 'encoder"),
+        (damage(layouts__0__num_key_value_heads=3), "is damaged.*4 heads do not divide among 3 key-value heads"),
+        (damage(layouts__0__slices__0__0="self..weight"), "is damaged.*is no path of a module"),
         (damage(kept_heads=[]), "is damaged"),
         (damage(layouts=None), "is damaged"),
         (damage(layouts__0__num_heads=0), "is damaged.*no whole number from 1"),
@@ -223,3 +226,8 @@ def test_the_recipe_records_what_was_done(tmp_path):
     assert {k: entry[k] for k in record} == record
     assert entry["pruning_ratio"] == 0.25
     assert entry["kept_heads"]["encoder.layer.2.attention.self"] == [1, 2]
+    remove_heads_(model, HeadMask({"encoder.layer.2.attention.self": torch.tensor([False, True, False, False])}))
+    assert {
+        k: model.config.head_pruning[k] for k in record
+    } == record  # an earlier pruning's, where nothing else is said
+    assert model.config.head_pruning["pruning_ratio"] == 0.333333

@@ -412,6 +412,7 @@ def test_batches_keep_the_order_and_pad_to_their_own_longest(bert_tokenizer):
     assert made[0]["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert type(made[0]) is dict
     assert all(tensor.dtype == torch.int64 for tensor in made[0].values())
+    assert [batch["input_ids"].tolist() for batch in made[1:]] == [made[1]["input_ids"].tolist()]
     assert batches(bert_tokenizer, ["bad"], device="meta")[0]["input_ids"].device.type == "meta"
 
 

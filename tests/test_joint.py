@@ -432,7 +432,7 @@ def sample_of(model, seed=0, texts=8, pruner=None, **settings):
     )
 
 
-def test_a_sample_holds_what_masks_cost_beside_one_mask_on_the_same_texts(tmp_path):
+def test_a_sample_holds_what_masks_cost_beside_one_mask_on_the_same_texts(tmp_path, monkeypatch):
     model = tiny_model("bert")
     sample = sample_of(model, ratios=(0.25, 0.5), leave_one_out=True)
     assert sample.masks.shape == (2 * 8 + 12, 12)
@@ -455,6 +455,10 @@ def test_a_sample_holds_what_masks_cost_beside_one_mask_on_the_same_texts(tmp_pa
     assert torch.equal(again.masks, sample.masks)
     assert torch.equal(again.evidence.features, sample.evidence.features)
     assert again.evidence.heads == sample.evidence.heads
+    monkeypatch.setattr("secateur.meta.joint_training.FEATURES", (*FEATURES, "another"))
+    with pytest.raises(CheckpointError, match="holds evidence of another version; collect it again"):
+        Sample.load(tmp_path / "s.safetensors")
+    monkeypatch.undo()
     assert torch.equal(sample_of(model, ratios=(0.25, 0.5), leave_one_out=True).masks, sample.masks)
 
 

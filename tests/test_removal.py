@@ -88,6 +88,14 @@ def test_the_smaller_model_trains(kind):
             assert parameter.grad.shape == parameter.shape
 
 
+def test_what_is_cut_in_inference_mode_trains_all_the_same():
+    model = tiny_model("bert")
+    with torch.inference_mode():
+        remove_heads_(model, uneven_mask(find_sites(model)))
+    model.train()(**example_inputs(model)).last_hidden_state.square().mean().backward()
+    assert model.encoder.layer[0].attention.self.query.weight.grad.shape == (24, 32)
+
+
 def test_linear_layers_know_their_new_sizes():
     model = tiny_model("bert")
     remove_heads_(model, uneven_mask(find_sites(model)))
@@ -201,11 +209,22 @@ def test_two_removals_equal_one():
     [
         ({"no.such.site": [True]}, "`mask` must name sites of the model"),
         ({"encoder.layer.0.attention.self": [True] * 3}, "must have 4 entries, got 3"),
+        ({"encoder.layer.0.attention.self": [True] * 5}, "must have 4 entries, got 5"),
     ],
 )
 def test_masks_that_do_not_fit(mask, message):
     with pytest.raises(InvalidInputError, match=message):
         remove_heads_(tiny_model("bert"), HeadMask({k: torch.tensor(v) for k, v in mask.items()}))
+
+
+def test_a_record_must_be_json():
+    circle = {}
+    circle["circle"] = circle
+    for wrong in ({"a": object()}, circle):
+        with pytest.raises(InvalidInputError, match="`record` must hold what JSON can hold"):
+            remove_heads_(
+                tiny_model("bert"), HeadMask({"encoder.layer.0.attention.self": torch.ones(4) > 0}), record=wrong
+            )
 
 
 def test_unequal_groups_are_refused():
@@ -304,6 +323,8 @@ def test_an_emptied_copy_does_not_touch_the_original():
         model.h[1].attn.c_proj.bias[0].add_(1)
     assert largest_difference(wanted, hidden_states(twin, inputs)) == 0
     assert largest_difference(wanted, hidden_states(model, inputs)) > 0.01
+    assert model.config.head_pruning["bypassed"] == ["h.1.attn"]
+    assert "reshaped" not in model.config.head_pruning
     assert find_sites(twin)["h.1.attn"].heads == ()
     result = remove_heads_(twin, HeadMask({"h.0.attn": torch.tensor([True, False, False, False])}))
     assert result.mask.kept_heads["h.1.attn"] == []

@@ -202,6 +202,45 @@ def test_bad_runs_are_one_line(make, message, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": 3}, "`task` must be a text, got 3"),
+        ({"value": float("nan")}, "`value` must be a finite number"),
+        ({"ratio": 1.0}, r"`ratio` must be in \[0, 1\), got 1.0"),
+        ({"cost": {"training_seconds": "long"}}, "`cost` must map names to numbers"),
+        ({"kept_heads": {"layer.0": 3}}, "`kept_heads` must map sites to head numbers"),
+        ({"environment": "today's"}, "`environment` must map names to values"),
+    ],
+)
+def test_a_row_of_another_form_is_named(change, message, tmp_path):
+    row, *others = comparison_rows()
+    write_comparison(tmp_path / "c", [row, {**others[0], **change}], scores=False)
+    with pytest.raises(InvalidInputError, match=f"c: row 2 of runs.jsonl: {message}"):
+        read_runs([tmp_path / "c"])
+
+
+def test_what_holds_no_run_is_refused(tmp_path):
+    with pytest.raises(InvalidInputError, match="`runs` must name at least one run"):
+        read_runs([])
+    write_comparison(tmp_path / "c", scores=False)
+    (tmp_path / "c" / "settings.json").write_text("[]")
+    with pytest.raises(InvalidInputError, match="`settings` must map names to values"):
+        read_runs([tmp_path / "c"])
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "result.json").write_text("{}")
+    with pytest.raises(InvalidInputError, match=r"result.json has another form: KeyError"):
+        read_runs([tmp_path / "d"])
+
+
+@pytest.mark.parametrize("maps", [[], {"tokens": "6", "sites": {}}, {"tokens": 6, "sites": {"a": {"heads": 3}}}])
+def test_maps_that_are_none_are_refused(maps, tmp_path):
+    write_pruned(tmp_path / "p")
+    (tmp_path / "p" / "attention_maps.json").write_text(json.dumps(maps))
+    with pytest.raises(InvalidInputError, match=r"`attention_maps` must be what `AttentionMaps.to_json` returns"):
+        render_report(read_runs([tmp_path / "p"]))
+
+
 def test_maps_of_another_form_are_refused(tmp_path):
     write_pruned(tmp_path / "p")
     maps = json.loads((tmp_path / "p" / "attention_maps.json").read_text())

@@ -216,50 +216,6 @@ def test_fisher_of_a_pruned_model_in_original_numbering():
         assert not (mask[site] & gone).any()
 
 
-def pairwise(*gradients):
-    """Scores of one site from every head's gradients over two texts."""
-    g = torch.tensor(gradients, dtype=torch.float64)
-    matrix = g @ g.T / g.shape[1]
-    return HeadScores({"a": matrix.diagonal()}, interactions={"a": matrix})
-
-
-def test_rearrangement_by_hand():
-    """Heads 0 and 2 cancel: together they cost nothing, though 1 is the second cheapest alone."""
-    scores = pairwise((1.0, 0.0), (1.0, 0.1), (-1.1, 0.0), (3.0, 3.0))
-    alone = HeadScores(dict(scores))
-    assert select_heads(alone, 0.5).kept_heads == {"a": [2, 3]}
-    assert select_heads(scores, 0.5).kept_heads == {"a": [1, 3]}
-    assert select_heads(scores, 0.5, scope="global").kept_heads == {"a": [1, 3]}
-    assert select_heads(scores, 0.25).kept_heads == {"a": [1, 2, 3]}
-    assert select_heads(scores, 0).kept_heads == {"a": [0, 1, 2, 3]}
-    assert select_heads(HeadScores.from_json(scores.to_json()), 0.5).kept_heads == {"a": [1, 3]}
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_rearrangement_is_the_papers_greedy_swap(seed):
-    """Against the cost of whole sets of heads, written down from the gradients."""
-    gradients = torch.randn(9, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-    def cost(heads):
-        return float(gradients[sorted(heads)].sum(dim=0).square().mean())
-
-    scores = pairwise(*gradients.tolist())
-    order = sorted(range(9), key=lambda h: cost({h}))
-    dropped = set(order[:4])
-    for head in order[4:]:
-        options = [(dropped - {d}) | {head} for d in dropped]
-        dropped = min([dropped, *options], key=cost)
-    mask = select_heads(scores, 4 / 9)["a"]
-    assert set((~mask).nonzero().flatten().tolist()) == dropped
-    assert cost(dropped) < cost(order[:4])  # each of these seeds has something to gain
-
-
-def test_grouped_heads_are_not_rearranged():
-    scores = pairwise((1.0, 0.0), (1.0, 0.1), (-1.1, 0.0), (3.0, 3.0))
-    grouped = HeadScores(dict(scores), {"a": 2}, interactions=scores.interactions)
-    assert select_heads(grouped, 0.5) == select_heads(HeadScores(dict(scores), {"a": 2}), 0.5)
-
-
 def test_bad_interactions():
     ones = {"a": torch.ones(2)}
     for matrix in (torch.ones(2), torch.ones(3, 3), torch.full((2, 2), math.nan)):

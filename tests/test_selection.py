@@ -28,6 +28,9 @@ def test_of_equal_heads_the_earlier_stays():
     scores = HeadScores({"a": torch.ones(5), "b": torch.ones(5)})
     assert select_heads(scores, 0.4).kept_heads == {"a": [0, 1, 2], "b": [0, 1, 2]}
     assert select_heads(scores, 0.4, "global").kept_heads == {"a": [0, 1, 2, 3, 4], "b": [0]}
+    many = HeadScores({"a": torch.ones(40)})  # more than a sort keeps in order by chance
+    assert select_heads(many, 0.5).kept_heads == {"a": list(range(20))}
+    assert select_heads(many, 0.5, "global").kept_heads == {"a": list(range(20))}
 
 
 def test_the_budget_is_not_lost_to_rounding():
@@ -38,6 +41,18 @@ def test_removed_heads_stay_removed_and_do_not_count():
     scores = HeadScores({"a": torch.tensor([3.0, -math.inf, 1.0, 2.0, -math.inf, 4.0])})
     assert select_heads(scores, 0.5).kept_heads == {"a": [0, 5]}
     assert select_heads(scores, 0).kept_heads == {"a": [0, 2, 3, 5]}
+    assert select_heads(scores, 0.5, "global").kept_heads == {"a": [0, 5]}
+    assert select_heads(scores, 0, "global").kept_heads == {"a": [0, 2, 3, 5]}
+
+
+def test_a_site_that_lost_every_head_stays_empty():
+    scores = HeadScores({"a": torch.full((4,), -math.inf), "b": UNEQUAL["b"]})
+    assert select_heads(scores, 0.5).kept_heads == {"a": [], "b": [2, 3]}
+    assert select_heads(scores, 0.5, min_heads=0).kept_heads == {"a": [], "b": [2, 3]}
+
+
+def test_half_of_the_heads_go_unless_told_otherwise():
+    assert select_heads(HeadScores(UNEQUAL)) == select_heads(HeadScores(UNEQUAL), 0.5)
 
 
 def test_grouped_site_keeps_equal_groups():
@@ -50,9 +65,74 @@ def test_grouped_site_keeps_equal_groups():
     assert select_heads(scores, 0.5).kept_heads == {"a": [0, 1, 2, 3, 4, 5]}
 
 
+def test_negative_scores_do_not_make_a_grouped_site_smaller():
+    # Two groups of four, of which 3 heads stay: three of one group, though fewer would add up to more.
+    scores = HeadScores({"a": torch.tensor([-1.0, -2, -3, -4, -1.5, -6, -7, -8])}, {"a": 2})
+    assert select_heads(scores, 0.625).kept_heads == {"a": [0, 1, 2]}
+
+
 def test_grouped_heads_go_as_groups_globally():
     scores = HeadScores({"a": torch.tensor([9.0, 0, 4, 4]), "b": torch.tensor([1.0, 1, 8, 8])}, {"a": 2, "b": 2})
     assert select_heads(scores, 0.5, "global").kept_heads == {"a": [0, 1], "b": [2, 3]}
+
+
+def pairwise(*gradients):
+    """Scores of one site from every head's gradients over two texts."""
+    g = torch.tensor(gradients, dtype=torch.float64)
+    matrix = g @ g.T / g.shape[1]
+    return HeadScores({"a": matrix.diagonal()}, interactions={"a": matrix})
+
+
+def test_rearrangement_by_hand():
+    """Heads 0 and 2 cancel: together they cost nothing, though 1 is the second cheapest alone."""
+    scores = pairwise((1.0, 0.0), (1.0, 0.1), (-1.1, 0.0), (3.0, 3.0))
+    alone = HeadScores(dict(scores))
+    assert select_heads(alone, 0.5).kept_heads == {"a": [2, 3]}
+    assert select_heads(scores, 0.5).kept_heads == {"a": [1, 3]}
+    assert select_heads(scores, 0.5, scope="global").kept_heads == {"a": [1, 3]}
+    assert select_heads(scores, 0.25).kept_heads == {"a": [1, 2, 3]}
+    assert select_heads(scores, 0).kept_heads == {"a": [0, 1, 2, 3]}
+    assert select_heads(HeadScores.from_json(scores.to_json()), 0.5).kept_heads == {"a": [1, 3]}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rearrangement_is_the_papers_greedy_swap(seed):
+    """Against the cost of whole sets of heads, written down from the gradients."""
+    gradients = torch.randn(9, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def cost(heads):
+        return float(gradients[sorted(heads)].sum(dim=0).square().mean())
+
+    scores = pairwise(*gradients.tolist())
+    order = sorted(range(9), key=lambda h: cost({h}))
+    dropped = set(order[:4])
+    for head in order[4:]:
+        options = [(dropped - {d}) | {head} for d in dropped]
+        dropped = min([dropped, *options], key=cost)
+    mask = select_heads(scores, 4 / 9)["a"]
+    assert set((~mask).nonzero().flatten().tolist()) == dropped
+    assert cost(dropped) < cost(order[:4])  # each of these seeds has something to gain
+
+
+def test_heads_are_swapped_only_for_a_gain():
+    even = HeadScores({"a": torch.ones(4)}, interactions={"a": torch.eye(4)})
+    assert select_heads(even, 0.5).kept_heads == {"a": [0, 1]}
+
+
+def test_a_removed_head_is_never_swapped_back():
+    """Head 1 would cancel head 2, which goes; the place that it leaves is not taken by head 0, which is gone."""
+    scores = pairwise((0.0, 0.0), (1.3, 0.0), (-1.1, 0.0), (3.0, 3.0))
+    values = scores["a"].clone()
+    values[0] = -math.inf
+    gone = HeadScores({"a": values}, interactions=scores.interactions)
+    assert not select_heads(gone, 0.34)["a"][0]
+    assert select_heads(gone, 0.34).num_kept == 2
+
+
+def test_grouped_heads_are_not_rearranged():
+    scores = pairwise((1.0, 0.0), (1.0, 0.1), (-1.1, 0.0), (3.0, 3.0))
+    grouped = HeadScores(dict(scores), {"a": 2}, interactions=scores.interactions)
+    assert select_heads(grouped, 0.5) == select_heads(HeadScores(dict(scores), {"a": 2}), 0.5)
 
 
 @given(
@@ -89,7 +169,8 @@ def test_ratio_out_of_range(ratio):
 def test_other_bad_arguments():
     with pytest.raises(InvalidInputError, match="`scope` must be 'site' or 'global', got 'layer'"):
         select_heads(HeadScores(UNEQUAL), 0.5, "layer")
-    with pytest.raises(InvalidInputError, match="`min_heads` must be a whole number from 0, got -1"):
-        select_heads(HeadScores(UNEQUAL), 0.5, min_heads=-1)
+    for wrong in (-1, True, 1.5, "1", None):
+        with pytest.raises(InvalidInputError, match="`min_heads` must be a whole number from 0, got "):
+            select_heads(HeadScores(UNEQUAL), 0.5, min_heads=wrong)
     with pytest.raises(InvalidInputError, match="`scores` must be HeadScores"):
         select_heads(UNEQUAL, 0.5)

@@ -130,6 +130,13 @@ def test_hub_ids_stream_without_a_download(monkeypatch):
     with pytest.raises(InvalidInputError, match="has no dev split: found train"):
         next(stream_texts("glue/sst2", "dev"))
 
+    def fail(*args, **kwargs):
+        raise ConnectionError("cannot reach it\nnow")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InvalidInputError, match=r"'glue/sst2' is no file, and the Hub did not give it.*reach it now"):
+        next(stream_texts("glue/sst2"))
+
 
 @pytest.mark.parametrize(
     ("content", "message"),

@@ -76,7 +76,7 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             },
             "refinement": report.get("refinement"),
             "attention_maps": maps,
-            "maps_note": "No attention maps were stored." if maps is None else maps.get("reason"),
+            "maps_note": maps.get("reason") if isinstance(maps, dict) else "No attention maps were stored.",
             "command": report.get("command"),
             "environment": report.get("versions"),
         }
