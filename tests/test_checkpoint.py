@@ -4,6 +4,8 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +17,18 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BertForMaskedLM,
+    BertModel,
     PreTrainedModel,
+    T5EncoderModel,
 )
 
 from secateur.errors import CheckpointError
 from secateur.heads import HeadMask
+from secateur.model.checkpoint import without_hook
 from secateur.model.inputs import example_inputs
 from secateur.model.proof import hidden_states
+from secateur.model.recipe import Recipe, read_recipe
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
 from tests.tiny import CONFIGS, tiny_model, uneven_mask
@@ -177,10 +184,14 @@ def damage(**changes):
     ("change", "message"),
     [
         (damage(format_version=2), "format_version` must be a number from 1 to 1, got 2; a newer secateur"),
+        (damage(format_version=0), "format_version` must be a number from 1 to 1, got 0"),
         (damage(format_version=True), "format_version` must be a number"),
         (lambda r: r.pop("format_version"), "format_version` must be a number"),
         (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": [0, 4]}), "head indices below 4"),
+        (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": [0, 5]}), "head indices below 4"),
         (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": [1, 0]}), "increasing head indices"),
+        (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": [0, 0, 1]}), "increasing head indices"),
+        (lambda r: r["kept_heads"].update({"elsewhere": [0]}), "for the same sites"),
         (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": [-1]}), "head indices below 4"),
         (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": ["0"]}), "head indices below 4"),
         (lambda r: r["kept_heads"].pop("encoder.layer.0.attention.self"), "for the same sites"),
@@ -205,6 +216,44 @@ def test_damaged_recipes_are_refused_before_any_weight_is_read(change, message, 
     # The file must be there but its content is only opened after the model has been built.
     with pytest.raises(CheckpointError, match=message):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_sites_that_are_alike_share_a_layout_and_others_do_not():
+    recipe = pruned("bert").config.head_pruning
+    assert [len(layout["sites"]) for layout in recipe["layouts"]] == [len(recipe["kept_heads"])]
+    made = read_recipe(pruned("bert").config)
+    first, second, third = made.sites
+    changed = replace(made, sites={**made.sites, second: replace(made.sites[second], head_dim=16)})
+    written = changed.to_json()
+    assert [layout["sites"] for layout in written["layouts"]] == [[first, third], [second]]
+    assert Recipe.from_json(written).sites == changed.sites
+
+
+@pytest.mark.parametrize("kind", ["task model", "encoder alone"])
+def test_a_missing_site_is_named_where_the_class_is_not_the_checkpoints_or_in_no_mapping(kind, tmp_path):
+    if kind == "task model":
+        model, read, short = BertForMaskedLM(tiny_model("bert").config), AutoModel, "num_hidden_layers"
+    else:
+        model, read, short = T5EncoderModel(tiny_model("t5").config), T5EncoderModel, "num_layers"
+    remove_heads_(model.eval(), uneven_mask(find_sites(model)))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[short] -= 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="names the site"):
+        read.from_pretrained(tmp_path)
+
+
+def test_models_are_built_whole_where_the_hook_is_off():
+    config = pruned("bert").config
+    widths = []
+    for off in (False, True, False):
+        with without_hook() if off else nullcontext():
+            widths.append(BertModel(config).encoder.layer[0].attention.self.query.out_features)
+    assert widths[0] == widths[2] < widths[1] == config.hidden_size
+    with pytest.raises(KeyError), without_hook():
+        raise KeyError
+    assert BertModel(config).encoder.layer[0].attention.self.query.out_features == widths[0]
 
 
 def test_a_recipe_of_another_model_names_the_missing_site(tmp_path):
