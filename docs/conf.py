@@ -8,13 +8,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from generate import api_page, rivals_table, scorers_page  # noqa: E402 - it lies beside this file
+from generate import api_page, mutation_tables, rivals_table, scorers_page  # noqa: E402 - it lies beside this file
 
 project = "secateur"
 author = "the secateur contributors"
 release = version = installed("secateur")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
-exclude_patterns = ["_build", "generated/rivals.md"]
+exclude_patterns = ["_build", "generated/rivals.md", "generated/mutation.md"]
 html_theme = "furo"
 html_title = f"secateur {version}"
 html_static_path: list[str] = []
@@ -33,7 +33,13 @@ def write_generated(app: object) -> None:
     """Write the pages that follow from the code, so that they are never older than it."""
     folder = HERE / "generated"
     folder.mkdir(exist_ok=True)
-    for name, text in (("scorers.md", scorers_page()), ("api.md", api_page()), ("rivals.md", rivals_table())):
+    pages = {
+        "scorers.md": scorers_page(),
+        "api.md": api_page(),
+        "rivals.md": rivals_table(),
+        "mutation.md": mutation_tables(),
+    }
+    for name, text in pages.items():
         file = folder / name
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
             file.write_text(text, encoding="utf-8")

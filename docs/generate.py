@@ -8,11 +8,12 @@ from pathlib import Path
 
 import secateur
 from secateur.compare import DENSE
-from secateur.files import read_lines
+from secateur.files import read_json, read_lines
 from secateur.scorers import DEFAULT_SCORER, SCORERS, scorer_class
 from secateur.summary import ALL_TASKS, summarise
 
-RIVALS = Path(__file__).parents[1] / "benchmarks" / "results" / "rivals.jsonl"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RIVALS = RESULTS / "rivals.jsonl"
 
 MODULES = [
     "secateur.attention_maps",
@@ -97,6 +98,25 @@ def rivals_table() -> str:
         lines.append(
             f"| {ratio:.0%} | {scorer if scorer == DENSE else f'`{scorer}`'} | " + " | ".join([*values, *last]) + " |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def mutation_tables() -> str:
+    """Return what each module's mutants came to, and every survivor with its reason: it follows from the raw file."""
+    found = read_json(RESULTS / "mutation.json")
+    lines = ["| module | mutants | killed | too slow, so killed | survived |", "|---|---|---|---|---|"]
+    for module, row in found["modules"].items():
+        counts = [row.get(outcome, 0) for outcome in ("killed", "timeout", "survived")]
+        tried = row["mutants"] - row.get("untested", 0)
+        lines.append(f"| `{module}` | " + " | ".join(map(str, [tried or "not run", *counts])) + " |")
+    lines += ["", "| survivor in | the mistake | why no test notices |", "|---|---|---|"]
+    for one in found["survivors"]:
+        where, *changes = one["diff"].splitlines()
+        is_left_out = one["operator"] in ("LeaveOut", "RemoveDecorator")
+        wanted = "-" if is_left_out else "+"
+        shown = " ".join(line[1:].strip() for line in changes if line.startswith(wanted)).replace("|", "\\|").strip()
+        what = f"left out: `{shown}`" if is_left_out else f"`{shown}`"
+        lines.append(f"| `{one['module']}`, {where} | {what} | {one['reason'] or 'NOT EXPLAINED'} |")
     return "\n".join(lines) + "\n"
 
 

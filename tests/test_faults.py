@@ -12,8 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 from safetensors.torch import load_file
 
-from secateur import cli
-from secateur import compare as comparison
+from secateur import cli, workers
 from secateur.errors import InvalidInputError, SecateurError, WriteError
 from secateur.files import append_line, new_folder, read_lines, write_text
 from tests.processes import command, touches
@@ -306,7 +305,7 @@ def test_a_run_that_fails_does_not_take_those_with_it_that_end_after_it():
     def work(future, number):
         future.set_exception(ValueError("no")) if number else future.set_result("done")
 
-    each = comparison._each(_Pool(), work, [(0,), (1,), (2,)], "", False)
+    each = workers.each(_Pool(), work, [(0,), (1,), (2,)], "", False)
     assert next(each) == "done"
     with pytest.raises(ValueError, match="no"):
         next(each)
@@ -317,7 +316,7 @@ def test_a_worker_that_is_killed_is_one_line(outcome):
         future.set_exception(BrokenProcessPool("a process died"))
 
     with pytest.raises(SecateurError, match="go on with fewer jobs") as caught:
-        list(comparison._each(_Pool(), work, [(1,)], "", False))
+        list(workers.each(_Pool(), work, [(1,)], "", False))
     outcome(SECTION, "a worker process of `compare` is killed, as for want of memory", caught.value)
 
 

@@ -152,7 +152,7 @@ def poisoned(model, value=float("nan"), above=2):
 
     def hook(module, args, output):
         if len(output) > above:
-            output[0, 0, 0] = value
+            output[0, 0] = value
 
     model.base_model.get_submodule("encoder.layer.1.attention.self.query").register_forward_hook(hook)
     return model
