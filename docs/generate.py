@@ -115,7 +115,8 @@ def mutation_tables() -> str:
         is_left_out = one["operator"] in ("LeaveOut", "RemoveDecorator")
         wanted = "-" if is_left_out else "+"
         shown = " ".join(line[1:].strip() for line in changes if line.startswith(wanted)).replace("|", "\\|").strip()
-        what = f"left out: `{shown}`" if is_left_out else f"`{shown}`"
+        shown = f"`` {shown} ``"  # a line may hold backticks of its own
+        what = f"left out: {shown}" if is_left_out else shown
         lines.append(f"| `{one['module']}`, {where} | {what} | {one['reason'] or 'NOT EXPLAINED'} |")
     return "\n".join(lines) + "\n"
 
