@@ -87,7 +87,12 @@ MODULES = {
         "test_reshaped.py::test_a_module_that_asks_for_the_full_width_is_pruned_again_and_reloads",
         "test_reshaped.py::test_a_recipe_that_reshapes_an_unknown_site_is_refused",
     ],
-    "model/replay.py": ["test_checkpoint.py", "test_removal.py"],
+    "model/replay.py": [
+        "test_checkpoint.py",
+        "test_removal.py",
+        "test_reshaped.py",
+        "test_standalone.py::test_without_secateur_the_outputs_are_the_same_bit_for_bit",
+    ],
 }
 SLOW = [
     "--deselect=tests/test_reshaped.py::test_it_trains_and_compiles",

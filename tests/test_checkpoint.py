@@ -30,6 +30,7 @@ from secateur.model.inputs import example_inputs
 from secateur.model.proof import hidden_states
 from secateur.model.recipe import Recipe, read_recipe
 from secateur.model.removal import remove_heads_
+from secateur.model.replay import missing_sites
 from secateur.model.sites import find_sites
 from tests.tiny import CONFIGS, tiny_model, uneven_mask
 
@@ -203,7 +204,28 @@ def damage(**changes):
         (damage(layouts__0__num_heads=0), "is damaged.*no whole number from 1"),
         (damage(layouts__0__slices__0__3="0x8 9x24"), "is damaged.*impossible run '9x24'"),
         (damage(layouts__0__slices__0__3="0x8"), "does not fit BertModel.*the recipe expects 8"),
+        (
+            damage(layouts__0__slices__0__3="0x8 1x8 2x8 3x9"),
+            "does not fit BertModel.*the recipe expects 33 along axis 0",
+        ),
+        (
+            damage(layouts__0__slices__0__1=2),
+            r"does not fit BertModel.*shape \(32, 32\), the recipe expects 32 along axis 2",
+        ),
+        (damage(layouts__0__slices__0__1=3), "does not fit BertModel.*the recipe expects 32 along axis 3"),
         (damage(layouts__0__slices__0__0="self.nothing.weight"), "does not fit BertModel.*has no weight"),
+        (
+            damage(layouts__0__attributes={"self.nowhere.size": "heads"}),
+            "does not fit BertModel.*no number '.*nowhere.size'",
+        ),
+        (
+            damage(layouts__0__attributes={"self.nothing": "heads"}),
+            "does not fit BertModel.*no number '.*self.nothing'",
+        ),
+        (
+            damage(layouts__0__attributes={"self.training": "heads"}),
+            "does not fit BertModel.*no number '.*self.training'",
+        ),
         (damage(layouts__0__attributes={"self.num_attention_heads": "many"}), "is damaged.*unknown quantity"),
     ],
 )
@@ -216,6 +238,24 @@ def test_damaged_recipes_are_refused_before_any_weight_is_read(change, message, 
     # The file must be there but its content is only opened after the model has been built.
     with pytest.raises(CheckpointError, match=message):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_groups_that_a_recipe_leaves_unequal_are_refused(tmp_path):
+    pruned("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["head_pruning"]["kept_heads"]["layers.0.self_attn"] = [2, 3, 4]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"does not fit LlamaModel: .*drop whole groups of 2 query heads"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_site_may_have_a_second_name():
+    model = tiny_model("bert")
+    model.again = model.encoder
+    recipe = read_recipe(pruned("bert").config)
+    sites = {name.replace("encoder", "again"): site for name, site in recipe.sites.items()}
+    assert missing_sites(model, replace(recipe, sites=sites)) == []
+    assert missing_sites(tiny_model("bert"), replace(recipe, sites=sites)) == list(sites)
 
 
 def test_sites_that_are_alike_share_a_layout_and_others_do_not():
@@ -259,9 +299,9 @@ def test_models_are_built_whole_where_the_hook_is_off():
 def test_a_recipe_of_another_model_names_the_missing_site(tmp_path):
     pruned("bert").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["num_hidden_layers"] = 2
+    config["num_hidden_layers"] = 1
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"names the site 'encoder\.layer\.2\.attention\.self', which BertModel"):
+    with pytest.raises(CheckpointError, match=r"names the site 'encoder\.layer\.1\.attention\.self', which BertModel"):
         AutoModel.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="which BertModel does not have"):
         AutoModelForMaskedLM.from_pretrained(tmp_path)

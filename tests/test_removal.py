@@ -102,6 +102,10 @@ def test_linear_layers_know_their_new_sizes():
     attention = model.encoder.layer[0].attention
     assert attention.self.query.out_features == attention.output.dense.in_features == 24
     assert attention.self.num_attention_heads == 3
+    model = tiny_model("gpt2")
+    remove_heads_(model, uneven_mask(find_sites(model)))
+    for layer in (model.h[0].attn.c_attn, model.h[0].attn.c_proj):
+        assert (layer.nx, layer.nf) == layer.weight.shape
 
 
 @pytest.mark.parametrize("empty", [None, 0, 1])
@@ -239,6 +243,8 @@ def test_unequal_groups_are_refused():
 def test_a_wrong_removal_is_noticed_and_undone(monkeypatch):
     """What if a head owned more than was found? Cut the wrong indices and see that nothing happens to the model."""
     model = tiny_model("bert")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     parameters = {n: (p, p.data, p.shape) for n, p in model.named_parameters()}
     sites = find_sites(model)
     honest = removal.AttentionSite.kept_indices
@@ -253,7 +259,7 @@ def test_a_wrong_removal_is_noticed_and_undone(monkeypatch):
     for name, parameter in model.named_parameters():
         assert parameter is parameters[name][0]
         assert parameter.data.data_ptr() == parameters[name][1].data_ptr()
-        assert parameter.shape == parameters[name][2]
+        assert parameter.shape == parameter.grad.shape == parameters[name][2]
     assert model.encoder.layer[0].attention.self.query.out_features == 32
     assert model.encoder.layer[0].attention.self.num_attention_heads == 4
     assert not hasattr(model.config, "head_pruning")

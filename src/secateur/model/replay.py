@@ -75,7 +75,7 @@ def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
                 shape = base.get_parameter(piece.parameter).shape
             except AttributeError:
                 raise UnsupportedModelError(f"{type(base).__name__} has no weight {shown(piece.parameter)}") from None
-            if not 0 <= piece.axis < len(shape) or shape[piece.axis] != len(piece.owners):
+            if piece.axis >= len(shape) or shape[piece.axis] != len(piece.owners):
                 raise UnsupportedModelError(
                     f"{piece.parameter} has the shape {tuple(shape)}, the recipe expects {len(piece.owners)} "
                     f"along axis {piece.axis}"
