@@ -44,7 +44,7 @@ CALLS = {
         "model": MODEL, "texts": LISTED, "scorer": ["best", "", None, 3],
         "tokenizer": [3, "", object()], "labels": [3, ""], "inputs": [3, "", [], [{}], [3]], "batch_size": COUNT,
         "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED, "pruning_ratio": RATIO, "scope": SCOPE,
-        "min_heads": LEAST, "stop": [0, -1, "soon", "", None, 1.5], "progress": FLAG,
+        "min_heads": LEAST, "stop": [0, -1, "soon", "", None, 1.5], "bf16": FLAG, "progress": FLAG,
         "accelerator": PROCESSES,
     },
     "prune": {
@@ -52,6 +52,7 @@ CALLS = {
         "min_heads": LEAST, "stop": [0, -1, "soon", "", None, 1.5], "refine": LEAST, "tokenizer": [3, "", object()],
         "labels": [3, ""], "batch_size": COUNT, "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
         "device": ["abacus", "", 3.5, []], "maps": FLAG, "progress": FLAG, "budget": BUDGET, "accelerator": PROCESSES,
+        "bf16": FLAG,
     },
     "refine_mask": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": LEAST, "scope": SCOPE,

@@ -16,6 +16,7 @@ from secateur.meta.network import MetaPruner
 from secateur.meta.objective import relational_kl, represent
 from secateur.model.inputs import example_inputs
 from secateur.model.layout import AttentionSite
+from secateur.model.probe import probe
 from secateur.model.removal import gated_heads, remove_heads_
 from secateur.model.sites import find_sites
 from secateur.scorers import SCORERS, make_scorer, scorer_class
@@ -106,6 +107,37 @@ def test_every_scorer_leaves_the_model_alone_when_it_fails(name):
     with pytest.raises(IndexError):
         score_heads(model, scorer=name, inputs=broken, labels=LABELS, **chosen)
     assert condition(model) == before
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_passes_in_bfloat16_change_rounding_alone(name, kind):
+    model, chosen = model_for(name, kind), options(name)
+    before = condition(model)
+    exact, rounded = (
+        torch.cat(list(score_inputs(model, name, bf16=bf16, **chosen).values())) for bf16 in (False, True)
+    )
+    assert condition(model) == before
+    assert torch.equal(exact, rounded) != scorer_class(name).needs_texts
+    assert float(torch.corrcoef(torch.stack([exact, rounded]))[0, 1]) > 0.999
+
+
+def test_what_a_scorer_reads_is_summed_in_float32():
+    model, seen = tiny_model("bert"), []
+
+    class Watching(Scorer):
+        def score(self, task):
+            def keep(reading):
+                seen.append((reading.outputs.dtype, torch.is_autocast_enabled("cpu")))
+                assert (torch.eye(2) @ torch.eye(2)).dtype == torch.float32
+
+            with probe(task.model, keep):
+                out = task.model(**task.batches[0])
+            seen.append((out.last_hidden_state.dtype, torch.is_autocast_enabled("cpu")))
+            return {name: torch.arange(float(site.num_heads)) for name, site in task.sites.items()}
+
+    score_heads(model, scorer=Watching(), inputs=[example_inputs(model)], bf16=True)
+    assert seen == [(torch.bfloat16, False)] * 3 + [(torch.float32, False)]
 
 
 @pytest.mark.parametrize("name", SCORERS)

@@ -26,7 +26,7 @@ from secateur.model.inputs import ForwardArguments
 from secateur.model.layout import AttentionSite
 from secateur.model.offload import check_loaded
 from secateur.model.sites import find_sites
-from secateur.model.state import base_of, evaluation_mode, held
+from secateur.model.state import base_of, bfloat16_passes, evaluation_mode, held
 from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer
 from secateur.scorers.base import Batch, Scorer, ScoringTask, StreamingScorer, Supervision
 from secateur.selection import Scope, select_heads
@@ -50,6 +50,7 @@ def score_heads(
     scope: Scope = "site",
     min_heads: int = 1,
     stop: Stop = "all",
+    bf16: bool = False,
     accelerator: Accelerator | None = None,
     progress: bool = False,
     **options: Any,
@@ -77,6 +78,8 @@ def score_heads(
             and stops when the heads to keep have settled (see `secateur.stopping.Settling`), which takes a scorer that
             streams: a mean over texts from one dense pass. Texts that are no sequence must come in random order for it.
             The scores say how many texts were scored.
+        bf16: whether the passes compute matrix products in bfloat16 (torch.autocast): faster where the device has it,
+            and the same scores but for rounding. What a scorer reads of a pass is summed in float32.
         accelerator: of the processes that `accelerate launch` or torchrun started, all of which make this call with the
             same arguments: each scores a share of the batches, and all return the scores of one process, bit for bit.
         progress: whether to show a progress bar on stderr.
@@ -92,6 +95,7 @@ def score_heads(
     check_seed(seed)
     check_whole("batch_size", batch_size)
     check_whole("max_length", max_length, 4)
+    check_flag("bf16", bf16)
     check_flag("progress", progress)
     check_accelerator(accelerator)
     if labels is not None and (isinstance(labels, str) or not isinstance(labels, Sequence)):
@@ -150,7 +154,8 @@ def score_heads(
             base, sites, arguments, is_pair, seed, progress, special_ids, taught, pruning_ratio, settling, accelerator,
             stream,
         )  # fmt: skip
-        found = criterion.score(task)
+        with bfloat16_passes(base, bf16):
+            found = criterion.score(task)
         if not all(bool(torch.isfinite(torch.as_tensor(row)).all()) for row in found.values()):
             for batch in arguments:
                 check_pass(base, partial(base, **batch))

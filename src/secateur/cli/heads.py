@@ -14,6 +14,7 @@ import click
 from secateur.cli.options import (
     CALIBRATION_TEXTS,
     Ratio,
+    bf16_scoring_option,
     command_line,
     data_option,
     device_option,
@@ -71,9 +72,10 @@ def info(model: str, device: str | None, as_json: bool) -> None:
 @click.argument("model")
 @data_option
 @scoring_options
+@bf16_scoring_option
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores to this JSON file.")
 @json_option
-def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
+def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **options: Any) -> None:
     """Score every attention head of MODEL on a task's texts; some scorers need their labels too.
 
     Under `accelerate launch` or torchrun each process scores a share of the texts. `--device auto` is for a model that
@@ -104,6 +106,7 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
         max_length=options["max_length"],
         seed=options["seed"],
         stop=options["stop"],
+        bf16=bf16,
         accelerator=accelerator,
         progress=accelerator.is_main_process,
     )
@@ -144,12 +147,13 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
 )
 @click.option("--maps/--no-maps", default=True, show_default=True, help="Keep mean attention maps for the report page.")
 @scoring_options
+@bf16_scoring_option
 @out_option
 @json_option
 @click.pass_context
 def prune(
     context: click.Context, model: str, data: str, ratio: float, budget: str | None, scope: Any, min_heads: int,
-    refine: int, maps: bool, out: Path, as_json: bool, **options: Any,
+    refine: int, maps: bool, bf16: bool, out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder.
 
@@ -192,6 +196,7 @@ def prune(
             max_length=options["max_length"],
             seed=options["seed"],
             device=str(device),
+            bf16=bf16,
             maps=maps,
             accelerator=accelerator,
             progress=accelerator.is_main_process,

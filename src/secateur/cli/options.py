@@ -120,6 +120,9 @@ scoring_options = together(
 bf16_option = click.option(
     "--bf16", is_flag=True, help="Train with matrix products in bfloat16: faster where the device has it."
 )
+bf16_scoring_option = click.option(
+    "--bf16", is_flag=True, help="Score with matrix products in bfloat16: faster where the device has it."
+)
 
 training_options = together(
     data_option,

@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.model.direct import Computed, inside_interface, is_known, known_sites, look_for_sites, watch
 from secateur.model.offload import is_offloaded
-from secateur.model.state import base_of, held
+from secateur.model.state import base_of, held, without_autocast
 
 _PREFIX = "secateur_"
 
@@ -242,7 +242,8 @@ def _pass(entry: _Probe, reading: HeadReading) -> Tensor:
                 f"site {reading.site} does not compute attention maps; use a scorer that needs none, such as "
                 "contribution"
             )
-        entry.callback(reading if entry.weights else replace(reading, weights=None))
+        with without_autocast(outputs.device):
+            entry.callback(reading if entry.weights else replace(reading, weights=None))
     gate = entry.gates.get(reading.site)
     if gate is None:
         return outputs

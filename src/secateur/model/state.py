@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -103,6 +105,41 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def bfloat16_passes(base: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Let every pass of `base` compute its matrix products in bfloat16 meanwhile (torch.autocast); weights stay.
+
+    It returns float32. What a `probe` reads is handed over outside of it, so that sums over texts are float32 too.
+    """
+    if not wanted:
+        yield
+        return
+    running: list[torch.autocast] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        running.append(torch.autocast(next(module.parameters()).device.type, torch.bfloat16))
+        running[-1].__enter__()
+
+    def leave(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        running.pop().__exit__(None, None, None)
+        return convert_to_fp32(outputs)
+
+    hooks = [base.register_forward_pre_hook(enter), base.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Compute in the dtype of the tensors meanwhile."""
+    known = torch.amp.is_autocast_available(device.type)
+    with torch.autocast(device.type, enabled=False) if known else nullcontext():
+        yield
 
 
 @contextmanager
