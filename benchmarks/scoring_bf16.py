@@ -66,7 +66,7 @@ def main() -> None:
     result = {
         "command": "OMP_NUM_THREADS=1 python benchmarks/scoring_bf16.py --glue GLUE",
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one thread of 2 cores; CPU time",
+        "machine": f"{platform.machine()}, one thread of 2 cores, other work beside it; CPU time",
         "processor": {"vectors": torch.backends.cpu.get_cpu_capability(), **_bfloat16_units()},
         "versions": environment(),
         "rows": rows,
