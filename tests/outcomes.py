@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,6 +59,7 @@ def outcome(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, obje
 
     def add(section: str, tried: str, came: object) -> None:
         text = f"refused: {came}" if isinstance(came, BaseException) else str(came)
+        text = re.sub(r" at 0x[0-9a-f]+", " at 0x…", text)  # another one each time
         if folder:
             text = text.replace(f"{folder}/", "").replace(folder, "…")
         rows.append((section, tried, text))
