@@ -41,6 +41,7 @@ FIRST, SECOND = "_first", "_second"  # a task of pairs becomes one of single tex
 SINGLES = [f"{task}{FIRST}" for task in ("mnli", "qqp", "stsb", "rte", "qnli")]
 SINGLES += [f"{task}{SECOND}" for task in ("mnli", "qnli", "mrpc", "qqp")]
 SCORED, JUDGES, BATCH, LENGTH = 96, 8, 32, 64  # texts that give the evidence; batches that judge masks; tokens
+ALONE_JUDGES = 2  # batches that judge each head dropped alone, all of them every head
 OWN = "own"  # the task name of a model that reads inputs of its own domain
 
 
@@ -64,23 +65,28 @@ def inputs(subject: Subject, glue: Path, kind: str, seed: int) -> tuple[list[dic
     return made[0], made[1:], is_pair
 
 
-def collect_all(glue: Path, samples: Path, names: list[str], count: int, pruner: str | None) -> None:
+def collect_all(
+    glue: Path, samples: Path, names: list[str], count: int, pruner: str | None, alone: bool = False
+) -> None:
+    config = TrialConfig(ratios=(), leave_one_out=True) if alone else TrialConfig()
     for name in names:
         subject = SUBJECTS[name]()
         judge = copy.deepcopy(subject.model).to(torch.bfloat16)
         sites = find_sites(subject.model)
         for seed in range(count):
-            kinds = [*TASKS, *(SINGLES if seed == 0 else [])] if subject.reads_english else [OWN]
+            kinds = [*TASKS, *(SINGLES if seed == 0 and not alone else [])] if subject.reads_english else [OWN]
             for kind in tqdm(kinds, desc=f"{name} {seed}"):
                 path = samples / f"{name}-{kind}-{seed}.safetensors"
                 if path.exists():
                     continue
                 scored, judged, is_pair = inputs(subject, glue, kind, seed)
-                judges = [MaskLoss(judge, in_bfloat16(batches), is_pair) for batches in judged]
+                judges = [
+                    MaskLoss(judge, in_bfloat16(made), is_pair) for made in judged[: ALONE_JUDGES if alone else None]
+                ]
                 unseen = family(name) if kind == OWN else task_of(kind)
                 earlier = JointPruner.from_pretrained(pruner.format(unseen=unseen)) if pruner else None
                 collect(
-                    subject.model, sites, scored, judges, is_pair, name, kind, TrialConfig(), seed, earlier
+                    subject.model, sites, scored, judges, is_pair, name, kind, config, seed, earlier
                 ).save(path)  # fmt: skip
 
 
@@ -122,6 +128,7 @@ def main() -> None:
     every["collect"].add_argument("--glue", required=True, type=Path)
     every["collect"].add_argument("--subjects", nargs="*", default=list(SUBJECTS), choices=SUBJECTS)
     every["collect"].add_argument("--count", type=int, default=4, help="samples of each task; of a model's own domain")
+    every["collect"].add_argument("--alone", action="store_true", help="drop each head alone instead of trying masks")
     every["collect"].add_argument("--pruner", help="a folder; {unseen} becomes the task or family of models")
     every["fit"].add_argument("--without-tasks", nargs="*", default=[])
     every["fit"].add_argument("--without-subjects", nargs="*", default=[])
@@ -131,7 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if options.command == "collect":
-        collect_all(options.glue, options.samples, options.subjects, options.count, options.pruner)
+        collect_all(options.glue, options.samples, options.subjects, options.count, options.pruner, options.alone)
     elif options.command == "fit":
         kept, _ = load(options.samples, tuple(options.without_tasks), tuple(options.without_subjects))
         fitted(kept, options.seed).save_pretrained(options.out)

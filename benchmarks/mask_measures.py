@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/mask_measures.py --glue GLUE
 
-Every mask of results/rivals.jsonl is measured on 256 training texts of its task (GLUE: a folder with one folder a
+Every mask of results/rivals.jsonl is measured on 128 training texts of its task (GLUE: a folder with one folder a
 task): the relational KL, and how far the token vectors lie from the dense model's, as a share of their variance: of the
 last layer, of all layers, and of the last layer after the linear map that best restores them, found on one half of the
 tokens and judged on the other. Each measure's rank correlation, over scorers, with what the mask keeps of the dense
@@ -40,7 +40,7 @@ from secateur.model.sites import find_sites
 from secateur.versions import environment
 
 RESULTS = Path(__file__).parent / "results"
-TEXTS, BATCH, LENGTH = 256, 64, 64
+TEXTS, BATCH, LENGTH = 128, 64, 64
 TRIVIAL = ("random", "magnitude")  # what any measure tells from the others
 
 
