@@ -10,7 +10,15 @@ from transformers import AutoModel, BertConfig
 import secateur
 from secateur.errors import CheckpointError, InvalidInputError
 from secateur.heads import HeadMask
-from secateur.meta.evidence import FEATURES, MAP_FEATURES, Evidence, _map_statistics, gather_evidence, unbiased_hsic
+from secateur.meta.evidence import (
+    FEATURES,
+    MAP_FEATURES,
+    Evidence,
+    _map_statistics,
+    _second_moments,
+    gather_evidence,
+    unbiased_hsic,
+)
 from secateur.meta.joint import EVIDENCE_KINDS, JointPruner
 from secateur.meta.joint_training import (
     LEAVE_ONE_OUT,
@@ -58,6 +66,12 @@ def learned(seed=0, **options):
     for parameter in pruner.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return pruner.eval()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 30, 32])
+def test_second_moments_in_blocks_are_those_of_the_whole(width):
+    rows = torch.randn(20, width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
+    torch.testing.assert_close(_second_moments(rows), rows.T @ rows)
 
 
 # --- evidence

@@ -48,6 +48,9 @@ def test_weights_on_disk_give_the_scores_and_gates_of_weights_in_memory(tmp_path
         for site in expected:
             torch.testing.assert_close(found[site], expected[site], rtol=0, atol=0)
         assert select_heads(found).to_json() == select_heads(expected).to_json()
+    rounded = [secateur.score_heads(m, texts, "contribution", tokenizer, bf16=True) for m in (whole, model)]
+    for site in rounded[0]:
+        assert torch.equal(rounded[0][site], rounded[1][site])
     mask, batch = uneven_mask(find_sites(whole)), example_inputs(whole)
     with secateur.gated_heads(model, mask), secateur.gated_heads(whole, mask), torch.no_grad():
         torch.testing.assert_close(model(**batch)[0], whole(**batch)[0], rtol=0, atol=0)

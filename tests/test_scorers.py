@@ -97,16 +97,18 @@ def test_every_scorer_scores_every_head_and_leaves_the_model_alone(name, kind):
     assert all(torch.equal(scores[s], again[s]) for s in scores)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", [name for name in SCORERS if scorer_class(name).needs_texts])
-def test_every_scorer_leaves_the_model_alone_when_it_fails(name):
+def test_every_scorer_leaves_the_model_alone_when_it_fails(name, bf16):
     model = model_for(name, "bert").train()
     chosen = options(name)
     before = condition(model)
     broken = inputs_of(model)
     broken[-1]["input_ids"][0, 0] = 99  # beyond the vocabulary
     with pytest.raises(IndexError):
-        score_heads(model, scorer=name, inputs=broken, labels=LABELS, **chosen)
+        score_heads(model, scorer=name, inputs=broken, labels=LABELS, bf16=bf16, **chosen)
     assert condition(model) == before
+    assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("name", SCORERS)

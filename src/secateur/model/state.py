@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import SecateurError, UnsupportedModelError
-from secateur.model.offload import check_loaded
+from secateur.model.offload import check_loaded, device_of
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -108,7 +108,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def bfloat16_passes(base: nn.Module, wanted: bool = True) -> Iterator[None]:
+def bfloat16_passes(base: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
     """Let every pass of `base` compute its matrix products in bfloat16 meanwhile (torch.autocast); weights stay.
 
     It returns float32. What a `probe` reads is handed over outside of it, so that sums over texts are float32 too.
@@ -116,10 +116,11 @@ def bfloat16_passes(base: nn.Module, wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
+    kind = device_of(base).type
     running: list[torch.autocast] = []
 
     def enter(module: nn.Module, inputs: Any) -> None:
-        running.append(torch.autocast(next(module.parameters()).device.type, torch.bfloat16))
+        running.append(torch.autocast(kind, torch.bfloat16))
         running[-1].__enter__()
 
     def leave(module: nn.Module, inputs: Any, outputs: Any) -> Any:
