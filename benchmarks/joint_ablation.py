@@ -213,6 +213,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def against_contribution(rows: list[dict[str, Any]]) -> str:
+    """Return, for each scope, ratio and task, 1000 times the relational KL of the contribution and of all of it."""
+    lines = []
+    for scope, ratio in itertools.product(SCOPES, RATIOS):
+        found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            if (row["scope"], row["ratio"]) == (scope, ratio) and row["fold"] != UNSEEN:
+                found[row["task"]][row["variant"]].append(1e3 * row["kl"])
+        pairs = [f"{task} {one[CONTRIBUTION][0]:.1f} and {spread(one[WHOLE], 1)}" for task, one in found.items()]
+        lines.append(f"{scope} {ratio:.0%}, contribution and all of it: {', '.join(pairs)}")
+    return "\n".join(lines)
+
+
 def spread(values: list[float], digits: int) -> str:
     around = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{around}"
@@ -241,6 +254,7 @@ def main() -> None:
     }
     write_text(RESULTS / "joint_ablation.json", json.dumps(result, indent=1) + "\n")
     print(table(rows))
+    print(against_contribution(rows))
 
 
 if __name__ == "__main__":

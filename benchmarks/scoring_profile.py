@@ -192,7 +192,7 @@ def main() -> None:
     result = {
         "command": "OMP_NUM_THREADS=1 python -m benchmarks.scoring_profile",
         "date": datetime.date.today().isoformat(),
-        "machine": f"one thread of {os.cpu_count()} cores shared with other work, no GPU; CPU time",
+        "machine": f"one thread of {os.cpu_count()} cores, no GPU; CPU time",
         "load_average": os.getloadavg()[0],
         "versions": environment(),
         "batches": shapes,
