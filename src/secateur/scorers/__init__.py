@@ -20,6 +20,7 @@ SCORERS = {
     "l0": "secateur.scorers.l0:L0Scorer",
     "leave_one_out": "secateur.scorers.leave_one_out:LeaveOneOutScorer",
     "magnitude": "secateur.scorers.magnitude:MagnitudeScorer",
+    "matching": "secateur.scorers.matching:MatchingScorer",
     "random": "secateur.scorers.random:RandomScorer",
     "relational_taylor": "secateur.scorers.relational_taylor:RelationalTaylorScorer",
     "smp": "secateur.scorers.smp:SmpScorer",

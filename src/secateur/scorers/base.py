@@ -119,7 +119,7 @@ class Scorer(ABC):
 class StreamingScorer(Scorer):
     """A criterion that is a mean over texts of something read from each head in one dense pass.
 
-    Subclasses implement `read`; set `weights` where attention maps are needed.
+    Subclasses implement `read`; set `weights` where attention maps are needed, or say by `reads_maps` for which tasks.
     """
 
     passes = "1"
@@ -129,6 +129,10 @@ class StreamingScorer(Scorer):
     @abstractmethod
     def read(self, reading: HeadReading, batch: Batch, task: ScoringTask) -> Tensor:
         """Return a score for each text and head, `[batch, heads]`, higher = keep."""
+
+    def reads_maps(self, task: ScoringTask) -> bool:
+        """Return whether `read` looks at attention maps when it scores this task."""
+        return self.weights
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Stream the batches through the model once; at most one site's maps exist at any time."""
@@ -161,7 +165,7 @@ class StreamingScorer(Scorer):
                 for site, rows in latest.items()
             }
 
-        with torch.no_grad(), probe(task.model, add, weights=self.weights):
+        with torch.no_grad(), probe(task.model, add, weights=self.reads_maps(task)):
             for found in task.each(run):
                 for site, (total, count, _) in found.items():
                     sums[site] = sums.get(site, torch.zeros(total.shape)) + total
@@ -183,3 +187,12 @@ def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.mean(dim=1)
     weights = mask.to(values).unsqueeze(-1)
     return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def words_of(batch: Batch, special_ids: frozenset[int]) -> Tensor | None:
+    """Return 1 for every token that is a word, 0 for special tokens and padding, `[batch, tokens]`; None for images."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None:
+        return mask
+    words = ~torch.isin(ids, torch.tensor(sorted(special_ids), dtype=ids.dtype, device=ids.device))
+    return words if mask is None or mask.shape != ids.shape else words & (mask > 0)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from secateur.model.probe import HeadReading
-from secateur.scorers.base import Batch, ScoringTask, StreamingScorer, mean_over_tokens
+from secateur.scorers.base import Batch, ScoringTask, StreamingScorer, mean_over_tokens, words_of
 
 
 class ConfidenceScorer(StreamingScorer):
@@ -25,16 +24,7 @@ class ConfidenceScorer(StreamingScorer):
     def read(self, reading: HeadReading, batch: Batch, task: ScoringTask) -> Tensor:
         """Return the mean largest weight of each text and head."""
         assert reading.weights is not None  # this class asks for them
-        weights, words = reading.weights.float(), _words(batch, task.special_ids)
+        weights, words = reading.weights.float(), words_of(batch, task.special_ids)
         if words is not None and words.shape == (len(weights), weights.shape[-1]):
             weights = weights * words[:, None, None, :].to(weights)
         return mean_over_tokens(weights.amax(dim=-1).transpose(1, 2), words)
-
-
-def _words(batch: Batch, special_ids: frozenset[int]) -> Tensor | None:
-    """Return 1 for every token that is a word, 0 for special tokens and padding, `[batch, tokens]`; None for images."""
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if ids is None:
-        return mask
-    words = ~torch.isin(ids, torch.tensor(sorted(special_ids), dtype=ids.dtype, device=ids.device))
-    return words if mask is None or mask.shape != ids.shape else words & (mask > 0)

@@ -1,0 +1,64 @@
+"""How much a head writes, and more where it finds a word of one text in the other: what comparing two texts needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.model.probe import HeadReading
+from secateur.scorers.base import Batch, ScoringTask, mean_over_tokens, words_of
+from secateur.scorers.contribution import ContributionScorer
+
+MATCH_WEIGHT = 8.0
+"""How much a match counts: a head that rests on matches alone scores as one that writes nine times as much."""
+
+
+class MatchingScorer(ContributionScorer):
+    """Mean over texts of contribution norm · (1 + 8 · matching); single texts: the contribution norm alone.
+
+    The matching of a head in a pair of texts is the attention that words of one text give to the same word (token) of
+    the other, less what they would give if they attended to all real tokens alike, mean over the words that are in
+    both: in [0, 1]. Where the model's inputs do not say which text a token belongs to (no token types), the same word
+    at any other place counts. Special tokens are no words.
+
+    A model that reads two texts at once compares them by a few such heads. The frozen model's representations hardly
+    need them, so that criteria which look at those let them go; a task on pairs that is fine-tuned without them stays
+    far behind. Heads that look at earlier copies of a token are known as duplicate-token heads (Wang et al. 2022).
+    """
+
+    description = "contribution, and more for heads that match words between the two texts of a pair"
+    source = "this project; duplicate-token heads: Wang et al. 2022 (arXiv 2211.00593)"
+
+    def reads_maps(self, task: ScoringTask) -> bool:
+        """Return whether texts are pairs; single ones have nothing to match."""
+        return task.is_pair
+
+    def read(self, reading: HeadReading, batch: Batch, task: ScoringTask) -> Tensor:
+        """Return the contribution norm of each text and head, weighted by its matching."""
+        norms = super().read(reading, batch, task)
+        if reading.weights is None:  # single texts
+            return norms
+        return norms * (1 + MATCH_WEIGHT * matching(reading.weights, batch, task.special_ids).to(norms))
+
+
+def matching(weights: Tensor, batch: Batch, special_ids: frozenset[int]) -> Tensor:
+    """Return the matching of each text and head, `[batch, heads]` in [0, 1], from maps `[batch, heads, tokens, tokens]`.
+
+    0 where no word is in both texts, and for maps whose queries or keys are not the tokens of the batch.
+    """
+    ids, words = batch.get("input_ids"), words_of(batch, special_ids)
+    texts, heads, queries, keys = weights.shape
+    if ids is None or words is None or not ids.shape == words.shape == (texts, queries) or queries != keys:
+        return weights.new_zeros(texts, heads)
+    words = words.bool()
+    same = (ids.unsqueeze(2) == ids.unsqueeze(1)) & words.unsqueeze(2) & words.unsqueeze(1)
+    types = batch.get("token_type_ids")
+    if types is not None and types.shape == ids.shape and bool((types != types[:, :1]).any()):
+        same &= types.unsqueeze(2) != types.unsqueeze(1)
+    else:
+        same &= ~torch.eye(queries, dtype=torch.bool, device=ids.device)
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(words) if mask is None or mask.shape != ids.shape else mask.bool()
+    chance = same.sum(dim=2) / real.sum(dim=1, keepdim=True).clamp(min=1)
+    found = (weights.float() * same.unsqueeze(1)).sum(dim=-1).transpose(1, 2) - chance.unsqueeze(-1)
+    return mean_over_tokens(found, same.any(dim=2)).clamp(min=0)

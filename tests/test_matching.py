@@ -1,0 +1,140 @@
+"""Matching: contributions count more where a head finds the words of one text in the other."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from secateur.data import batches
+from secateur.demo import demo_model
+from secateur.meta.evidence import gather_evidence
+from secateur.meta.joint import JointPruner, matching_scores
+from secateur.model.inputs import forward_arguments
+from secateur.model.loading import load_model, load_tokenizer
+from secateur.model.sites import find_sites
+from secateur.scorers.matching import MATCH_WEIGHT, MatchingScorer, matching
+from secateur.scoring import score_heads
+from secateur.selection import select_heads
+from tests.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# [CLS] a b [SEP] b c [SEP], then padding: only b, at places 2 and 4, is in both texts.
+IDS = torch.tensor([[2, 10, 11, 3, 11, 12, 3, 0]])
+PAIR = {
+    "input_ids": IDS,
+    "token_type_ids": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0]]),
+    "attention_mask": (IDS > 0).long(),
+}
+SPECIAL = frozenset({0, 2, 3})
+PAIRS = [("good bad film", "the film is good"), ("plot", "bad plot"), ("film film", "good"), ("bad", "bad good bad")]
+
+
+def maps(**looks):
+    """Return maps of one text and one head: each query looks at itself but for those in `looks`."""
+    found = torch.eye(8)
+    for query, row in looks.items():
+        found[int(query[1:])] = torch.tensor(row)
+    return found[None, None]
+
+
+def test_matching_by_hand():
+    toward = {"q2": [0, 0, 0, 0, 1.0, 0, 0, 0], "q4": [0, 0.2, 0.6, 0, 0.2, 0, 0, 0]}
+    # Attending to all seven real tokens alike would give a seventh to the one copy.
+    expected = ((1 - 1 / 7) + (0.6 - 1 / 7)) / 2
+    assert float(matching(maps(**toward), PAIR, SPECIAL)) == pytest.approx(expected)
+    # Looking at oneself, at [SEP], or at other words is no matching, nor is looking less than by chance.
+    assert float(matching(maps(), PAIR, SPECIAL)) == 0
+    assert float(matching(torch.full((1, 1, 8, 8), 1 / 8), PAIR, SPECIAL)) == 0
+    ends = {"q3": [0, 0, 0, 0, 0, 0, 1.0, 0], "q6": [0, 0, 0, 1.0, 0, 0, 0, 0]}
+    assert float(matching(maps(**ends), PAIR, SPECIAL)) == 0
+    assert float(matching(maps(**ends), PAIR, frozenset({0}))) > 0
+
+
+def test_a_copy_within_a_text_counts_where_the_inputs_do_not_tell_texts_apart():
+    ids = torch.tensor([[2, 10, 10, 3, 12, 3, 0, 0]])
+    within = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    looks = maps(q1=[0, 0, 1.0, 0, 0, 0, 0, 0])
+    assert float(matching(looks, within, SPECIAL)) == pytest.approx((1 - 1 / 6 - 1 / 6) / 2)
+    types = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 0]])
+    assert float(matching(looks, {**within, "token_type_ids": types}, SPECIAL)) == 0
+    assert float(matching(looks, {**within, "token_type_ids": 0 * types}, SPECIAL)) > 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "batch"),
+    [
+        (torch.ones(1, 2, 8, 5), PAIR),  # keys of another sequence
+        (torch.ones(1, 2, 5, 5), PAIR),
+        (torch.ones(1, 2, 5, 5), {"pixel_values": torch.ones(1, 3, 4, 4)}),
+    ],
+)
+def test_maps_of_other_things_match_nothing(weights, batch):
+    assert matching(weights, batch, SPECIAL).tolist() == [[0.0, 0.0]]
+
+
+def test_padding_does_not_change_matching():
+    wider = {name: torch.nn.functional.pad(value, (0, 3)) for name, value in PAIR.items()}
+    looks = maps(q2=[0, 0, 0, 0, 1.0, 0, 0, 0])
+    padded = torch.nn.functional.pad(looks, (0, 3, 0, 3))
+    assert float(matching(padded, wider, SPECIAL)) == pytest.approx(float(matching(looks, PAIR, SPECIAL)))
+
+
+def test_pairs_score_as_contribution_times_matching_and_single_texts_as_contribution():
+    model, tokenizer = tiny_model("bert"), tiny_tokenizer()
+    seen = {}
+
+    class Watching(MatchingScorer):
+        def read(self, reading, batch, task):
+            found = super().read(reading, batch, task)
+            alone = super(MatchingScorer, self).read(reading, batch, task)
+            seen[reading.site] = (found / alone, matching(reading.weights, batch, task.special_ids))
+            return found
+
+    scores = score_heads(model, PAIRS, Watching(), tokenizer)
+    for ratio, matched in seen.values():
+        assert bool((matched > 0).any())
+        torch.testing.assert_close(ratio, 1 + MATCH_WEIGHT * matched)
+    plain = score_heads(model, PAIRS, "contribution", tokenizer)
+    assert all(bool((scores[site] >= plain[site]).all()) for site in plain)
+    assert any(bool((scores[site] > plain[site]).any()) for site in plain)
+
+    singles = [first for first, _ in PAIRS]
+    one, other = (score_heads(model, singles, name, tokenizer) for name in ("matching", "contribution"))
+    assert all(torch.equal(one[site], other[site]) for site in one)
+    assert MatchingScorer().reads_maps(SimpleNamespace(is_pair=True))
+    assert not MatchingScorer().reads_maps(SimpleNamespace(is_pair=False))
+
+
+@pytest.mark.real
+def test_minilm_matches_words_with_two_heads_which_stay_at_every_ratio():
+    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
+    pairs = [
+        ("A man is playing a guitar on the street.", "On the street, someone plays the guitar."),
+        ("The company sold its shares last week.", "Last week shares of the company were sold."),
+        ("How do I learn to cook rice?", "What is the best way to cook rice?"),
+        ("Two dogs run through the snow.", "The dogs are running in deep snow."),
+        ("The vote was delayed until Monday.", "Lawmakers delayed the vote."),
+        ("A woman slices an onion.", "An onion is being cut by a woman."),
+    ]
+    scores = score_heads(model, pairs, "matching", tokenizer)
+    first, second = list(scores)[1:3]
+    for scope, ratio in itertools.product(("site", "global"), (0.25, 0.5, 0.75)):
+        mask = select_heads(scores, ratio, scope)
+        assert bool(mask[first][1])
+        assert bool(mask[second][9])
+
+
+def test_the_joint_pruner_adds_matching_to_its_scores_for_pairs():
+    model, tokenizer = tiny_model("bert"), tiny_tokenizer()
+    made = list(forward_arguments(model, batches(tokenizer, PAIRS, 4)))
+    special = frozenset({tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id})
+    pairs = gather_evidence(model, find_sites(model), made, True, special_ids=special)
+    assert bool((pairs.matching > 0).any())
+    with torch.no_grad():
+        less, more = (JointPruner(members=1, matching=weight).eval() for weight in (0.0, 2.0))
+        more.load_state_dict(less.state_dict())
+        torch.testing.assert_close(more(pairs) - less(pairs), 2 * (1 + 8 * pairs.matching).log())
+    singles = gather_evidence(model, find_sites(model), made, False, special_ids=special)
+    assert matching_scores(singles).tolist() == [0.0] * 12
