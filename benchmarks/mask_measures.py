@@ -5,7 +5,8 @@
 Every mask of results/rivals.jsonl is measured on 128 training texts of its task (GLUE: a folder with one folder a
 task): the relational KL, and how far the token vectors lie from the dense model's, as a share of their variance: of the
 last layer, of all layers, and of the last layer after the linear map that best restores them, found on one half of the
-tokens and judged on the other. Each measure's rank correlation, over scorers, with what the mask keeps of the dense
+tokens and judged on the other; and, of pairs, the share of the heads' matching (the `matching` scorer's) that the mask
+removes. Each measure's rank correlation, over scorers, with what the mask keeps of the dense
 model's quality after fine-tuning (mean over seeds) is taken for each task and ratio. Writes results/mask_measures.json.
 """
 
@@ -37,10 +38,12 @@ from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.removal import gated_heads
 from secateur.model.sites import find_sites
+from secateur.scoring import score_heads
 from secateur.versions import environment
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS, BATCH, LENGTH = 128, 64, 64
+MATCHING = "matching lost"
 TRIVIAL = ("random", "magnitude")  # what any measure tells from the others
 
 
@@ -52,9 +55,16 @@ class Measures:
         self.sites = find_sites(self.model)
         texts = load_task(glue / task, "train").head(TEXTS, seed=0)
         self.is_pair = texts.is_pair
-        made = batches(load_tokenizer(demo_model()), texts.texts, BATCH, LENGTH)
-        self.batches = list(forward_arguments(self.model, made))
+        tokenizer = load_tokenizer(demo_model())
+        self.batches = list(forward_arguments(self.model, batches(tokenizer, texts.texts, BATCH, LENGTH)))
         self.layers, self.representations = self.run(None)
+        self.matching: dict[str, Tensor] = {}
+        if self.is_pair:
+            plain, more = (
+                score_heads(self.model, texts.texts, name, tokenizer, max_length=LENGTH, batch_size=BATCH, progress=False)
+                for name in ("contribution", "matching")
+            )
+            self.matching = {site: more[site] / plain[site] - 1 for site in plain}
 
     @torch.no_grad()
     def run(self, mask: HeadMask | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -77,7 +87,12 @@ class Measures:
             "last layer": away[-1],
             "all layers": statistics.mean(away),
             "last layer, restored": lost(*restored(layers[-1], self.layers[-1])),
-        }
+        } | ({MATCHING: self.matching_lost(mask)} if self.is_pair else {})
+
+    def matching_lost(self, mask: HeadMask) -> float:
+        """Return the share of all heads' matching, in [0, 1], that the mask's heads had."""
+        lost = sum(float(row[~mask[site]].sum()) for site, row in self.matching.items())
+        return lost / sum(float(row.sum()) for row in self.matching.values())
 
 
 def lost(pruned: Tensor, dense: Tensor) -> float:
@@ -104,7 +119,7 @@ def correlations(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str,
     found = []
     for (task, ratio), scorers in sorted(means.items()):
         kept = [name for name in scorers if name not in TRIVIAL]
-        for name in names:
+        for name in [name for name in names if all(name in row["measures"] for row in scorers[kept[0]])]:
             measured = [statistics.mean(row["measures"][name] for row in scorers[s]) for s in kept]
             quality = [statistics.mean(row["retention"] for row in scorers[s]) for s in kept]
             rho = float(spearmanr(measured, quality).statistic)
@@ -130,7 +145,8 @@ def main() -> None:
                 known[str(kept)] = measure(mask)
             about = {key: run[key] for key in ("task", "scorer", "ratio", "seed")}
             rows.append({**about, "measures": known[str(kept)], "retention": run["value"] / dense[task, run["seed"]]})
-    found = correlations(rows, list(rows[0]["measures"]))
+    names = list(dict.fromkeys(name for row in rows for name in row["measures"]))
+    found = correlations(rows, names)
     result = {
         "command": "OMP_NUM_THREADS=1 python benchmarks/mask_measures.py --glue GLUE",
         "date": datetime.date.today().isoformat(),
@@ -143,7 +159,7 @@ def main() -> None:
     }
     write_text(RESULTS / "mask_measures.json", json.dumps(result, indent=1) + "\n")
     for ratio in sorted({row["ratio"] for row in rows}):
-        for name in rows[0]["measures"]:
+        for name in names:
             chosen = [c["rank_correlation"] for c in found if (c["ratio"], c["measure"]) == (ratio, name)]
             print(f"{ratio:.0%} {name}: {statistics.mean(chosen):.2f} ({min(chosen):.2f} to {max(chosen):.2f})")
 

@@ -163,7 +163,7 @@ def test_a_pruned_model_is_scored_in_original_numbering(name, kind):
         assert [h for h, x in enumerate(vector.tolist()) if x > -math.inf] == kept
 
 
-@pytest.mark.parametrize("name", ["confidence", "contribution", "entropy", "smp"])
+@pytest.mark.parametrize("name", ["confidence", "contribution", "entropy", "matching", "smp"])
 def test_padding_does_not_change_a_score(name):
     model = tiny_model("bert")
     batch = example_inputs(model, batch=2, length=8, padding=0)
