@@ -187,7 +187,7 @@ GOOD = "sentence,label\nfine,1\nbad,0\n"
         ({"--scorer": "taylor", "--data": "plain.csv"}, "plain.csv has no labels; this step needs a `label` column"),
         ({"--scorer": "fisher", "--option": "warmup_epochs=-1"}, "`warmup_epochs` must be None or a number from 0"),
         ({"--option": "speed"}, "`option` must be NAME=VALUE, got speed"),
-        ({"--option": "speed=3"}, "scorer contribution: "),
+        ({"--option": "speed=3"}, "scorer matching: "),
         ({"--device": "abacus"}, "`device` must be a device that this machine has"),
         ({"--texts": "0"}, "0 is not in the range"),
         ({"MODEL": "columns.csv"}, "be a folder with a config.json"),

@@ -71,7 +71,7 @@ def test_prune_in_one_call_leaves_the_model_whole(minilm, tokenizer):
     lost = 6 * (4 * 384 * 192 * 128 + 2 * 128 * 128 * 192)
     assert report.before.macs - report.after.macs == lost
     assert all(v.sum() == 6 for v in report.mask.values())
-    assert small.config.head_pruning["scorer"] == report.scorer == "contribution"
+    assert small.config.head_pruning["scorer"] == report.scorer == "matching"
     json.dumps(report.to_json(), allow_nan=False)
 
 

@@ -86,11 +86,11 @@ def gather_evidence(
     batches: Iterable[Mapping[str, Any]],
     is_pair: bool,
     accelerator: Accelerator | None = None,
-    special_ids: frozenset[int] = frozenset(),
+    special_ids: frozenset[int] | None = None,
 ) -> Evidence:
     """Run `model` (a base model in evaluation mode) once over the batches and return the evidence.
 
-    `special_ids` are the tokens that stand for no word, which match nothing.
+    `special_ids` are the tokens that stand for no word; with None the matching is not gathered.
     The processes of `accelerator`, if any, run a share of the batches each and all get the evidence. Raises
     `InvalidInputError` where there are fewer than four texts: relations between texts are part of it.
     """
@@ -130,7 +130,8 @@ def gather_evidence(
         features.append(torch.cat([row.columns, levels_and_place.expand(heads, -1)], dim=1))
     likeness = torch.block_diag(*(row.likeness for row in rows))
     heads_of = {name: len(row.columns) for name, row in zip(gathered, rows, strict=True)}
-    return Evidence(torch.cat(features), likeness, heads_of, torch.cat([row.matching for row in rows]))
+    matched = None if special_ids is None else torch.cat([row.matching for row in rows])
+    return Evidence(torch.cat(features), likeness, heads_of, matched)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +181,7 @@ class _Site:
         self.firsts: dict[int, list[Tensor]] = defaultdict(list)
 
     def read(self, reading: HeadReading, batch: Mapping[str, Any], special_ids: frozenset[int] | None) -> _Sums:
-        """Sum up one batch; `special_ids` is None for single texts, which have nothing to match."""
+        """Sum up one batch; with `special_ids` None nothing is matched, as in single texts."""
         outputs, mask = reading.outputs.float(), batch.get("attention_mask")
         texts, tokens = outputs.shape[:2]
         real = torch.ones(texts, tokens, device=outputs.device)

@@ -29,7 +29,7 @@ SCORERS = {
 }
 """Name → where its class is; named rather than imported, so that the command line can list them at once."""
 
-DEFAULT_SCORER = "contribution"
+DEFAULT_SCORER = "matching"
 
 
 def scorer_class(name: str) -> type[Scorer]:
