@@ -293,6 +293,22 @@ def test_heads_are_scored_together_unless_told_otherwise():
         assert bool(differ[[0, 4, 6, 11]].any()) is joint
 
 
+def test_maps_are_made_only_for_networks_that_see_them():
+    model = tiny_model("bert")
+    sites, made = find_sites(model), batches_of(model)
+    plain = gather_evidence(model, sites, made, False, maps=False)
+    whole = gather_evidence(model, sites, made, False)
+    seen = [FEATURES.index(name) for name in FEATURES if name not in MAP_FEATURES]
+    torch.testing.assert_close(plain.features[:, seen], whole.features[:, seen], atol=1e-5, rtol=1e-5)
+    assert float(plain.features[:, [FEATURES.index(name) for name in MAP_FEATURES]].abs().max()) == 0
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur.meta.evidence.probe", lambda *a, weights: asked.append(weights) or probe(*a, weights=weights))
+        for without in (("maps",), ()):
+            score_heads(model, inputs=made, scorer=SmpPlusScorer(learned(without=without)))
+    assert asked == [False] * len(made) + [True] * len(made)
+
+
 @pytest.mark.parametrize("kind", EVIDENCE_KINDS)
 def test_evidence_that_is_left_out_is_not_seen(kind):
     evidence = evidence_of(tiny_model("bert"))

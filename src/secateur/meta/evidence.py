@@ -87,10 +87,12 @@ def gather_evidence(
     is_pair: bool,
     accelerator: Accelerator | None = None,
     special_ids: frozenset[int] | None = None,
+    maps: bool = True,
 ) -> Evidence:
     """Run `model` (a base model in evaluation mode) once over the batches and return the evidence.
 
-    `special_ids` are the tokens that stand for no word; with None the matching is not gathered.
+    `special_ids` are the tokens that stand for no word; with None the matching is not gathered. Without `maps` their
+    columns are 0, and attention maps are made for the matching of pairs alone.
     The processes of `accelerator`, if any, run a share of the batches each and all get the evidence. Raises
     `InvalidInputError` where there are fewer than four texts: relations between texts are part of it.
     """
@@ -101,9 +103,10 @@ def gather_evidence(
 
         def keep(reading: HeadReading) -> None:
             if reading.site in gathered:  # an earlier pruning may have left a site without heads
-                found[reading.site].append(gathered[reading.site].read(reading, batch, special_ids if is_pair else None))
+                sums = gathered[reading.site].read(reading, batch, special_ids if is_pair else None, maps)
+                found[reading.site].append(sums)
 
-        with probe(model, keep, weights=True):
+        with probe(model, keep, weights=maps or (is_pair and special_ids is not None)):
             representation = represent(model, model(**batch), batch, is_pair).float()
         return dict(found), representation.cpu()
 
@@ -180,7 +183,9 @@ class _Site:
         self.means: dict[int, list[Tensor]] = defaultdict(list)
         self.firsts: dict[int, list[Tensor]] = defaultdict(list)
 
-    def read(self, reading: HeadReading, batch: Mapping[str, Any], special_ids: frozenset[int] | None) -> _Sums:
+    def read(
+        self, reading: HeadReading, batch: Mapping[str, Any], special_ids: frozenset[int] | None, maps: bool
+    ) -> _Sums:
         """Sum up one batch; with `special_ids` None nothing is matched, as in single texts."""
         outputs, mask = reading.outputs.float(), batch.get("attention_mask")
         texts, tokens = outputs.shape[:2]
@@ -192,15 +197,19 @@ class _Site:
         # Each token counts as much as its text's length leaves it.
         moments = _second_moments((flat * share.unsqueeze(-1).sqrt()).flatten(0, 1))
         norms = contribution_norms(outputs, self.grams)
-        assert reading.weights is not None  # asked for above
-        matched = torch.zeros(texts, self.heads) if special_ids is None else matching(reading.weights, batch, special_ids)
+        matched, statistics = torch.zeros(self.heads), torch.zeros(self.heads, len(MAP_FEATURES))
+        if reading.weights is not None:  # asked for above
+            if special_ids is not None:
+                matched = matching(reading.weights, batch, special_ids).sum(dim=0)
+            if maps:
+                statistics = _map_statistics(reading.weights.float(), real).sum(dim=0)
         return _Sums(
             self._by_heads(moments.to(self.products.device)).cpu(),
             (norms * share.unsqueeze(-1)).sum(dim=(0, 1)).cpu(),
-            _map_statistics(reading.weights.float(), real).sum(dim=0).cpu(),
+            statistics.cpu(),
             torch.einsum("bti,bt->bi", flat, share).cpu(),
             flat[:, 0].cpu(),
-            matched.sum(dim=0).cpu(),
+            matched.cpu(),
         )
 
     def add(self, sums: _Sums, call: int) -> None:

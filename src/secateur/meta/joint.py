@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from secateur.checks import check_flag, check_whole
 from secateur.errors import invalid
@@ -97,6 +97,11 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         self.members = nn.ModuleList(_Member(width, layers, attention_heads, joint) for _ in range(members))
         self.prior, self.matching = prior, matching
 
+    @property
+    def sees_maps(self) -> bool:
+        """Whether the networks see what attention maps look like."""
+        return any(float(self.used[FEATURES.index(name)]) for name in MAP_FEATURES)
+
     def forward(self, evidence: Evidence) -> Tensor:
         """Return a score for each head over all sites, `[heads]`, higher = keep."""
         return self.score_all([evidence])[0]
@@ -112,12 +117,20 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
 
     def judge_all(self, many: Sequence[Evidence]) -> list[Tensor]:
         """Return the score that each member gives each head, `[members, heads]`, for each of several models."""
-        place = self.used.device
-        features = pad_sequence([one.features for one in many], batch_first=True).to(place)
-        sites = pad_sequence([one.site_numbers for one in many], batch_first=True, padding_value=-1).to(place)
-        likeness = features.new_zeros(*sites.shape, sites.shape[1])
+        judged: dict[int, Tensor] = {}
+        by_heads: dict[int, list[int]] = defaultdict(list)
         for number, one in enumerate(many):
-            likeness[number, : len(one.features), : len(one.features)] = one.likeness
+            by_heads[len(one.features)].append(number)
+        for numbers in by_heads.values():  # models with as many heads go through the networks side by side
+            judged.update(zip(numbers, self._judge([many[number] for number in numbers]), strict=True))
+        return [judged[number] for number in range(len(many))]
+
+    def _judge(self, many: Sequence[Evidence]) -> Tensor:
+        """Return `[models, members, heads]` for models with as many heads each."""
+        place = self.used.device
+        features = torch.stack([one.features for one in many]).to(place)
+        sites = torch.stack([one.site_numbers for one in many]).to(place)
+        likeness = torch.stack([one.likeness for one in many]).to(place)
         depth = features[..., FEATURES.index("depth")]
         relations = torch.stack(
             [
@@ -128,12 +141,10 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
             ],
             dim=1,
         )
-        real = (sites >= 0)[:, None, None]
-        relative = [_standardised(one.features.T, least=1e-3).T for one in many]
-        seen = pad_sequence(relative, batch_first=True).to(place).clamp(-5, 5) * self.used
+        relative = _standardised(features.transpose(1, 2), least=1e-3).transpose(1, 2)
+        seen = relative.clamp(-5, 5) * self.used
         sizes, levels = (features[..., column] * self.used[column] for column in (SIZE, LEVEL))
-        judged = torch.stack([member(seen, relations, real, sizes, levels) for member in self.members], dim=1)
-        return [rows[:, : len(one.features)] for rows, one in zip(judged, many, strict=True)]
+        return torch.stack([member(seen, relations, sizes, levels) for member in self.members], dim=1)
 
     @classmethod
     def _from_pretrained(cls, **options: Any) -> JointPruner:
@@ -178,11 +189,11 @@ class _Member(nn.Module):
         self.size_scale = nn.Parameter(torch.ones(()))
         self.level_scale = nn.Parameter(torch.ones(()))
 
-    def forward(self, seen: Tensor, relations: Tensor, real: Tensor, sizes: Tensor, levels: Tensor) -> Tensor:
+    def forward(self, seen: Tensor, relations: Tensor, sizes: Tensor, levels: Tensor) -> Tensor:
         """Return scores `[models, heads]` for standardised evidence `[models, heads, features]`."""
         x = self.embed(seen)
         for block in self.blocks:
-            x = block(x, relations, real)
+            x = block(x, relations)
         return self.size_scale * sizes + self.level_scale * levels + self.head(self.norm(x)).squeeze(-1)
 
 
@@ -201,11 +212,11 @@ class _Block(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
 
-    def forward(self, x: Tensor, relations: Tensor, real: Tensor) -> Tensor:
-        """Take and return `[models, heads, width]`; `relations` `[models, RELATIONS, heads, heads]`; `real`: a head."""
+    def forward(self, x: Tensor, relations: Tensor) -> Tensor:
+        """Take and return `[models, heads, width]`; `relations` `[models, RELATIONS, heads, heads]`."""
         if self.joint:
             parts = self.query_key_value(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            bias = torch.einsum("hr,brij->bhij", self.bias, relations).masked_fill(~real, -1e9)
+            bias = torch.einsum("hr,brij->bhij", self.bias, relations)
             mixed = nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=bias)
             x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.feed_forward(x)

@@ -34,6 +34,8 @@ class SmpPlusScorer(Scorer):
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Gather the evidence and score all heads at once."""
         batches = task.track(task.batches, len(task.batches), "scoring")
-        evidence = gather_evidence(task.model, task.sites, batches, task.is_pair, task.accelerator, task.special_ids)
+        evidence = gather_evidence(
+            task.model, task.sites, batches, task.is_pair, task.accelerator, task.special_ids, self.pruner.sees_maps
+        )
         found = evidence.split(self.pruner.eval()(evidence).detach())
         return {name: found.get(name, torch.zeros(0)) for name in task.sites}  # a site may have been emptied before
