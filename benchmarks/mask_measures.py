@@ -61,7 +61,9 @@ class Measures:
         self.matching: dict[str, Tensor] = {}
         if self.is_pair:
             plain, more = (
-                score_heads(self.model, texts.texts, name, tokenizer, max_length=LENGTH, batch_size=BATCH, progress=False)
+                score_heads(
+                    self.model, texts.texts, name, tokenizer, max_length=LENGTH, batch_size=BATCH, progress=False
+                )
                 for name in ("contribution", "matching")
             )
             self.matching = {site: more[site] / plain[site] - 1 for site in plain}

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/matching_heads.py --glue GLUE
 
 For each task of pairs (GLUE: a folder with one folder a task): the matching of every head of all-MiniLM-L6-v2 on 96
-training texts, as the `matching` scorer counts it. Then every run of results/rivals.jsonl on such a task, `matching`'s
+training texts, as the `matching` scorer counts it; and for each weight that the scorer could give it, in how many of 36
+cells (six tasks, three ratios, two scopes) the heads above a matching of .2 all stay. Then every run of results/rivals.jsonl on such a task, `matching`'s
 own left out, is put with those whose mask keeps as many of the heads above a matching of .2; what they kept of the
 dense model's quality is shown for each number. Writes results/matching_heads.json.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -30,6 +32,8 @@ from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.probe import HeadReading, probe
 from secateur.scorers.matching import matching
+from secateur.scoring import score_heads
+from secateur.selection import select_heads
 from secateur.versions import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,6 +60,18 @@ def matching_of(glue: Path, task: str) -> dict[str, Tensor]:
     return {site: total / TEXTS for site, total in sums.items()}
 
 
+def cells_that_keep(heads: dict[str, dict[str, list[float]]], glue: Path, weight: float) -> int:
+    """Return in how many of task x ratio x scope the mask of `matching` with that weight keeps all heads that match."""
+    model, tokenizer, kept = load_model(demo_model(), "cpu"), load_tokenizer(demo_model()), 0
+    for task, rows in heads.items():
+        texts = load_task(glue / task, "train").head(TEXTS, seed=0).texts
+        scores = score_heads(model, texts, "matching", tokenizer, max_length=LENGTH, progress=False, weight=weight)
+        for ratio, scope in itertools.product((0.25, 0.5, 0.75), ("site", "global")):
+            mask = select_heads(scores, ratio, scope)
+            kept += all(bool(mask[site][h]) for site, row in rows.items() for h, v in enumerate(row) if v > MATCHES)
+    return kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--glue", required=True, type=Path)
@@ -65,8 +81,12 @@ def main() -> None:
     for task in PAIRS:
         found = matching_of(options.glue, task)
         heads[task] = {site: row.tolist() for site, row in found.items()}
-        top = sorted(((float(v), n, h) for n, row in enumerate(found.values()) for h, v in enumerate(row)), reverse=True)
+        top = sorted(
+            ((float(v), n, h) for n, row in enumerate(found.values()) for h, v in enumerate(row)), reverse=True
+        )
         print(task, "layer.head matching:", ", ".join(f"{n}.{h} {v:.2f}" for v, n, h in top[:5]))
+    weights = {weight: cells_that_keep(heads, options.glue, weight) for weight in (0, 1, 2, 4, 8, 16)}
+    print("weight, and cells of 36 that keep the heads that match:", weights)
     runs = read_lines(RESULTS / "rivals.jsonl")
     dense = {(run["task"], run["seed"]): run["value"] for run in runs if run["scorer"] == DENSE}
     for run in runs:
@@ -92,6 +112,7 @@ def main() -> None:
         "texts": {"split": "train", "number": TEXTS, "tokens": LENGTH},
         "counts_as_matching_above": MATCHES,
         "heads": heads,
+        "cells_of_36_that_keep_them_by_weight": weights,
         "runs": rows,
     }
     write_text(RESULTS / "matching_heads.json", json.dumps(result, indent=1) + "\n")

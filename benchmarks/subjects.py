@@ -33,7 +33,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from antibodies import antibodies, antiberty, sapiens
+from antibodies import antiberty, antibodies, sapiens
 from secateur.data import batches
 from secateur.demo import demo_model, demo_task
 from secateur.model.inputs import forward_arguments

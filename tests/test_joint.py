@@ -303,7 +303,9 @@ def test_maps_are_made_only_for_networks_that_see_them():
     assert float(plain.features[:, [FEATURES.index(name) for name in MAP_FEATURES]].abs().max()) == 0
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur.meta.evidence.probe", lambda *a, weights: asked.append(weights) or probe(*a, weights=weights))
+        patch.setattr(
+            "secateur.meta.evidence.probe", lambda *a, weights: asked.append(weights) or probe(*a, weights=weights)
+        )
         for without in (("maps",), ()):
             score_heads(model, inputs=made, scorer=SmpPlusScorer(learned(without=without)))
     assert asked == [False] * len(made) + [True] * len(made)

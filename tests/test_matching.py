@@ -1,6 +1,7 @@
 """Matching: contributions count more where a head finds the words of one text in the other."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from secateur.data import batches
 from secateur.demo import demo_model
+from secateur.errors import InvalidInputError
 from secateur.meta.evidence import gather_evidence
 from secateur.meta.joint import JointPruner, matching_scores
 from secateur.model.inputs import forward_arguments
@@ -103,6 +105,11 @@ def test_pairs_score_as_contribution_times_matching_and_single_texts_as_contribu
     singles = [first for first, _ in PAIRS]
     one, other = (score_heads(model, singles, name, tokenizer) for name in ("matching", "contribution"))
     assert all(torch.equal(one[site], other[site]) for site in one)
+    same = score_heads(model, PAIRS, "matching", tokenizer, weight=0)
+    assert all(torch.allclose(same[site], plain[site]) for site in plain)
+    for wrong in (-1.0, math.nan, "much", True):
+        with pytest.raises(InvalidInputError, match="`weight` must be a number from 0"):
+            MatchingScorer(wrong)
     assert MatchingScorer().reads_maps(SimpleNamespace(is_pair=True))
     assert not MatchingScorer().reads_maps(SimpleNamespace(is_pair=False))
 

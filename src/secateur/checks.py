@@ -13,6 +13,12 @@ LARGEST_SEED = 2**32 - 1
 """What every library that draws random numbers here takes."""
 
 
+def is_number(value: Any, *, least: float = -math.inf, above: float = -math.inf) -> bool:
+    """Return whether an option is a finite number in its range."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and least <= value < math.inf and value > above
+
+
 def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
     """Raise `InvalidInputError` unless `value` is a whole number from `least`, up to `most` where that is given."""
     whole = isinstance(value, int) and not isinstance(value, bool)
@@ -27,8 +33,7 @@ def check_seed(value: Any) -> None:
 
 def check_positive(name: str, value: Any) -> None:
     """Raise `InvalidInputError` unless `value` is a finite number above 0."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if not is_number(value, above=0):
         raise invalid(name, "be a number above 0", value)
 
 

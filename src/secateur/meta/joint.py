@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from secateur.checks import check_flag, check_whole
+from secateur.checks import check_flag, check_whole, is_number
 from secateur.errors import invalid
 from secateur.meta.evidence import (
     DIRECTION_FEATURES,
@@ -90,7 +89,7 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
             if kind not in EVIDENCE_KINDS:
                 raise invalid("without", f"name kinds among {', '.join(EVIDENCE_KINDS)}", kind)
         for name, weight in (("prior", prior), ("matching", matching)):
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            if not is_number(weight, least=0):
                 raise invalid(name, "be a number from 0", weight)
         left_out = {name for kind in without for name in EVIDENCE_KINDS[kind]}
         self.register_buffer("used", torch.tensor([float(name not in left_out) for name in FEATURES]))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur.checks import is_number
 from secateur.errors import invalid
 from secateur.scorers.base import ScoringTask
-from secateur.scorers.labelled import is_number
 from secateur.scorers.learned import GateLearningScorer
 from secateur.selection import removable
 

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from secateur.checks import is_number
 from secateur.errors import invalid
 from secateur.scorers.base import ScoringTask
-from secateur.scorers.labelled import is_number
 from secateur.scorers.learned import GateLearningScorer
 
 # Louizos et al.: the concrete distribution's temperature, and the interval it is stretched to before it is clipped.

@@ -6,13 +6,13 @@ import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
+from secateur.checks import is_number
 from secateur.errors import InvalidInputError, invalid
 from secateur.evaluate import check_model_fits, ready_to_evaluate
 from secateur.finetune import finetune
@@ -136,12 +136,6 @@ def gate_gradients(task: ScoringTask, model: PreTrainedModel) -> Iterable[dict[s
         }
 
     return task.share(run, range(len(labelled)))
-
-
-def is_number(value: Any, *, least: float = float("-inf"), above: float = float("-inf")) -> bool:
-    """Return whether an option is a finite number in its range."""
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and least <= value < float("inf") and value > above
 
 
 @contextmanager

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
+from secateur.checks import is_number
 from secateur.data import batches
 from secateur.errors import SecateurError, invalid
 from secateur.model.inputs import forward_arguments
 from secateur.scorers.base import Batch, ScoringTask
-from secateur.scorers.labelled import LabelledScorer, is_number, supervision, text_losses
+from secateur.scorers.labelled import LabelledScorer, supervision, text_losses
 
 
 class GateLearningScorer(LabelledScorer):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur.checks import is_number
+from secateur.errors import invalid
 from secateur.model.probe import HeadReading
 from secateur.scorers.base import Batch, ScoringTask, mean_over_tokens, words_of
 from secateur.scorers.contribution import ContributionScorer
@@ -14,7 +16,7 @@ MATCH_WEIGHT = 8.0
 
 
 class MatchingScorer(ContributionScorer):
-    """Mean over texts of contribution norm · (1 + 8 · matching); single texts: the contribution norm alone.
+    """Mean over texts of contribution norm · (1 + `weight` · matching); single texts: the contribution norm alone.
 
     The matching of a head in a pair of texts is the attention that words of one text give to the same word (token) of
     the other, less what they would give if they attended to all real tokens alike, mean over the words that are in
@@ -29,6 +31,12 @@ class MatchingScorer(ContributionScorer):
     description = "contribution, and more for heads that match words between the two texts of a pair"
     source = "this project; duplicate-token heads: Wang et al. 2022 (arXiv 2211.00593)"
 
+    def __init__(self, weight: float = MATCH_WEIGHT) -> None:
+        super().__init__()
+        if not is_number(weight, least=0):
+            raise invalid("weight", "be a number from 0", weight)
+        self.weight = weight
+
     def reads_maps(self, task: ScoringTask) -> bool:
         """Return whether texts are pairs; single ones have nothing to match."""
         return task.is_pair
@@ -38,7 +46,7 @@ class MatchingScorer(ContributionScorer):
         norms = super().read(reading, batch, task)
         if reading.weights is None:  # single texts
             return norms
-        return norms * (1 + MATCH_WEIGHT * matching(reading.weights, batch, task.special_ids).to(norms))
+        return norms * (1 + self.weight * matching(reading.weights, batch, task.special_ids).to(norms))
 
 
 def matching(weights: Tensor, batch: Batch, special_ids: frozenset[int]) -> Tensor:
