@@ -2,12 +2,13 @@
 
     python benchmarks/joint_ablation.py --glue GLUE [--seeds 0 1 2] [--only VARIANT …] [--work DIR]
 
-Every variant is fitted without two tasks at a time (what ships, and what sees more, also without any sample of MiniLM: a
-model that they have not seen), with each seed, then scores 96 training texts of tasks not seen. Its masks at three ratios of MiniLM's
-heads, at both scopes, are judged on 128 dev texts: the relational KL, as in representations.py, whose random and
-leave-one-out rows give 0 and 1 of the recovery, but by the model in bfloat16, which takes half of the time. Where STS-B
-was left out, the similarity without fine-tuning on its test texts is measured too, at scope global. Rows are kept in
---work: start again to go on. GLUE is a folder with one folder a task. Writes results/joint_ablation.json.
+Every variant is fitted without two tasks at a time (what ships, and what sees more, also without any sample of MiniLM:
+a model that they have not seen), with each seed, then scores 96 training texts of tasks not seen. Its masks at three
+ratios of MiniLM's heads, at both scopes, are judged on 128 dev texts: the relational KL, as in representations.py,
+whose random and leave-one-out rows give 0 and 1 of the recovery, but by the model in bfloat16, which takes half of the
+time. Where STS-B was left out, the similarity without fine-tuning on its test texts is measured too, at scope global.
+Rows are kept in --work: start again to go on. GLUE is a folder with one folder a task. Writes
+results/joint_ablation.json.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "taught by these and the masks": {"groups": (LEAVE_ONE_OUT, *TRIALS)},
     "taught by masks over the whole model alone": {"groups": TRIALS[3:]},
 }
-"""The first five add one thing at a time to what is seen, the next two what ships without; the last have other teachers."""
+"""The first five add one thing at a time to what is seen, the next two add what ships without; then come other teachers."""
 
 ON_UNSEEN_MODEL = (WHOLE, *MORE)
 
