@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "taught by these and the masks": {"groups": (LEAVE_ONE_OUT, *TRIALS)},
     "taught by masks over the whole model alone": {"groups": TRIALS[3:]},
 }
-"""The first five add one thing at a time to what is seen, the next two add what ships without; then come other teachers."""
+"""The first five add one thing at a time, the next two what ships without; then come other teachers."""
 
 ON_UNSEEN_MODEL = (WHOLE, *MORE)
 

@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/matching_heads.py --glue GLUE
 
 For each task of pairs (GLUE: a folder with one folder a task): the matching of every head of all-MiniLM-L6-v2 on 96
-training texts, as the `matching` scorer counts it; and for each weight that the scorer could give it, in how many of 36
-cells (six tasks, three ratios, two scopes) the heads above a matching of .2 all stay. Then every run of results/rivals.jsonl on such a task, `matching`'s
-own left out, is put with those whose mask keeps as many of the heads above a matching of .2; what they kept of the
-dense model's quality is shown for each number. Writes results/matching_heads.json.
+training texts, as the `matching` scorer counts it; and for each weight that the scorer could give it, in how many of
+36 cells (six tasks, three ratios, two scopes) the heads above a matching of .2 all stay. Then every run of
+results/rivals.jsonl on such a task, `matching`'s own left out, is put with those whose mask keeps as many of the
+heads above a matching of .2; what they kept of the dense model's quality is shown for each number. Writes
+results/matching_heads.json.
 """
 
 from __future__ import annotations

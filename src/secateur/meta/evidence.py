@@ -155,8 +155,8 @@ class _Row:
 class _Sums:
     """What one site shows of one batch, on the CPU, so that another process can have computed it.
 
-    Sums over texts: `over_tokens` `[heads, heads]`, `norms` and `matching` `[heads]`, `maps` `[heads, MAP_FEATURES]`. By
-    text, all heads side by side: `means` over tokens and `firsts`, of the first token, `[texts, heads · width]`.
+    Sums over texts: `over_tokens` `[heads, heads]`, `norms` and `matching` `[heads]`, `maps` `[heads, MAP_FEATURES]`.
+    By text, all heads side by side: `means` over tokens and `firsts`, of the first token, `[texts, heads · width]`.
     """
 
     over_tokens: Tensor

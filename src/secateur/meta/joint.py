@@ -147,8 +147,8 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
 
     @classmethod
     def _from_pretrained(cls, **options: Any) -> JointPruner:
-        # The mixin prints where it reads from; standard output belongs to results. Unless told, it takes weights that fit
-        # in part, as those of earlier versions would.
+        # The mixin prints where it reads from; standard output belongs to results. Unless told, it takes weights that
+        # fit in part, as those of earlier versions would.
         with contextlib.redirect_stdout(io.StringIO()):
             return super()._from_pretrained(**{**options, "strict": True})
 
@@ -166,7 +166,7 @@ def matching_scores(evidence: Evidence) -> Tensor:
 
 
 def _standardised(scores: Tensor, least: float = 1e-6) -> Tensor:
-    """Shift and scale scores `[…, heads]` to mean 0 and standard deviation 1; what spreads less than `least` stays less."""
+    """Shift and scale scores `[…, heads]` to mean 0 and standard deviation 1; a spread below `least` stays below 1."""
     centred = scores - scores.mean(dim=-1, keepdim=True)
     return centred / centred.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=least)
 
