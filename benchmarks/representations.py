@@ -64,6 +64,7 @@ def methods(options: argparse.Namespace) -> list[Method]:
     found = [
         Method("random", "random", max(RANDOM_DRAWS, seeds)),
         Method("contribution", "contribution", seeds),
+        Method("matching", "matching", seeds),
         Method("smp", "smp", seeds),
         # These two are dear or need no texts: one draw.
         Method("leave_one_out", "leave_one_out", 1),

@@ -52,7 +52,8 @@ class MatchingScorer(ContributionScorer):
 def matching(weights: Tensor, batch: Batch, special_ids: frozenset[int]) -> Tensor:
     """Return the matching of each text and head, `[batch, heads]` in [0, 1].
 
-    `weights` are maps `[batch, heads, tokens, tokens]`. 0 where no word is in both texts, and for maps whose queries or keys are not the tokens of the batch.
+    `weights` are maps `[batch, heads, tokens, tokens]`. 0 where no word is in both texts, and for
+    maps whose queries or keys are not the tokens of the batch.
     """
     ids, words = batch.get("input_ids"), words_of(batch, special_ids)
     texts, heads, queries, keys = weights.shape
