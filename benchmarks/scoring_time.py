@@ -27,7 +27,7 @@ from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
 from secateur.versions import environment
 
-SCORERS = ["contribution", "entropy", "smp", "smp-plus", "relational_taylor"]
+SCORERS = ["contribution", "matching", "entropy", "smp", "smp-plus", "relational_taylor"]
 ROUNDS = 5
 
 

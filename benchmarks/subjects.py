@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import random
@@ -33,11 +34,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from antibodies import antiberty, antibodies, sapiens
 from secateur.data import batches
 from secateur.demo import demo_model, demo_task
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
+
+# This file is part of the package where a benchmark is run with -m, and lies beside it where it is run by its path.
+antibodies = importlib.import_module(f"{__package__}.antibodies" if __package__ else "antibodies")
 
 BATCH, LENGTH = 32, 64
 ANTIBODY = 144  # tokens; none is longer
@@ -80,13 +83,14 @@ def reaction_model(package: str, checkpoint: str, model_class: Any) -> tuple[Any
 
 
 def antibody_bert() -> Subject:
-    model, tokenizer = antiberty(_package("antiberty", "antiberty==0.1.3"))
-    return Subject("antiberty", model, _texts(model, tokenizer, antibodies("heavy") + antibodies("light"), ANTIBODY))
+    model, tokenizer = antibodies.antiberty(_package("antiberty", "antiberty==0.1.3"))
+    made = antibodies.antibodies("heavy") + antibodies.antibodies("light")
+    return Subject("antiberty", model, _texts(model, tokenizer, made, ANTIBODY))
 
 
 def antibody_roberta(chain: str) -> Subject:
-    model, tokenizer = sapiens(_package("sapiens", "sapiens==1.0.3"), chain)
-    return Subject(f"sapiens-{chain}", model, _texts(model, tokenizer, antibodies(chain), ANTIBODY))
+    model, tokenizer = antibodies.sapiens(_package("sapiens", "sapiens==1.0.3"), chain)
+    return Subject(f"sapiens-{chain}", model, _texts(model, tokenizer, antibodies.antibodies(chain), ANTIBODY))
 
 
 def smollm2_file() -> Path:
