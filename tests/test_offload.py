@@ -37,14 +37,16 @@ def on_disk(kind, tmp_path):
 @pytest.mark.parametrize("kind", DISK)
 def test_weights_on_disk_give_the_scores_and_gates_of_weights_in_memory(tmp_path, kind):
     whole, model, tokenizer, texts = tiny_model(kind), on_disk(kind, tmp_path), tiny_tokenizer(), tiny_texts(9)
+    pairs = list(zip(texts, texts[1:] + texts[:1], strict=True))
     assert is_offloaded(model)
     assert not is_offloaded(whole)
     places = {name: parameter.device for name, parameter in model.named_parameters()}
     calls = {name: vars(module).get("forward") for name, module in model.named_modules()}
     assert find_sites(model) == find_sites(whole)
-    for scorer in ("contribution", "smp", "smp-plus", "entropy", "magnitude"):
-        expected = secateur.score_heads(whole, texts, scorer, tokenizer, batch_size=4)
-        found = secateur.score_heads(model, texts, scorer, tokenizer, batch_size=4)
+    for scorer in ("contribution", "matching", "smp", "smp-plus", "entropy", "magnitude"):
+        given = pairs if scorer == "matching" else texts
+        expected = secateur.score_heads(whole, given, scorer, tokenizer, batch_size=4)
+        found = secateur.score_heads(model, given, scorer, tokenizer, batch_size=4)
         for site in expected:
             torch.testing.assert_close(found[site], expected[site], rtol=0, atol=0)
         assert select_heads(found).to_json() == select_heads(expected).to_json()

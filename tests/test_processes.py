@@ -30,6 +30,9 @@ def results(accelerator: Any) -> dict[str, Any]:
     scores = {}
     for scorer in ("contribution", "smp", "smp-plus", "leave_one_out", "relational_taylor", "random"):
         scores[scorer] = secateur.score_heads(model, texts, scorer, **common)
+    pairs = list(zip(texts, texts[1:] + texts[:1], strict=True))
+    for scorer in ("matching", "smp-plus"):
+        scores[f"{scorer} of pairs"] = secateur.score_heads(model, pairs, scorer, **common)
     classifier, labels = tiny_classifier("bert", 2), [number % 2 for number in range(TEXTS)]
     for scorer in ("taylor", "fisher"):
         scores[scorer] = secateur.score_heads(classifier, texts, scorer, labels=labels, **common)
