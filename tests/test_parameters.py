@@ -71,6 +71,7 @@ CALLS = {
         "width": [0, 47, 1.5, "48", None, 10**9], "layers": [0, "2", None, 10**9],
         "attention_heads": [0, "4", None, 10**9], "joint": FLAG, "without": [3, None, "maps", ["none"]],
         "members": [0, "4", None, 10**9], "prior": [-1, "1", None, float("nan"), True],
+        "matching": [-1, "1", None, float("nan"), True],
     },
 }  # fmt: skip
 METHODS = {

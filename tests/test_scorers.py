@@ -266,7 +266,7 @@ def test_bad_arguments():
     model = tiny_model("bert")
     with pytest.raises(InvalidInputError, match=r"`scorer` must be one of confidence, contribution.*got 'best'"):
         score_heads(model, [], scorer="best")
-    with pytest.raises(InvalidInputError, match="scorer contribution needs `texts`"):
+    with pytest.raises(InvalidInputError, match="scorer matching needs `texts`"):
         score_heads(model)
     with pytest.raises(
         InvalidInputError, match="scorer random: `option` must not be given, as there are none, got 'speed'"
