@@ -35,8 +35,8 @@ EVIDENCE_KINDS = {
 }
 """Kinds of evidence that a pruner can be made without, for ablations; `prior` looks at a size in any case."""
 
-UNSEEN_MODELS = ("maps", "place")
-"""What is learned from these kinds of evidence holds for the models that were seen, and misleads on others."""
+LEFT_OUT = ("maps", "place")
+"""Kinds that networks do not see unless told: without maps attention stays fused, and place says which model it is."""
 
 SIZE, LEVEL = FEATURES.index("size"), FEATURES.index("site level")
 
@@ -70,7 +70,7 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         layers: int = 2,
         attention_heads: int = 4,
         joint: bool = True,
-        without: tuple[str, ...] = UNSEEN_MODELS,
+        without: tuple[str, ...] = LEFT_OUT,
         members: int = 4,
         prior: float = 0.5,
         matching: float = 2.0,
