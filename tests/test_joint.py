@@ -20,7 +20,7 @@ from secateur.meta.evidence import (
     gather_evidence,
     unbiased_hsic,
 )
-from secateur.meta.joint import EVIDENCE_KINDS, JointPruner
+from secateur.meta.joint import EVIDENCE_KINDS, JointPruner, trust
 from secateur.meta.joint_training import (
     LEAVE_ONE_OUT,
     FitConfig,
@@ -61,9 +61,9 @@ def column(evidence, name):
 
 
 def learned(seed=0, **options):
-    """A pruner whose scores depend on everything it sees; a new one only looks at the size."""
+    """A pruner whose scores depend on everything it sees; a new one looks at the size alone, as do several at odds."""
     torch.manual_seed(seed)
-    pruner = JointPruner(**options)
+    pruner = JointPruner(**{"members": 1, **options})
     for parameter in pruner.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return pruner.eval()
@@ -246,9 +246,28 @@ def test_a_new_network_is_the_contribution_scorer():
     torch.testing.assert_close(found, 1.5 * (logs - logs.mean()) / logs.std(correction=0), atol=1e-4, rtol=1e-4)
 
 
-def test_the_score_is_the_prior_and_the_mean_of_the_members_by_hand():
+def test_members_are_trusted_as_far_as_they_agree():
+    first = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    second = torch.tensor([1.0, 1.0, -1.0, -1.0])  # without correlation to the first
+    assert float(trust(first[None])) == 1
+    assert float(trust(torch.stack([first, first]))) == 1
+    assert float(trust(torch.stack([first, second]))) == 0
+    assert float(trust(torch.stack([first, -first]))) == 0
+    for correlation, expected in ((0.8, 0), (0.86, 0.4), (0.95, 1)):
+        mixed = correlation * first + math.sqrt(1 - correlation**2) * second
+        assert float(trust(torch.stack([first, mixed]))) == pytest.approx(expected, abs=1e-5)
+    # The mean over pairs: 1, 0 and 0.
+    assert float(trust(torch.stack([first, first, second]))) == 0
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.2, 2.0])
+def test_the_score_is_the_prior_and_the_members_or_the_contribution_by_hand(apart):
     evidence = evidence_of(tiny_model("bert"))
     pruner = learned(members=3, prior=0.7)
+    for member in pruner.members[1:]:
+        member.load_state_dict(pruner.members[0].state_dict())
+        torch.nn.init.normal_(member.head.weight, std=apart)
+        member.head.weight.data += pruner.members[0].head.weight
 
     def standardised(x):
         return (x - x.mean()) / x.std(correction=0)
@@ -257,9 +276,12 @@ def test_the_score_is_the_prior_and_the_mean_of_the_members_by_hand():
         (judged,) = pruner.judge_all([evidence])
         found = pruner(evidence)
     assert judged.shape == (3, 12)
-    assert not torch.allclose(judged[0], judged[1])
-    contribution = column(evidence, "size") + column(evidence, "site level")
-    expected = 0.7 * standardised(contribution) + sum(standardised(row) for row in judged) / 3
+    rows = [standardised(row) for row in judged]
+    alike = sum(float(a @ b) / 12 for a, b in itertools.combinations(rows, 2)) / 3
+    sure = min(max((alike - 0.8) / 0.15, 0), 1)
+    assert (sure == 1, 0 < sure < 1, sure == 0)[[0.0, 0.2, 2.0].index(apart)], sure
+    contribution = standardised(column(evidence, "size") + column(evidence, "site level"))
+    expected = (0.7 + 1 - sure) * contribution + sure * sum(rows) / 3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for wrong in ({"members": 0}, {"prior": -1.0}, {"prior": math.nan}, {"matching": -1.0}, {"matching": "much"}):
         with pytest.raises(InvalidInputError, match=f"`{next(iter(wrong))}` must be"):
