@@ -1,6 +1,6 @@
 """What the joint meta-pruner's evidence, its looking at all heads together, and its teachers are each worth.
 
-    python benchmarks/joint_ablation.py --glue GLUE [--seeds 0 1 2] [--only VARIANT …] [--unseen-model] [--work DIR]
+    python benchmarks/joint_ablation.py --glue GLUE [--seeds 0 1 2] [--work DIR]
 
 Every variant is fitted without two tasks at a time (what ships, and what sees more, also without any sample of MiniLM:
 a model that they have not seen), with each seed, then scores 96 training texts of tasks not seen. Its masks at three
@@ -130,17 +130,15 @@ class Judge:
 
 
 @torch.no_grad()
-def measure(
-    judge: Judge, seeds: list[int], only: list[str] | None, unseen_model: bool, work: Path
-) -> list[dict[str, Any]]:
+def measure(judge: Judge, seeds: list[int], work: Path) -> list[dict[str, Any]]:
     file = work / "rows.jsonl"
     done = {(row["variant"], row["seed"], row["fold"]) for row in read_lines(file)}
     folds = [("+".join(tasks), {"tasks": tasks}, tasks) for tasks in FOLDS]
     unseen = (UNSEEN, {"families": (MODEL,)}, tuple(task for tasks in FOLDS for task in tasks))
     cells = [
         cell
-        for cell in itertools.product(seeds, [unseen] if unseen_model else [*folds, unseen], VARIANTS.items())
-        if (cell[1][0] != UNSEEN or cell[2][0] in ON_UNSEEN_MODEL) and (not only or cell[2][0] in only)
+        for cell in itertools.product(seeds, [*folds, unseen], VARIANTS.items())
+        if cell[1][0] != UNSEEN or cell[2][0] in ON_UNSEEN_MODEL
     ]
     for tasks in FOLDS:
         if (CONTRIBUTION, 0, "+".join(tasks)) not in done:
@@ -243,13 +241,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--glue", required=True, type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="*", choices=VARIANTS, help="these variants alone")
-    parser.add_argument("--unseen-model", action="store_true", help="only what is fitted without MiniLM")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "secateur-joint-ablation")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = measure(Judge(options.glue), options.seeds, options.only, options.unseen_model, options.work)
+    rows = measure(Judge(options.glue), options.seeds, options.work)
     result = {
         "command": "python benchmarks/joint_ablation.py --glue GLUE",
         "date": datetime.date.today().isoformat(),

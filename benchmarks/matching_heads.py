@@ -29,10 +29,10 @@ from secateur.compare import DENSE
 from secateur.data import batches, load_task
 from secateur.demo import demo_model
 from secateur.files import read_lines, write_text
+from secateur.meta.evidence import gather_evidence
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.probe import HeadReading, probe
-from secateur.scorers.matching import matching
+from secateur.model.sites import find_sites
 from secateur.scoring import score_heads
 from secateur.selection import select_heads
 from secateur.versions import environment
@@ -42,23 +42,15 @@ PAIRS = ("stsb", "qqp", "mrpc", "mnli", "qnli", "rte")
 TEXTS, LENGTH, MATCHES = 96, 64, 0.2
 
 
-@torch.no_grad()
 def matching_of(glue: Path, task: str) -> dict[str, Tensor]:
     """Return each site's matching, `[heads]`."""
     model, tokenizer = load_model(demo_model(), "cpu").eval(), load_tokenizer(demo_model())
     texts = load_task(glue / task, "train").head(TEXTS, seed=0).texts
-    sums: dict[str, Tensor] = {}
+    made = forward_arguments(model, batches(tokenizer, texts, 32, LENGTH))
     special = frozenset(tokenizer.all_special_ids)
-    for batch in forward_arguments(model, batches(tokenizer, texts, 32, LENGTH)):
-
-        def keep(reading: HeadReading, batch: dict = batch) -> None:
-            assert reading.weights is not None  # asked for below
-            found = matching(reading.weights, batch, special).sum(dim=0)
-            sums[reading.site] = sums.get(reading.site, torch.zeros(len(found))) + found
-
-        with probe(model, keep, weights=True):
-            model(**batch)
-    return {site: total / TEXTS for site, total in sums.items()}
+    evidence = gather_evidence(model, find_sites(model), made, True, special_ids=special, maps=False)
+    assert evidence.matching is not None  # asked for
+    return evidence.split(evidence.matching)
 
 
 def cells_that_keep(heads: dict[str, dict[str, list[float]]], glue: Path, weight: float) -> int:

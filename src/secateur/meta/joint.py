@@ -113,7 +113,7 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         """Return what `forward` does for each of several models or sets of texts, at once."""
         scores = []
         for one, judged in zip(many, self.judge_all(many), strict=True):
-            members, contribution = _standardised(judged), _standardised(contribution_scores(one).to(judged))
+            members, contribution = standardised(judged), standardised(contribution_scores(one).to(judged))
             sure = trust(members)
             learned = sure * members.mean(dim=0) + (1 - sure) * contribution
             scores.append(self.prior * contribution + learned + self.matching * matching_scores(one).to(judged))
@@ -145,7 +145,7 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
             ],
             dim=1,
         )
-        relative = _standardised(features.transpose(1, 2), least=1e-3).transpose(1, 2)
+        relative = standardised(features.transpose(1, 2), least=1e-3).transpose(1, 2)
         seen = relative.clamp(-5, 5) * self.used
         sizes, levels = (features[..., column] * self.used[column] for column in (SIZE, LEVEL))
         return torch.stack([member(seen, relations, sizes, levels) for member in self.members], dim=1)
@@ -170,12 +170,16 @@ def trust(members: Tensor) -> Tensor:
     ensembles: Lakshminarayanan et al. 2017, arXiv 1612.01474): 0 up to a mean correlation between members of 0.8, 1
     from 0.95, straight in between. One member is always trusted.
     """
+    return ((agreement(members) - DISTRUSTED) / (TRUSTED - DISTRUSTED)).clamp(0, 1)
+
+
+def agreement(members: Tensor) -> Tensor:
+    """Return the mean correlation between two members' scores `[members, heads]`, standardised; 1 for one member."""
     count, heads = members.shape
     if count == 1:
         return members.new_ones(())
     correlations = members @ members.T / heads
-    agreement = (correlations.sum() - correlations.diagonal().sum()) / (count * (count - 1))
-    return ((agreement - DISTRUSTED) / (TRUSTED - DISTRUSTED)).clamp(0, 1)
+    return (correlations.sum() - correlations.diagonal().sum()) / (count * (count - 1))
 
 
 def matching_scores(evidence: Evidence) -> Tensor:
@@ -185,7 +189,7 @@ def matching_scores(evidence: Evidence) -> Tensor:
     return (MATCH_WEIGHT * evidence.matching).log1p()
 
 
-def _standardised(scores: Tensor, least: float = 1e-6) -> Tensor:
+def standardised(scores: Tensor, least: float = 1e-6) -> Tensor:
     """Shift and scale scores `[…, heads]` to mean 0 and standard deviation 1; a spread below `least` stays below 1."""
     centred = scores - scores.mean(dim=-1, keepdim=True)
     return centred / centred.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=least)

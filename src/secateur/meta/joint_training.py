@@ -26,7 +26,7 @@ from secateur.errors import CheckpointError, invalid
 from secateur.files import write_bytes
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.evidence import FEATURES, Evidence, gather_evidence
-from secateur.meta.joint import JointPruner, contribution_scores
+from secateur.meta.joint import JointPruner, contribution_scores, standardised
 from secateur.meta.search import MaskLoss
 from secateur.model.layout import AttentionSite
 from secateur.model.state import evaluation_mode
@@ -129,9 +129,9 @@ def collect(
     random = torch.Generator().manual_seed(seed)
     with evaluation_mode(model):
         evidence = gather_evidence(model, sites, batches, is_pair)
-    rankings = [_standardised(contribution_scores(evidence))]
+    rankings = [standardised(contribution_scores(evidence).double())]
     if pruner is not None:
-        learned = _standardised(pruner.eval()(evidence))
+        learned = standardised(pruner.eval()(evidence).double())
         rankings += [learned, rankings[0] + learned]
     trials = _trials(judges, evidence, rankings, sites, config, random)
     if config.leave_one_out:
@@ -141,11 +141,6 @@ def collect(
     masks = torch.stack([torch.cat([mask[name] for name in evidence.heads]) for mask, _, _ in trials])
     losses, groups = torch.tensor([loss for _, loss, _ in trials]), torch.tensor([group for _, _, group in trials])
     return Sample(subject, task, evidence, masks, losses, groups)
-
-
-def _standardised(scores: Tensor) -> Tensor:
-    scores = scores.double()
-    return (scores - scores.mean()) / scores.std().clamp(min=1e-9)
 
 
 def _trials(

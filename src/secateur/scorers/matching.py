@@ -52,9 +52,11 @@ class MatchingScorer(ContributionScorer):
 def matching(weights: Tensor, batch: Batch, special_ids: frozenset[int]) -> Tensor:
     """Return the matching of each text and head, `[batch, heads]` in [0, 1].
 
-    `weights` are maps `[batch, heads, tokens, tokens]`. 0 where no word is in both texts, and for
-    maps whose queries or keys are not the tokens of the batch.
+    `weights` are maps `[batch, heads, tokens, tokens]`. 0 where no word is in both texts, and for maps with another
+    number of queries or keys than the batch has tokens.
     """
+    # Layers of a model that is spread over devices make their maps on several.
+    batch = {name: value.to(weights.device) for name, value in batch.items() if isinstance(value, Tensor)}
     ids, words = batch.get("input_ids"), words_of(batch, special_ids)
     texts, heads, queries, keys = weights.shape
     if ids is None or words is None or not ids.shape == words.shape == (texts, queries) or queries != keys:
