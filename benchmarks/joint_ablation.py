@@ -61,7 +61,7 @@ PARTS = ("that, one network of the four", "that, no contribution beside it", "th
 """What is left of the fit of `WHOLE` with less around its networks."""
 
 ALONE: dict[str, Any] = {"joint": False}
-MORE = ("that and maps", "that and place")
+MORE = ("that and maps", "that and place", "that, maps and place")
 VARIANTS: dict[str, dict[str, Any]] = {
     "maps only": {**ALONE, "without": ("sizes", "direction", "redundancy", "place"), "prior": 0.0},
     "sizes": {**ALONE, "without": ("direction", "redundancy", "maps", "place")},
@@ -70,11 +70,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     WHOLE: {},
     MORE[0]: {"without": ("place",)},
     MORE[1]: {"without": ("maps",)},
+    MORE[2]: {"without": ()},
     "taught by heads dropped alone": {"groups": (LEAVE_ONE_OUT,)},
     "taught by these and the masks": {"groups": (LEAVE_ONE_OUT, *TRIALS)},
     "taught by masks over the whole model alone": {"groups": TRIALS[3:]},
 }
-"""The first five add one thing at a time, the next two what ships without; then come other teachers."""
+"""The first five add one thing at a time, the next three what ships without; then come other teachers."""
 
 ON_UNSEEN_MODEL = (WHOLE, *MORE)
 
