@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig
 
 import secateur
-from secateur.errors import CheckpointError, InvalidInputError
+from secateur.errors import CheckpointError, InvalidInputError, SecateurWarning
 from secateur.heads import HeadMask
 from secateur.meta.evidence import (
     FEATURES,
@@ -258,6 +259,16 @@ def test_members_are_trusted_as_far_as_they_agree():
         assert float(trust(torch.stack([first, mixed]))) == pytest.approx(expected, abs=1e-5)
     # The mean over pairs: 1, 0 and 0.
     assert float(trust(torch.stack([first, first, second]))) == 0
+
+
+def test_networks_that_disagree_say_so():
+    model = tiny_model("bert")
+    made = batches_of(model)
+    with pytest.warns(SecateurWarning, match=r"disagree on this model \(mean correlation -?0\.\d\d, trusted above 0.8"):
+        score_heads(model, inputs=made, scorer="smp-plus", pruner=learned(members=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score_heads(model, inputs=made, scorer="smp-plus", pruner=JointPruner())
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.2, 2.0])

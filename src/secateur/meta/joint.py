@@ -111,13 +111,14 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
 
     def score_all(self, many: Sequence[Evidence]) -> list[Tensor]:
         """Return what `forward` does for each of several models or sets of texts, at once."""
-        scores = []
-        for one, judged in zip(many, self.judge_all(many), strict=True):
-            members, contribution = standardised(judged), standardised(contribution_scores(one).to(judged))
-            sure = trust(members)
-            learned = sure * members.mean(dim=0) + (1 - sure) * contribution
-            scores.append(self.prior * contribution + learned + self.matching * matching_scores(one).to(judged))
-        return scores
+        return [self.combine(one, judged) for one, judged in zip(many, self.judge_all(many), strict=True)]
+
+    def combine(self, evidence: Evidence, judged: Tensor) -> Tensor:
+        """Return each head's score, given what each member makes of it, `[members, heads]`."""
+        members, contribution = standardised(judged), standardised(contribution_scores(evidence).to(judged))
+        sure = trust(members)
+        learned = sure * members.mean(dim=0) + (1 - sure) * contribution
+        return self.prior * contribution + learned + self.matching * matching_scores(evidence).to(judged)
 
     def judge_all(self, many: Sequence[Evidence]) -> list[Tensor]:
         """Return the score that each member gives each head, `[members, heads]`, for each of several models."""

@@ -1,14 +1,16 @@
-"""Beyond the paper's criterion: a network that sees what heads write as well as their maps, and all heads together."""
+"""Beyond the paper's criterion: networks that see what heads write, and all heads together."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from secateur.errors import SecateurWarning
 from secateur.meta.evidence import gather_evidence
-from secateur.meta.joint import JointPruner
+from secateur.meta.joint import DISTRUSTED, JointPruner, agreement, standardised
 from secateur.scorers.base import Scorer, ScoringTask
 from secateur.scorers.smp import read_pruner
 
@@ -20,10 +22,11 @@ class SmpPlusScorer(Scorer):
     """The joint meta-pruner's scores, from the evidence of one dense pass over all texts.
 
     `pruner` is a `JointPruner`, or a folder or Hub id that `JointPruner.from_pretrained` reads; by default the one that
-    ships with secateur.
+    ships with secateur. Where its networks disagree too much to be trusted, as on kinds of models that they have not
+    seen, the contribution takes their place, and a `SecateurWarning` says so.
     """
 
-    description = "joint meta-pruner: sees contributions, maps and redundancy, and scores all heads together"
+    description = "joint meta-pruner: sees contributions and redundancy, and scores all heads together"
     source = "this project, after Zhang et al. 2021 (arXiv 2011.03770)"
     passes = "1"
     texts_apart = True
@@ -37,5 +40,15 @@ class SmpPlusScorer(Scorer):
         evidence = gather_evidence(
             task.model, task.sites, batches, task.is_pair, task.accelerator, task.special_ids, self.pruner.sees_maps
         )
-        found = evidence.split(self.pruner.eval()(evidence).detach())
+        with torch.no_grad():
+            (judged,) = self.pruner.eval().judge_all([evidence])
+            found = evidence.split(self.pruner.combine(evidence, judged))
+        agreed = float(agreement(standardised(judged)))
+        if agreed <= DISTRUSTED:
+            message = (
+                f"the networks of smp-plus disagree on this model (mean correlation {agreed:.2f}, trusted above "
+                f"{DISTRUSTED:g}), as on kinds of models that they have not seen: its heads are scored by their "
+                "contribution instead, and for pairs of texts their matching"
+            )
+            warnings.warn(message, SecateurWarning, stacklevel=4)
         return {name: found.get(name, torch.zeros(0)) for name in task.sites}  # a site may have been emptied before
