@@ -1,0 +1,135 @@
+"""Does fine-tuning need the heads that match tokens in another model too? rxnfp, a BERT for chemical reactions.
+
+    pip install --no-deps rxnfp
+    OMP_NUM_THREADS=1 python benchmarks/matching_reactions.py [--seeds 0 1]
+
+A task of pairs made for this: given what goes into a reaction (its first text), is the second text what comes out, or
+what comes out of another reaction of the same type? Reactions are made by rule (subjects.py); train and dev share none.
+The dense model, and masks that keep the same share of every layer's heads by their contribution: as they are; without
+the two heads that match most (as matching_elsewhere.py measures it), the next best in their places; and, for
+comparison, without the two that write most of those that match nothing. Each is fine-tuned on 1,000 pairs for 3 epochs
+at learning rate 1e-4 in bfloat16 autocast and measured on 800. Rows are kept in results/matching_reactions.jsonl:
+start again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import processors
+from transformers import BertForSequenceClassification, BertModel, set_seed
+
+from matching_elsewhere import measure, read_reactions
+from secateur.data import Task
+from secateur.files import append_line, read_lines
+from secateur.finetune import finetune
+from secateur.heads import HeadMask, HeadScores
+from secateur.model.removal import remove_heads_
+from secateur.scoring import score_heads
+from secateur.selection import select_heads
+from secateur.versions import environment
+from subjects import reaction_model, typed_reactions
+
+RESULTS = Path(__file__).parent / "results" / "matching_reactions.jsonl"
+CHECKPOINT = "bert_pretrained"
+RATIOS = (0.5, 0.75)
+TRAIN, DEV = 1000, 800
+
+
+def task(seed: int, count: int, part: int) -> Task:
+    """Return pairs, half of them true, of the reactions with that part (0 or 1)."""
+    draw = random.Random(seed)
+    by_type: dict[str, list[list[str]]] = {}
+    for text, kind in typed_reactions(0, 6000)[part::2]:
+        by_type.setdefault(kind, []).append(text.split(">>"))
+    pairs, labels = [], []
+    for number in range(count):
+        same_type = by_type[draw.choice(sorted(by_type))]
+        left, right = draw.choice(same_type)
+        label = number % 2
+        while not label and right == (other := draw.choice(same_type)[1]):
+            pass
+        pairs.append((left, right if label else other))
+        labels.append(label)
+    return Task("product", pairs, labels)
+
+
+def classifier(seed: int) -> tuple[Any, Any]:
+    set_seed(seed)  # the head
+    model, tokenizer = reaction_model("rxnfp", CHECKPOINT, BertForSequenceClassification)
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    pair = "[CLS] $A [SEP] $B [SEP]"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair=pair, special_tokens=ends
+    )
+    return model, tokenizer
+
+
+def masks(seed: int, train: Task, tokenizer: Any) -> dict[tuple[str, float], HeadMask | None]:
+    model, plain = reaction_model("rxnfp", CHECKPOINT, BertModel)
+    found = measure("rxnfp", model, plain, [">>".join(pair) for pair in train.texts[:96]], read_reactions)
+    matching = torch.tensor(found["matching"])
+    scores = score_heads(
+        model, train.head(96, seed=seed).texts, "contribution", tokenizer, max_length=64, progress=False
+    )
+    norms = torch.stack(list(scores.values()))
+    two = {
+        "without the two that match most": matching.flatten().argsort(descending=True)[:2],
+        "without two that write most and match nothing": norms.where(matching < 0.05, 0).flatten().argsort()[-2:],
+    }
+    chosen: dict[tuple[str, float], HeadMask | None] = {("dense", 0.0): None}
+    for ratio in RATIOS:
+        chosen["contribution", ratio] = select_heads(scores, ratio)
+        for name, heads in two.items():
+            lowered = norms.flatten().clone()
+            lowered[heads] = 0
+            rows = dict(zip(scores, lowered.view(norms.shape), strict=True))
+            chosen[name, ratio] = select_heads(HeadScores(rows), ratio)
+            print(name, [divmod(i, norms.shape[1]) for i in heads.tolist()])
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    done = {(row["seed"], row["mask"], row["ratio"]) for row in read_lines(RESULTS)}
+    dev = task(1, DEV, 1)
+    for seed in options.seeds:
+        train = task(100 + seed, TRAIN, 0)
+        for (name, ratio), mask in masks(seed, train, classifier(seed)[1]).items():
+            if (seed, name, ratio) in done:
+                continue
+            model, tokenizer = classifier(seed)
+            if mask is not None:
+                remove_heads_(model, mask)
+            _, result = finetune(
+                model, train, dev, tokenizer=tokenizer, epochs=3, learning_rate=1e-4, batch_size=32, max_length=64,
+                seed=seed, bf16=True, device="cpu", progress=False,
+            )  # fmt: skip
+            row = {
+                "mask": name,
+                "ratio": ratio,
+                "seed": seed,
+                "accuracy": result.metrics["accuracy"],
+                "train_texts": TRAIN,
+                "dev_texts": DEV,
+                "kept_heads": None if mask is None else mask.kept_heads,
+                "date": datetime.date.today().isoformat(),
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} of 2 cores, no GPU",
+                "environment": environment(),
+            }
+            append_line(RESULTS, row)
+            print(seed, name, ratio, row["accuracy"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
