@@ -443,6 +443,22 @@ def test_a_global_exchange_keeps_the_number_of_heads_in_the_model_and_empties_no
     assert seen == {str({"a": [2, 3], "b": [0]}), str({"a": [0, 1], "b": [1]}), str({"a": [0, 1], "b": [2]})}
 
 
+def test_an_exchange_never_drops_a_head_that_stays():
+    random = torch.Generator().manual_seed(1)
+    start = HeadMask({"a": torch.tensor([True, True, False, False]), "b": torch.tensor([False, True, False, False])})
+    staying = {"a": torch.tensor([True, False, True, False]), "b": torch.tensor([False, True, False, False])}
+    apart = {"a": 4, "b": 4}
+    seen = {str(exchange(start, apart, random, "global", 1, staying).kept_heads) for _ in range(200)}
+    # Head 1 of a is the only one that may go, to any of five free places; head 2 of a was not kept.
+    assert seen == {
+        *(str({"a": [0, h], "b": [1]}) for h in (2, 3)), *(str({"a": [0], "b": sorted([1, h])}) for h in (0, 2, 3))
+    }  # fmt: skip
+    # Groups that hold one move neither whole nor by a swap inside.
+    in_twos = {"a": 2, "b": 2}
+    assert exchange(start, in_twos, random, "site", 1, staying) is None
+    assert exchange(start, in_twos, random, "site", 1) is not None
+
+
 def test_search_goes_on_from_the_best():
     model = tiny_model("bert")
     start = HeadMask({name: torch.tensor([True, True, False, False]) for name in find_sites(model)})

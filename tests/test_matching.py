@@ -6,16 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModel, Data2VecVisionConfig
 
+import secateur
 from secateur.data import batches
 from secateur.demo import demo_model
-from secateur.errors import InvalidInputError
+from secateur.errors import InvalidInputError, UnsupportedModelError
+from secateur.heads import HeadMask
 from secateur.meta.evidence import gather_evidence
 from secateur.meta.joint import JointPruner, matching_scores
-from secateur.model.inputs import forward_arguments
+from secateur.model.inputs import example_inputs, forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.sites import find_sites
-from secateur.scorers.matching import MATCH_WEIGHT, MatchingScorer, matching
+from secateur.refinement import refine_mask
+from secateur.scorers.base import ScoringTask, special_ids_of
+from secateur.scorers.matching import MATCH_WEIGHT, MatchingScorer, heads_that_match, matching
 from secateur.scoring import score_heads
 from secateur.selection import select_heads
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -112,6 +117,52 @@ def test_pairs_score_as_contribution_times_matching_and_single_texts_as_contribu
             MatchingScorer(wrong)
     assert MatchingScorer().reads_maps(SimpleNamespace(is_pair=True))
     assert not MatchingScorer().reads_maps(SimpleNamespace(is_pair=False))
+
+
+def pairs_task(model, tokenizer, is_pair=True):
+    texts = PAIRS if is_pair else [first for first, _ in PAIRS]
+    made = list(forward_arguments(model, batches(tokenizer, texts, 3)))
+    return ScoringTask(model, find_sites(model), made, is_pair, special_ids=special_ids_of(tokenizer))
+
+
+def test_heads_that_match_are_those_from_a_tenth_on(monkeypatch):
+    model, tokenizer = tiny_model("bert"), tiny_tokenizer()
+    task = pairs_task(model, tokenizer)
+    evidence = gather_evidence(model, task.sites, task.batches, True, special_ids=task.special_ids)
+    # Random heads match little: the bound is put between them.
+    bound = float(evidence.matching.sort().values[6:8].mean())
+    monkeypatch.setattr(secateur.scorers.matching, "MATCHES", bound)
+    found = torch.cat(list(heads_that_match(task).values()))
+    assert found.tolist() == (evidence.matching >= bound).tolist()
+    assert int(found.sum()) == 12 - 7
+    alone = heads_that_match(pairs_task(model, tokenizer, is_pair=False))
+    assert {site: row.tolist() for site, row in alone.items()} == {site: [False] * 4 for site in task.sites}
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+    seeing = AutoModel.from_config(Data2VecVisionConfig(**size)).eval()
+    without_maps = ScoringTask(seeing, find_sites(seeing), [example_inputs(seeing)], is_pair=True)
+    with pytest.raises(UnsupportedModelError, match="does not compute attention maps"):
+        MatchingScorer().score(without_maps)
+    assert not bool(torch.cat(list(heads_that_match(without_maps).values())).any())
+
+
+def test_refining_keeps_the_heads_that_match(monkeypatch):
+    model, tokenizer = tiny_model("bert"), tiny_tokenizer()
+    start = HeadMask({name: torch.tensor([True, False, True, False]) for name in find_sites(model)})
+    matching_heads = {name: torch.tensor([True, False, False, False]) for name in start}
+    asked = []
+
+    def those(task):
+        asked.append(task.is_pair)
+        return matching_heads
+
+    monkeypatch.setattr(secateur.refinement, "heads_that_match", those)
+    for seed in range(4):
+        mask, losses = refine_mask(model, start, PAIRS, tokenizer, steps=20, seed=seed)
+        assert len(losses) == 21
+        assert all(bool(row[0]) for row in mask.values())
+    assert asked == [True] * 4
+    assert refine_mask(model, start, PAIRS, tokenizer, steps=0)[0] == start
+    assert asked == [True] * 4  # no pass where nothing is tried
 
 
 @pytest.mark.real

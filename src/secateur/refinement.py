@@ -19,6 +19,8 @@ from secateur.meta.search import MaskLoss, search
 from secateur.model.inputs import forward_arguments
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of, evaluation_mode, held
+from secateur.scorers.base import ScoringTask, special_ids_of
+from secateur.scorers.matching import heads_that_match
 from secateur.selection import Scope, select_heads
 
 
@@ -41,9 +43,10 @@ def refine_mask(
     """Improve a mask on a task's own texts: exchange heads and keep what lowers the relational KL to the dense model.
 
     No labels and no gradients; each of the `steps` costs a gated pass over the texts. At scope "site" every site keeps
-    as many heads as in `mask`; at scope "global" the model does, and every site at least `min_heads`. Returns the best
-    mask found, never worse than `mask` on these texts, and the losses of all masks tried, `mask` first. The model is
-    left as it was.
+    as many heads as in `mask`; at scope "global" the model does, and every site at least `min_heads`. Heads that match
+    words between the two texts of pairs stay where `mask` keeps them, which takes a pass with attention maps: the loss
+    hardly needs them, and fine-tuning does (docs/matching.md). Returns the best mask found, never worse than `mask` on
+    these texts, and the losses of all masks tried, `mask` first. The model is left as it was.
 
     Raises `InvalidInputError` for fewer than two texts, steps below 0, and a mask that does not fit the model.
     """
@@ -67,7 +70,9 @@ def refine_mask(
             raise invalid("mask", f"keep no head of site {name} that is gone already", mask[name].nonzero().flatten())
     with held(base), evaluation_mode(base), torch.inference_mode(False):
         made = forward_arguments(base, list(calibration_batches(model, texts, tokenizer, batch_size, max_length)))
-        loss = MaskLoss(base, made, not isinstance(texts[0], str), accelerator)
+        is_pair = not isinstance(texts[0], str)
+        task = ScoringTask(base, sites, made, is_pair, special_ids=special_ids_of(tokenizer), accelerator=accelerator)
+        loss = MaskLoss(base, made, is_pair, accelerator)
         trials = search(
             loss,
             HeadMask({name: mask[name][heads] for name, heads in there.items()}),
@@ -77,6 +82,7 @@ def refine_mask(
             scope,
             min_heads,
             progress,
+            heads_that_match(task) if steps else None,
         )
     best = min(trials, key=lambda trial: trial[1])[0]
     rows = {name: row.clone() for name, row in mask.items()}

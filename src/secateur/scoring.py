@@ -28,7 +28,7 @@ from secateur.model.offload import check_loaded
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of, bfloat16_passes, evaluation_mode, held
 from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer
-from secateur.scorers.base import Batch, Scorer, ScoringTask, StreamingScorer, Supervision
+from secateur.scorers.base import Batch, Scorer, ScoringTask, StreamingScorer, Supervision, special_ids_of
 from secateur.selection import Scope, select_heads
 from secateur.sentence import transformer_of
 from secateur.stopping import AGREEMENT, Settling, Stop, check_stop
@@ -140,7 +140,7 @@ def score_heads(
         sample = stream.first if stream is not None else listed
         is_pair = sample is not None and len(sample) > 0 and not isinstance(sample[0], str)
         sites = find_sites(model)
-        special_ids = _special_ids(base.config.get_text_config() if tokenizer is None else tokenizer)
+        special_ids = special_ids_of(base.config.get_text_config() if tokenizer is None else tokenizer)
         taught = None
         if criterion.needs_labels:
             if labels is None:
@@ -228,12 +228,3 @@ def _selecting(
         return torch.cat([mask[name][list(site.heads)] for name, site in sites.items()])
 
     return select
-
-
-def _special_ids(source: Any) -> frozenset[int]:
-    """Return the ids of the tokens that stand for no word, as a tokenizer or a config names them."""
-    found: set[Any] = set()
-    for kind in ("bos", "eos", "cls", "sep", "pad"):
-        value = getattr(source, f"{kind}_token_id", None)
-        found.update(value if isinstance(value, list | tuple) else [value])
-    return frozenset(found - {None})

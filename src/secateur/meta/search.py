@@ -75,6 +75,7 @@ def search(
     scope: Scope = "site",
     min_heads: int = 1,
     progress: bool = False,
+    staying: Mapping[str, Tensor] | None = None,
 ) -> list[Trial]:
     """Try `steps` masks, each one exchange away from the best so far, and return all of them, the start first.
 
@@ -83,7 +84,7 @@ def search(
     best, trials = start, [(start, loss(start))]
     lowest = trials[0][1]
     for _ in tqdm(range(steps), desc="refining", disable=not progress, leave=False):
-        mask = exchange(best, groups, random, scope, min_heads)
+        mask = exchange(best, groups, random, scope, min_heads, staying)
         if mask is None:
             break
         trials.append((mask, loss(mask)))
@@ -93,13 +94,19 @@ def search(
 
 
 def exchange(
-    mask: HeadMask, groups: Mapping[str, int], random: torch.Generator, scope: Scope = "site", min_heads: int = 1
+    mask: HeadMask,
+    groups: Mapping[str, int],
+    random: torch.Generator,
+    scope: Scope = "site",
+    min_heads: int = 1,
+    staying: Mapping[str, Tensor] | None = None,
 ) -> HeadMask | None:
     """Return a mask one random exchange away, with as many heads, or None where there is none.
 
     `groups` gives each site's number of key-value heads. An exchange swaps a kept and a dropped head of a group, or the
     patterns of two groups of heads: at scope "site" of one site, so that every site keeps as many heads in as many
-    groups; at scope "global" of any two sites, of which none falls below `min_heads` that has more.
+    groups; at scope "global" of any two sites, of which none falls below `min_heads` that has more. Heads in `staying`
+    (bool, by site), where `mask` keeps them, are never dropped.
     """
     patterns = [
         (site, number, tuple(row))
@@ -107,18 +114,29 @@ def exchange(
         for number, row in enumerate(vector.view(groups[site], -1).tolist())
     ]
     kept = {site: int(vector.sum()) for site, vector in mask.items()}
+    stay: dict[tuple[str, int], list[int]] = {}
+    for site, number, row in patterns:
+        group = [] if staying is None else staying[site].view(groups[site], -1)[number].tolist()
+        stay[site, number] = [i for i, stays in enumerate(group) if stays and row[i]]
+
+    def may_become(site: str, number: int, pattern: tuple[bool, ...]) -> bool:
+        return all(pattern[i] for i in stay.get((site, number), ()))
+
     moves: list[tuple[str, int, tuple[bool, ...], str, int, tuple[bool, ...]]] = []
     for site, number, row in patterns:
         for a, b in itertools.product(range(len(row)), repeat=2):
             if row[a] and not row[b]:
                 swapped = tuple({a: False, b: True}.get(i, value) for i, value in enumerate(row))
-                moves.append((site, number, swapped, site, number, swapped))
+                if may_become(site, number, swapped):
+                    moves.append((site, number, swapped, site, number, swapped))
     for (site, number, row), (other, second, pattern) in itertools.combinations(patterns, 2):
         gain = sum(pattern) - sum(row)
         if row == pattern or len(row) != len(pattern) or (site != other and scope == "site"):
             continue
         changes = ((kept[site], gain), (kept[other], -gain)) if site != other else ()
         if any(change < 0 and heads + change < min_heads for heads, change in changes):
+            continue
+        if not (may_become(site, number, pattern) and may_become(other, second, row)):
             continue
         moves.append((site, number, pattern, other, second, row))
     if not moves:

@@ -196,3 +196,12 @@ def words_of(batch: Batch, special_ids: frozenset[int]) -> Tensor | None:
         return mask
     words = ~torch.isin(ids, torch.tensor(sorted(special_ids), dtype=ids.dtype, device=ids.device))
     return words if mask is None or mask.shape != ids.shape else words & (mask > 0)
+
+
+def special_ids_of(source: Any) -> frozenset[int]:
+    """Return the ids of the tokens that stand for no word, as a tokenizer or a config names them."""
+    found: set[Any] = set()
+    for kind in ("bos", "eos", "cls", "sep", "pad"):
+        value = getattr(source, f"{kind}_token_id", None)
+        found.update(value if isinstance(value, list | tuple) else [value])
+    return frozenset(found - {None})

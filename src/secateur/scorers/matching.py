@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from secateur.checks import is_number
-from secateur.errors import invalid
+from secateur.errors import UnsupportedModelError, invalid
 from secateur.model.probe import HeadReading
-from secateur.scorers.base import Batch, ScoringTask, mean_over_tokens, words_of
+from secateur.scorers.base import Batch, ScoringTask, StreamingScorer, mean_over_tokens, words_of
 from secateur.scorers.contribution import ContributionScorer
 
 MATCH_WEIGHT = 8.0
 """How much a match counts: a head that rests on matches alone scores as one that writes nine times as much."""
+
+MATCHES = 0.1
+"""The matching from which on a head is one that matches words: those of four models have .11 to .5 (docs/matching.md),
+and no other head as much as .1."""
 
 
 class MatchingScorer(ContributionScorer):
@@ -47,6 +53,30 @@ class MatchingScorer(ContributionScorer):
         if reading.weights is None:  # single texts
             return norms
         return norms * (1 + self.weight * matching(reading.weights, batch, task.special_ids).to(norms))
+
+
+class _Matches(StreamingScorer):
+    """Mean matching over texts."""
+
+    weights = True
+
+    def read(self, reading: HeadReading, batch: Batch, task: ScoringTask) -> Tensor:
+        return matching(cast(Tensor, reading.weights), batch, task.special_ids)
+
+
+def heads_that_match(task: ScoringTask) -> dict[str, Tensor]:
+    """Return, for each site, which heads have a matching of 0.1 or more on the task's pairs, bool `[heads]`; one pass.
+
+    No head where the texts are no pairs, or where the model makes no attention maps.
+    """
+    none = {name: torch.zeros(site.num_heads, dtype=torch.bool) for name, site in task.sites.items()}
+    if not task.is_pair:
+        return none
+    try:
+        found = _Matches().score(task)
+    except UnsupportedModelError:
+        return none
+    return {name: row >= MATCHES for name, row in found.items()}
 
 
 def matching(weights: Tensor, batch: Batch, special_ids: frozenset[int]) -> Tensor:
