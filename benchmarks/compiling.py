@@ -46,9 +46,9 @@ def compiled_copy(model: Any, **options: Any) -> Any:
     return twin
 
 
-def training_step(model: Any, shape: Shape) -> Callable[[], None]:
+def training_step(model: Any, batch: int, length: int) -> Callable[[], None]:
     """Return a call of a forward and a backward pass."""
-    inputs = example_inputs(model, *shape, padding=0)
+    inputs = example_inputs(model, batch, length, padding=0)
 
     def step() -> None:
         model(**inputs)[0].float().square().mean().backward()
@@ -75,7 +75,7 @@ def at_shape(models: dict[str, Any], work: str, shape: Shape, rounds: int) -> di
     with torch.set_grad_enabled(work != "pass"):
         for name, model in models.items():
             for label, one in ((name, model), (f"{name}, compiled", compiled_copy(model))):
-                runs[label] = prepared(one.train(work != "pass"), *([*shape] if work == "pass" else [shape]))
+                runs[label] = prepared(one.train(work != "pass"), *shape)
                 first[label] = seconds_of(runs[label])
         seconds = time_in_turn(runs, rounds)
     found: dict[str, Any] = {"work": work, "shape": str(shape), "seconds": seconds, "first_call_seconds": first}

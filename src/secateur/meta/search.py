@@ -120,7 +120,7 @@ def exchange(
         stay[site, number] = [i for i, stays in enumerate(group) if stays and row[i]]
 
     def may_become(site: str, number: int, pattern: tuple[bool, ...]) -> bool:
-        return all(pattern[i] for i in stay.get((site, number), ()))
+        return all(pattern[i] for i in stay[site, number])
 
     moves: list[tuple[str, int, tuple[bool, ...], str, int, tuple[bool, ...]]] = []
     for site, number, row in patterns:

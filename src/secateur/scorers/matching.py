@@ -17,8 +17,8 @@ MATCH_WEIGHT = 8.0
 """How much a match counts: a head that rests on matches alone scores as one that writes nine times as much."""
 
 MATCHES = 0.1
-"""The matching from which on a head is one that matches words: those of four models have .11 to .5 (docs/matching.md),
-and no other head as much as .1."""
+"""The matching from which on a head is one that matches words: those of four models have .11 to .5 between two texts
+that are told apart, and no other head as much as .1 (docs/matching.md)."""
 
 
 class MatchingScorer(ContributionScorer):
