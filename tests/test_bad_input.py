@@ -82,6 +82,7 @@ REFUSED = [
     ("a label that is a word", "a.csv", "sentence,label\na,pos\nb,neg\n", "must be a number"),
     ("a label that is NaN", "a.csv", "sentence,label\na,nan\n", "must be a number"),
     ("a label that is infinite", "a.csv", "sentence,label\na,1e999\n", "must be a number"),
+    ("a label of 401 digits", "a.csv", f"sentence,label\na,1{'0' * 400}\nb,0.5\n", "must be a number"),
     ("a label with an underscore", "a.csv", "sentence,label\na,1_0\n", "must be a number"),
     ("some labels -1", "a.csv", "sentence,label\na,-1\nb,1\n", "must be a class from 0 up"),
     ("a class of 23 digits", "a.csv", "sentence,label\na,99999999999999999999999\n", "below 100,000"),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoModel
 
 from secateur import cli, demo
 from secateur.errors import SecateurError
@@ -78,6 +79,17 @@ def test_a_changed_model_does_not_verify(minilm_folder, texts, tmp_path, capsys)
     code, text, _ = run(capsys, "verify", out)
     assert code == 1
     assert "DIFFERS" in text
+
+
+@pytest.mark.real
+def test_a_model_of_another_vocabulary_does_not_verify(minilm_folder, texts, tmp_path, capsys):
+    run(capsys, "prune", minilm_folder, "--data", texts, "--scorer", "magnitude", "--no-maps", "--out", tmp_path / "p")
+    other = AutoModel.from_pretrained(minilm_folder)
+    other.resize_token_embeddings(30600, mean_resizing=False)
+    other.save_pretrained(tmp_path / "other")
+    code, _, err = run(capsys, "verify", tmp_path / "p", "--against", tmp_path / "other")
+    assert code == 2
+    assert "their vocabularies have [30522, 30600] tokens" in err
 
 
 @pytest.mark.real
@@ -234,6 +246,9 @@ def test_other_commands_with_bad_input(minilm_folder, texts, tmp_path, capsys):
         (("verify", tmp_path / "none"), "be a folder that exists"),
         (("info", tmp_path), "be a folder with a config.json"),
         (("evaluate", minilm_folder, "--data", tmp_path / "none.csv"), "none.csv"),
+        (("evaluate", minilm_folder, "--data", texts), "fine-tune it first"),
+        (("score", minilm_folder, "--data", texts, "--option", "name=x", "--out", tmp_path / "s"), "got 'name'"),
+        (("report", tmp_path / "no.jsonl", "--out", tmp_path / "r.html"), "there is no such file"),
         (("finetune", minilm_folder, "--data", texts, "--out", tmp_path), "be a new or empty folder"),
         (("score", minilm_folder, "--data", texts, "--out", tmp_path / "no" / "s.json"), "folder that exists"),
         (("demo", "--out", tmp_path), "be a new or empty folder"),

@@ -203,6 +203,34 @@ def test_settings_out_of_range(settings, change, message):
         replace(settings, **change)
 
 
+def test_a_file_has_no_dev_split(settings, folder, tmp_path):
+    data = (settings.data[0], str(folder / "pairs" / "train.tsv"))
+    with pytest.raises(InvalidInputError, match="`data` must have train and dev apart"):
+        compare(replace(settings, data=data), tmp_path / "c", progress=False)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_device_that_cannot_train_is_refused_before_the_scoring(settings, tmp_path):
+    with pytest.raises(InvalidInputError, match="`device` must name no other device than the first"):
+        compare(settings, tmp_path / "c", device="cpu:1", progress=False)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"editor": 1}'])
+def test_a_folder_with_other_settings_is_no_comparison(content, settings, tmp_path):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(InvalidInputError, match="`out` must be a new folder, or one with a comparison"):
+        compare(settings, tmp_path, progress=False)
+    assert (tmp_path / "settings.json").read_text() == content
+
+
+def test_a_row_that_is_no_run_is_named(settings, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(asdict(settings)))
+    (tmp_path / "runs.jsonl").write_text('{"scorer": "dense"}\n')
+    with pytest.raises(InvalidInputError, match="has a row that is no run"):
+        compare(settings, tmp_path, progress=False)
+
+
 def test_two_tasks_of_one_name(settings, folder, tmp_path):
     copy = tmp_path / "singles"
     copy.mkdir()
@@ -280,6 +308,9 @@ def test_a_folder_in_use_is_refused(settings, tmp_path):
         ("seeds: 0", "seeds"),
         ("ratio: [1.5]", "ratio"),
         ("scorer: nobody", "nobody"),
+        ("ratio:", "`ratio` must have a value"),
+        ("ratio: [[0.5]]", "`ratio` must have a value"),
+        ("pruner:", "`pruner` must have a value"),
     ],
 )
 def test_bad_config_is_one_line(text, message, tmp_path, capsys):
@@ -334,8 +365,12 @@ def test_summary_by_hand():
 def test_summary_of_little():
     only = summarise(ROWS[3:4])[0]
     assert (only.runs, only.std, only.difference, only.is_noise) == (1, None, None, None)
-    same = summarise([row("a", DENSE, 0, 0.5), row("a", DENSE, 1, 0.6), row("a", "x", 0, 0.4), row("a", "x", 1, 0.5)])
-    assert same[1].is_noise is None or same[1].p_value > 0  # two equal steps prove nothing
+    for lost in (0.1, 0.05):  # in floats the differences of the second are equal but for rounding
+        rows = [row("a", DENSE, 0, 0.8), row("a", DENSE, 1, 0.85)]
+        same = summarise([*rows, row("a", "x", 0, 0.8 - lost), row("a", "x", 1, 0.85 - lost)])
+        assert (same[1].p_value, same[1].is_noise) == (None, None)  # two equal steps prove nothing
+    level = summarise([*rows, row("a", "x", 0, 0.1 + 0.7), row("a", "x", 1, 0.15 + 0.7)])
+    assert level[1].p_value == 1
     with pytest.raises(InvalidInputError, match="rows"):
         summarise([])
 

@@ -126,6 +126,29 @@ def test_two_models_of_one_config_object_in_two_threads(outcome):
     outcome(SECTION, "two models that share one config object in two threads", found)
 
 
+@pytest.mark.parametrize("in_another_thread", [True, False])
+def test_a_pass_of_a_pruned_t5_is_not_mixed_up_with_one_that_runs_meanwhile(in_another_thread):
+    """A narrowed module returns the bias of all heads, which it keeps aside while its own code runs."""
+    model = tiny_model("t5")
+    remove_heads_(model, uneven_mask(find_sites(model)))
+    encoder, ids, other = model.encoder, inputs()["input_ids"], torch.arange(4, 12).view(1, 8)
+
+    @torch.no_grad()
+    def run(ids):
+        return encoder(input_ids=ids).last_hidden_state
+
+    expected, interrupted = (run(ids), run(other)), []
+
+    def interrupt(*_):
+        if not interrupted:
+            interrupted.append(None)
+            interrupted[:] = in_threads(lambda: run(other)) if in_another_thread else [run(other)]
+
+    encoder.block[0].layer[0].SelfAttention.o.register_forward_hook(interrupt)
+    assert torch.equal(run(ids), expected[0])
+    assert torch.equal(interrupted[0], expected[1])
+
+
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("scorer", ["contribution", "relational_taylor"])

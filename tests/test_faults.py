@@ -1,5 +1,6 @@
 """What is left when a run is killed, stopped, or refused by the disk, and what the next run makes of it."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -275,6 +277,20 @@ def test_a_line_that_does_not_fit_leaves_the_lines_before_it(disk, outcome):
     assert read_lines(path) == ["first", "second"]
     assert os.listdir(path.parent) == ["lines"]
     outcome(SECTION, "a line that does not fit on the disk", caught.value)
+
+
+def test_lines_stay_where_their_file_cannot_be_opened(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    append_line(path, "first")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(WriteError, match="Too many open files"):
+            append_line(path, "second")
+    assert read_lines(path) == ["first"]
 
 
 def test_what_a_library_in_rust_says_of_the_disk(tmp_path):

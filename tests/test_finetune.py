@@ -372,6 +372,18 @@ def test_a_decoder_without_padding_token(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "<end>"
 
 
+def test_an_empty_text_of_which_the_tokenizer_makes_nothing():
+    config = GPT2Config(
+        vocab_size=1 + len(WORDS), n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    task, tokenizer = Task("t", ["", "good", "", "bad"], [0, 1, 0, 1]), decoder_tokenizer()
+    model, result = finetune(
+        GPT2ForSequenceClassification(config), task, tokenizer=tokenizer, **{**FAST, "epochs": 1, "batch_size": 1}
+    )
+    assert result.steps == 4
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_the_head_has_room_for_the_classes_of_both_splits(base):
     train, dev = Task("t", ["good"] * 8, [0, 1] * 4), Task("t", ["bad"] * 3, [0, 1, 2])
     model, result = finetune(base, train, dev, **FAST)

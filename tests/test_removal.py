@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    CodeGenConfig,
     FalconConfig,
 )
 
@@ -263,6 +264,56 @@ def test_a_wrong_removal_is_noticed_and_undone(monkeypatch):
     assert model.encoder.layer[0].attention.self.query.out_features == 32
     assert model.encoder.layer[0].attention.self.num_attention_heads == 4
     assert not hasattr(model.config, "head_pruning")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_refused_removal_leaves_a_model_that_holds_gradients_as_it_was(dtype):
+    """CodeGen's code needs a multiple of four heads."""
+    torch.manual_seed(0)
+    config = CodeGenConfig(
+        n_embd=32, n_layer=1, n_head=4, vocab_size=99, rotary_dim=4, n_positions=32, bos_token_id=1, eos_token_id=2
+    )
+    model = AutoModel.from_config(config).to(dtype).eval()
+    inputs = example_inputs(model)
+    model(**inputs).last_hidden_state.square().mean().backward()
+    before = hidden_states(model, inputs)
+    held = {name: (p.data.clone(), p.grad) for name, p in model.named_parameters()}
+    gradients = {name: gradient.clone() for name, (_, gradient) in held.items()}
+    with pytest.raises(RemovalError, match="does not run with fewer heads"):
+        remove_heads_(model, HeadMask({"h.0.attn": torch.tensor([True, True, False, False])}))
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, held[name][0])
+        assert parameter.grad is held[name][1]
+        assert torch.equal(parameter.grad, gradients[name])
+    assert largest_difference(before, hidden_states(model, inputs)) == 0
+
+
+def test_gradients_of_a_half_precision_model_stay_where_nothing_was_cut():
+    model = tiny_model("bert").to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    mask = HeadMask({"encoder.layer.0.attention.self": torch.tensor([True, True, False, False])})
+    cut = {piece.parameter for piece in find_sites(model)["encoder.layer.0.attention.self"].slices}
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    remove_heads_(model, mask)
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == cut
+
+
+def test_what_can_be_put_back_is_put_back_where_a_step_fails(monkeypatch):
+    model = tiny_model("bert")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def refuse(base, inputs, wanted, sites, kept, undo):
+        undo.append(lambda: 1 // 0)
+        raise RemovalError("refused")
+
+    monkeypatch.setattr(removal, "_prove", refuse)
+    with pytest.raises(ZeroDivisionError) as caught:
+        remove_heads_(model, uneven_mask(find_sites(model)))
+    assert isinstance(caught.value.__context__, RemovalError)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert model.encoder.layer[0].attention.self.num_attention_heads == 4
 
 
 def test_nan_outputs_do_not_pass_for_equal():

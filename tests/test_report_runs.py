@@ -11,6 +11,8 @@ from secateur.errors import InvalidInputError
 from secateur.heads import HeadScores
 from secateur.report import MAX_MAP_CHARACTERS, render_report
 from secateur.report.comparison import agreement, comparison_view, cost_charts, curves
+from secateur.report.numbers import DASH
+from secateur.report.pruning import pruning_view
 from secateur.report.runs import read_runs
 from secateur.summary import summarise
 from tests.report_data import EVIL, comparison_rows, maps_of, pruning_json, write_comparison, write_pruned
@@ -129,6 +131,33 @@ def test_the_table_says_what_is_noise(tmp_path):
     assert view["tiles"][2]["note"] == "random, 50% removed"
 
 
+def test_no_retention_over_fewer_tasks_than_the_others(tmp_path):
+    rows = [row for row in comparison_rows() if (row["scorer"], row["task"]) != ("smp", "b")]
+    view = comparison_view(read_runs([write_comparison(tmp_path / "c", rows)])[0])
+    retention = {row["scorer"]: row["retention"] for row in view["table"]["rows"] if row["ratio"] == "50%"}
+    assert retention["smp"] == DASH
+    assert retention["random"].endswith("%")
+
+
+def test_scores_of_each_ratio_go_with_the_heads_kept_at_it(tmp_path):
+    folder = write_comparison(tmp_path / "c", comparison_rows(("a",)))
+    for seed in (0, 1):
+        (folder / "scores" / f"a-smp-{seed}.json").unlink()
+        for ratio, scores in ((0.25, [9.0, 0.0, 8.0, 1.0]), (0.5, [0.0, 1.0, 0.0, 1.0])):
+            data = {"kind": "head_scores", "scores": {"layer.0": scores}}
+            (folder / "scores" / f"a-smp-{ratio:g}-{seed}.json").write_text(json.dumps(data))
+    found = {h["name"]: h for h in comparison_view(read_runs([folder])[0])["histograms"]}
+    places = {(bar["side"], bar["x"]) for bar in found["smp"]["bars"]}
+    assert places == {("kept", 100 * 31 / 32), ("removed", 0.0)}  # heads 1 and 3 are kept
+
+
+def test_heads_of_an_earlier_pruning_do_not_count(tmp_path):
+    names = [f"encoder.layer.{i}.attention.self" for i in range(2)]
+    scores, kept = {name: [None, None, 0.1, 0.2] for name in names}, {name: [3] for name in names}
+    view = pruning_view(read_runs([write_pruned(tmp_path / "p", False, scores=scores, kept_heads=kept)])[0])
+    assert view["headline"] == "Kept 2 of 4 heads (pruning ratio 0.50)"
+
+
 def test_comparisons_of_the_same_settings_are_joined(tmp_path):
     rows = comparison_rows()
     some = [row for row in rows if row["scorer"] != "smp"]
@@ -139,7 +168,9 @@ def test_comparisons_of_the_same_settings_are_joined(tmp_path):
     assert {name.rsplit("-", 2)[1] for name in joined["scores"]} == {"random", "contribution", "smp"}
     other = write_comparison(tmp_path / "other", rest, protocol="full")
     moved = write_comparison(tmp_path / "moved", [{**row, "data": "elsewhere"} for row in rest])
-    assert len(read_runs([one, other])) == len(read_runs([one, moved])) == 2
+    halves = write_comparison(tmp_path / "halves", rest, bf16=True)
+    assert len(read_runs([one, other])) == len(read_runs([one, moved])) == len(read_runs([one, halves])) == 2
+    assert len(read_runs([one, write_comparison(tmp_path / "floats", rest, bf16=False)])) == 1
 
 
 def test_rows_alone_are_a_comparison(tmp_path):

@@ -77,6 +77,10 @@ def test_a_pruned_folder_is_still_a_sentence_transformer(layout, folders, tmp_pa
 
     alone = tmp_path / "alone"
     assert cli.main(["export", str(out), "--format", "standalone", "--out", str(alone)]) == 0
+    printed = capsys.readouterr().out
+    (code,) = alone.rglob("modeling_pruned.py")
+    assert f"by the code in {code} alone" in printed
+    assert f"model: {code.parent} " in printed
     # In a process where secateur cannot be imported.
     script = BARE.split("import torch")[0] + (
         "import numpy\nfrom sentence_transformers import SentenceTransformer\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ LARGEST_SEED = 2**32 - 1
 
 
 def is_number(value: Any, *, least: float = -math.inf, above: float = -math.inf) -> bool:
-    """Return whether an option is a finite number in its range."""
+    """Return whether a value is a finite number, of a size that a float can have, in its range."""
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and least <= value < math.inf and value > above
+    return is_real and abs(value) <= sys.float_info.max and value >= least and value > above
 
 
 def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> None:

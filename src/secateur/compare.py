@@ -25,13 +25,13 @@ import torch
 from tqdm import tqdm
 from transformers import set_seed
 
-from secateur.data import Task, load_task
-from secateur.errors import InvalidInputError, invalid
+from secateur.data import Task, has_splits, load_task
+from secateur.errors import InvalidInputError, invalid, shown
 from secateur.evaluate import main_metric
 from secateur.files import LOCK, append_line, is_taken, one_run, read_json, read_lines, remove_unfinished, write_text
-from secateur.finetune import finetune, load_classifier
+from secateur.finetune import finetune, load_classifier, training_device
 from secateur.heads import HeadScores
-from secateur.model.loading import check_device, load_model, load_tokenizer, quiet_transformers
+from secateur.model.loading import load_model, load_tokenizer, quiet_transformers
 from secateur.model.removal import remove_heads_
 from secateur.scorers import SCORERS, scorer_class
 from secateur.scoring import score_heads
@@ -161,6 +161,7 @@ def compare(
     if jobs < 1:
         raise invalid("jobs", "be at least 1", jobs)
     out = Path(out)
+    place = str(training_device(device))
     _check_tasks(settings)
     with _owned(out, settings):
         table = out / "runs.jsonl"
@@ -178,7 +179,6 @@ def compare(
             tqdm.write(
                 f"going on: {scored} scorings, {len(done)} of {len(plan(settings))} runs are done", file=sys.stderr
             )
-        place = str(check_device(device))
         with workers(jobs, settings.threads, place) as pool:
             for _ in each(pool, _score, [(settings, run, out, place) for run in scorings], "scoring", progress):
                 pass
@@ -197,7 +197,10 @@ def default_jobs(device: torch.device, threads: int) -> int:
 
 
 def _key(row: dict[str, Any]) -> Run:
-    return Run(row["data"], row["scorer"], row["ratio"], row["seed"])
+    try:
+        return Run(row["data"], row["scorer"], row["ratio"], row["seed"])
+    except (KeyError, TypeError):
+        raise InvalidInputError(f"runs.jsonl has a row that is no run: {shown(row)}") from None
 
 
 @contextmanager
@@ -209,6 +212,8 @@ def _owned(out: Path, settings: Settings) -> Iterator[None]:
         raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
     if file.is_file():
         found = read_json(file)
+        if not isinstance(found, dict) or not {"model", "data", "scorers"} <= set(found):
+            raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
         names = _differences(found, wanted)
         if names:
             raise InvalidInputError(f"{out} holds a comparison with other {', '.join(names)}; choose another folder")
@@ -232,9 +237,11 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
 
 
 def _check_tasks(settings: Settings) -> None:
-    """Read every split once before anything is computed, and refuse two tasks of one name."""
+    """Read every split once before anything is computed; refuse two tasks of one name, and data without a dev split."""
     names: dict[str, str] = {}
     for data in settings.data:
+        if not has_splits(data):
+            raise invalid("data", "have train and dev apart", data, "give a folder with both, or a Hub id")
         train, _ = _splits(data)
         if train.name in names:
             raise InvalidInputError(f"{data} and {names[train.name]} have the same task name {train.name!r}")
@@ -272,7 +279,7 @@ def _score(settings: Settings, run: Run, out: Path, device: str) -> None:
         seed=run.seed,
         **options,
     )
-    cost = {"scoring_seconds": time.perf_counter() - start, "peak_memory": _peak_memory()}
+    cost = {"scoring_seconds": time.perf_counter() - start, "peak_memory": _peak_memory(device)}
     write_text(_scores_file(out, run), json.dumps({**scores.to_json(), "cost": cost}, indent=1))
 
 
@@ -319,14 +326,14 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
         "dev_texts": len(dev),
         "train_loss": result.train_loss,
         "kept_heads": kept,
-        "cost": {**cost, "training_seconds": result.seconds, "training_peak_memory": _peak_memory()},
+        "cost": {**cost, "training_seconds": result.seconds, "training_peak_memory": _peak_memory(device)},
         "environment": {**environment(), **_machine(device), "threads": settings.threads},
     }
 
 
-def _peak_memory() -> int:
+def _peak_memory(device: str) -> int:
     """Return the most bytes that this process (on a GPU: its tensors) has held so far."""
-    if torch.cuda.is_available():
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from secateur.checks import check_tokenizer, check_whole
+from secateur.checks import check_tokenizer, check_whole, is_number
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.rows import FILE_FORMATS, one_line, read_columns, stem_and_format
 
@@ -63,7 +62,7 @@ class Task:
             raise invalid("labels", f"hold one label for each of the {len(self.texts)} texts", len(self.labels))
         regression = self.is_regression
         for index, label in enumerate(self.labels):
-            if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
+            if not is_number(label):
                 raise invalid(f"labels[{index}]", "be a finite number", label)
             if not regression and not 0 <= label < MOST_CLASSES:
                 raise invalid(f"labels[{index}]", f"be a class from 0 up, below {MOST_CLASSES:,}", label)
@@ -157,6 +156,11 @@ def load_task(
     return Task(name, texts[:max_rows], kept_labels)
 
 
+def has_splits(data: str | Path) -> bool:
+    """Whether `data` can give one split apart from another: anything but a single file, whose rows serve as any."""
+    return not Path(data).expanduser().is_file()
+
+
 def check_texts(texts: Sequence[Text]) -> None:
     """Raise `InvalidInputError` unless `texts` is a sequence of only strings or only pairs of strings, not empty."""
     if isinstance(texts, str) or not isinstance(texts, Sequence):
@@ -182,14 +186,24 @@ def _is_text(value: Any) -> bool:
 def tokenize(tokenizer: Any, texts: Sequence[Text], max_length: int = 128) -> Any:
     """Return the tokenizer's `BatchEncoding` of `texts`: a list for each text, truncated and not padded.
 
-    A text keeps at most `max_length` tokens, or the tokenizer's own limit if that is lower.
+    A text keeps at most `max_length` tokens, or the tokenizer's own limit if that is lower. Where a tokenizer makes
+    nothing of a text, as some do of an empty one, it gets one token of padding: no model takes a batch without a token.
 
-    Raises `InvalidInputError` for texts that `check_texts` refuses and for `max_length` below 4.
+    Raises `InvalidInputError` for texts that `check_texts` refuses, for `max_length` below 4, and for a text without a
+    token where the tokenizer has none to pad with.
     """
     check_texts(texts)
     check_tokenizer(tokenizer)
     check_whole("max_length", max_length, 4)
-    return _encode(tokenizer, texts, max_length)
+    made = _encode(tokenizer, texts, max_length)
+    empty = [number for number, ids in enumerate(made["input_ids"]) if not ids]
+    if empty:
+        with padding_token(tokenizer):
+            padded = _encode(tokenizer, texts[empty[0] : empty[0] + 1], 1, padding="max_length")
+        for name, rows in padded.items():
+            for number in empty:
+                made[name][number] = list(rows[0])
+    return made
 
 
 def batches(
@@ -386,7 +400,7 @@ def _number(value: Any, row: int, source: str) -> int | float:
                 break
             except ValueError:
                 continue
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+    if not is_number(number):
         raise InvalidInputError(
             f"{where} must be a number, 0 to n - 1 for classes or a float for a regression, got {shown(value)}"
         )

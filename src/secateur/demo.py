@@ -21,7 +21,7 @@ from transformers import AutoModel
 from secateur.data import Task
 from secateur.errors import InvalidInputError
 from secateur.files import write_text
-from secateur.finetune import finetune
+from secateur.finetune import finetune, training_device
 from secateur.model.cost import compare_latency
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.timing import median_ratio
@@ -65,9 +65,9 @@ def run_demo(
 
     Writes `pruned/`, `result.json` and `report.html` into `out`, and returns the result's numbers.
     """
+    where = str(training_device(device or "cpu"))
     folder = demo_model()
     train, dev = demo_task(seed)
-    where = str(device or "cpu")
     seconds: dict[str, float] = {}
 
     with _step("scoring every head in one pass, removing half, proving", seconds, "prune"):

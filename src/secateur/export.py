@@ -16,7 +16,9 @@ def export_standalone(source: str | Path, out: str | Path) -> dict[str, Any]:
     """Write the pruned model `source` into the new folder `out`, with the code that rebuilds it and its tokenizer.
 
     The folder loads with `AutoModel….from_pretrained(out, trust_remote_code=True)` where torch and transformers 5 are
-    installed and secateur is not. Returns the class, the Auto classes that read the folder, and the file of the code.
+    installed and secateur is not; where `source` is a sentence-transformers model that keeps its transformer in a
+    folder of its own, so does `out`. Returns the class, the Auto classes that read that folder, and the file of the
+    code, as seen from `out`.
     Raises what `save_standalone` raises; nothing is left behind then.
     """
     with new_folder(out) as folder:
@@ -26,7 +28,8 @@ def export_standalone(source: str | Path, out: str | Path) -> dict[str, Any]:
         auto_map = save_standalone(model, place)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-    return {"class": type(model).__name__, "auto_classes": sorted(auto_map), "code": f"{MODULE}.py"}
+        code = place.relative_to(folder) / f"{MODULE}.py"
+    return {"class": type(model).__name__, "auto_classes": sorted(auto_map), "code": str(code)}
 
 
 def export_onnx(source: str | Path, out: str | Path) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def append_line(path: str | Path, row: Any) -> None:
 
     Raises `WriteError`, and leaves the lines that were there, where the disk does not take it.
     """
-    path, whole = Path(path), 0
+    path, whole = Path(path), None
     line = json.dumps(row).encode() + b"\n"
     is_new = not path.is_file()
     try:
@@ -85,8 +85,9 @@ def append_line(path: str | Path, row: Any) -> None:
         if is_new:
             _sync(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            os.truncate(path, whole)
+        if whole is not None:  # else it could not even be read
+            with suppress(OSError):
+                os.truncate(path, whole)
         raise _write_error(path, error) from error
 
 

@@ -84,7 +84,7 @@ def finetune(
         raise invalid("learning_rate", "be above 0", learning_rate)
     if batch_size < 1:
         raise invalid("batch_size", "be at least 1", batch_size)
-    chosen = None if device is None else _device(device)
+    chosen = None if device is None else training_device(device)
     if bf16 and check_device(chosen).type == "cuda" and not torch.cuda.is_bf16_supported():
         raise invalid("bf16", "be off on a device without bfloat16", bf16)
 
@@ -289,7 +289,8 @@ def _kept(owner: Any, *names: str) -> Iterator[None]:
         vars(owner).update(before)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def training_device(device: str | torch.device | None) -> torch.device:
+    """Return the device to train on, the default for None; the `Trainer` knows no other than the first of its kind."""
     chosen = check_device(device)
     if chosen.index:
         raise invalid("device", "name no other device than the first", str(device), "choose with CUDA_VISIBLE_DEVICES")

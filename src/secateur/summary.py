@@ -92,10 +92,14 @@ def _summary(task: str, scorer: str, ratio: float, values: list[float], pairs: l
     )
 
 
+_ROUNDING = 1e-9
+"""Differences of equal metrics differ by less, and unequal metrics by more."""
+
+
 def _p_value(differences: list[float]) -> float | None:
     if len(differences) < 2:
         return None
-    if len(set(differences)) == 1:
+    if max(differences) - min(differences) <= _ROUNDING:
         # The test divides by the spread. Two equal differences are no proof, as metrics move in steps.
-        return 1.0 if differences[0] == 0 else None
+        return 1.0 if abs(differences[0]) <= _ROUNDING else None
     return float(ttest_1samp(differences, 0.0).pvalue)

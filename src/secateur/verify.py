@@ -40,6 +40,9 @@ def verify_checkpoint(
     original = load_model(
         original_name if against is not None else _on_this_machine(original_name, folder), device, AutoModel
     )
+    sizes = [getattr(base_of(model).config, "vocab_size", None) for model in (pruned, original)]
+    if sizes[0] != sizes[1]:
+        raise InvalidInputError(f"{folder} was not pruned from {original_name}: their vocabularies have {sizes} tokens")
     vectors = {}
     for name, kept in recipe.kept_heads.items():
         vectors[name] = torch.zeros(recipe.sites[name].num_heads, dtype=torch.bool)

@@ -68,7 +68,9 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
 
         if not is_out_of_memory(error):
             raise
-        return 2, _error(f"out of memory; a smaller `--batch-size` or `--max-length` takes less ({str(error)[:100]})")
+        return 2, _error(
+            f"out of memory; smaller batches, shorter texts or fewer runs at once take less ({str(error)[:100]})"
+        )
     return (result if isinstance(result, int) else 0), ""
 
 

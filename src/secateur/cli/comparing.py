@@ -30,6 +30,9 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
         raise click.BadParameter(f"{path} has {', '.join(unknown)}, which is none of {', '.join(sorted(flags))}")
     named = {}
     for name, value in values.items():
+        parts = value if isinstance(value, list) else [value]
+        if not parts or any(part is None or isinstance(part, list | dict) for part in parts):
+            raise click.BadParameter(f"{path}: `{name}` must have a value, or a list of values, got {value}")
         many = isinstance(value, list)
         named[flags[name].name] = value if many or not flags[name].multiple else [value]
     context.default_map = named

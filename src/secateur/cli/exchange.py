@@ -29,7 +29,7 @@ def export(folder: str, form: str, out: Path, as_json: bool) -> None:
         click.echo(f"largest difference to PyTorch in ONNX Runtime {result['max_difference']:.1e}\ngraph: {out}")
     else:
         click.echo(f"{result['class']}, reloaded bit for bit by the code in {out / result['code']} alone")
-        click.echo(f"model: {out} (from_pretrained with trust_remote_code=True)")
+        click.echo(f"model: {(out / result['code']).parent} (from_pretrained with trust_remote_code=True)")
 
 
 @click.command()

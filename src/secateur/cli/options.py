@@ -27,7 +27,7 @@ class Ratio(click.ParamType):
         """Return the number, or fail in the one error form."""
         try:
             number = float(value)
-        except ValueError:
+        except (TypeError, ValueError):
             number = -1.0
         if not 0 <= number < 1:
             self.fail(f"`{param.name if param else 'ratio'}` must be in [0, 1), got {value}", param, ctx)
@@ -71,7 +71,7 @@ def together(*decorators: Callable[..., Any]) -> Callable[..., Any]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
-device_option = click.option("--device", default=None, help="cpu, cuda, cuda:1 … [default: a GPU where there is one]")
+device_option = click.option("--device", default=None, help="cpu, cuda … [default: a GPU where there is one]")
 
 seed_option = click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST_SEED), help="Seed of everything random."

@@ -35,14 +35,14 @@ def finetune(
     learning_rate: float, max_train: int | None, bf16: bool, seed: int, out: Path,
 ) -> None:  # fmt: skip
     """Fine-tune MODEL, dense or pruned alike, on labelled data with transformers' Trainer."""
-    from secateur.data import load_task
+    from secateur.data import has_splits, load_task
     from secateur.finetune import finetune as finetune_model
     from secateur.model.loading import check_device
 
     check_new_folder(out)
     chosen = check_device(device)
     train = load_task(data, "train", need_labels=True)
-    dev = load_task(data, "dev", need_labels=True) if not Path(data).is_file() else None
+    dev = load_task(data, "dev", need_labels=True) if has_splits(data) else None
     if max_train is not None:
         train = train.head(max_train, seed=seed)
     _, result = finetune_model(
@@ -67,12 +67,17 @@ def evaluate(
     from transformers import AutoModelForSequenceClassification
 
     from secateur.data import load_task
+    from secateur.errors import InvalidInputError
     from secateur.evaluate import evaluate_model, main_metric
-    from secateur.model.loading import check_device, load_model, load_tokenizer
+    from secateur.model.loading import check_device, load_model, load_tokenizer, missing_weights
 
     chosen = check_device(device)
     task = load_task(data, split, need_labels=True)
     loaded = load_model(model, chosen, AutoModelForSequenceClassification)
+    if missing := missing_weights(model, type(loaded)):
+        raise InvalidInputError(
+            f"{model} lacks weights of a classification head, such as {missing[0]}; fine-tune it first"
+        )
     metrics = evaluate_model(loaded, load_tokenizer(model), task, batch_size=batch_size, max_length=max_length)
     if as_json:
         print_json({"metrics": metrics, "texts": len(task)})
@@ -114,11 +119,11 @@ def meta_train(
 ) -> None:  # fmt: skip
     """Meta-train a pruner on the unlabelled texts of several tasks; run it under `accelerate launch` to share the work.
 
-    A task's dev texts, where it has some, judge the run: the log holds the relational KL of the mask they get.
+    Dev texts judge the run, those of every task but a single file: the log holds the relational KL of their masks.
     """
     from accelerate import Accelerator
 
-    from secateur.data import load_task
+    from secateur.data import has_splits, load_task
     from secateur.errors import InvalidInputError, invalid
     from secateur.meta.config import MetaTrainingConfig
     from secateur.meta.runs import latest_checkpoint
@@ -132,7 +137,7 @@ def meta_train(
     if not resume and accelerator.is_main_process and is_taken(out):
         raise invalid("out", "be a new or empty folder", str(out), "go on with --resume, or choose another folder")
     tasks = [load_task(d, "train") for d in data]
-    held_out = [HeldOut(load_task(d, "dev")) for d in data if not Path(d).is_file()]
+    held_out = [HeldOut(load_task(d, "dev")) for d in data if has_splits(d)]
     subjects = [Subject(load_model(m, accelerator.device), load_tokenizer(m)) for m in models]
     with stoppable(f"the checkpoints in {out} stay; go on with --resume"):
         train_meta_pruner(

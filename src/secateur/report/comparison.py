@@ -204,9 +204,11 @@ def _rank_correlation(one: Mapping[str, Any], other: Mapping[str, Any]) -> float
     return statistics.mean(found) if found else None
 
 
-def _scores_of(scores: Mapping[str, Any], scorer: str, task: str, seed: int) -> Any:
-    """Return the scores by site; of a scorer with scores for each ratio, those for the lowest."""
+def _scores_of(scores: Mapping[str, Any], scorer: str, task: str, seed: int, ratio: float | None = None) -> Any:
+    """Return the scores by site; of a scorer with scores for each ratio, those for `ratio`, or for the lowest."""
     stem = f"{task.replace('/', '-')}-{scorer}"
+    if ratio is not None and f"{stem}-{ratio:g}-{seed}" in scores:
+        return scores[f"{stem}-{ratio:g}-{seed}"]
     if f"{stem}-{seed}" in scores:
         return scores[f"{stem}-{seed}"]
     ratios = [name for name in scores if name.startswith(f"{stem}-0.") and name.endswith(f"-{seed}")]
@@ -221,7 +223,7 @@ def _histograms(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) ->
     for scorer in scorers_of(rows):
         sites = []
         for row in rows:
-            own = _scores_of(scores, scorer, row["task"], row["seed"])
+            own = _scores_of(scores, scorer, row["task"], row["seed"], ratio)
             if (row["scorer"], row["ratio"]) != (scorer, ratio) or not own or not row.get("kept_heads"):
                 continue
             known = [x for line in own.values() for x in line if x is not None]
@@ -242,7 +244,7 @@ def _table(summaries: Sequence[Summary], tasks: Sequence[str]) -> dict[str, Any]
     rows = []
     for scorer, ratio in sorted(dict.fromkeys((s.scorer, s.ratio) for s in summaries), key=lambda key: key[1]):
         cells = [by_cell.get((scorer, ratio, task)) for task in columns]
-        kept = next((c.retention for c in reversed(cells) if c is not None), None)
+        kept = None if cells[-1] is None else cells[-1].retention
         rows.append(
             {
                 "scorer": scorer,

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+from secateur.checks import is_number
 from secateur.errors import invalid
 from secateur.report.numbers import place, ticks
 
 BINS = 32
-
-
-def is_number(value: object) -> bool:
-    """Return whether a value is a finite number, of a size that a float can have."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def check_sites(sites: object) -> list[dict[str, Any]]:
@@ -43,6 +35,14 @@ def check_sites(sites: object) -> list[dict[str, Any]]:
     return list(checked.values())
 
 
+def gone_before(site: dict[str, Any]) -> list[bool]:
+    """Return which heads of a checked site an earlier pruning had removed.
+
+    The scorers give such a head no score; a site without any was never scored.
+    """
+    return [site["scored"] and score is None and not k for score, k in zip(site["scores"], site["kept"], strict=True)]
+
+
 def head_map(
     sites: list[dict[str, Any]], bounds: tuple[float, float] | None, decided: bool = True
 ) -> list[dict[str, Any]]:
@@ -54,10 +54,8 @@ def head_map(
     for site, label in zip(sites, short_labels([site["name"] for site in sites]), strict=True):
         known = [score for score in site["scores"] if score is not None]
         cells = []
-        for head, (score, kept) in enumerate(zip(site["scores"], site["kept"], strict=True)):
+        for head, (score, kept, gone) in enumerate(zip(site["scores"], site["kept"], gone_before(site), strict=True)):
             verdict = "kept" if kept else "removed"
-            # The scorers give a head that an earlier pruning removed no score; a site without any was never scored.
-            gone = score is None and not kept and site["scored"]
             if score is None:
                 facts = "removed by an earlier pruning" if gone else f"{verdict}, no score"
             else:

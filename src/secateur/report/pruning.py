@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from secateur.checks import is_number
 from secateur.errors import invalid, shown
 from secateur.report.charts import Chart, Point, Series, drawn
-from secateur.report.heads import check_sites, head_map, histogram, is_number
+from secateur.report.heads import check_sites, gone_before, head_map, histogram
 from secateur.report.numbers import DASH, amount, brief, change, signed
 
 
@@ -24,8 +25,8 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
     """
     decided = data.get("kind") != "scores"
     sites = check_sites(data.get("sites"))
-    kept, heads = sum(sum(site["kept"]) for site in sites), sum(len(site["kept"]) for site in sites)
-    ratio = 1 - kept / heads
+    kept, heads = sum(sum(site["kept"]) for site in sites), sum(gone_before(site).count(False) for site in sites)
+    ratio = 1 - kept / max(heads, 1)
     for name, counted, tolerance in (("kept", kept, 0), ("heads", heads, 0), ("pruning_ratio", ratio, 0.005)):
         given = data.get(name)
         if given is not None and (not is_number(given) or abs(given - counted) > tolerance):

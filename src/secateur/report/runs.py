@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.checks import is_number
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.files import read_json, read_lines
 from secateur.heads import HeadScores
-from secateur.report.heads import is_number
 
 ATTENTION_MAPS, PRUNING, RESULT, ROWS, SETTINGS = (
     "attention_maps.json",
@@ -19,7 +19,8 @@ ATTENTION_MAPS, PRUNING, RESULT, ROWS, SETTINGS = (
     "settings.json",
 )
 _SHARED = (
-    "model", "protocol", "scope", "num_texts", "threads", "pruners", "max_train", "learning_rate", "epochs"
+    "model", "protocol", "scope", "num_texts", "threads", "pruners", "max_train", "learning_rate", "epochs",
+    "bf16",
 )  # fmt: skip
 """Settings that comparisons must share for their rows to be set side by side."""
 
@@ -113,7 +114,7 @@ def _read(path: Path) -> dict[str, Any]:
     if (path / ROWS).is_file():
         settings = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else {}
         return _comparison(path.resolve().name, read_lines(path / ROWS), settings, path / "scores")
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" and path.is_file():
         return _comparison(path.stem, read_lines(path), {}, None)
     if (path / RESULT).is_file():
         return demo_data(read_json(path / RESULT), _maps_of(path / "pruned"))
@@ -184,9 +185,13 @@ def _joins(one: dict[str, Any], other: dict[str, Any]) -> bool:
     if one["kind"] != "comparison" or not one["settings"] or not other["settings"]:
         return False
     data = {row["task"]: row["data"] for row in one["rows"]}
-    return all(one["settings"].get(name) == other["settings"].get(name) for name in _SHARED) and all(
+    return all(_setting(one, name) == _setting(other, name) for name in _SHARED) and all(
         data.get(row["task"], row["data"]) == row["data"] for row in other["rows"]
     )
+
+
+def _setting(run: dict[str, Any], name: str) -> Any:
+    return run["settings"].get(name) or None  # a folder from before a setting was known was made without it
 
 
 def _cell(row: dict[str, Any]) -> tuple[Any, ...]:

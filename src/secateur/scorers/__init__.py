@@ -40,7 +40,7 @@ def scorer_class(name: str) -> type[Scorer]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def make_scorer(name: str, **options: Any) -> Scorer:
+def make_scorer(name: str, /, **options: Any) -> Scorer:
     """Build the criterion registered under `name`. Raises `InvalidInputError` for an option that it does not have."""
     chosen = scorer_class(name)
     known = [] if chosen.__init__ is object.__init__ else list(inspect.signature(chosen).parameters)
