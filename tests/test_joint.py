@@ -208,6 +208,19 @@ def test_padding_and_batching_and_order_change_nothing():
     torch.testing.assert_close(evidence_of(model, [wider]).features, one.features, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_the_side_of_the_padding_changes_nothing(is_pair):
+    from secateur.data import batches
+
+    model, tokenizer, found = tiny_model("llama"), tiny_tokenizer(), []
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        made = forward_arguments(model, batches(tokenizer, tiny_texts(8, 0, is_pair), 8, 32))
+        found.append(evidence_of(model, made, is_pair))
+    torch.testing.assert_close(found[1].features, found[0].features, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found[1].likeness, found[0].likeness, atol=1e-4, rtol=1e-4)
+
+
 def test_three_texts_are_too_few():
     model = tiny_model("bert")
     with pytest.raises(InvalidInputError, match=r"`texts` must be at least 4, .* got 3"):
@@ -404,8 +417,8 @@ def test_the_loss_of_a_mask_is_the_objective():
             for b in made
         ]
     assert MaskLoss(model, made, False)(mask) == pytest.approx(sum(expected) / 2)
-    with pytest.raises(InvalidInputError, match="`texts` must be at least 2 a batch"):
-        MaskLoss(model, batches_of(model, 2, 1), False)
+    with pytest.raises(InvalidInputError, match="`texts` must be at least 3 a batch"):
+        MaskLoss(model, batches_of(model, 4, 2), False)
 
 
 def test_an_exchange_keeps_the_number_of_heads_and_of_groups():

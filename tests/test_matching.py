@@ -38,6 +38,18 @@ SPECIAL = frozenset({0, 2, 3})
 PAIRS = [("good bad film", "the film is good"), ("plot", "bad plot"), ("film film", "good"), ("bad", "bad good bad")]
 
 
+def test_a_decoder_beside_an_encoder_matches_nothing():
+    """BART's reads the words one place later than the batch has them, so that a copy of a word is not one there."""
+    model, tokenizer = tiny_model("bart"), tiny_tokenizer()
+    plain, found = (score_heads(model, PAIRS, name, tokenizer) for name in ("contribution", "matching"))
+    for site in plain:
+        assert torch.allclose(plain[site], found[site], atol=1e-6) == site.startswith("decoder."), site
+    made = forward_arguments(model, batches(tokenizer, PAIRS))
+    evidence = gather_evidence(model, find_sites(model), made, True, special_ids=special_ids_of(tokenizer))
+    by_site = evidence.split(evidence.matching)
+    assert all(bool((row > 0).any()) != site.startswith("decoder.") for site, row in by_site.items())
+
+
 def maps(**looks):
     """Return maps of one text and one head: each query looks at itself but for those in `looks`."""
     found = torch.eye(8)

@@ -1,16 +1,24 @@
 """The meta-pruner's network and the relational loss, against the paper's text and examples by hand."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BloomConfig, BloomModel, CodeGenConfig, CodeGenModel, XGLMConfig, XGLMModel
 
+import secateur
 from secateur.errors import CheckpointError, InvalidInputError
 from secateur.meta.network import PAIR, SINGLE, MetaPruner, to_network_size
-from secateur.meta.objective import relational_kl, relations, represent
+from secateur.meta.objective import by_first_token, relational_kl, relations, represent
+from secateur.meta.signals import gated_representations
+from secateur.model.inputs import example_inputs
+from secateur.scorers.smp import load_pruner
+from tests.tiny import tiny_model
 
 
 def test_the_network_is_the_papers():
@@ -146,9 +154,6 @@ def test_relations_by_hand():
 
 
 def test_relational_kl_by_hand():
-    # Two texts always lie opposite each other once centred: all relations are known, and equal.
-    two = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
-    assert float(relational_kl(two, two * 7 + 1)) == pytest.approx(0, abs=1e-6)
     dense = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     pruned = dense + torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     p, q = relations(dense), relations(pruned)
@@ -162,8 +167,9 @@ def test_relational_kl_by_hand():
 def test_relational_kl_wants_the_same_texts():
     with pytest.raises(InvalidInputError, match="`pruned` must have the shape of `dense`"):
         relational_kl(torch.ones(3, 2), torch.ones(2, 2))
-    with pytest.raises(InvalidInputError, match="hold at least 2 texts"):
-        relations(torch.ones(1, 2))
+    # Two texts always lie opposite each other once centred: their relations are known, and equal.
+    with pytest.raises(InvalidInputError, match="hold at least 3 texts"):
+        relations(torch.ones(2, 2))
 
 
 class _Outputs:
@@ -174,9 +180,55 @@ class _Outputs:
 def test_representations():
     hidden = torch.tensor([[[1.0], [3.0], [100.0]]])
     batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
-    plain, causal = nn.Linear(1, 1), nn.Linear(1, 1)
-    causal.is_causal = True
-    assert represent(plain, _Outputs(hidden), batch, is_pair=False).tolist() == [[2.0]]
-    assert represent(plain, _Outputs(hidden), batch, is_pair=True).tolist() == [[1.0]]
-    assert represent(plain, _Outputs(hidden, torch.tensor([[9.0]])), batch, is_pair=True).tolist() == [[9.0]]
-    assert represent(causal, _Outputs(hidden), batch, is_pair=True).tolist() == [[2.0]]
+    plain = nn.Linear(1, 1)
+    assert represent(plain, _Outputs(hidden), batch, False).tolist() == [[2.0]]
+    assert represent(plain, _Outputs(hidden), batch, True).tolist() == [[1.0]]
+    assert represent(plain, _Outputs(hidden, torch.tensor([[9.0]])), batch, True).tolist() == [[9.0]]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "bloom", "xglm", "codegen"])
+def test_pairs_are_not_represented_by_a_first_token_that_sees_nothing_else(kind):
+    model = tiny_model("bert") if kind == "bert" else causal_model(kind)
+    assert by_first_token(model, False) is False
+    assert by_first_token(model, True) is (kind == "bert")
+    batch = example_inputs(model, batch=6)
+    batch["input_ids"][:, 0] = batch["input_ids"][0, 0]  # pairs often begin with the same word
+    found = gated_representations(model, batch, {}, True)
+    assert float((found - found[0]).detach().abs().amax(dim=1)[1:].min()) > 1e-3
+
+
+def causal_model(kind):
+    """Most causal models say so; the last three do not."""
+    torch.manual_seed(0)
+    return {
+        "llama": lambda: tiny_model("llama"),
+        "bloom": lambda: BloomModel(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=4)),
+        "xglm": lambda: XGLMModel(XGLMConfig(vocab_size=99, d_model=32, ffn_dim=32, num_layers=1, attention_heads=4)),
+        "codegen": lambda: CodeGenModel(CodeGenConfig(vocab_size=99, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)),
+    }[kind]().eval()
+
+
+def test_a_meta_pruner_lacks_no_weights(tmp_path):
+    """A file of another network, or half of one, must not become a network of random weights."""
+    with pytest.raises(CheckpointError, match="smp-plus"):
+        load_pruner(Path(secateur.__file__).parent / "assets" / "smp-plus")
+    pruner = MetaPruner()
+    pruner.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if not k.startswith("main.14")}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be loaded as a MetaPruner"):
+        load_pruner(tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [129, 150, 200, 256, 300])
+def test_rows_of_long_maps_still_sum_to_1(tokens):
+    maps = torch.rand(2, 3, tokens, tokens, generator=torch.Generator().manual_seed(0))
+    maps = maps / maps.sum(dim=-1, keepdim=True)
+    maps[0, 0] = torch.eye(tokens)
+    maps[0, 1] = torch.eye(tokens)[:1]  # all look at the first token
+    found = to_network_size(maps)
+    assert found.shape == (2, 3, 128, 128)
+    torch.testing.assert_close(found.sum(dim=-1), torch.ones(2, 3, 128))
+    # What a token is given stays, as a share of all that queries give.
+    torch.testing.assert_close(found.mean(dim=2).sum(dim=-1), torch.ones(2, 3))
+    torch.testing.assert_close(found[0, 1, :, 0], torch.ones(128))

@@ -154,6 +154,19 @@ def test_heads_and_layers_may_differ_in_number():
             torch.testing.assert_close(scores[site][head], alone)
 
 
+def test_a_site_that_layers_share_is_read_in_each(monkeypatch):
+    run, seen = training("albert"), []
+    scores = run.scores
+    monkeypatch.setattr(run, "scores", lambda maps, is_pair: seen.append(maps) or scores(maps, is_pair))
+    run.gradients(0)
+    layers = run.subjects[0].model.config.num_hidden_layers
+    for maps in seen:
+        (parts,) = (rows.chunk(layers) for rows in maps.values())
+        assert all(len(part) == run.config.batch_size for part in parts)
+        assert layers > 1
+        assert not torch.equal(parts[0], parts[1])
+
+
 def test_the_loss_is_weighted_and_gates_are_half_of_the_cut_sites(monkeypatch):
     from secateur.meta import signals
 
@@ -346,7 +359,7 @@ def test_the_held_out_loss_is_that_of_the_mask(tmp_path):
     assert run.judge([part]) == run.judge([part])
     assert run.judge([part])["dev"] > 0
     assert run.pruner.training
-    with pytest.raises(InvalidInputError, match="held-out task dev has 5 texts, fewer than 34"):
+    with pytest.raises(InvalidInputError, match="held-out task dev has 5 texts, fewer than 35"):
         HeldOut(Task("dev", tiny_texts(5)))
 
 
@@ -357,7 +370,7 @@ def test_the_held_out_loss_is_that_of_the_mask(tmp_path):
     ("settings", "message"),
     [
         ({"steps": 0}, "`steps` must be a whole number from 1, got 0"),
-        ({"batch_size": 1}, "`batch_size` must be at least 2"),
+        ({"batch_size": 2}, "`batch_size` must be at least 3"),
         ({"learning_rate": -1}, "`learning_rate` must be above 0"),
         ({"pruning_ratio": 0}, r"`pruning_ratio` must be in \(0, 1\)"),
         ({"whole_sites": 1}, r"`whole_sites` must be in \[0, 1\)"),

@@ -91,7 +91,7 @@ def half_curvature(model, batch, site, heads):
 
     def log_probabilities(gate):
         with torch.no_grad(), probe(model, gates={site: gate}):
-            return relations(represent(model, model(**batch), batch, is_pair=False))
+            return relations(represent(model, model(**batch), batch, False))
 
     dense, step, found = log_probabilities(torch.ones(heads)), 1e-3, []
     for head in range(heads):
@@ -113,7 +113,7 @@ def test_relational_taylor_is_the_second_order_kl_exactly_in_the_mean_over_signs
         for name, site in find_sites(model).items()
     }
     with probe(model, gates=gates):
-        pairs = relations(represent(model, model(**batch), batch, is_pair=False))
+        pairs = relations(represent(model, model(**batch), batch, False))
     assert pairs.shape == (4, 2)
     draws = [kl_sample(pairs, gates, torch.tensor(s)) for s in itertools.product([1.0, -1.0], repeat=4)]
     for name in gates:
@@ -131,11 +131,15 @@ def test_relational_taylor_comes_near_with_many_samples():
 
 
 def test_relational_taylor_bad_input():
-    model = tiny_model("bert")
     with pytest.raises(InvalidInputError, match="`samples` must be a whole number from 1, got 0"):
         make_scorer("relational_taylor", samples=0)
-    with pytest.raises(InvalidInputError, match="needs a batch of 2 texts or more"):
-        score_heads(model, scorer="relational_taylor", inputs=[example_inputs(model, batch=1)])
+
+
+@pytest.mark.parametrize("name", ["leave_one_out", "relational_taylor"])
+def test_texts_without_relations_are_refused(name):
+    model = tiny_model("bert")
+    with pytest.raises(InvalidInputError, match=f"scorer {name} needs a batch of 3 texts or more"):
+        score_heads(model, scorer=name, inputs=[example_inputs(model, batch=2)])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -108,6 +108,12 @@ def test_labels_follow_their_texts(texts):
         torch.testing.assert_close(found[site], wanted[site], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("stop", ["all", 10])
+def test_labels_of_fewer_texts_are_refused(stop, texts):
+    with pytest.raises(InvalidInputError, match="`labels` must hold one label for each of the 400 texts, got 10"):
+        secateur.score_heads(tiny_model("bert"), texts, "taylor", tiny_tokenizer(), labels=[0, 1] * 5, stop=stop)
+
+
 @pytest.mark.parametrize("stop", [0, -1, True, 1.5, "soon", None])
 def test_other_stops_are_refused(stop, texts):
     with pytest.raises(InvalidInputError, match="`stop` must be 'all', 'auto' or a whole number from 1"):

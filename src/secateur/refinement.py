@@ -48,7 +48,7 @@ def refine_mask(
     hardly needs them, and fine-tuning does (docs/matching.md). Returns the best mask found, never worse than `mask` on
     these texts, and the losses of all masks tried, `mask` first. The model is left as it was.
 
-    Raises `InvalidInputError` for fewer than two texts, steps below 0, and a mask that does not fit the model.
+    Raises `InvalidInputError` for fewer than three texts a batch, steps below 0, and a mask that does not fit.
     """
     check_whole("steps", steps, 0)
     check_whole("batch_size", batch_size)

@@ -122,10 +122,12 @@ def score_heads(
         elif listed is not None:
             tokenizer = own_tokenizer(given) if tokenizer is None else tokenizer
             order = reading_order(listed, stop, seed)
-            if labels is not None and len(labels) == len(listed):
+            if labels is not None:
+                if len(labels) != len(listed):
+                    raise invalid("labels", f"hold one label for each of the {len(listed)} texts", len(labels))
                 labels = [labels[i] for i in order]
             listed = [listed[i] for i in order]
-            if criterion.texts_apart and stop != "auto":
+            if criterion.texts_apart and stop != "auto" and labels is None:
                 listed = by_length(listed)
             made = calibration_batches(model, listed, tokenizer, batch_size, max_length)
         elif texts is not None:

@@ -91,7 +91,7 @@ def evaluate(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for log, checkpoints and pruner.")
 @click.option("--resume", is_flag=True, help="Continue the newest checkpoint in `--out`.")
 @click.option("--steps", default=6000, show_default=True, type=click.IntRange(1), help="Optimiser updates.")
-@click.option("--batch-size", default=60, show_default=True, type=click.IntRange(2), help="Texts a batch.")
+@click.option("--batch-size", default=60, show_default=True, type=click.IntRange(3), help="Texts a batch.")
 @click.option("--batches-per-step", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--learning-rate", default=0.02, show_default=True, type=Positive())
 @click.option("--optimizer", default="sgd", show_default=True, type=click.Choice(["sgd", "adam"]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from secateur.errors import invalid
+from secateur.meta.objective import RELATED
 
 Signal = Literal["straight_through", "leave_one_out", "random_masks"]
 
@@ -62,8 +63,8 @@ class MetaTrainingConfig:
         for name in ("whole_sites", "dropped_dimensions"):
             if not 0 <= getattr(self, name) < 1:
                 raise invalid(name, "be in [0, 1)", getattr(self, name))
-        if self.batch_size < 2:
-            raise invalid("batch_size", "be at least 2: one text has no relations", self.batch_size)
+        if self.batch_size < RELATED:
+            raise invalid("batch_size", f"be at least {RELATED}: fewer texts have no relations", self.batch_size)
         if self.signal not in get_args(Signal):
             raise invalid("signal", f"be one of {', '.join(get_args(Signal))}", self.signal)
         if self.optimizer not in ("sgd", "adam"):

@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.errors import invalid
-from secateur.meta.objective import represent
+from secateur.meta.objective import by_first_token, represent
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import HeadReading, probe
 from secateur.processes import in_order
+from secateur.scorers.base import in_decoder
 from secateur.scorers.contribution import contribution_norms, output_weights
 from secateur.scorers.matching import matching
 
@@ -96,6 +97,8 @@ def gather_evidence(
     The processes of `accelerator`, if any, run a share of the batches each and all get the evidence. Raises
     `InvalidInputError` where there are fewer than four texts: relations between texts are part of it.
     """
+    first_token = by_first_token(model, is_pair)
+    unmatched = {name for name in sites if not is_pair or in_decoder(model, name)}
     gathered = {name: _Site(output_weights(model, site)) for name, site in sites.items() if site.num_heads}
 
     def run(batch: Mapping[str, Any]) -> tuple[dict[str, list[_Sums]], Tensor]:
@@ -103,11 +106,12 @@ def gather_evidence(
 
         def keep(reading: HeadReading) -> None:
             if reading.site in gathered:  # an earlier pruning may have left a site without heads
-                sums = gathered[reading.site].read(reading, batch, special_ids if is_pair else None, maps)
+                own_ids = None if reading.site in unmatched else special_ids
+                sums = gathered[reading.site].read(reading, batch, own_ids, maps)
                 found[reading.site].append(sums)
 
         with probe(model, keep, weights=maps or (is_pair and special_ids is not None)):
-            representation = represent(model, model(**batch), batch, is_pair).float()
+            representation = represent(model, model(**batch), batch, first_token).float()
         return dict(found), representation.cpu()
 
     representations = []
@@ -208,7 +212,7 @@ class _Site:
             (norms * share.unsqueeze(-1)).sum(dim=(0, 1)).cpu(),
             statistics.cpu(),
             torch.einsum("bti,bt->bi", flat, share).cpu(),
-            flat[:, 0].cpu(),
+            flat[torch.arange(texts), real.argmax(dim=1)].cpu(),
             matched.cpu(),
         )
 
@@ -310,9 +314,11 @@ def _map_statistics(weights: Tensor, real: Tensor) -> Tensor:
 
     # Weights of 0 count 0. PyTorch's functions for x log x are two to three times as slow on a CPU.
     entropy = -weights.clamp(min=torch.finfo(weights.dtype).tiny).log().mul_(weights).sum(dim=-1)
-    last = (lengths.long() - 1).clamp(min=0).view(-1, 1, 1, 1).expand(-1, weights.shape[1], queries, 1)
-    if real.shape[1] == keys and bool((real[:, 0] == 0).any()):  # padded on the left: the last key is real
-        last = torch.full_like(last, keys - 1)
+    start = real.argmax(dim=1) if keys == real.shape[1] else torch.zeros_like(lengths)  # not 0 where padded on the left
+    first, last = (
+        place.long().view(-1, 1, 1, 1).expand(-1, weights.shape[1], queries, 1)
+        for place in (start, (start + lengths - 1).clamp(min=0))
+    )
     zero = torch.zeros_like(weights[..., 0])
     square = queries == keys
     previous = torch.nn.functional.pad(weights.diagonal(-1, 2, 3), (1, 0)) if square else zero
@@ -321,7 +327,7 @@ def _map_statistics(weights: Tensor, real: Tensor) -> Tensor:
         [
             mean(entropy) / lengths.clamp(min=2).log().view(-1, 1),
             mean(weights.amax(dim=-1)),
-            mean(weights[..., 0]),
+            mean(weights.gather(-1, first).squeeze(-1)),
             mean(weights.gather(-1, last).squeeze(-1)),
             mean(weights.diagonal(0, 2, 3) if square else zero),
             mean(previous),

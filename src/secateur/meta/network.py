@@ -94,9 +94,10 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
 
     @classmethod
     def _from_pretrained(cls, **options: Any) -> MetaPruner:
-        # The mixin prints where it reads from; standard output belongs to results.
+        # The mixin lets weights that a file lacks be drawn at random, and prints where it reads from; standard output
+        # belongs to results.
         with contextlib.redirect_stdout(io.StringIO()):
-            return super()._from_pretrained(**options)
+            return super()._from_pretrained(**{**options, "strict": True})
 
     @classmethod
     def from_authors_checkpoint(cls, path: str | Path) -> MetaPruner:
@@ -170,8 +171,17 @@ def _pooled(maps: Tensor) -> Tensor:
     rows, columns = maps.shape[2:]
     if rows <= SIZE and columns <= SIZE:
         return maps
-    target = (min(rows, SIZE), min(columns, SIZE))
-    return nn.functional.adaptive_avg_pool2d(maps, target) * (columns / target[1])
+    mean, total = _stretches(rows, maps), _stretches(columns, maps)
+    return mean / mean.sum(dim=1, keepdim=True) @ maps @ total.T
+
+
+def _stretches(length: int, like: Tensor) -> Tensor:
+    """Return how much of each token lies in each of at most 128 equal stretches of a text, `[stretches, tokens]`."""
+    count = min(length, SIZE)
+    edges = torch.arange(count + 1, dtype=torch.float64) * length / count
+    tokens = torch.arange(length, dtype=torch.float64)
+    shared = torch.minimum(edges[1:, None], tokens + 1) - torch.maximum(edges[:-1, None], tokens)
+    return shared.clamp(min=0).to(like)
 
 
 def _padded(maps: Tensor, rows: int = SIZE, columns: int = SIZE) -> Tensor:

@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError, invalid
+from secateur.model.inputs import example_inputs
+from secateur.model.state import evaluation_mode
 
 SCALE = 10.0
 """What the paper multiplies similarities by before the softmax."""
 
 
-def represent(model: nn.Module, outputs: Any, batch: Mapping[str, Tensor], is_pair: bool) -> Tensor:
+RELATED = 3
+"""Texts that a batch needs to have relations: centred, two texts are opposite, whatever their representations are."""
+
+_sees_all: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def by_first_token(model: PreTrainedModel, is_pair: bool) -> bool:
+    """Return whether texts are represented by their first token: pairs are (paper, step 2), but for causal models.
+
+    There the first token sees nothing but itself. Models that do not say so are found out by a small pass of their own
+    over two inputs that differ in the last token, so that this is not to be asked while something reads along.
+    """
+    if not is_pair or any(getattr(module, "is_causal", False) for module in model.modules()):
+        return False
+    if model not in _sees_all:
+        _sees_all[model] = _first_sees_last(model)
+    return _sees_all[model]
+
+
+@torch.no_grad()
+def _first_sees_last(model: PreTrainedModel) -> bool:
+    inputs = example_inputs(model, batch=1, padding=0)
+    if "input_ids" not in inputs:
+        return True
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    ids = other["input_ids"][0]
+    ids[-1] = ids[ids != ids[-1]][0]
+    with evaluation_mode(model):
+        one, two = (getattr(model(**given), "last_hidden_state", None) for given in (inputs, other))
+    return one is None or two is None or one.ndim != 3 or not torch.equal(one[:, 0], two[:, 0])
+
+
+def represent(model: nn.Module, outputs: Any, batch: Mapping[str, Tensor], first_token: bool) -> Tensor:
     """Return one vector for each text, `[batch, width]` (paper, step 2).
 
-    Pairs: the pooler's output for the first token, or that token's last hidden state where the model has no pooler.
-    Singles: the mean of the last hidden states over real tokens. A causal model's first token sees nothing but itself,
-    so there pairs are represented by the mean too.
+    By the first token: the pooler's output for it, or its last hidden state where the model has no pooler. Else the
+    mean of the last hidden states over real tokens. Which it is says `by_first_token`.
     """
     hidden = getattr(outputs, "last_hidden_state", None)
     if hidden is None or hidden.ndim != 3:
         raise UnsupportedModelError(f"{type(model).__name__} returns no last hidden states `[batch, tokens, width]`")
-    if is_pair and not any(getattr(module, "is_causal", False) for module in model.modules()):
+    if first_token:
         pooled = getattr(outputs, "pooler_output", None)
         return hidden[:, 0] if pooled is None else pooled
     mask = batch.get("attention_mask")
@@ -40,12 +75,17 @@ def relations(representations: Tensor, scale: float = SCALE) -> Tensor:
     Representations `[n, width]` are centred by their mean and scaled to length 1; their similarities × `scale` are
     read row by row and cut into consecutive pairs, with a softmax over each. An odd last similarity is left out.
     """
-    if representations.ndim != 2 or len(representations) < 2:
-        raise invalid("representations", "hold at least 2 texts, [texts, width]", tuple(representations.shape))
+    if representations.ndim != 2 or len(representations) < RELATED:
+        raise invalid("representations", f"hold at least {RELATED} texts, [texts, width]", tuple(representations.shape))
     centred = representations - representations.mean(dim=0)
     rows = torch.nn.functional.normalize(centred, dim=1)
     similarities = (rows @ rows.T).flatten() * scale
     return similarities[: len(similarities) // 2 * 2].view(-1, 2).log_softmax(dim=1)
+
+
+def with_relations(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the batches that have texts enough to have relations."""
+    return [batch for batch in batches if len(next(iter(batch.values()))) >= RELATED]
 
 
 def relational_kl(dense: Tensor, pruned: Tensor, scale: float = SCALE) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from secateur.errors import invalid
 from secateur.heads import HeadMask
-from secateur.meta.objective import relational_kl
+from secateur.meta.objective import RELATED, relational_kl, with_relations
 from secateur.meta.signals import gated_representations
 from secateur.processes import in_order
 from secateur.selection import Scope
@@ -27,8 +27,8 @@ from secateur.selection import Scope
 class MaskLoss:
     """The relational KL of masks on fixed texts; the dense pass is made once.
 
-    The processes of `accelerator`, if any, judge a share of the batches each and get the same loss. Batches of a single
-    text are left out, as one text has no relations. Raises `InvalidInputError` where none is left.
+    The processes of `accelerator`, if any, judge a share of the batches each and get the same loss. Batches of one or
+    two texts are left out, as they have no relations. Raises `InvalidInputError` where none is left.
     """
 
     def __init__(
@@ -39,11 +39,10 @@ class MaskLoss:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.model, self.is_pair, self.accelerator = model, is_pair, accelerator
-        self.batches = [batch for batch in batches if len(next(iter(batch.values()))) > 1]
+        self.batches = with_relations(batches)
         if not self.batches:
-            raise invalid(
-                "texts", "be at least 2 a batch, as masks are judged by the relations between them", "1 or none"
-            )
+            rule = f"be at least {RELATED} a batch, as masks are judged by the relations between them"
+            raise invalid("texts", rule, "fewer")
         self.dense: dict[int, Tensor] = {}
 
     @torch.no_grad()

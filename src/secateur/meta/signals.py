@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.meta.config import MetaTrainingConfig
-from secateur.meta.objective import relational_kl, represent
+from secateur.meta.objective import by_first_token, relational_kl, represent
 from secateur.meta.sampling import draw_heads, draw_whole_sites, drop_dimensions
 from secateur.model.finite import check_finite
 from secateur.model.probe import probe
@@ -103,8 +103,9 @@ def ranking_loss(scores: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
 
 def gated_representations(model: PreTrainedModel, batch: Batch, gates: Mapping[str, Tensor], is_pair: bool) -> Tensor:
     """Return the representations `[texts, width]` of a batch under gates. Raises what `check_finite` raises."""
+    first_token = by_first_token(model, is_pair)
     with probe(model, gates=gates):
-        found = represent(model, model(**batch), batch, is_pair)
+        found = represent(model, model(**batch), batch, first_token)
         check_finite(found, model, partial(model, **batch))
     return found
 

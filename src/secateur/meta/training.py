@@ -1,13 +1,15 @@
 """Meta-training: a frozen model, several tasks' unlabelled texts, and a pruner that learns to keep their relations.
 
 Every random draw of a step comes from a generator made of (seed, step, number of the batch in the step). So a run
-resumed from a checkpoint takes the identical next step, and any number of processes takes the same steps as one.
+resumed from a checkpoint takes the identical next step, and any number of processes takes the same steps as one. The
+running statistics of BatchNorm, which no step uses, are averaged over the processes and do depend on their number.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from secateur.files import LOCK, is_taken, one_run, remove_unfinished, replaced_
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.config import MetaTrainingConfig
 from secateur.meta.network import PAIR, SINGLE, MetaPruner, to_network_size
-from secateur.meta.objective import relational_kl, represent
+from secateur.meta.objective import RELATED, by_first_token, relational_kl, represent
 from secateur.meta.runs import Log, latest_checkpoint, load_checkpoint, save_checkpoint
 from secateur.meta.sampling import generator, task_weights
 from secateur.meta.signals import (
@@ -75,10 +77,9 @@ class HeldOut:
     judged: int = 96
 
     def __post_init__(self) -> None:
-        if len(self.task) < self.calibration + 2:
-            raise InvalidInputError(
-                f"held-out task {self.task.name} has {len(self.task)} texts, fewer than {self.calibration + 2}"
-            )
+        fewest = self.calibration + RELATED
+        if len(self.task) < fewest:
+            raise InvalidInputError(f"held-out task {self.task.name} has {len(self.task)} texts, fewer than {fewest}")
 
 
 class MetaTraining:
@@ -142,14 +143,16 @@ class MetaTraining:
         rows = torch.randperm(len(task), generator=chooser)[: config.batch_size].tolist()
         batch = subject.batch([task.texts[i] for i in rows], config.max_length)
 
-        maps: dict[str, Tensor] = {}
+        read: dict[str, list[Tensor]] = defaultdict(list)  # a site that layers share is read once for each
+        first_token = by_first_token(subject.model, task.is_pair)
 
         def keep(reading: HeadReading) -> None:
             assert reading.weights is not None  # asked for below
-            maps[reading.site] = to_network_size(reading.weights.float(), batch.get("attention_mask"))
+            read[reading.site].append(to_network_size(reading.weights.float(), batch.get("attention_mask")))
 
         with torch.no_grad(), probe(subject.model, keep, weights=True):
-            dense = represent(subject.model, subject.model(**batch), batch, task.is_pair)
+            dense = represent(subject.model, subject.model(**batch), batch, first_token)
+        maps = {site: torch.cat(parts) for site, parts in read.items()}
         scores = self.scores(maps, task.is_pair)
         if config.signal == "straight_through":
             return task, straight_through_loss(subject.model, batch, dense, scores, task.is_pair, config, random)
@@ -170,7 +173,7 @@ class MetaTraining:
         return subject, task, place
 
     def scores(self, maps: Mapping[str, Tensor], is_pair: bool) -> dict[str, Tensor]:
-        """Score all sites' maps `[batch, heads, 128, 128]` in one pass; return `[heads]` a site, the mean over texts.
+        """Score all sites' maps `[texts, heads, 128, 128]` in one pass; return `[heads]` a site, the mean over texts.
 
         One pass, since BatchNorm in train mode sees all maps of a batch together, as in the authors' code.
         """

@@ -189,6 +189,18 @@ def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
+def in_decoder(model: PreTrainedModel, site: str) -> bool:
+    """Whether a site of a base model lies in a decoder beside an encoder, whose tokens are not those of `input_ids`.
+
+    BART's, for one, reads them one place later where it is given no `decoder_input_ids`.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return False
+    decoder = model.get_decoder()
+    places = [name for name, module in model.named_modules() if module is decoder and module is not model]
+    return any(site.startswith(f"{place}.") for place in places)
+
+
 def words_of(batch: Batch, special_ids: frozenset[int]) -> Tensor | None:
     """Return 1 for every token that is a word, 0 for special tokens and padding, `[batch, tokens]`; None for images."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.meta.objective import relational_kl
+from secateur.errors import InvalidInputError
+from secateur.meta.objective import RELATED, relational_kl, with_relations
 from secateur.meta.signals import gated_representations
 from secateur.scorers.base import Batch, Scorer, ScoringTask
 
@@ -22,7 +23,9 @@ class LeaveOneOutScorer(Scorer):
         """Run every batch once dense and once for each head."""
         heads = [(name, h) for name, site in task.sites.items() for h in range(site.num_heads)]
         scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
-        batches = [batch for batch in task.batches if len(next(iter(batch.values()))) > 1]  # one text has no relations
+        batches = with_relations(task.batches)
+        if not batches:
+            raise InvalidInputError(f"scorer leave_one_out needs a batch of {RELATED} texts or more; give more texts")
 
         def run(batch: Batch) -> list[Tensor]:
             before = gated_representations(task.model, batch, {}, task.is_pair)

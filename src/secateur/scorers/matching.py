@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur.checks import is_number
 from secateur.errors import UnsupportedModelError, invalid
 from secateur.model.probe import HeadReading
-from secateur.scorers.base import Batch, ScoringTask, StreamingScorer, mean_over_tokens, words_of
+from secateur.scorers.base import Batch, ScoringTask, StreamingScorer, in_decoder, mean_over_tokens, words_of
 from secateur.scorers.contribution import ContributionScorer
 
 MATCH_WEIGHT = 8.0
@@ -27,7 +27,7 @@ class MatchingScorer(ContributionScorer):
     The matching of a head in a pair of texts is the attention that words of one text give to the same word (token) of
     the other, less what they would give if they attended to all real tokens alike, mean over the words that are in
     both: in [0, 1]. Where the model's inputs do not say which text a token belongs to (no token types), the same word
-    at any other place counts. Special tokens are no words.
+    at any other place counts. Special tokens are no words. In a decoder beside an encoder nothing is matched.
 
     A model that reads two texts at once compares them by a few such heads. The frozen model's representations hardly
     need them, so that criteria which look at those let them go; a task on pairs that is fine-tuned without them stays
@@ -52,6 +52,8 @@ class MatchingScorer(ContributionScorer):
         norms = super().read(reading, batch, task)
         if reading.weights is None:  # single texts
             return norms
+        if in_decoder(task.model, reading.site):  # it reads other tokens than the batch's
+            return norms
         return norms * (1 + self.weight * matching(reading.weights, batch, task.special_ids).to(norms))
 
 
@@ -61,7 +63,8 @@ class _Matches(StreamingScorer):
     weights = True
 
     def read(self, reading: HeadReading, batch: Batch, task: ScoringTask) -> Tensor:
-        return matching(cast(Tensor, reading.weights), batch, task.special_ids)
+        found = matching(cast(Tensor, reading.weights), batch, task.special_ids)
+        return torch.zeros_like(found) if in_decoder(task.model, reading.site) else found
 
 
 def heads_that_match(task: ScoringTask) -> dict[str, Tensor]:

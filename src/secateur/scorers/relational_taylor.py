@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InvalidInputError, invalid
-from secateur.meta.objective import relations
+from secateur.meta.objective import RELATED, relations, with_relations
 from secateur.meta.sampling import generator
 from secateur.meta.signals import gated_representations
 from secateur.scorers.base import Scorer, ScoringTask
@@ -40,9 +40,10 @@ class RelationalTaylorScorer(Scorer):
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Run every batch once with open gates and back-propagate `samples` times."""
-        batches = [batch for batch in task.batches if len(next(iter(batch.values()))) > 1]  # one text has no relations
+        batches = with_relations(task.batches)
         if not batches:
-            raise InvalidInputError("scorer relational_taylor needs a batch of 2 texts or more; give more texts")
+            rule = f"needs a batch of {RELATED} texts or more; give more texts"
+            raise InvalidInputError(f"scorer relational_taylor {rule}")
         scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
 
         def run(number: int) -> list[dict[str, Tensor]]:
