@@ -7,14 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModel, CLIPConfig, LlamaConfig, RobertaConfig
 
 import secateur
 from secateur import cli
 from secateur.budget import Budget, BudgetedSelection, within_budget
-from secateur.errors import InvalidInputError
-from secateur.heads import HeadScores
+from secateur.errors import InvalidInputError, UnsupportedModelError
+from secateur.heads import HeadMask, HeadScores
 from secateur.model.cost import compare_latency, max_length, measure_cost
 from secateur.model.head_costs import HeadCosts
+from secateur.model.inputs import example_inputs
 from secateur.model.latency_table import Kind, Level, measure_latency, shared_copy
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
@@ -39,10 +41,40 @@ def test_counted_cost_is_the_cost_after_the_removal(kind, empty):
     assert counted.macs < costs.dense.macs
 
 
-def test_the_length_is_what_positions_allow():
-    assert max_length(tiny_model("bert")) == 512
-    assert max_length(tiny_model("roberta")) == 510  # positions count from the padding id, 1, up
-    assert max_length(tiny_model("gpt2")) == 1022
+CLIP = CLIPConfig(
+    text_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 37,
+                 "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2},
+    vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 37,
+                   "image_size": 16, "patch_size": 8},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (CONFIGS["bert"](), 512),
+        (RobertaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99), 510),
+        (CONFIGS["gpt2"](), 1024),
+        (CONFIGS["opt"](), 2048),  # counts from 2 up, in a table that is as much longer
+        (LlamaConfig(**{**CONFIGS["llama"]().to_diff_dict(), "max_position_embeddings": 64}), 64),
+        (CLIP, 77),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_length_is_what_positions_allow(config, length):
+    model = AutoModel.from_config(config)
+    assert max_length(model) == length
+    with torch.no_grad():
+        model.eval()(**example_inputs(model, 1, length, padding=0))
+    assert measure_cost(model, 1, 10**6).length == length
+
+
+def test_a_text_beside_a_picture_is_cut_to_its_own_positions():
+    """The positions stand in a config within the config."""
+    model = AutoModel.from_config(CLIP)
+    assert max_length(model, 1 << 20) == 77
+    _, report = secateur.prune(model, scorer="magnitude")
+    assert (report.before.heads, report.after.heads, report.before.length) == (8, 4, 77)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +101,51 @@ def test_other_budgets_are_refused(text):
         Budget.parse(text)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("flops", 0.5),
+        ("macs", 85),
+        ("macs", 0),
+        ("heads", True),
+        ("params", "half"),
+        ("latency", 0.8, (8, 128)),
+        (3, 1),
+    ],
+)
+def test_budgets_made_by_hand_are_checked_too(fields):
+    with pytest.raises(InvalidInputError, match=r"`budget` must be heads=.*, got Budget\(quantity="):
+        Budget(*fields)
+
+
 def test_a_budget_says_what_may_remain_and_a_ratio_what_may_go():
     scores = HeadScores({"a": torch.tensor([1.0, 2.0, 3.0])})
     mask, ratio = within_budget(scores, 0.5, lambda mask: mask.num_kept / mask.num_heads)
     assert mask.kept_heads == {"a": [2]}
     assert ratio == pytest.approx(2 / 3)
     assert select_heads(scores, 0.5).kept_heads == {"a": [1, 2]}
+
+
+def test_groups_of_unlike_sizes_are_not_bisected():
+    """Four heads may leave more than three do: at "b" they go four at a time, and cost less each."""
+    scores = HeadScores({"a": torch.tensor([1.0, 2, 3, 9]), "b": torch.tensor([0.5] * 4 + [5.0] * 4)}, {"b": 2})
+    price = {"a": 4, "b": 1}
+
+    def left(mask):
+        return sum(price[site] * int(row.sum()) for site, row in mask.items()) / 24
+
+    shares = [round(24 * left(select_heads(scores, k / 12, "global"))) for k in range(6)]
+    assert shares == [24, 20, 16, 12, 20, 16]
+    mask, ratio = within_budget(scores, 12 / 24, left, "global")
+    assert (mask.kept_heads, ratio) == ({"a": [3], "b": list(range(8))}, 3 / 12)
+    # Rounding gives a whole site back, so that fewer heads may leave more as well.
+    alike = HeadScores({"a": torch.tensor([1.0, 2, 3, 9])})
+
+    def rounded(mask):
+        return HeadMask({"a": mask["a"] | (mask.num_kept == 2)})
+
+    mask, ratio = within_budget(alike, 3 / 4, lambda mask: mask.num_kept / 4, "global", rounded=rounded)
+    assert (mask.num_kept, ratio) == (3, 1 / 4)
 
 
 @settings(deadline=None, max_examples=50)
@@ -87,11 +158,10 @@ def test_a_budget_says_what_may_remain_and_a_ratio_what_may_go():
     st.randoms(use_true_random=False),
 )
 def test_the_budget_is_met_monotone_and_not_overdone(shapes, one, other, scope, floor, random):
-    group = shapes[0][1]
-    sizes = {str(i): groups * group for i, (groups, _) in enumerate(shapes)}
+    sizes = {str(i): groups * group for i, (groups, group) in enumerate(shapes)}
     scores = HeadScores(
         {site: torch.tensor([random.random() for _ in range(size)]) for site, size in sizes.items()},
-        {site: size // group for site, size in sizes.items()},
+        {str(i): groups for i, (groups, _) in enumerate(shapes)},
     )
     price = {site: random.uniform(0.1, 1) for site in sizes}
     whole = 1 + sum(price[site] * size for site, size in sizes.items())  # 1: what no head owns
@@ -111,8 +181,7 @@ def test_the_budget_is_met_monotone_and_not_overdone(shapes, one, other, scope, 
     mask, ratio = found
     assert share(mask) <= low + 1e-9
     assert mask.kept_heads == select_heads(scores, ratio, scope, floor).kept_heads
-    smaller = [r for r in ratios if r < ratio]
-    assert not smaller or share(select_heads(scores, smaller[-1], scope, floor)) > low
+    assert all(share(select_heads(scores, smaller, scope, floor)) > low for smaller in ratios if smaller < ratio)
     assert looser is not None
     assert looser[0].num_kept >= mask.num_kept
 
@@ -151,6 +220,17 @@ def test_a_budget_for_a_model_that_lost_heads_counts_from_what_is_there():
     _, report = secateur.prune(model, scorer="magnitude", budget="heads=0.5", scope="global")
     assert report.before.heads == heads
     assert report.after.heads == heads // 2
+
+
+@pytest.mark.parametrize("arguments", [{}, {"scope": "global"}, {"budget": "heads=0.5"}, {"min_heads": 0}])
+def test_a_model_without_heads_is_refused(arguments):
+    model = tiny_model("bert")
+    remove_heads_(model, HeadMask({name: torch.zeros(4, dtype=torch.bool) for name in find_sites(model)}))
+    with pytest.raises(UnsupportedModelError, match="BertModel has no attention heads left to remove; prune the model"):
+        secateur.prune(model, scorer="magnitude", **arguments)
+    scores = secateur.score_heads(model, scorer="magnitude")
+    with pytest.raises(UnsupportedModelError, match="no attention heads left"):
+        secateur.select_within_budget(scores, "macs=0.9", model, arguments.get("scope", "site"))
 
 
 def test_a_budget_that_heads_cannot_reach_is_refused_before_scoring(monkeypatch):
@@ -208,6 +288,20 @@ def test_sites_are_given_back_their_best_heads_where_that_is_faster(monkeypatch)
     assert within._rounded(scores, one_less).kept_heads[names[0]] == [0, 1, 2, 3]
     two_less = select_heads(scores, 2 / 12, "global")
     assert within._rounded(scores, two_less).kept_heads == two_less.kept_heads
+
+
+@pytest.mark.parametrize("scope", ["site", "global"])
+@pytest.mark.parametrize(("budget", "kept"), [("heads=0.9", [1, 2]), ("latency=0.999@1x8", [1, 2, 3])])
+def test_sites_without_scores_stay_whole_within_a_budget(budget, kept, scope, monkeypatch):
+    model = tiny_model("bert")
+    names = tuple(find_sites(model))
+    levels = (Level(4, 0, [1.0]), Level(3, 1, [0.9]), Level(2, 2, [0.8]), Level(1, 3, [0.7]))
+    monkeypatch.setattr(
+        "secateur.budget.measure_latency",
+        lambda base, costs, shape, progress: type("Table", (), {"kinds": (Kind(names, levels),)})(),
+    )
+    scores = HeadScores({names[1]: torch.tensor([1.0, 4.0, 3.0, 2.0])})
+    assert secateur.select_within_budget(scores, budget, model, scope).kept_heads == {names[1]: kept}
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -17,9 +17,13 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BertConfig,
     BertForMaskedLM,
     BertModel,
+    GptOssConfig,
     PreTrainedModel,
+    SwinConfig,
+    Swinv2Config,
     T5EncoderModel,
 )
 
@@ -86,6 +90,74 @@ def test_pruning_again_after_reloading(tmp_path):
     assert_equal(again, last)
     assert last.config.head_pruning["kept_heads"][site] == [2, 4, 6]
     assert last.layers[2].self_attn.num_key_value_groups == 1
+
+
+@pytest.mark.parametrize("order", ["self first", "all first", "one site first"])
+def test_removals_that_see_different_sites_make_one_recipe(order, tmp_path):
+    """Made-up inputs do not reach a decoder's cross-attention; a caller's do, and may leave sites out."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+    model = BertModel(BertConfig(**sizes, vocab_size=99, is_decoder=True, add_cross_attention=True)).eval()
+    inputs = {**example_inputs(model), "encoder_hidden_states": torch.randn(2, 5, 32)}
+    few, everything = find_sites(model), find_sites(model, inputs)
+    first, *_, last = everything
+    assert list(everything) != list(few)
+    assert last not in few
+    three, two = torch.tensor([True, True, True, False]), torch.tensor([False, True, True, False])
+    if order == "self first":
+        remove_heads_(model, HeadMask({first: two}))
+        remove_heads_(model, HeadMask({last: three}), inputs=inputs, sites=find_sites(model, inputs))
+    elif order == "all first":
+        remove_heads_(model, HeadMask({first: three, last: three}), inputs=inputs, sites=everything)
+        remove_heads_(model, HeadMask({first: two}))
+    else:
+        remove_heads_(model, HeadMask({last: three}), inputs=inputs, sites={last: everything[last]})
+        remove_heads_(model, HeadMask({first: two}))
+    recipe = model.config.head_pruning
+    seen = {last: None, **few} if order == "one site first" else everything
+    assert recipe["kept_heads"] == {**{name: [0, 1, 2, 3] for name in seen}, first: [1, 2], last: [0, 1, 2]}
+    assert recipe["pruning_ratio"] == round(3 / (4 * len(seen)), 6)
+    model.save_pretrained(tmp_path)
+    again = BertModel.from_pretrained(tmp_path).eval()
+    assert_equal(model, again)
+    for a, b in zip(hidden_states(model, inputs), hidden_states(again, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+_SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+TABLES = {
+    "sinks": lambda: GptOssConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8, vocab_size=99,
+        intermediate_size=32, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
+    ),
+    "bias table": lambda: SwinConfig(**_SWIN),
+    "scales": lambda: Swinv2Config(**_SWIN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_site_that_is_emptied_in_two_steps_comes_back(kind, tmp_path):
+    """From a lone head nothing shows which axis of a table is the heads'; what was seen before does."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(TABLES[kind]()).eval()
+    name, before = next(iter(find_sites(model).items()))
+    kept = torch.arange(before.num_heads) == 1
+    for number in (1, 0):
+        remove_heads_(model, HeadMask({name: kept if number else ~kept & kept}))
+        after = find_sites(model)[name]
+        owned = [(piece.parameter, piece.axis, piece.role) for piece in before.slices] if number else []
+        assert [(piece.parameter, piece.axis, piece.role) for piece in after.slices] == owned
+        model.save_pretrained(tmp_path)
+        assert_equal(model, AutoModel.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_heads_own_after_a_removal_is_what_gradients_show(kind):
+    """A recipe says what heads owned in the unpruned model; without it the present weights have to show it."""
+    model = pruned(kind)
+    sites = find_sites(model)
+    del model.config.head_pruning
+    assert {n: set(s.slices) for n, s in find_sites(model).items()} == {n: set(s.slices) for n, s in sites.items()}
 
 
 @pytest.mark.parametrize(

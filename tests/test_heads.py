@@ -49,6 +49,24 @@ def test_mask_counts_by_hand():
     assert mask.kept_heads == {"a": [0], "b": [0, 1]}
 
 
+def test_equal_masks_hash_alike():
+    a, b = torch.tensor([True, False]), torch.tensor([True, True])
+    one, other = HeadMask({"a": a, "b": b}), HeadMask({"b": b, "a": a})
+    assert one == other
+    assert len({one, other}) == 1
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.numpy, lambda tensor: tensor], ids=["numpy", "torch"])
+def test_what_is_written_later_into_the_callers_values_changes_nothing(make):
+    row, matrix, kept = torch.ones(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64), torch.ones(2) > 0
+    scores = HeadScores({"a": make(row)}, interactions={"a": make(matrix)})
+    mask = HeadMask({"a": make(kept)})
+    row[0], matrix[0, 0], kept[0] = math.nan, math.nan, False
+    assert scores["a"].tolist() == [1, 1]
+    assert scores.interactions["a"].tolist() == [[1, 0], [0, 1]]
+    assert mask.kept_heads == {"a": [0, 1]}
+
+
 @given(st.dictionaries(st.text(min_size=1), st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=4))
 def test_mask_round_trip(rows):
     mask = HeadMask({site: torch.tensor(row) for site, row in rows.items()})

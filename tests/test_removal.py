@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     CodeGenConfig,
     FalconConfig,
+    GPT2Config,
 )
 
 from secateur.errors import InvalidInputError, RemovalError
@@ -184,6 +185,22 @@ def test_half_precision_models_are_proved_in_float32_and_stay_half():
             assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+def test_a_proof_within_autocast_is_in_float32_all_the_same(kind):
+    model, expected = tiny_model(kind), tiny_model(kind)
+    mask = uneven_mask(find_sites(expected))
+    inputs = example_inputs(model)
+    remove_heads_(expected, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        sites = find_sites(model)
+        result = remove_heads_(model, mask)
+        found = hidden_states(model, inputs)
+        assert torch.is_autocast_enabled("cpu")
+    assert result.max_difference <= 1e-5  # what float32 leaves, of outputs that bfloat16 rounds to three digits
+    assert sites == find_sites(tiny_model(kind))
+    assert largest_difference(found, hidden_states(expected, inputs)) == 0
+
+
 def test_pruning_again_keeps_original_numbers():
     model = tiny_model("bert")
     site = "encoder.layer.0.attention.self"
@@ -264,6 +281,35 @@ def test_a_wrong_removal_is_noticed_and_undone(monkeypatch):
     assert model.encoder.layer[0].attention.self.query.out_features == 32
     assert model.encoder.layer[0].attention.self.num_attention_heads == 4
     assert not hasattr(model.config, "head_pruning")
+
+
+def test_heads_that_the_inputs_do_not_reach_are_not_removed():
+    """GPT-2 attends to an encoder only where it is given one's outputs."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=99, add_cross_attention=True, bos_token_id=1, eos_token_id=1
+    )
+    model = AutoModel.from_config(config).eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    inputs = {**example_inputs(model), "encoder_hidden_states": torch.randn(2, 5, 32)}
+    sites = find_sites(model, inputs)
+    few = HeadMask({"h.0.attn": torch.tensor([True, False, True, True])})
+    cross = HeadMask({**few, "h.1.crossattention": torch.zeros(4, dtype=torch.bool)})
+    with pytest.raises(
+        InvalidInputError,
+        match=r"`inputs` must reach the site 'h\.1\.crossattention', which loses heads, got \['input_ids', .*\]; "
+        "pass `inputs` that reach it",
+    ):
+        remove_heads_(model, cross, sites=sites)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert not hasattr(model.config, "head_pruning")
+    remove_heads_(model, cross, sites=sites, inputs=inputs)
+    # Sites that lose nothing, an empty one among them, need not be reached.
+    result = remove_heads_(
+        model, HeadMask({"h.0.attn": torch.tensor([True, False, False, True])}), sites=find_sites(model, inputs)
+    )
+    assert result.mask.kept_heads["h.0.attn"] == [0, 3]
+    assert result.mask.kept_heads["h.1.crossattention"] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -51,6 +51,13 @@ def test_a_site_that_lost_every_head_stays_empty():
     assert select_heads(scores, 0.5, min_heads=0).kept_heads == {"a": [], "b": [2, 3]}
 
 
+@pytest.mark.parametrize("scope", ["site", "global"])
+def test_where_no_head_is_left_none_is_kept(scope):
+    scores = HeadScores({"a": torch.full((4,), -math.inf), "b": torch.full((2,), -math.inf)})
+    mask = select_heads(scores, 0.5, scope)
+    assert (mask.kept_heads, mask.shape) == ({"a": [], "b": []}, {"a": 4, "b": 2})
+
+
 def test_half_of_the_heads_go_unless_told_otherwise():
     assert select_heads(HeadScores(UNEQUAL)) == select_heads(HeadScores(UNEQUAL), 0.5)
 

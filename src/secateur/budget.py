@@ -13,9 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from secateur.errors import invalid
+from secateur.checks import is_number
+from secateur.errors import InvalidInputError, invalid
 from secateur.heads import HeadMask, HeadScores
-from secateur.model.cost import ModelCost, compare_latency, measure_cost
+from secateur.model.cost import ModelCost, check_heads, compare_latency, measure_cost
 from secateur.model.head_costs import HeadCosts
 from secateur.model.latency_table import LatencyTable, measure_latency, shared_copy
 from secateur.model.layout import AttentionSite
@@ -23,7 +24,7 @@ from secateur.model.removal import present_mask
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of
 from secateur.model.timing import Shape, median_ratio, parse_shape
-from secateur.selection import Scope, select_heads
+from secateur.selection import Scope, groups_of, select_heads
 
 Quantity = Literal["heads", "params", "macs", "latency"]
 _FORM = re.compile(r"(\w+)=([0-9.]+)x?(?:@(.+))?")
@@ -34,11 +35,18 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a quantity of the given model may remain: `limit`, in (0, 1], at `shape` where it depends on one."""
+    """How much of a quantity of the given model may remain: `limit`, in (0, 1], at `shape` where it depends on one.
+
+    Raises `InvalidInputError` for anything else.
+    """
 
     quantity: Quantity
     limit: float
     shape: Shape = _SHAPE
+
+    def __post_init__(self) -> None:
+        if not _can_be(self.quantity, self.limit) or not isinstance(self.shape, Shape):
+            raise _refused(self)
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -54,14 +62,22 @@ class Budget:
         except ValueError:
             limit = -1.0
         shaped = quantity in _SHAPED if shape is not None else quantity != "latency"
-        if quantity not in get_args(Quantity) or not 0 < limit <= 1 or not shaped:
-            rule = "be heads=, params=, macs= or latency= with a number in (0, 1], and for latency a shape"
-            raise invalid("budget", f"{rule}, such as latency=0.8x@8x128", text)
+        if not _can_be(quantity, limit) or not shaped:
+            raise _refused(text)
         return cls(quantity, limit, _SHAPE if shape is None else parse_shape(shape))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         """Return the form that `parse` reads."""
         return f"{self.quantity}={self.limit:g}" + (f"@{self.shape}" if self.quantity in _SHAPED else "")
+
+
+def _can_be(quantity: Any, limit: Any) -> bool:
+    return quantity in get_args(Quantity) and is_number(limit, above=0) and limit <= 1
+
+
+def _refused(budget: object) -> InvalidInputError:
+    rule = "be heads=, params=, macs= or latency= with a number in (0, 1], and for latency a shape"
+    return invalid("budget", f"{rule}, such as latency=0.8x@8x128", budget)
 
 
 @dataclass(frozen=True)
@@ -97,10 +113,11 @@ def within_budget(
     """Return the mask of the smallest pruning ratio that leaves at most `limit`, and that ratio; None where none does.
 
     `share` says how much a mask leaves, `rounded` what becomes of a mask before it is judged. A ratio's mask is that of
-    `select_heads`. At scope "site" every ratio is tried, from the smallest; at scope "global", where a larger ratio
-    drops all that a smaller one does, they are bisected.
+    `select_heads`. Every ratio is tried, from the smallest. They are bisected where a larger ratio drops all that a
+    smaller one does: at scope "global", where all groups of heads are of one size and masks are judged as they are.
     """
     ratios = _ratios(scores, scope)
+    sizes = {len(group) for site in scores for group in groups_of(scores, site)}
 
     def mask_at(ratio: float) -> HeadMask:
         mask = select_heads(scores, ratio, scope, min_heads)
@@ -109,7 +126,7 @@ def within_budget(
     def fits(ratio: float) -> bool:
         return share(mask_at(ratio)) <= limit + _ROUNDING
 
-    if scope == "global":
+    if scope == "global" and len(sizes) == 1 and rounded is None:
         place = bisect.bisect_left(ratios, True, key=fits)
         found = ratios[place] if place < len(ratios) else None
     else:
@@ -124,7 +141,8 @@ class BudgetedSelection:
     machine; a site keeps more heads than its share where the table shows that to be faster. `expected_ratio` is the
     ratio for equal scores, which is what any scores get where all sites are alike.
 
-    Raises `InvalidInputError` where even the largest ratio exceeds the budget, and says what that ratio reaches.
+    Raises `InvalidInputError` where even the largest ratio exceeds the budget, and says what that ratio reaches, and
+    `UnsupportedModelError` for a model that has no heads left.
     """
 
     def __init__(
@@ -133,6 +151,7 @@ class BudgetedSelection:
         self.budget, self.scope, self.min_heads = budget, scope, min_heads
         base = base_of(model)
         self.costs = HeadCosts(model, find_sites(base), *budget.shape)
+        check_heads(model, self.costs.dense.heads)
         self.table: LatencyTable | None = None
         self._dense: Any = None
         if budget.quantity == "latency":
@@ -183,7 +202,7 @@ class BudgetedSelection:
         rows = dict(mask)
         for kind in self.table.kinds:
             for name in kind.sites:
-                if self.costs.sites[name].group == 1:
+                if name in mask and self.costs.sites[name].group == 1:  # a site without scores stays whole
                     more = kind.rounded(int(mask[name].sum())) - int(mask[name].sum())
                     dropped = torch.where(mask[name], -math.inf, scores[name])
                     rows[name] = mask[name].clone()

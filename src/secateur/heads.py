@@ -177,14 +177,14 @@ class HeadMask(_BySite):
                 raise invalid(
                     f"mask[{shown(site)}]", "be a vector of booleans, one for each head (True = kept)", vector
                 )
-            clean[site] = tensor.clone()
+            clean[site] = tensor
         object.__setattr__(self, "values_by_site", clean)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HeadMask) and self.kept_heads == other.kept_heads and self.shape == other.shape
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.kept_heads))
+        return hash(json.dumps(self.kept_heads, sort_keys=True))
 
     @property
     def kept_heads(self) -> dict[str, list[int]]:
@@ -229,8 +229,9 @@ class HeadMask(_BySite):
 
 
 def _vector(name: str, values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
+    """Return the values as a tensor of our own: what a caller writes into theirs later has not been checked."""
     try:
-        return torch.as_tensor(values, dtype=dtype).detach().cpu()
+        return torch.as_tensor(values, dtype=dtype).detach().cpu().clone()
     except (TypeError, ValueError, OverflowError, RuntimeError):  # a text, rows of unlike lengths, 300 digits
         raise invalid(name, "hold numbers, each as float64 can hold it" if dtype else "hold booleans", values) from None
 

@@ -26,7 +26,7 @@ from secateur.data import Text
 from secateur.errors import InvalidInputError, invalid
 from secateur.files import write_text
 from secateur.heads import HeadMask, HeadScores
-from secateur.model.cost import ModelCost, measure_cost
+from secateur.model.cost import ModelCost, check_heads, measure_cost
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import check_device, load_model, load_tokenizer
 from secateur.model.offload import check_loaded
@@ -177,6 +177,7 @@ def prune(
         pruned = transformer_of(smaller)
     check_loaded(pruned, "pruning")
     before = measure_cost(pruned)
+    check_heads(pruned, before.heads)
     if refine and not isinstance(texts, Sequence):
         raise InvalidInputError("`refine` needs `texts` to judge masks by, in a list, as it reads them again and again")
     if refine and scope == "global" and wanted is not None and wanted.quantity != "heads":

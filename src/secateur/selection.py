@@ -67,7 +67,7 @@ def _ranked(vector: Tensor) -> list[int]:
     return torch.argsort(vector, descending=True, stable=True).tolist()
 
 
-def _groups(scores: HeadScores, site: str) -> list[list[int]]:
+def groups_of(scores: HeadScores, site: str) -> list[list[int]]:
     """Return, for each key-value head that is there, its query heads that are there."""
     rows = torch.arange(scores[site].numel()).view(scores.key_value_heads[site], -1).tolist()
     present = [[h for h in row if scores[site][h] > -math.inf] for row in rows]
@@ -75,7 +75,7 @@ def _groups(scores: HeadScores, site: str) -> list[list[int]]:
 
 
 def _select_in_site(scores: HeadScores, site: str, pruning_ratio: float, min_heads: int) -> Tensor:
-    vector, groups = scores[site], _groups(scores, site)
+    vector, groups = scores[site], groups_of(scores, site)
     kept = torch.zeros(vector.numel(), dtype=torch.bool)
     present = sum(len(g) for g in groups)
     target = max(present - removable(present, pruning_ratio), min(min_heads, present))
@@ -96,11 +96,13 @@ def _best_of_shape(vector: Tensor, groups: list[list[int]], num_groups: int, per
 
 
 def _select_globally(scores: HeadScores, pruning_ratio: float, min_heads: int) -> HeadMask:
-    units = [(site, group) for site in scores for group in _groups(scores, site)]
-    left = {site: sum(len(g) for g in _groups(scores, site)) for site in scores}
+    units = [(site, group) for site in scores for group in groups_of(scores, site)]
+    left = {site: sum(len(g) for g in groups_of(scores, site)) for site in scores}
     allowed = removable(sum(left.values()), pruning_ratio)
-    means = torch.stack([scores[site][group].mean() for site, group in units])
     values = {site: vector > -math.inf for site, vector in scores.items()}
+    if not units:  # every head is gone already
+        return HeadMask(values)
+    means = torch.stack([scores[site][group].mean() for site, group in units])
     for number in reversed(_ranked(means)):
         site, group = units[number]
         if len(group) <= allowed and left[site] - len(group) >= min_heads:

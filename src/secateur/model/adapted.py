@@ -8,6 +8,7 @@ of heads in the middle of a forward pass: a narrowed module sees the config thro
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from secateur.model.layout import AttentionSite
 _BIASES = ("position_bias", "alibi")
 _MASK = "attention_mask"  # Falcon adds its bias to the mask before it hands both out
 Undo = list[Callable[[], None]]
+_running = threading.local()
+"""`bias` holds, of the `NarrowedTable` that runs in this thread, the whole bias and its part: a module is shared."""
 
 
 class NarrowedBias:
@@ -55,15 +58,15 @@ class NarrowedTable(NarrowedBias):
     What it computes, or was given, is returned whole.
     """
 
-    _whole: Tensor | None = None
-    _part: Tensor | None = None
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run narrowed, and return the bias whole."""
-        self._whole = self._part = None
-        outputs = super().forward(*args, **kwargs)
-        whole, part = self._whole, self._part
-        self._whole = self._part = None
+        outer = getattr(_running, "bias", None)  # of a pass that a hook of the user's interrupts with this one
+        _running.bias = (None, None)
+        try:
+            outputs = super().forward(*args, **kwargs)
+            whole, part = _running.bias
+        finally:
+            _running.bias = outer
         made = outputs[1]
         if whole is None:  # neither given nor computed from a table, as in cross-attention: the same for every head
             shape = (made.shape[0], self.secateur_total, *made.shape[2:])
@@ -80,8 +83,9 @@ class NarrowedTable(NarrowedBias):
         return self._narrow(own.compute_bias(*args, **kwargs))
 
     def _narrow(self, bias: Tensor) -> Tensor:
-        self._whole, self._part = bias, super()._narrow(bias)
-        return self._part
+        part = super()._narrow(bias)
+        _running.bias = (bias, part)
+        return part
 
 
 def own_forward(module: Any) -> Callable[..., Any]:

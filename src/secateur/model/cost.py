@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from secateur.errors import UnsupportedModelError
 from secateur.model.inputs import example_inputs
 from secateur.model.probe import count_heads, probe
 from secateur.model.state import base_of, evaluation_mode, frozen
@@ -47,6 +48,15 @@ def measure_cost(model: nn.Module, batch: int = 1, length: int = 128) -> ModelCo
     return ModelCost(heads, count_parameters(model), macs[""], batch, length)
 
 
+def check_heads(model: nn.Module, heads: int) -> None:
+    """Raise `UnsupportedModelError` for a model without a head: of nothing there is no share that could go or stay."""
+    if not heads:
+        raise UnsupportedModelError(
+            f"{type(base_of(model)).__name__} has no attention heads left to remove; prune the model that it was made "
+            "from"
+        )
+
+
 def count_macs(base: PreTrainedModel, batch: int = 1, length: int = 128) -> tuple[dict[str, int], int]:
     """Return multiply-accumulates of one pass inside each module, by its name ("" = all of them), and its length."""
     length = min(length, max_length(base, length))
@@ -69,14 +79,17 @@ def count_parameters(model: nn.Module) -> int:
 def max_length(model: nn.Module, default: int = 512) -> int:
     """Return how many tokens the model has positions for, or `default` where its config does not say."""
     base = base_of(model)
-    positions = getattr(base.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 2:
+    config = base.config.get_text_config() if base.main_input_name == "input_ids" else base.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
         return default
     for name, module in base.named_modules():
-        if "position" in name and isinstance(module, nn.Embedding) and module.num_embeddings == positions:
-            # RoBERTa and its kin start counting after the padding id.
-            return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return positions - 2
+        weight, padding = getattr(module, "weight", None), getattr(module, "padding_idx", None)
+        is_table = "position" in name and isinstance(weight, Tensor) and weight.shape[:1] == (positions,)
+        if is_table and padding is not None:
+            # RoBERTa and its kin start counting after the padding id. OPT and its kin do so too, in a longer table.
+            return positions - (padding + 1)
+    return positions
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> N
     """
     if is_offloaded(base):
         return
-    with held(base), _own_names(base, maps=True):
+    with held(base), without_autocast(base.device), _own_names(base, maps=True):
         look_for_sites(base, inputs)
 
 

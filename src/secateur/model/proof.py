@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.model.state import base_of, evaluation_mode
+from secateur.model.offload import device_of
+from secateur.model.state import base_of, evaluation_mode, without_autocast
 
 TOLERANCE = 1e-4
 """Largest difference in float32 that a proof accepts, relative to the largest output where that is above 1."""
@@ -21,11 +22,11 @@ def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
 
     Maps have an axis of heads, and some models return them unasked (BridgeTower); what they do shows in the rest.
     Random numbers that the model draws all the same (VITS adds noise, ViT-MAE hides patches) are the same at every
-    call; the caller's generators are left as they were.
+    call; the caller's generators are left as they were, and its autocast is off meanwhile.
     """
     base = base_of(model)
     devices = [base.device] if base.device.type == "cuda" else []
-    with evaluation_mode(base), torch.random.fork_rng(devices):
+    with evaluation_mode(base), without_autocast(device_of(base)), torch.random.fork_rng(devices):
         torch.manual_seed(0)
         return tensors_of(base(**inputs))
 

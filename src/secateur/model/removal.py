@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -98,6 +98,9 @@ def remove_heads_(
     put back and `RemovalError` raised. Parameters keep their identity, but an optimiser that already holds state for
     them must be made anew.
 
+    Heads go only where the proof looks: `InvalidInputError` names a site that loses heads and that `inputs` do not
+    reach.
+
     Grouped queries: in each site either whole key-value groups go, or the same number of query heads in every group
     that stays; `InvalidInputError` names a mask that does neither.
 
@@ -117,24 +120,31 @@ def remove_heads_(
         raise RemovalError("the model is being gated or probed; remove heads outside of that context")
     inputs = example_inputs(base) if inputs is None else inputs
     undo: list[Callable[[], None]] = []
+    reached: set[str] = set()
     with held(base), in_float32(base):
-        with gated_heads(base, mask, sites):
+        with probe(base, lambda reading: reached.add(reading.site)), gated_heads(base, mask, sites):
             wanted = hidden_states(base, inputs)
             for tensor in wanted:
                 check_finite(tensor, base, partial(hidden_states, base, inputs))
-        try:
-            for name, site in sites.items():
-                cut_site_(base, site, kept[name], undo)
-            difference, special = _prove(base, inputs, wanted, sites, kept, undo)
-            if not difference <= TOLERANCE:
-                raise RemovalError(
-                    f"{type(base).__name__} without the heads differs from the gated model by {difference:.2g} "
-                    f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
+        for name, vector in kept.items():
+            if name not in reached and not vector.all():  # whatever were cut there, the outputs would be equal
+                raise invalid(
+                    "inputs", f"reach the site {name!r}, which loses heads", list(inputs), "pass `inputs` that reach it"
                 )
-        except BaseException:
-            for step in reversed(undo):
-                step()
-            raise
+        with ExitStack() as steps:  # it runs them backwards, and goes on where one fails
+            try:
+                for name, site in sites.items():
+                    cut_site_(base, site, kept[name], undo)
+                difference, special = _prove(base, inputs, wanted, sites, kept, undo)
+                if not difference <= TOLERANCE:
+                    raise RemovalError(
+                        f"{type(base).__name__} without the heads differs from the gated model by {difference:.2g} "
+                        f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
+                    )
+            except BaseException:
+                for step in undo:
+                    steps.callback(step)
+                raise
     _write_recipe(model, sites, kept, special, record or {})
     for holder in (model, base):
         # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
@@ -216,18 +226,24 @@ def _write_recipe(
     special: _Special,
     record: Mapping[str, Any],
 ) -> None:
-    """Put the recipe into the config of the model, and of its base model where that is another object."""
+    """Put the recipe into the config of the model, and of its base model where that is another object.
+
+    Sites that an earlier recipe knows and this removal did not see stay in it as they are.
+    """
     _give_own_configs(model)
     base = base_of(model)
-    earlier = read_recipe(base.config)
-    mask = _original_mask(sites, kept)
-    originals = earlier.sites if earlier is not None else dict(sites)
+    earlier = read_recipe(base.config) or Recipe({}, {})
+    kept_heads = {name: tuple(heads) for name, heads in _original_mask(sites, kept).kept_heads.items()}
+    kept_heads |= {name: heads for name, heads in earlier.kept_heads.items() if name not in kept_heads}
+    # What an earlier recipe says of a site is of the unpruned model; a site that none names is unpruned now.
+    originals = earlier.sites | {name: site for name, site in sites.items() if name not in earlier.sites}
+    ratio = 1 - sum(map(len, kept_heads.values())) / sum(site.original_num_heads for site in originals.values())
     recipe = Recipe(
-        kept_heads={name: tuple(heads) for name, heads in mask.kept_heads.items()},
-        sites=originals,
-        bypassed=tuple(dict.fromkeys([*(earlier.bypassed if earlier else ()), *special.bypassed])),
-        reshaped=tuple(dict.fromkeys([*(earlier.reshaped if earlier else ()), *special.reshaped])),
-        record={**(earlier.record if earlier else {}), **record, "pruning_ratio": round(mask.pruning_ratio, 6)},
+        kept_heads,
+        originals,
+        bypassed=tuple(dict.fromkeys([*earlier.bypassed, *special.bypassed])),
+        reshaped=tuple(dict.fromkeys([*earlier.reshaped, *special.reshaped])),
+        record={**earlier.record, **record, "pruning_ratio": round(ratio, 6)},
     )
     for config in (model.config, base.config):
         setattr(config, KEY, recipe.to_json())

@@ -20,12 +20,19 @@ from secateur.model.adapted import reads_config, takes_bias
 from secateur.model.direct import reads_heads
 from secateur.model.finite import check_weights
 from secateur.model.inputs import example_inputs
-from secateur.model.layout import AttentionSite, HeadSlice
+from secateur.model.layout import NOBODY, AttentionSite, HeadSlice
 from secateur.model.offload import check_loaded, gradients_within, is_offloaded, is_too_large_to_widen
 from secateur.model.ownership import Ownership
 from secateur.model.probe import HeadReading, count_heads, prepare, probe
 from secateur.model.recipe import read_recipe
-from secateur.model.state import base_of, evaluation_mode, gradients_for_all, held, in_float32
+from secateur.model.state import (
+    base_of,
+    evaluation_mode,
+    gradients_for_all,
+    held,
+    in_float32,
+    without_autocast,
+)
 
 # Attributes that modelling code reads at run time, by what they count. An attribute is adjusted only where its value
 # is the one expected, and every removal is proved afterwards, so a name too many does no harm.
@@ -77,8 +84,8 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
                 check_loaded(base, "finding heads past transformers' attention interface")
         else:
             with (
-                held(base), in_float32(base), evaluation_mode(base), gradients_for_all(base),
-                probe(base, finder.see), finder.watching(),
+                held(base), in_float32(base), without_autocast(base.device), evaluation_mode(base),
+                gradients_for_all(base), probe(base, finder.see), finder.watching(),
             ):  # fmt: skip
                 base(**inputs)
         return finder.finish()
@@ -198,9 +205,12 @@ class _Finder:
                     "can be narrowed"
                 )
             original, total, total_kv = tuple(range(heads)), heads, kv_heads
+            slices = tuple(self.slices[site])
             if recipe is not None and site in recipe.kept_heads:
                 first = recipe.sites[site]
                 original, total, total_kv = recipe.kept_heads[site], first.num_heads, first.num_key_value_heads
+                # What was seen when all heads were there: a lone head does not show what it owns of a table.
+                slices = _slices_left(first, original)
             if len(original) != heads:
                 raise UnsupportedModelError(
                     f"site {site}: the config's recipe keeps {len(original)} heads but the model has {heads}"
@@ -210,7 +220,7 @@ class _Finder:
                 num_heads=heads,
                 num_key_value_heads=kv_heads,
                 head_dim=width,
-                slices=tuple(self.slices[site]),
+                slices=slices,
                 attributes=_attributes(site, module, heads, kv_heads, width),
                 output=self.outputs[site],
                 heads=original,
@@ -222,6 +232,22 @@ class _Finder:
                 first = recipe.sites[site]
                 found[site] = replace(first, num_heads=0, num_key_value_heads=0, slices=(), attributes={}, heads=())
         return found
+
+
+def _slices_left(site: AttentionSite, heads: tuple[int, ...]) -> tuple[HeadSlice, ...]:
+    """Return what the original `heads` own after an unpruned `site` was cut to them, in their present numbering."""
+    if not heads:
+        return ()
+    kept = torch.zeros(site.num_heads, dtype=torch.bool)
+    kept[list(heads)] = True
+    stays = site.kept_indices(kept)
+    slices = []
+    for piece in site.slices:
+        alive = site.kept_key_value_heads(kept) if piece.role in ("key", "value") else kept
+        numbers = {old: new for new, old in enumerate(alive.nonzero().flatten().tolist())}
+        indices = stays[piece.parameter, piece.axis].tolist()
+        slices.append(replace(piece, owners=tuple(numbers.get(piece.owners[i], NOBODY) for i in indices)))
+    return tuple(slices)
 
 
 def _heads_of(reading: HeadReading) -> dict[str, list[Tensor]]:

@@ -147,6 +147,7 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Hold half-precision weights in float32 meanwhile; widening and narrowing back is exact, so nothing changes.
 
+    Their gradients are put aside, as a parameter takes none of another dtype, and come back where shapes still agree.
     Raises `UnsupportedModelError` for weights on the meta device and for quantised weights, which have no such copy.
     """
     check_loaded(model, "this")
@@ -156,11 +157,14 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             raise UnsupportedModelError("the model's weights are on the meta device; load them before pruning")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError("the model is quantised; prune the full-precision model, then quantise the result")
-    narrow = [(t, t.dtype) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    narrow = [(t, t.dtype, t.grad) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
     try:
-        for tensor, _ in narrow:
+        for tensor, _, _ in narrow:
+            tensor.grad = None
             tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, dtype in narrow:
+        for tensor, dtype, gradient in narrow:
             tensor.data = tensor.data.to(dtype)
+            if gradient is not None and gradient.shape == tensor.shape:
+                tensor.grad = gradient
