@@ -14,7 +14,7 @@ from secateur.errors import CheckpointError, InvalidInputError
 from secateur.heads import HeadMask
 from secateur.meta.network import MetaPruner
 from secateur.meta.objective import relational_kl, represent
-from secateur.model.inputs import example_inputs
+from secateur.model.inputs import example_inputs, forward_arguments
 from secateur.model.layout import AttentionSite
 from secateur.model.probe import probe
 from secateur.model.removal import gated_heads, remove_heads_
@@ -23,7 +23,7 @@ from secateur.scorers import SCORERS, make_scorer, scorer_class
 from secateur.scorers.base import Scorer
 from secateur.scorers.contribution import contribution_norms, gram_matrices, output_weights
 from secateur.scoring import score_heads
-from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_tokenizer, uneven_mask
+from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -251,6 +251,29 @@ def test_leave_one_out_is_the_kl_of_a_gated_head():
             gated = represent(model, model(**batch), batch, False)
     assert float(scores[site][2]) == pytest.approx(float(relational_kl(dense, gated)), rel=1e-3)
     assert float(scores[site][2]) > 0
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_decoder_that_needs_tokens_of_its_own_reads_the_text_too(pairs):
+    """T5 wants decoder inputs, which BART makes of its input by itself: both read the same."""
+    model, texts, tokenizer = tiny_model("t5"), tiny_texts(8, 0, pairs), tiny_tokenizer()
+    for scorer in ("contribution", "matching", "leave_one_out", "smp-plus"):
+        scores = score_heads(model, texts, scorer, tokenizer)
+        assert all(len(set(row.tolist())) > 1 for row in scores.values()), scorer
+    bart = tiny_model("bart")
+    made = batches(tokenizer, texts)
+    (given,) = forward_arguments(bart, made)
+    assert given["decoder_input_ids"][:, 0].tolist() == [bart.config.decoder_start_token_id] * 8
+    with torch.no_grad():
+        own, ours = bart(**made[0], use_cache=False), bart(**given)
+    assert torch.equal(own.last_hidden_state, ours.last_hidden_state)
+    mine = {"input_ids": made[0]["input_ids"], "decoder_input_ids": made[0]["input_ids"][:, :3]}
+    assert forward_arguments(bart, [mine])[0]["decoder_input_ids"] is mine["decoder_input_ids"]
+
+
+def test_texts_for_a_model_of_images_are_refused():
+    with pytest.raises(InvalidInputError, match="ViTModel takes `pixel_values` and no texts; give `inputs`"):
+        score_heads(tiny_model("vit"), ["a film"], "contribution", tiny_tokenizer())
 
 
 def test_grouped_heads_share_the_norm_of_their_values():

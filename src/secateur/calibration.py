@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -46,7 +47,11 @@ def by_length(texts: Sequence[Text]) -> list[Text]:
 def calibration_batches(
     model: nn.Module, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
 ) -> StreamedBatches:
-    """Return the texts' batches on the model's device, made anew at every reading."""
+    """Return the texts' batches on the model's device, made anew at every reading.
+
+    Raises `InvalidInputError` for a model that reads something else than texts.
+    """
+    check_reads_texts(model)
     device = device_of(base_of(model))
     return StreamedBatches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
 
@@ -55,9 +60,17 @@ def stream_batches(
     model: nn.Module, texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
 ) -> BatchStream:
     """Return batches, as the model takes them, of texts that come one after the other and are read once."""
+    check_reads_texts(model)
     base = base_of(model)
     tokens = min(length, max_length(model, length))
     return BatchStream(tokenizer, texts, batch_size, tokens, device_of(base), ForwardArguments(base, []).of)
+
+
+def check_reads_texts(model: nn.Module) -> None:
+    """Raise `InvalidInputError` for a model whose base takes no token ids, such as one of images or speech."""
+    base = base_of(model)
+    if "input_ids" not in inspect.signature(base.forward).parameters:
+        raise InvalidInputError(f"{type(base).__name__} takes `{base.main_input_name}` and no texts; give `inputs`")
 
 
 def own_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:

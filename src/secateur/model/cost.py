@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from secateur.errors import UnsupportedModelError
 from secateur.model.inputs import example_inputs
 from secateur.model.probe import count_heads, probe
+from secateur.model.recipe import read_recipe
 from secateur.model.state import base_of, evaluation_mode, frozen
 from secateur.model.timing import time_in_turn
 
@@ -49,8 +50,11 @@ def measure_cost(model: nn.Module, batch: int = 1, length: int = 128) -> ModelCo
 
 
 def check_heads(model: nn.Module, heads: int) -> None:
-    """Raise `UnsupportedModelError` for a model without a head: of nothing there is no share that could go or stay."""
-    if not heads:
+    """Raise `UnsupportedModelError` where pruning has left no head: of nothing there is no share that could go or stay.
+
+    A model that never had one is refused where its heads are looked for.
+    """
+    if not heads and read_recipe(base_of(model).config) is not None:
         raise UnsupportedModelError(
             f"{type(base_of(model)).__name__} has no attention heads left to remove; prune the model that it was made "
             "from"

@@ -63,16 +63,22 @@ def example_inputs(
 
 
 def forward_arguments(model: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
-    """Leave out of each batch what the base model does not take, and switch caches off: nothing here generates."""
+    """Return each batch as the base model takes it: see `ForwardArguments`."""
     return list(ForwardArguments(model, made))
 
 
 class ForwardArguments(Sequence[dict[str, Any]]):
-    """The list that `forward_arguments` returns, made batch by batch as it is asked for."""
+    """Batches as the base model takes them, made as they are asked for.
+
+    What it does not take is left out, and caches are off: nothing here generates. A decoder beside an encoder gets the
+    text too, one place later behind its start token, as when it is taught to repeat it, unless the batch has its own.
+    """
 
     def __init__(self, model: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> None:
         self.made = made
-        self.accepted = inspect.signature(base_of(model).forward).parameters
+        base = base_of(model)
+        self.accepted = inspect.signature(base.forward).parameters
+        self.start = getattr(base.config.get_text_config(), "decoder_start_token_id", None)
 
     def __len__(self) -> int:
         return len(self.made)
@@ -83,8 +89,14 @@ class ForwardArguments(Sequence[dict[str, Any]]):
 
     def of(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the arguments for a batch."""
-        extra = {"use_cache": False} if "use_cache" in self.accepted else {}
-        return {**{k: v for k, v in batch.items() if k in self.accepted}, **extra}
+        taken: dict[str, Any] = {k: v for k, v in batch.items() if k in self.accepted}
+        if "use_cache" in self.accepted:
+            taken["use_cache"] = False
+        reads_texts = "input_ids" in taken and "decoder_input_ids" in self.accepted
+        if reads_texts and self.start is not None and not any(name.startswith("decoder_") for name in taken):
+            ids = taken["input_ids"]
+            taken["decoder_input_ids"] = torch.cat([ids.new_full((len(ids), 1), self.start), ids[:, :-1]], dim=1)
+        return taken
 
 
 def _needs_both(config: Any) -> bool:
