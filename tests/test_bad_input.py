@@ -77,6 +77,8 @@ REFUSED = [
     ("no text column", "a.csv", "Sentence,label\na,1\n", "has no text columns"),
     ("semicolons in .csv", "a.csv", CSV.replace(",", ";"), "has no text columns"),
     ("a row too long", "a.csv", "sentence,label\na,1\nb,0,7\n", "row 2 has 3 fields, the header has 2"),
+    ("a row too short", "a.csv", "label,sentence\n1,a\n0\n", "row 2 has 1 fields, the header has 2"),
+    ("a row too short in .tsv", "a.tsv", "label\tsentence\n1\ta\n0\n", "row 2 has 1 fields, the header has 2"),
     ("a quotation mark that does not close", "a.csv", 'sentence,label\n"fine,1\nbad,0\n', "unexpected end of data"),
     ("a label missing", "a.csv", "sentence,label\na,\nb,0\n", "`label` in row 1 is missing"),
     ("a label that is a word", "a.csv", "sentence,label\na,pos\nb,neg\n", "must be a number"),
@@ -209,7 +211,7 @@ def subject(request):
 def test_odd_texts_are_scored(what, texts, subject, outcome):
     kind, model, tokenizer = subject
     for scorer in ("contribution", "smp", "leave_one_out"):
-        scores = secateur.score_heads(model, texts, scorer, tokenizer, batch_size=1 if scorer == "smp" else 2)
+        scores = secateur.score_heads(model, texts * 2, scorer, tokenizer, batch_size=1 if scorer == "smp" else 4)
         assert all(bool(torch.isfinite(row).all()) for row in scores.values())
     outcome(TEXTS, f"{what}, {kind}", "scored, every score finite")
 

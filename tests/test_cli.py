@@ -10,6 +10,7 @@ from transformers import AutoModel
 from secateur import cli, demo
 from secateur.errors import SecateurError
 from tests.conftest import SENTENCES
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def run(capsys, *arguments):
@@ -169,6 +170,17 @@ def test_the_demo_end_to_end_on_less_data(minilm_folder, tmp_path, capsys, monke
     assert page.count("data-verdict=") == 72
     assert run(capsys, "report", out, "--out", tmp_path / "again.html")[0] == 0
     assert (tmp_path / "again.html").read_text() == page
+
+
+def test_the_home_folder_is_found_where_the_shell_leaves_it(tmp_path, capsys, monkeypatch):
+    tiny_model("bert").save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, _ = run(capsys, "score", tmp_path / "model", "--scorer", "magnitude", "--out=~/s.json", "--data", "x.csv")
+    assert code == 2  # the data is missed, not the folder
+    (tmp_path / "x.csv").write_text("sentence\ngood film\n")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    code, _, err = run(capsys, "score", tmp_path / "model", "--scorer", "magnitude", "--out=~/s.json", "--data=~/x.csv")
+    assert (code, (tmp_path / "s.json").is_file()) == (0, True), err
 
 
 def test_help_imports_no_torch():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from secateur import cli, workers
 from secateur.errors import InvalidInputError, SecateurError, WriteError
-from secateur.files import append_line, new_folder, read_lines, write_text
+from secateur.files import append_line, check_new_folder, new_folder, read_lines, write_text
 from tests.processes import command, touches
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
@@ -48,7 +48,7 @@ def line(name, given, out):
         "finetune": ["finetune", model, "--data", task, "--epochs", 1, *short, "--device", "cpu", "--out", out],
         "meta-train": [
             "meta-train", "--model", model, "--data", task / "train.tsv", "--out", out, "--steps", 3, *short,
-            "--batch-size", 2, "--batches-per-step", 1, "--checkpoint-every", 1,
+            "--batch-size", 3, "--batches-per-step", 1, "--checkpoint-every", 1,
         ],
         "compare": [
             "compare", "--model", model, "--data", task, "--scorer", "random", "--seeds", 2, "--texts", 8,
@@ -251,6 +251,18 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     events.clear()
     append_line(tmp_path / "lines", 1)
     assert events == [str(tmp_path / "lines"), str(tmp_path)]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    with pytest.raises(InvalidInputError, match="neither a mount point nor the folder that this runs in"):
+        check_new_folder(".")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(InvalidInputError, match="name a new folder inside it"):
+        check_new_folder(tmp_path / "volume")
+    assert check_new_folder(tmp_path / "volume" / "new")
 
 
 def test_files_have_the_mode_that_the_user_wants(tmp_path):

@@ -49,6 +49,14 @@ def test_mask_counts_by_hand():
     assert mask.kept_heads == {"a": [0], "b": [0, 1]}
 
 
+def test_scores_are_equal_where_all_that_is_known_is():
+    one, other = (HeadScores({"a": [1.0, -math.inf], "b": [0.5]}, scorer="x") for _ in range(2))
+    assert one == other
+    assert one != HeadScores({"a": [1.0, -math.inf], "b": [0.25]}, scorer="x")
+    assert one != HeadScores({"a": [1.0, -math.inf], "b": [0.5]}, scorer="y")
+    assert one != {"a": [1.0]}
+
+
 def test_equal_masks_hash_alike():
     a, b = torch.tensor([True, False]), torch.tensor([True, True])
     one, other = HeadMask({"a": a, "b": b}), HeadMask({"b": b, "a": a})

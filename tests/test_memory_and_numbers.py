@@ -48,15 +48,15 @@ def full_above(model, most, error=RuntimeError, text=CPU):
 )
 def test_scoring_halves_the_batch_and_says_so(scorer, error, text, outcome):
     """The scores are those of the batch that fits, also where texts of a batch are compared with each other."""
-    expected = score_heads(tiny_model("bert"), TEXTS, scorer, tiny_tokenizer(), batch_size=2)
+    expected = score_heads(tiny_model("bert"), TEXTS, scorer, tiny_tokenizer(), batch_size=4)
     model = tiny_model("bert")
     find_sites(model)
-    full_above(model, 2, error, text)
+    full_above(model, 4, error, text)
     with pytest.warns(SecateurWarning) as warned:
-        found = score_heads(model, TEXTS, scorer, tiny_tokenizer(), batch_size=8)
-    assert [str(w.message)[:66] for w in warned] == [
+        found = score_heads(model, TEXTS, scorer, tiny_tokenizer(), batch_size=16)
+    assert [str(w.message).removesuffix(" a batch") for w in warned] == [
+        "a batch of 16 texts does not fit into memory; starting again with 8",
         "a batch of 8 texts does not fit into memory; starting again with 4",
-        "a batch of 4 texts does not fit into memory; starting again with 2",
     ]
     assert all(torch.equal(row, expected[site]) for site, row in found.items())
     outcome(MEMORY, f"a batch does not fit while `{scorer}` scores ({error.__name__})", warned[0].message)
@@ -84,6 +84,14 @@ def test_evaluation_halves_the_batch(outcome):
     assert found == expected
     assert sizes == [5, 2, 2, 2, 2]
     outcome(MEMORY, "a batch does not fit during evaluation", warned[0].message)
+
+
+def test_one_text_that_does_not_fit_is_said_to_be_too_long():
+    model = tiny_model("bert")
+    find_sites(model)
+    full_above(model, 0)
+    with pytest.raises(OutOfMemoryError, match="one text does not fit into memory; lower `max_length`"):
+        score_heads(model, iter(TEXTS), "contribution", tiny_tokenizer(), batch_size=1)
 
 
 def test_texts_that_come_only_once_are_not_begun_again():

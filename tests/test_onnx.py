@@ -9,9 +9,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from secateur import cli
+from secateur.export import export_onnx
 from secateur.model import onnx as onnx_export
 from secateur.model.loading import load_model
 from secateur.model.removal import remove_heads_
@@ -65,6 +67,30 @@ def test_a_decoder_gives_logits_without_a_cache(tmp_path, capsys):
     assert result["outputs"] == ["logits"]
     assert result["inputs"] == ["input_ids", "attention_mask"]
     assert result["max_difference"] <= 1e-4
+
+
+def test_a_model_of_few_positions_that_returns_all_it_has(tmp_path):
+    """What a config asks for besides is no output of the graph, and no text is longer than the model takes."""
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
+        max_position_embeddings=16, output_hidden_states=True, return_dict=False,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "model")
+    result = export_onnx(tmp_path / "model", tmp_path / "onnx")
+    assert result["outputs"] == ["last_hidden_state", "pooler_output"]
+    assert result["max_difference"] <= 1e-4
+
+
+def test_weights_that_are_not_there_are_not_exported(onnx_classifier, tmp_path, capsys):
+    shutil.copytree(onnx_classifier / "pruned", tmp_path / "half")
+    path = tmp_path / "half" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["classifier.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    for form in ("onnx", "standalone"):
+        assert cli.main(["export", str(tmp_path / "half"), "--format", form, "--out", str(tmp_path / form)]) == 2
+        assert "lacks weights of BertForSequenceClassification, such as classifier.weight" in capsys.readouterr().err
+        assert not (tmp_path / form).exists()
 
 
 def test_a_graph_that_differs_is_an_error_and_leaves_nothing(onnx_classifier, tmp_path, monkeypatch, capsys):

@@ -7,9 +7,11 @@ import gzip
 import itertools
 import json
 import random
+import re
 import weakref
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,7 +22,7 @@ from secateur import cli
 from secateur.data import load_task
 from secateur.errors import InvalidInputError
 from secateur.streams import shuffled, stream_texts
-from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
+from tests.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,6 +59,24 @@ def test_a_generator_gives_the_scores_of_a_list_and_is_held_batch_by_batch():
     assert settled.num_texts >= 32
     short = secateur.score_heads(model, iter(tiny_texts(20)), stop="auto", **options)
     assert (short.num_texts, short.agreement) == (20, 1.0)
+
+
+def test_a_column_or_an_array_is_a_list_and_a_table_is_not():
+    model, texts, tokenizer = tiny_model("bert"), tiny_texts(8), tiny_tokenizer()
+    expected = secateur.score_heads(model, texts, tokenizer=tokenizer)
+    table = pandas.DataFrame({"sentence": texts, "label": [0, 1] * 4})
+    for column in (table["sentence"], table["sentence"].to_numpy(), tuple(texts)):
+        assert secateur.score_heads(model, column, tokenizer=tokenizer) == expected
+    mask = secateur.select_heads(expected, 0.5)
+    assert secateur.refine_mask(model, mask, table["sentence"], tokenizer, steps=2)
+    for whole in (table, {"sentence": texts}, tokenizer(texts)):
+        for function in (secateur.score_heads, secateur.prune):
+            with pytest.raises(InvalidInputError, match=r"`texts` must be one column of a table.* such as table"):
+                function(model, whole, tokenizer=tokenizer)
+    classifier, numbers = tiny_classifier("bert"), [0, 1] * 4
+    taught = secateur.score_heads(classifier, texts, "taylor", tokenizer, labels=numbers)
+    for labels in (table["label"], table["label"].to_numpy(), list(table["label"].to_numpy())):
+        assert secateur.score_heads(classifier, texts, "taylor", tokenizer, labels=labels) == taught
 
 
 def test_pruning_with_a_generator():
@@ -115,6 +135,22 @@ def test_shards_are_read_in_order_by_a_folder_or_a_pattern(tmp_path):
     assert list(stream_texts(tmp_path, "dev")) == expected[:1]
     with pytest.raises(InvalidInputError, match="holds no test file"):
         next(stream_texts(tmp_path, "test"))
+
+
+@pytest.mark.parametrize(
+    "more", ["train.jsonl", "train.csv.gz", "train-00000-of-00001.csv", "train-00000-of-00001.csv.gz"]
+)
+def test_texts_in_two_forms_are_not_read_twice(tmp_path, more):
+    written(tmp_path, "train.csv", ROWS)
+    written(tmp_path, more, ROWS)
+    with pytest.raises(InvalidInputError, match=f"holds more than one train file .*{re.escape(more)}"):
+        next(stream_texts(tmp_path))
+
+
+def test_a_split_has_the_first_of_its_names(tmp_path):
+    for name, rows in (("dev.csv", ROWS[:1]), ("validation.csv", ROWS[1:]), ("validation-old.csv", ROWS[2:])):
+        written(tmp_path, name, rows)
+    assert list(stream_texts(tmp_path, "dev")) == load_task(tmp_path, "dev").texts == [ROWS[0]["sentence"]]
 
 
 def test_hub_ids_stream_without_a_download(monkeypatch):

@@ -12,7 +12,7 @@ from secateur.files import check_new_folder, new_folder
 from secateur.meta.network import MetaPruner
 from secateur.model.inputs import example_inputs
 from secateur.model.legacy import has_v4_pruning
-from secateur.model.loading import find_tokenizer, load_model, missing_weights
+from secateur.model.loading import find_tokenizer, load_model
 from secateur.model.proof import hidden_states
 from secateur.model.recipe import KEY
 from secateur.sentence import copy_modules
@@ -55,9 +55,7 @@ def _convert_pruner(source: Path, out: str | Path) -> dict[str, Any]:
 
 def _convert_model(source: str | Path, out: str | Path) -> dict[str, Any]:
     with new_folder(out) as folder:
-        model = load_model(source, "cpu")
-        if missing := missing_weights(source, type(model)):
-            raise CheckpointError(f"{source} lacks weights of {type(model).__name__}, such as {missing[0]}")
+        model = load_model(source, "cpu", whole=True)
         tokenizer = find_tokenizer(source)
         inputs = example_inputs(model)
         place = copy_modules(source, folder)

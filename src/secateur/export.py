@@ -22,7 +22,7 @@ def export_standalone(source: str | Path, out: str | Path) -> dict[str, Any]:
     Raises what `save_standalone` raises; nothing is left behind then.
     """
     with new_folder(out) as folder:
-        model = load_model(source, "cpu", dtype="auto")
+        model = load_model(source, "cpu", whole=True, dtype="auto")
         tokenizer = find_tokenizer(source)
         place = copy_modules(source, folder)
         auto_map = save_standalone(model, place)
@@ -38,7 +38,7 @@ def export_onnx(source: str | Path, out: str | Path) -> dict[str, Any]:
     Returns the class and what `save_onnx` returns. Raises what `save_onnx` raises; nothing is left behind then.
     """
     with new_folder(out) as folder:
-        model = load_model(source, "cpu")
+        model = load_model(source, "cpu", whole=True)
         tokenizer = find_tokenizer(source)
         result = save_onnx(model, folder)
         if tokenizer is not None:

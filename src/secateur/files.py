@@ -109,10 +109,16 @@ def read_lines(path: str | Path) -> list[Any]:
 
 
 def check_new_folder(path: str | Path) -> Path:
-    """Return `path` where it is absent or an empty folder, or raise `InvalidInputError`: results do not mix."""
+    """Return `path` where it is absent or an empty folder that can be replaced, or raise `InvalidInputError`.
+
+    Results do not mix. A mount point cannot be replaced, and a shell in a folder that was is nowhere.
+    """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise invalid("out", "be a new or empty folder", str(path), "choose another folder or empty this one")
+    if path.is_dir() and (path.is_mount() or Path.cwd().is_relative_to(path.resolve())):
+        rule = "be neither a mount point nor the folder that this runs in"
+        raise invalid("out", rule, str(path), "name a new folder inside it")
     return path
 
 

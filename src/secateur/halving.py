@@ -48,10 +48,10 @@ def halves_batches(function: Callable[Arguments, Result]) -> Callable[Arguments,
                 raise OutOfMemoryError(f"a batch of `inputs` does not fit into memory; make smaller ones ({reason})")
             texts = signature.bind(*args, **kwargs).arguments.get("texts")
             is_stream = texts is not None and not isinstance(texts, Sequence)
-            if is_stream or getattr(kwargs.get("accelerator"), "num_processes", 1) > 1:
-                raise OutOfMemoryError(f"`batch_size` must be smaller than {size} to fit into memory ({reason})")
             if size <= 1:
                 raise OutOfMemoryError(f"one text does not fit into memory; lower `max_length` ({reason})")
+            if is_stream or getattr(kwargs.get("accelerator"), "num_processes", 1) > 1:
+                raise OutOfMemoryError(f"`batch_size` must be smaller than {size} to fit into memory ({reason})")
             message = f"a batch of {size} texts does not fit into memory; starting again with {size // 2} a batch"
             warnings.warn(message, SecateurWarning, stacklevel=2)
             kwargs["batch_size"] = size // 2

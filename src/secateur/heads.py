@@ -126,6 +126,11 @@ class HeadScores(_BySite):
         if self.agreement is not None and not (isinstance(self.agreement, int | float) and 0 <= self.agreement <= 1):
             raise invalid("agreement", "be in [0, 1]", self.agreement)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HeadScores) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]  # as with every mapping that holds tensors
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; a removed head's -inf becomes null."""
         data = {

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
 from secateur.budget import Budget, BudgetedSelection, BudgetOutcome
-from secateur.calibration import calibration_batches, own_tokenizer, reading_order
+from secateur.calibration import calibration_batches, own_tokenizer, reading_order, texts_of
 from secateur.checks import check_accelerator, check_flag, check_whole
 from secateur.data import Text
 from secateur.errors import InvalidInputError, invalid
@@ -162,6 +162,7 @@ def prune(
     if device is not None:
         check_device(device)
     check_accelerator(accelerator)
+    texts = texts_of(texts)
     wanted = budget if budget is None or isinstance(budget, Budget) else Budget.parse(budget)
     if isinstance(model, str | Path):
         name = str(model)

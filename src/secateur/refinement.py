@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.calibration import calibration_batches, own_tokenizer
+from secateur.calibration import calibration_batches, own_tokenizer, texts_of
 from secateur.checks import check_accelerator, check_flag, check_seed, check_whole
 from secateur.data import Text, check_texts
 from secateur.errors import invalid
@@ -59,6 +60,7 @@ def refine_mask(
     if not isinstance(mask, HeadMask):
         raise invalid("mask", "be a HeadMask", mask)
     select_heads(HeadScores({"check": torch.zeros(1)}), 0, scope, min_heads)  # checks them
+    texts = cast(Sequence[Text], texts_of(texts))
     check_texts(texts)
     tokenizer = own_tokenizer(model) if tokenizer is None else tokenizer
     base, sites = base_of(model), find_sites(model)

@@ -86,9 +86,9 @@ def _delimited(path: Path, lines: Iterable[str], kind: str, choose: Choose) -> I
     for number, row in enumerate(rows, 1):
         if not places:
             places = {name: header.index(name) for name in choose(header, str(path))}
-        if len(row) > len(header):
+        if len(row) > len(header) or len(row) <= max(places.values()):
             raise InvalidInputError(f"{path}: row {number} has {len(row)} fields, the header has {len(header)}")
-        yield {name: row[at] if at < len(row) else "" for name, at in places.items()}
+        yield {name: row[at] for name, at in places.items()}
 
 
 def _of_any_length(reader: Iterator[list[str]]) -> Iterator[list[str]]:

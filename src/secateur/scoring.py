@@ -14,7 +14,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.calibration import as_list, by_length, calibration_batches, own_tokenizer, reading_order, stream_batches
+from secateur.calibration import (
+    as_list,
+    by_length,
+    calibration_batches,
+    own_tokenizer,
+    reading_order,
+    stream_batches,
+    texts_of,
+)
 from secateur.checks import check_accelerator, check_flag, check_mapping, check_seed, check_whole
 from secateur.data import Task, Text
 from secateur.errors import InvalidInputError, invalid
@@ -98,8 +106,10 @@ def score_heads(
     check_flag("bf16", bf16)
     check_flag("progress", progress)
     check_accelerator(accelerator)
-    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Sequence)):
-        raise invalid("labels", "be a list with a number for each text", labels)
+    if labels is not None:
+        if isinstance(labels, str) or not (isinstance(labels, Sequence) or hasattr(labels, "__array__")):
+            raise invalid("labels", "be a list with a number for each text", labels)
+        labels = [x.item() if hasattr(x, "item") else x for x in labels]  # of an array or a column of a table
     if inputs is not None:
         _check_inputs(inputs)
     # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
@@ -114,6 +124,7 @@ def score_heads(
         )
     if stop != "all" and (inputs is not None or texts is None):
         raise invalid("stop", "be 'all' where there are no `texts` to choose from", stop)
+    texts = texts_of(texts)
     listed, stream = as_list(texts, streams and inputs is None and labels is None), None
     with held(base), evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         made: Sequence[Mapping[str, Tensor]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,12 +91,17 @@ def shuffled(items: Iterable[Item], draw: random.Random, buffer: int = BUFFER) -
 def _files(data: str, split: str) -> list[Path]:
     path = Path(data).expanduser()
     if path.is_dir():
-        stems = SPLIT_NAMES[split]
         named = sorted(file for file in path.iterdir() if stem_and_format(file)[1] in FILE_FORMATS)
-        found = [file for file in named if file.name.split(".")[0].split("-")[0] in stems]
-        if not found:
-            raise InvalidInputError(f"{path} holds no {split} file: expected {' or '.join(stems)} or shards of it")
-        return found
+        for stem in SPLIT_NAMES[split]:
+            shards = [file for file in named if re.fullmatch(rf"{stem}-\d+-of-\d+", stem_and_format(file)[0])]
+            whole = [file for file in named if stem_and_format(file)[0] == stem]
+            if len(whole) > 1 or (whole and shards) or len({stem_and_format(file)[1] for file in shards}) > 1:
+                names = ", ".join(file.name for file in whole + shards[:2])
+                raise InvalidInputError(f"{path} holds more than one {split} file ({names}); name the file itself")
+            if whole or shards:
+                return whole or shards
+        expected = " or ".join(SPLIT_NAMES[split])
+        raise InvalidInputError(f"{path} holds no {split} file: expected {expected} or shards of it")
     if path.exists():
         return [path]
     return [Path(name) for name in sorted(glob.glob(str(path)))]

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from secateur.cli.options import Ratio, bf16_option, command_line, device_option, json_option, print_json, stoppable
+from secateur.cli.options import (
+    Place,
+    Ratio,
+    bf16_option,
+    command_line,
+    device_option,
+    json_option,
+    print_json,
+    stoppable,
+)
 from secateur.scorers import SCORERS
 
 
@@ -59,7 +68,7 @@ def _read_pruners(context: click.Context, parameter: click.Parameter, items: tup
     is_eager=True,
     callback=_read_config,
     expose_value=False,
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=Place(exists=True, dir_okay=False),
     help="YAML file with the flags below, less the dashes.",
 )
 @click.option("--model", required=True, help="Model to prune: a folder or a Hub id.")
@@ -94,9 +103,7 @@ def _read_pruners(context: click.Context, parameter: click.Parameter, items: tup
 @click.option("--epochs", default=None, type=float, help="Instead of the protocol's.")
 @bf16_option
 @click.option("--jobs", default=None, type=click.IntRange(1), help="Runs at once [default: cores / threads; GPUs]")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the comparison, new or to go on."
-)
+@click.option("--out", required=True, type=Place(), help="Folder of the comparison, new or to go on.")
 @device_option
 @json_option
 def compare(out: Path, jobs: int | None, device: str | None, as_json: bool, **settings: Any) -> None:

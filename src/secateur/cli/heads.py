@@ -13,6 +13,7 @@ import click
 
 from secateur.cli.options import (
     CALIBRATION_TEXTS,
+    Place,
     Ratio,
     bf16_scoring_option,
     command_line,
@@ -73,7 +74,7 @@ def info(model: str, device: str | None, as_json: bool) -> None:
 @data_option
 @scoring_options
 @bf16_scoring_option
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores to this JSON file.")
+@click.option("--out", type=Place(dir_okay=False), help="Write the scores to this JSON file.")
 @json_option
 def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **options: Any) -> None:
     """Score every attention head of MODEL on a task's texts; some scorers need their labels too.
@@ -96,8 +97,9 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
         raise invalid("device", "be one of its own for each process that a launcher started", "auto")
     scorer = _scorer(options)
     texts, labels = _calibration(data, options)
+    placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
     scores = score_heads(
-        load_model(model, device, **({"device_map": "auto"} if spread else {})),
+        load_model(model, device, **placed),
         texts,
         scorer,
         load_tokenizer(model),
@@ -225,7 +227,7 @@ def prune(
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=Place())
 @click.option("--against", default=None, help="The unpruned model [default: the one that the recipe names].")
 @device_option
 @json_option

@@ -48,6 +48,17 @@ class StopRule(click.ParamType):
         return int(value)
 
 
+class Place(click.Path):
+    """A path, of which `~` is the home folder also where the shell has left it, as in `--out=~/small`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        return super().convert(Path(value).expanduser(), param, ctx)
+
+
 class Positive(click.ParamType):
     """A finite number above 0; click's own range lets NaN through."""
 
@@ -77,9 +88,7 @@ seed_option = click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST_SEED), help="Seed of everything random."
 )
 
-out_option = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="New or empty folder for the result."
-)
+out_option = click.option("--out", required=True, type=Place(), help="New or empty folder for the result.")
 
 length_option = click.option(
     "--max-length", default=128, show_default=True, type=click.IntRange(4), help="Tokens a text."

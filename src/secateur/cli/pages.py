@@ -6,20 +6,20 @@ from pathlib import Path
 
 import click
 
-from secateur.cli.options import command_line, device_option, json_option, out_option, print_json, seed_option
+from secateur.cli.options import Place, command_line, device_option, json_option, out_option, print_json, seed_option
 from secateur.files import check_new_folder, new_folder
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=Place())
 @click.option(
     "--out",
     default="report.html",
     show_default=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=Place(dir_okay=False),
     help="The page; one that exists is replaced.",
 )
-@click.option("--plots", default=None, type=click.Path(path_type=Path, file_okay=False), help="Folder for plots too.")
+@click.option("--plots", default=None, type=Place(file_okay=False), help="Folder for plots too.")
 @click.option("--plot-format", default="svg", show_default=True, type=click.Choice(["svg", "pdf"]))
 def report(runs: tuple[Path, ...], out: Path, plots: Path | None, plot_format: str) -> None:
     """Make one HTML page of RUNs: pruned folders, scores files, and folders of comparisons and demos."""

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from secateur.cli.options import (
+    Place,
     Positive,
     Ratio,
     bf16_option,
@@ -67,17 +68,12 @@ def evaluate(
     from transformers import AutoModelForSequenceClassification
 
     from secateur.data import load_task
-    from secateur.errors import InvalidInputError
     from secateur.evaluate import evaluate_model, main_metric
-    from secateur.model.loading import check_device, load_model, load_tokenizer, missing_weights
+    from secateur.model.loading import check_device, load_model, load_tokenizer
 
     chosen = check_device(device)
     task = load_task(data, split, need_labels=True)
-    loaded = load_model(model, chosen, AutoModelForSequenceClassification)
-    if missing := missing_weights(model, type(loaded)):
-        raise InvalidInputError(
-            f"{model} lacks weights of a classification head, such as {missing[0]}; fine-tune it first"
-        )
+    loaded = load_model(model, chosen, AutoModelForSequenceClassification, whole=True)
     metrics = evaluate_model(loaded, load_tokenizer(model), task, batch_size=batch_size, max_length=max_length)
     if as_json:
         print_json({"metrics": metrics, "texts": len(task)})
@@ -88,7 +84,7 @@ def evaluate(
 @click.command("meta-train")
 @click.option("--model", "models", multiple=True, required=True, help="Frozen model to learn on; may be repeated.")
 @click.option("--data", "data", multiple=True, required=True, help="A task, as for prune; may be repeated.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for log, checkpoints and pruner.")
+@click.option("--out", required=True, type=Place(), help="Folder for log, checkpoints and pruner.")
 @click.option("--resume", is_flag=True, help="Continue the newest checkpoint in `--out`.")
 @click.option("--steps", default=6000, show_default=True, type=click.IntRange(1), help="Optimiser updates.")
 @click.option("--batch-size", default=60, show_default=True, type=click.IntRange(3), help="Texts a batch.")

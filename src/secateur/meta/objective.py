@@ -58,7 +58,10 @@ def represent(model: nn.Module, outputs: Any, batch: Mapping[str, Tensor], first
     """
     hidden = getattr(outputs, "last_hidden_state", None)
     if hidden is None or hidden.ndim != 3:
-        raise UnsupportedModelError(f"{type(model).__name__} returns no last hidden states `[batch, tokens, width]`")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returns no last hidden states `[batch, tokens, width]`; score its base model, as "
+            "`AutoModel` loads it: masks of one fit the other"
+        )
     if first_token:
         pooled = getattr(outputs, "pooler_output", None)
         return hidden[:, 0] if pooled is None else pooled

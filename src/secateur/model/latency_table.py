@@ -81,10 +81,6 @@ class LatencyTable:
     shape: Shape
     kinds: tuple[Kind, ...]
 
-    def kind_of(self, site: str) -> Kind:
-        """Return the kind of a site."""
-        return next(kind for kind in self.kinds if site in kind.sites)
-
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         kinds = [{"sites": list(k.sites), "levels": [asdict(level) for level in k.levels]} for k in self.kinds]

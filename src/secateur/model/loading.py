@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import CheckpointError, InvalidInputError, SecateurError, invalid
+from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid
 from secateur.sentence import transformer_folder
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
@@ -19,7 +20,12 @@ _SMALL = 300_000_000  # bytes that load in about a second, for which a progress 
 
 
 def load_model(
-    model: str | Path, device: str | torch.device | None = None, model_class: Any = None, **options: Any
+    model: str | Path,
+    device: str | torch.device | None = None,
+    model_class: Any = None,
+    *,
+    whole: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a folder or Hub id with the class that its config names, so that a task head is not lost on the way.
 
@@ -28,8 +34,12 @@ def load_model(
     in eval mode, on `device` unless the options have a `device_map`. Code that lies beside a model is run only where
     `options` has `trust_remote_code=True`, and a folder is read without asking the Hub, whatever its files name. Raises
     `InvalidInputError` where there is no model, and `CheckpointError` where a pruned one cannot be rebuilt.
+
+    Weights that the files lack are random. With `whole` that is a `CheckpointError`; else a `SecateurWarning`, but for
+    another class than the config names: who asks for one, such as one with a new head, knows what is new in it.
     """
     _check_exists(model)
+    own_class = model_class is None
     source, from_file = _source(model)
     options = {**_access(model), **options}
     small = Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) < _SMALL
@@ -40,11 +50,16 @@ def load_model(
                 model_class = _named_class(AutoConfig.from_pretrained(source, **access, **from_file))
             if from_file:
                 options = {"dtype": torch.float32, **options, **from_file}
-            loaded = model_class.from_pretrained(source, **options)
+            loaded, loading = model_class.from_pretrained(source, output_loading_info=True, **options)
     except SecateurError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError and more here
         raise InvalidInputError(f"{model} cannot be loaded as a model: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]) if whole or own_class else []:
+        lost = f"{model} lacks weights of {type(loaded).__name__}, such as {missing[0]}"
+        if whole:
+            raise CheckpointError(f"{lost}; get its files again or, where it has a new head, fine-tune it first")
+        warnings.warn(f"{lost}: {len(missing)} are random here", SecateurWarning, stacklevel=2)
     if from_file:
         # What is left of the quantiser would be saved, and the folder would ask for it when it is loaded.
         loaded.hf_quantizer, loaded.is_quantized = None, False
@@ -81,13 +96,6 @@ def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def missing_weights(model: str | Path, model_class: type[PreTrainedModel]) -> list[str]:
-    """Return the weights of `model_class` that a folder or Hub repository does not hold and that would be random."""
-    with quiet_transformers(progress=False):
-        _, loading = model_class.from_pretrained(_source(model)[0], output_loading_info=True, **_access(model))
-    return sorted(loading["missing_keys"])
-
-
 @contextmanager
 def quiet_transformers(progress: bool) -> Iterator[None]:
     """Hide what transformers logs below errors and, without `progress`, its bars; errors are still raised."""
@@ -115,7 +123,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
         return default_device()
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.zeros(1, device=chosen).item()  # the meta device holds nothing
     except (RuntimeError, AssertionError, TypeError):
         raise invalid("device", "be a device that this machine has, such as 'cpu'", str(device)) from None
     return chosen

@@ -70,10 +70,12 @@ def save_onnx(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     with _quietly():
         try:
             _export(model, inputs, folder)
+            outputs, difference = _check(model, folder / FILE)
+        except SecateurError:
+            raise
         except Exception as error:  # the exporter raises what it meets
             reason = " ".join(str(error).split())[:300]
             raise UnsupportedModelError(f"{type(model).__name__} cannot be exported to ONNX: {reason}") from error
-    outputs, difference = _check(model, folder / FILE)
     return {"opset": OPSET, "inputs": list(inputs), "outputs": outputs, "max_difference": difference}
 
 
@@ -130,11 +132,12 @@ def _check(model: PreTrainedModel, file: Path) -> tuple[list[str], float]:
 
 
 def _prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a float32 copy on the CPU, without a cache among its outputs and without tensors of size 0."""
+    """Return a float32 copy on the CPU, without a cache or maps among its outputs, and without tensors of size 0."""
     model = copy.deepcopy(model).to("cpu").float().eval()
-    model.config.use_cache = False
     base = base_of(model)
-    base.config.use_cache = False
+    for config in (model.config, base.config):
+        config.use_cache = config.output_hidden_states = config.output_attentions = False
+        config.return_dict = True
     recipe = read_recipe(base.config)
     for name, kept in (recipe.kept_heads if recipe else {}).items():
         if recipe is not None and not kept and name not in recipe.bypassed:
@@ -171,7 +174,8 @@ class _OneZero:
 
 
 def _inputs(model: PreTrainedModel, batch: int, length: int, padding: int) -> dict[str, Tensor]:
-    made = example_inputs(model, batch, length, padding)
+    length = min(length, max_length(model, length))
+    made = example_inputs(model, batch, length, min(padding, length - 1))
     inputs = {name: value for name, value in made.items() if isinstance(value, Tensor)}
     if "token_type_ids" in inspect.signature(model.forward).parameters and (
         getattr(model.config, "type_vocab_size", 0) > 1
@@ -190,6 +194,7 @@ def _quietly() -> Iterator[None]:
         with (
             quiet_transformers(progress=False),
             contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
