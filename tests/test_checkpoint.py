@@ -1,6 +1,7 @@
 """A pruned model is an ordinary folder: plain `from_pretrained` gives it back bit for bit."""
 
 import copy
+import inspect
 import json
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
+    BertPreTrainedModel,
+    EncoderDecoderModel,
     GptOssConfig,
     PreTrainedModel,
     SwinConfig,
@@ -236,9 +240,135 @@ print(json.dumps([digest.hexdigest(), names, m.config.to_dict(), ours]))
 def test_the_hook_is_installed_once():
     from secateur.model.checkpoint import install
 
-    wrapped = PreTrainedModel.post_init
+    wrapped = PreTrainedModel.post_init, PreTrainedModel.save_pretrained
     install()
-    assert PreTrainedModel.post_init is wrapped
+    assert (PreTrainedModel.post_init, PreTrainedModel.save_pretrained) == wrapped
+    assert list(inspect.signature(PreTrainedModel.save_pretrained).parameters)[:2] == ["self", "save_directory"]
+
+
+def test_heads_removed_from_the_base_model_alone_are_saved_with_the_task_model(tmp_path):
+    config = CONFIGS["bert"]()
+    model, other = BertForSequenceClassification(config).eval(), BertForSequenceClassification(config)
+    for number, kept in enumerate(([True, False, True, True], [True, False, False, True])):
+        remove_heads_(model.bert, HeadMask({"encoder.layer.1.attention.self": torch.tensor(kept)}))
+        model.save_pretrained(tmp_path / str(number))
+        again = BertForSequenceClassification.from_pretrained(tmp_path / str(number))
+        assert_equal(model, again)
+        assert again.config.head_pruning == model.bert.config.head_pruning
+    other.save_pretrained(tmp_path / "other")  # built from the same config object, it is whole
+    assert_equal(other, BertForSequenceClassification.from_pretrained(tmp_path / "other"))
+    fresh = BertForSequenceClassification(CONFIGS["bert"]())
+    fresh.bert = again.bert
+    fresh.save_pretrained(tmp_path / "fresh")
+    assert_equal(fresh, BertForSequenceClassification.from_pretrained(tmp_path / "fresh"))
+
+
+def bart():
+    return tiny_model("bart")
+
+
+def towers():
+    return Towers(CONFIGS["bert"]()).eval()
+
+
+@pytest.mark.parametrize(("build", "path"), [(bart, "encoder"), (towers, "query")])
+def test_heads_removed_from_another_part_alone_are_not_saved_with_the_whole(build, path, tmp_path):
+    model = build()
+    part = model.get_submodule(path)
+    remove_heads_(part, uneven_mask(find_sites(part)))
+    message = (
+        f"removed from `{path}` of this {type(model).__name__} alone.*remove them from the whole model, or save the"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        model.save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    part.save_pretrained(tmp_path / "part")  # what the message says works
+    assert_equal(part, type(part).from_pretrained(tmp_path / "part"))
+
+
+def test_a_pruned_model_as_a_part_whose_config_is_in_the_wholes_is_saved(tmp_path):
+    whole = EncoderDecoderModel(
+        encoder=pruned("bert"), decoder=BertForMaskedLM(BertConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=37, vocab_size=99,
+            is_decoder=True, add_cross_attention=True,
+        )),
+    )  # fmt: skip
+    whole.save_pretrained(tmp_path)
+    again = EncoderDecoderModel.from_pretrained(tmp_path)
+    assert again.encoder.encoder.layer[0].attention.self.query.out_features == 24
+    assert torch.equal(again.encoder.encoder.layer[0].attention.self.query.weight,
+                       whole.encoder.encoder.layer[0].attention.self.query.weight)  # fmt: skip
+
+
+class Wrapped(PreTrainedModel):
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = BertModel(config)
+        self.head = torch.nn.Linear(config.hidden_size, 3)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        return (self.head(self.encoder(input_ids, attention_mask)[0]),)
+
+
+class Towers(PreTrainedModel):
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.query, self.answer = BertModel(config), BertModel(config)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        return (self.query(input_ids, attention_mask)[0] + self.answer(input_ids, attention_mask)[0],)
+
+
+class Second(BertPreTrainedModel):
+    """A removal looks at its base model alone."""
+
+    def __init__(self, config, teacher=None):
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.answer = BertModel(config) if teacher is None else BertModel.from_pretrained(teacher)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        return (self.bert(input_ids, attention_mask)[0] + self.answer(input_ids, attention_mask)[0],)
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Towers, Second])
+def test_a_class_of_the_users_own_around_transformers_models_comes_back(kind, tmp_path):
+    torch.manual_seed(0)
+    model = kind(CONFIGS["bert"]()).eval()
+    remove_heads_(model, uneven_mask(find_sites(model)))
+    bare = kind(copy.deepcopy(model.config))
+    assert {k: v.shape for k, v in bare.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path).eval()
+    assert_equal(model, again)
+    inputs = {"input_ids": torch.arange(12).view(2, 6)}
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    again.save_pretrained(tmp_path / "again")
+    assert_equal(model, kind.from_pretrained(tmp_path / "again"))
+
+
+def test_a_constructor_that_reads_a_pruned_model_gets_it_pruned(tmp_path):
+    model = pruned("bert")
+    model.save_pretrained(tmp_path)
+    assert_equal(Second(AutoConfig.from_pretrained(tmp_path), teacher=tmp_path).answer, model)
+
+
+def test_a_recipe_that_does_not_fit_a_class_of_the_users_own_names_the_missing_site(tmp_path):
+    model = Wrapped(CONFIGS["bert"]()).eval()
+    remove_heads_(model, uneven_mask(find_sites(model)))
+    model.config.num_hidden_layers = 1
+    model.config.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, architectures=["Wrapped"])
+    with pytest.raises(CheckpointError, match=r"the site 'encoder\.encoder\.layer\.1\.attention\.self', which Wrapped"):
+        Wrapped(config)
 
 
 def damage(**changes):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
+from secateur.errors import UnsupportedModelError
 from secateur.export import export_standalone
 from secateur.model.inputs import example_inputs
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
+from secateur.pruning import prune
 from secateur.sentence import copy_modules
 from tests.hub import REPOSITORY, Hub
 from tests.test_checkpoint import assert_equal
@@ -56,6 +58,12 @@ def test_a_trainer_checkpoint_resumes(tmp_path):
     resumed = train(loaded, tmp_path / "again", resume=str(half))
     assert_equal(through, resumed)
     assert not torch.equal(through.classifier.weight, start.classifier.weight)
+
+
+def test_a_trainer_saves_a_model_whose_inner_model_lost_heads(tmp_path):
+    model = tiny_classifier("bert")
+    remove_heads_(model.bert, uneven_mask(find_sites(model)))
+    assert_equal(train(model, tmp_path), AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-4"))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -138,6 +146,40 @@ def test_torchao_quantises_weights_and_activations_to_int8(empty, tmp_path):
         wanted, found = model.base_model(**inputs)[0], small.base_model(**inputs)[0]
     error = (wanted - found).norm() / wanted.norm()
     assert 0 < error < 0.05
+
+
+def on_meta(model):
+    return model.to("meta")
+
+
+def by_torchao(model):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def by_torch(model):
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's, on its own quantisation
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (on_meta, "the model's weights are on the meta device; load them before pruning"),
+        (by_torchao, "the model is quantised; prune the full-precision model, then quantise the result"),
+        (by_torch, "the model is quantised; prune the full-precision model, then quantise the result"),
+    ],
+    ids=["meta", "torchao", "torch"],
+)
+def test_weights_that_cannot_be_cut_are_refused_before_anything_is_computed(change, reason):
+    model = tiny_classifier("bert")
+    mask = uneven_mask(find_sites(model))
+    model = change(model)
+    for act in (lambda: prune(model, scorer="magnitude"), lambda: remove_heads_(model, mask)):
+        with pytest.raises(UnsupportedModelError, match=reason):
+            act()
 
 
 @pytest.mark.parametrize(("kind", "backend"), [("bert", "aot_eager"), ("phi3", "eager"), ("mpnet", "eager")])

@@ -1,6 +1,8 @@
 """Gated equals removed, or the model is as it was."""
 
 import copy
+import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -393,12 +395,61 @@ def test_an_optimiser_with_old_state_fails_loudly():
         optimiser.step()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("refused", [False, True])
+def test_training_goes_on_while_an_earlier_loss_is_held(dtype, refused, monkeypatch):
+    models = [tiny_model("bert").to(dtype) for _ in range(2)]
+    inputs = example_inputs(models[0])
+
+    def loss(model):
+        return model(**inputs).last_hidden_state.float().square().mean()
+
+    held = loss(models[0])
+    held.backward(retain_graph=True)
+    before = [id(parameter) for parameter in models[0].parameters()]
+    if refused:
+        monkeypatch.setattr(removal, "largest_difference", lambda one, other: 1.0)
+    for model in models:
+        with pytest.raises(RemovalError) if refused else nullcontext():
+            remove_heads_(model, uneven_mask(find_sites(model)))
+        model.zero_grad()
+        loss(model).backward()
+    assert [id(parameter) for parameter in models[0].parameters()] == before
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.equal(one.grad, other.grad)
+    assert held.grad_fn is not None  # alive until here
+
+
 def test_a_deep_copy_can_be_pruned_alone():
     model = tiny_model("bert")
     twin = copy.deepcopy(model)
     remove_heads_(twin, uneven_mask(find_sites(twin)))
     assert count_parameters(twin) < count_parameters(model)
     assert not hasattr(model.config, "head_pruning")
+
+
+@pytest.mark.parametrize(
+    ("kind", "empty", "mixed"),
+    [
+        ("t5", False, 1),
+        ("mpnet", False, 1),
+        ("phi3", False, 0),
+        ("gpt2", True, 1),
+        ("opt", True, 1),
+        ("bloom", True, 2),
+    ],
+)
+def test_a_pruned_model_is_pickled_and_copied_with_what_was_mixed_in(kind, empty, mixed):
+    model = tiny_model(kind)
+    remove_heads_(model, uneven_mask(find_sites(model), empty))
+    inputs = example_inputs(model)
+    wanted = hidden_states(model, inputs)
+    for twin in (*(pickle.loads(pickle.dumps(model, protocol)) for protocol in (2, 5)), copy.deepcopy(model)):
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        assert largest_difference(wanted, hidden_states(twin, inputs)) == 0
+    kinds = [parent for module in model.modules() for parent in type(module).__mro__]
+    assert len({parent for parent in kinds if vars(parent).get("secateur_parts")}) == mixed
 
 
 def test_a_model_that_cannot_be_emptied_is_refused_and_whole(monkeypatch):

@@ -1,6 +1,7 @@
 """Code that takes the width of all heads from what it is given, and where a removal fails, said in words."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_a_module_that_asks_for_the_full_width_is_pruned_again_and_reloads(tmp_p
         before = copy.deepcopy(model)
         remove_heads_(model, mask)
         removed = hidden_states(model, inputs)
+        assert largest_difference(removed, hidden_states(pickle.loads(pickle.dumps(model)), inputs)) == 0
         assert largest_difference(gated, removed) <= TOLERANCE
         assert largest_difference(dense, removed) > 1e-2
         assert find_sites(before)[site].num_heads == find_sites(model)[site].num_heads + 1

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from secateur import cli
 from secateur.bundle import bundle
 from secateur.export import export_standalone
 from secateur.model import standalone
+from secateur.model.checkpoint import without_hook
 from secateur.model.inputs import example_inputs
 from secateur.model.loading import load_model
 from secateur.model.removal import remove_heads_
@@ -174,6 +176,20 @@ def test_with_secateur_the_folder_is_narrowed_once(tmp_path, monkeypatch):
     assert config["auto_map"]["AutoModel"] == "modeling_pruned.BertModel"
     # Loaded as one of transformers' own classes for a command, it must not name code that is not saved with it.
     assert not hasattr(load_model(tmp_path / "alone").config, "auto_map")
+
+
+def test_a_model_built_by_the_folders_code_is_pickled(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    pruned("mpnet").save_pretrained(tmp_path / "pruned")
+    export_standalone(tmp_path / "pruned", tmp_path / "alone")
+    with without_hook():
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "alone", trust_remote_code=True).eval()
+    mixed = type(model.base_model.encoder.layer[0].attention.attn).__mro__[1]
+    assert mixed.__module__.startswith("transformers_modules")
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(model))(**inputs).logits, model(**inputs).logits)
 
 
 def test_the_code_needs_nothing_but_torch_and_transformers(tmp_path):

@@ -33,7 +33,7 @@ from secateur.model.offload import check_loaded
 from secateur.model.proof import TOLERANCE
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
-from secateur.model.state import base_of
+from secateur.model.state import base_of, check_plain_weights
 from secateur.processes import is_shared
 from secateur.refinement import refine_mask
 from secateur.scorers import DEFAULT_SCORER
@@ -177,6 +177,7 @@ def prune(
         smaller = copy.deepcopy(model)
         pruned = transformer_of(smaller)
     check_loaded(pruned, "pruning")
+    check_plain_weights(base_of(pruned))
     before = measure_cost(pruned)
     check_heads(pruned, before.heads)
     if refine and not isinstance(texts, Sequence):

@@ -7,6 +7,7 @@ of heads in the middle of a forward pass: a narrowed module sees the config thro
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable
@@ -19,17 +20,58 @@ from secateur.model.layout import AttentionSite
 
 _BIASES = ("position_bias", "alibi")
 _MASK = "attention_mask"  # Falcon adds its bias to the mask before it hands both out
+_PARTS = "secateur_parts"  # on a class that `mix_in_` made: what was mixed in, and into what
 Undo = list[Callable[[], None]]
 _running = threading.local()
 """`bias` holds, of the `NarrowedTable` that runs in this thread, the whole bias and its part: a module is shared."""
 
 
-class NarrowedBias:
+class Mixin:
+    """What is mixed into the class of an attention module: see `mix_in_`."""
+
+    secateur_mixin = True  # see `own_forward`
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Name the classes that the module's was made of, since pickle finds only the original under its name."""
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)  # of an instance; a name is of something global
+        mixins: list[type] = []
+        own: type = type(self)
+        while (parts := vars(own).get(_PARTS)) is not None:
+            mixins.insert(0, parts[0])
+            own = parts[1]
+        # What builds an instance comes first, its state follows.
+        return (_rebuilt, (own, *mixins), *reduced[2:]) if mixins else reduced
+
+
+@functools.cache
+def _mixed(parts: tuple[type, type]) -> Any:
+    """Return the class of a mixin and a module's class, under the latter's name: the same for all modules of a kind."""
+    own = parts[1]
+    return type(own.__name__, parts, {"__module__": own.__module__, _PARTS: parts})
+
+
+def mix_in_(module: nn.Module, mixin: type[Mixin]) -> None:
+    """Let the methods of `mixin` go before those of the module's class.
+
+    The class changes, not the instance's `forward`: a deep copy must not call back into the original.
+    """
+    module.__class__ = _mixed((mixin, type(module)))
+
+
+def _rebuilt(own: type, *mixins: type) -> Any:
+    """Return a module of class `own` with what was mixed in, without its state: where unpickling and copying start."""
+    made: Any = own
+    for mixin in mixins:
+        made = _mixed((mixin, made))
+    return made.__new__(made)
+
+
+class NarrowedBias(Mixin):
     """Mixed into an attention module's class: of a bias for all original heads, only the kept heads' entries arrive."""
 
     secateur_heads: tuple[int, ...]
     secateur_total: int
-    secateur_mixin = True  # see `own_forward`
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Narrow the bias, and a mask that has one in it, and run the module's own code."""
@@ -114,9 +156,7 @@ def narrow_bias_(module: nn.Module, site: AttentionSite, heads: tuple[int, ...],
 
     undo.append(put_back)
     if not issubclass(before, NarrowedBias):
-        bases = (NarrowedTable if hasattr(before, "compute_bias") else NarrowedBias, before)
-        # The class changes, not the instance's `forward`: a deep copy must not call back into the original.
-        module.__class__ = type(before.__name__, bases, {"__module__": before.__module__})
+        mix_in_(module, NarrowedTable if hasattr(before, "compute_bias") else NarrowedBias)
     adapted: Any = module
     adapted.secateur_heads, adapted.secateur_total = heads, site.original_num_heads
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.model.adapted import own_forward
+from secateur.model.adapted import Mixin, mix_in_, own_forward
 from secateur.model.layout import AttentionSite
 
 _CACHES = ("past_key_values", "layer_past")
@@ -17,7 +17,7 @@ _OTHER_KEYS = ("encoder_hidden_states", "key_value_states")  # of cross-attentio
 _RESIDUAL = "residual"  # Bloom's attention adds it to what the heads write
 
 
-class EmptiedAttention:
+class EmptiedAttention(Mixin):
     """Takes the place of an attention module's forward: no head writes, so only the output's bias is left.
 
     Where the output projection lies outside the module, it is handed the heads' outputs side by side: nothing. A cache
@@ -25,7 +25,6 @@ class EmptiedAttention:
     out: there is nothing to regularise in a constant.
     """
 
-    secateur_mixin = True  # see `own_forward`
     secateur_output: str
     secateur_head_dim: int
 
@@ -54,8 +53,7 @@ def bypass_(base: PreTrainedModel, site: AttentionSite, undo: list[Callable[[], 
     before = type(module)
     if issubclass(before, EmptiedAttention):
         return
-    # The class changes, not the instance's `forward`: a deep copy must not call back into the original.
-    module.__class__ = type(before.__name__, (EmptiedAttention, before), {"__module__": before.__module__})
+    mix_in_(module, EmptiedAttention)
     inside = site.output.startswith(site.name + ".")
     module.secateur_output = site.output.removeprefix(site.name + ".") if inside else ""
     module.secateur_head_dim = site.head_dim

@@ -16,6 +16,7 @@ from secateur.errors import CheckpointError, shown
 from secateur.model.layout import AttentionSite
 
 KEY = "head_pruning"
+REMOVED = "_secateur_removed"  # on a base model: heads were removed from it, which its own config tells
 FORMAT_VERSION = 1
 OWN_NAMES = frozenset({"format_version", "kept_heads", "layouts", "bypassed", "reshaped"})
 """What a recipe is made of; every other name in it is for the record."""

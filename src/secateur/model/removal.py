@@ -27,11 +27,11 @@ from secateur.model.layout import AttentionSite
 from secateur.model.offload import check_loaded
 from secateur.model.probe import is_probed, probe
 from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
-from secateur.model.recipe import KEY, OWN_NAMES, Recipe, read_recipe
+from secateur.model.recipe import KEY, OWN_NAMES, REMOVED, Recipe, read_recipe
 from secateur.model.replay import check_groups, cut_site_
 from secateur.model.reshaped import reshape_
 from secateur.model.sites import find_sites
-from secateur.model.state import base_of, held, in_float32
+from secateur.model.state import base_of, check_plain_weights, held, in_float32
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def remove_heads_(
             check_mapping(argument, value)
     _check_record(record or {})
     check_loaded(base, "removing heads")
+    check_plain_weights(base)
     sites = find_sites(base) if sites is None else sites
     kept = present_mask(mask, sites)
     for name, vector in kept.items():
@@ -230,7 +231,7 @@ def _write_recipe(
 
     Sites that an earlier recipe knows and this removal did not see stay in it as they are.
     """
-    _give_own_configs(model)
+    give_own_configs_(model)
     base = base_of(model)
     earlier = read_recipe(base.config) or Recipe({}, {})
     kept_heads = {name: tuple(heads) for name, heads in _original_mask(sites, kept).kept_heads.items()}
@@ -247,9 +248,10 @@ def _write_recipe(
     )
     for config in (model.config, base.config):
         setattr(config, KEY, recipe.to_json())
+    setattr(base, REMOVED, True)
 
 
-def _give_own_configs(model: nn.Module) -> None:
+def give_own_configs_(model: nn.Module) -> None:
     """Replace the configs that the modules hold by copies: another model built from the same object stays unpruned."""
     copies: dict[int, Any] = {}
     originals = []  # kept alive meanwhile, since the copies are looked up by id

@@ -110,7 +110,7 @@ def cut_site_(
         narrowed = parameter.data.index_select(axis, indices.to(parameter.device))
         # The Parameter stays the same object, so that a tied copy follows and an optimiser built before fails loudly
         # instead of training weights that are no longer part of the model.
-        parameter.data = narrowed
+        _set_data(parameter, narrowed)
         holder = base.get_submodule(name.rpartition(".")[0])
         if isinstance(holder, nn.Linear):
             sizes = {"out_features": holder.weight.shape[0], "in_features": holder.weight.shape[1]}
@@ -167,10 +167,21 @@ def _is_count(base: PreTrainedModel, path: str) -> bool:
 def _setter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
     def put_back() -> None:
         parameter.grad = None
-        parameter.data = data
+        _set_data(parameter, data)
         parameter.grad = grad
 
     return put_back
+
+
+def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter values of another shape, also while an output that was computed with the old ones lives on.
+
+    Such an output keeps the node that collects the parameter's gradients, which the next pass would take over together
+    with the old shape. Only a change of dtype makes torch part with it.
+    """
+    other = torch.bfloat16 if data.dtype == torch.float16 else torch.float16
+    parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data
 
 
 def _set_attribute(module: nn.Module, name: str, value: int, undo: list[Callable[[], None]]) -> None:

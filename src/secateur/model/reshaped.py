@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from secateur.model.adapted import Mixin, mix_in_
 from secateur.model.layout import AttentionSite
 
 _RESHAPES = (Tensor.view, Tensor.reshape, torch.reshape)
@@ -55,10 +56,9 @@ class _FittingShapes(TorchFunctionMode):
         return asked
 
 
-class ReshapedAttention:
+class ReshapedAttention(Mixin):
     """Mixed into an attention module's class: its requests for shapes of the full width are corrected."""
 
-    secateur_mixin = True  # see `own_forward`
     secateur_shape: tuple[int, int, int]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,6 @@ def reshape_(module: nn.Module, site: AttentionSite, heads: int, undo: list[Call
     if undo is not None:
         undo.append(put_back)
     if not issubclass(before, ReshapedAttention):
-        # The class changes, not the instance's `forward`: a deep copy must not call back into the original.
-        module.__class__ = type(before.__name__, (ReshapedAttention, before), {"__module__": before.__module__})
+        mix_in_(module, ReshapedAttention)
     adapted: Any = module
     adapted.secateur_shape = (heads, site.head_dim, site.original_num_heads * site.head_dim)

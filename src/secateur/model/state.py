@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from secateur.errors import SecateurError, UnsupportedModelError
@@ -143,20 +144,35 @@ def without_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
+def check_plain_weights(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for weights on the meta device, which are no numbers, and for quantised ones."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise UnsupportedModelError("the model's weights are on the meta device; load them before pruning")
+    if (
+        getattr(model, "is_quantized", False)
+        or getattr(model, "hf_quantizer", None) is not None
+        # What torchao and torch leave behind where they are called by hand; a DTensor is a plain one in pieces.
+        or any(is_traceable_wrapper_subclass(t) and not _is_of(t, "torch.distributed") for t in tensors)
+        or any(_is_of(module, "torch.ao.nn.quantized") for module in model.modules())
+    ):
+        raise UnsupportedModelError("the model is quantised; prune the full-precision model, then quantise the result")
+
+
+def _is_of(thing: object, package: str) -> bool:
+    return f"{type(thing).__module__}.".startswith(f"{package}.")
+
+
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Hold half-precision weights in float32 meanwhile; widening and narrowing back is exact, so nothing changes.
 
     Their gradients are put aside, as a parameter takes none of another dtype, and come back where shapes still agree.
-    Raises `UnsupportedModelError` for weights on the meta device and for quantised weights, which have no such copy.
+    Raises what `check_loaded` and `check_plain_weights` raise, as such weights have no copy in float32.
     """
     check_loaded(model, "this")
+    check_plain_weights(model)
     tensors = [*model.parameters(), *model.buffers()]
-    for tensor in tensors:
-        if tensor.is_meta:
-            raise UnsupportedModelError("the model's weights are on the meta device; load them before pruning")
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModelError("the model is quantised; prune the full-precision model, then quantise the result")
     narrow = [(t, t.dtype, t.grad) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
     try:
         for tensor, _, _ in narrow:
