@@ -5,6 +5,7 @@ import inspect
 import json
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, SecateurWarning
 from secateur.heads import HeadMask
 from secateur.model.checkpoint import without_hook
 from secateur.model.inputs import example_inputs
@@ -272,18 +273,56 @@ def towers():
 
 
 @pytest.mark.parametrize(("build", "path"), [(bart, "encoder"), (towers, "query")])
-def test_heads_removed_from_another_part_alone_are_not_saved_with_the_whole(build, path, tmp_path):
+def test_heads_removed_from_another_part_alone_are_warned_of_when_the_whole_is_saved(build, path, tmp_path):
     model = build()
     part = model.get_submodule(path)
     remove_heads_(part, uneven_mask(find_sites(part)))
     message = (
         f"removed from `{path}` of this {type(model).__name__} alone.*remove them from the whole model, or save the"
     )
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.warns(SecateurWarning, match=message):
         model.save_pretrained(tmp_path / "whole")
-    assert not (tmp_path / "whole").exists()
     part.save_pretrained(tmp_path / "part")  # what the message says works
     assert_equal(part, type(part).from_pretrained(tmp_path / "part"))
+
+
+class Keeping(PreTrainedModel):
+    """Holds its part's config as a dict."""
+
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = BertModel(BertConfig(**config.part))
+        self.post_init()
+
+
+class Replacing(BertForSequenceClassification):
+    """Puts a base model of a class of its own in the place of the usual one."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = type("OwnBert", (BertModel,), {})(config)
+
+
+def test_a_part_whose_config_is_kept_as_a_dict_comes_back(tmp_path):
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=37, vocab_size=99)
+    config.part = config.to_dict()
+    model = Keeping(config).eval()
+    remove_heads_(model.encoder, uneven_mask(find_sites(model.encoder)))
+    model.config.part = model.encoder.config.to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SecateurWarning)
+        model.save_pretrained(tmp_path)
+    assert_equal(model.encoder, Keeping.from_pretrained(tmp_path).eval().encoder)
+
+
+def test_a_base_model_that_is_put_in_the_place_of_another_comes_back(tmp_path):
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=37, vocab_size=99)
+    model = Replacing(config).eval()
+    remove_heads_(model, uneven_mask(find_sites(model)))
+    model.save_pretrained(tmp_path)
+    assert_equal(model, Replacing.from_pretrained(tmp_path).eval())
 
 
 def test_a_pruned_model_as_a_part_whose_config_is_in_the_wholes_is_saved(tmp_path):

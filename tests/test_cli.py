@@ -181,6 +181,9 @@ def test_the_home_folder_is_found_where_the_shell_leaves_it(tmp_path, capsys, mo
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     code, _, err = run(capsys, "score", tmp_path / "model", "--scorer", "magnitude", "--out=~/s.json", "--data=~/x.csv")
     assert (code, (tmp_path / "s.json").is_file()) == (0, True), err
+    monkeypatch.chdir(tmp_path)
+    code, _, _ = run(capsys, "score", "model", "--scorer", "magnitude", "--out=~draft.json", "--data", "x.csv")
+    assert (code, (tmp_path / "~draft.json").is_file()) == (0, True)  # nobody's home
 
 
 def test_help_imports_no_torch():

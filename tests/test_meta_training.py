@@ -160,6 +160,7 @@ def test_a_site_that_layers_share_is_read_in_each(monkeypatch):
     monkeypatch.setattr(run, "scores", lambda maps, is_pair: seen.append(maps) or scores(maps, is_pair))
     run.gradients(0)
     layers = run.subjects[0].model.config.num_hidden_layers
+    assert seen
     for maps in seen:
         (parts,) = (rows.chunk(layers) for rows in maps.values())
         assert all(len(part) == run.config.batch_size for part in parts)

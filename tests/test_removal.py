@@ -482,3 +482,14 @@ def test_an_emptied_copy_does_not_touch_the_original():
     assert find_sites(twin)["h.1.attn"].heads == ()
     result = remove_heads_(twin, HeadMask({"h.0.attn": torch.tensor([True, False, False, False])}))
     assert result.mask.kept_heads["h.1.attn"] == []
+
+
+def test_heads_go_again_where_an_adapter_lies_around_the_weights():
+    """What an adapter adds belongs to heads too, and a recipe of before does not know it."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("bert")
+    name = "encoder.layer.0.attention.self"
+    remove_heads_(model, HeadMask({name: torch.tensor([True, True, True, False])}))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query", "value"], r=2), model)
+    assert remove_heads_(model, HeadMask({name: torch.tensor([True, True, False, False])})).heads_after == 10
+    assert model.encoder.layer[0].attention.self.query.lora_B["default"].weight.shape[0] == 16

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel, EncoderDecoderModel
 
 import secateur
 from secateur.data import batches
@@ -260,15 +261,18 @@ def test_a_decoder_that_needs_tokens_of_its_own_reads_the_text_too(pairs):
     for scorer in ("contribution", "matching", "leave_one_out", "smp-plus"):
         scores = score_heads(model, texts, scorer, tokenizer)
         assert all(len(set(row.tolist())) > 1 for row in scores.values()), scorer
-    bart = tiny_model("bart")
     made = batches(tokenizer, texts)
-    (given,) = forward_arguments(bart, made)
-    assert given["decoder_input_ids"][:, 0].tolist() == [bart.config.decoder_start_token_id] * 8
-    with torch.no_grad():
-        own, ours = bart(**made[0], use_cache=False), bart(**given)
-    assert torch.equal(own.last_hidden_state, ours.last_hidden_state)
-    mine = {"input_ids": made[0]["input_ids"], "decoder_input_ids": made[0]["input_ids"][:, :3]}
-    assert forward_arguments(bart, [mine])[0]["decoder_input_ids"] is mine["decoder_input_ids"]
+    (given,), ids = forward_arguments(model, made), made[0]["input_ids"]
+    assert given["decoder_input_ids"][:, 0].tolist() == [model.config.decoder_start_token_id] * 8
+    assert torch.equal(given["decoder_input_ids"][:, 1:], ids[:, :-1])
+    mine = {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
+    assert forward_arguments(model, [mine])[0]["decoder_input_ids"] is mine["decoder_input_ids"]
+    assert "decoder_input_ids" not in forward_arguments(tiny_model("bart"), made)[0]
+    joined = EncoderDecoderModel(encoder=tiny_model("bert"), decoder=BertLMHeadModel(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99, is_decoder=True,
+                   add_cross_attention=True)))  # fmt: skip
+    joined.config.decoder_start_token_id = 2
+    assert forward_arguments(joined, made)[0]["decoder_input_ids"][:, 0].tolist() == [2] * 8
 
 
 def test_texts_for_a_model_of_images_are_refused():

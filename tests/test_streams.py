@@ -74,6 +74,10 @@ def test_a_column_or_an_array_is_a_list_and_a_table_is_not():
             with pytest.raises(InvalidInputError, match=r"`texts` must be one column of a table.* such as table"):
                 function(model, whole, tokenizer=tokenizer)
     classifier, numbers = tiny_classifier("bert"), [0, 1] * 4
+    for labels in (table.to_numpy(), torch.tensor(3).numpy()):
+        with pytest.raises(InvalidInputError, match="`labels` must be a list with a number for each text"):
+            secateur.score_heads(classifier, texts, "taylor", tokenizer, labels=labels)
+    assert secateur.score_heads(model, texts, tokenizer=tokenizer, labels=[0]) == expected  # it needs none
     taught = secateur.score_heads(classifier, texts, "taylor", tokenizer, labels=numbers)
     for labels in (table["label"], table["label"].to_numpy(), list(table["label"].to_numpy())):
         assert secateur.score_heads(classifier, texts, "taylor", tokenizer, labels=labels) == taught
@@ -135,6 +139,26 @@ def test_shards_are_read_in_order_by_a_folder_or_a_pattern(tmp_path):
     assert list(stream_texts(tmp_path, "dev")) == expected[:1]
     with pytest.raises(InvalidInputError, match="holds no test file"):
         next(stream_texts(tmp_path, "test"))
+
+
+def test_texts_that_know_their_number_are_not_all_read():
+    class Lazy:
+        def __len__(self):
+            return 1000
+
+        def __iter__(self):
+            for number, text in enumerate(tiny_texts(8) * 125):
+                assert number < 8
+                yield text
+
+    found = secateur.score_heads(tiny_model("bert"), Lazy(), "contribution", tiny_tokenizer(), stop=4, batch_size=4)
+    assert found.num_texts == 4
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00001-a9a1f2c3d4e5f607.jsonl", "train-0.jsonl", "train-0001.jsonl"])
+def test_other_names_of_shards(tmp_path, name):
+    written(tmp_path, name, ROWS)
+    assert list(stream_texts(tmp_path)) == [row["sentence"] for row in ROWS]
 
 
 @pytest.mark.parametrize(

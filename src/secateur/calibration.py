@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,15 +22,13 @@ from secateur.streams import BatchStream
 
 
 def texts_of(texts: Iterable[Text] | None) -> Iterable[Text] | None:
-    """Return texts whose number is known, such as a column of a table or an array, as a list, and others as they are.
+    """Return an array or a column of a table as a list, and other texts as they are.
 
     Raises `InvalidInputError` for a table or mapping as a whole, which would be read as the names of its columns.
     """
     if isinstance(texts, Mapping) or hasattr(texts, "columns"):
         raise invalid("texts", "be one column of a table", type(texts).__name__, "such as table['sentence']")
-    if isinstance(texts, Iterable) and isinstance(texts, Sized) and not isinstance(texts, Sequence):
-        return list(texts)
-    return texts
+    return list(texts) if hasattr(texts, "__array__") and isinstance(texts, Iterable) else texts
 
 
 def as_list(texts: Iterable[Text] | None, may_come_one_by_one: bool) -> Sequence[Text] | None:

@@ -116,10 +116,18 @@ def check_new_folder(path: str | Path) -> Path:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise invalid("out", "be a new or empty folder", str(path), "choose another folder or empty this one")
-    if path.is_dir() and (path.is_mount() or Path.cwd().is_relative_to(path.resolve())):
+    if path.is_dir() and (path.is_mount() or _here().is_relative_to(path.resolve())):
         rule = "be neither a mount point nor the folder that this runs in"
         raise invalid("out", rule, str(path), "name a new folder inside it")
     return path
+
+
+def _here() -> Path:
+    """Return the folder that this runs in, or a place of its own where that has been removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path()
 
 
 def is_taken(path: Path) -> bool:

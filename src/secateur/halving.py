@@ -47,7 +47,7 @@ def halves_batches(function: Callable[Arguments, Result]) -> Callable[Arguments,
             if kwargs.get("inputs") is not None:
                 raise OutOfMemoryError(f"a batch of `inputs` does not fit into memory; make smaller ones ({reason})")
             texts = signature.bind(*args, **kwargs).arguments.get("texts")
-            is_stream = texts is not None and not isinstance(texts, Sequence)
+            is_stream = texts is not None and not isinstance(texts, Sequence) and not hasattr(texts, "__array__")
             if size <= 1:
                 raise OutOfMemoryError(f"one text does not fit into memory; lower `max_length` ({reason})")
             if is_stream or getattr(kwargs.get("accelerator"), "num_processes", 1) > 1:

@@ -109,7 +109,10 @@ def score_heads(
     if labels is not None:
         if isinstance(labels, str) or not (isinstance(labels, Sequence) or hasattr(labels, "__array__")):
             raise invalid("labels", "be a list with a number for each text", labels)
-        labels = [x.item() if hasattr(x, "item") else x for x in labels]  # of an array or a column of a table
+        try:
+            labels = [x.item() if hasattr(x, "item") else x for x in labels]  # of an array or a column of a table
+        except (TypeError, ValueError):  # an array of no or two dimensions
+            raise invalid("labels", "be a list with a number for each text", labels) from None
     if inputs is not None:
         _check_inputs(inputs)
     # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
@@ -133,12 +136,12 @@ def score_heads(
         elif listed is not None:
             tokenizer = own_tokenizer(given) if tokenizer is None else tokenizer
             order = reading_order(listed, stop, seed)
-            if labels is not None:
+            if labels is not None and criterion.needs_labels:
                 if len(labels) != len(listed):
                     raise invalid("labels", f"hold one label for each of the {len(listed)} texts", len(labels))
                 labels = [labels[i] for i in order]
             listed = [listed[i] for i in order]
-            if criterion.texts_apart and stop != "auto" and labels is None:
+            if criterion.texts_apart and stop != "auto" and not criterion.needs_labels:
                 listed = by_length(listed)
             made = calibration_batches(model, listed, tokenizer, batch_size, max_length)
         elif texts is not None:

@@ -70,7 +70,8 @@ def _ranked(vector: Tensor) -> list[int]:
 def groups_of(scores: HeadScores, site: str) -> list[list[int]]:
     """Return, for each key-value head that is there, its query heads that are there."""
     rows = torch.arange(scores[site].numel()).view(scores.key_value_heads[site], -1).tolist()
-    present = [[h for h in row if scores[site][h] > -math.inf] for row in rows]
+    there = (scores[site] > -math.inf).tolist()
+    present = [[h for h in row if there[h]] for row in rows]
     return [row for row in present if row]
 
 

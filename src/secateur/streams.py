@@ -93,7 +93,9 @@ def _files(data: str, split: str) -> list[Path]:
     if path.is_dir():
         named = sorted(file for file in path.iterdir() if stem_and_format(file)[1] in FILE_FORMATS)
         for stem in SPLIT_NAMES[split]:
-            shards = [file for file in named if re.fullmatch(rf"{stem}-\d+-of-\d+", stem_and_format(file)[0])]
+            shards = [
+                file for file in named if re.fullmatch(rf"{stem}-\d+(-of-\d+(-[0-9a-f]+)?)?", stem_and_format(file)[0])
+            ]
             whole = [file for file in named if stem_and_format(file)[0] == stem]
             if len(whole) > 1 or (whole and shards) or len({stem_and_format(file)[1] for file in shards}) > 1:
                 names = ", ".join(file.name for file in whole + shards[:2])

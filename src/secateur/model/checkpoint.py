@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -95,8 +96,8 @@ def _narrow(model: PreTrainedModel) -> None:
     if recipe is None:
         return
     builder = _builder(model)
-    if builder is not None and builder.base_model is not builder:
-        return  # the recipe is its base model's, which is there already
+    if builder is not None and builder.base_model is not builder and type(model) is type(builder.base_model):
+        return  # another beside its base model, whose recipe it is; one of another class takes that one's place
     if (builder is None and _is_whole(model)) or not missing_sites(base_of(model), recipe):
         rebuild_(model)
 
@@ -141,10 +142,10 @@ def _configs(model: PreTrainedModel) -> Iterator[Any]:
 def _complete_config_(model: PreTrainedModel) -> None:
     """Let the config of a model that is about to be saved tell of the heads that were removed inside the model.
 
-    A recipe of the base model alone is carried over. Raises `CheckpointError` for one of any other part, as the sites
-    that it names are not the model's.
+    A recipe of the base model alone is carried over. One of any other part is not, as the sites that it names are not
+    the model's: where the config does not have it in another place a `SecateurWarning` is issued.
     """
-    from secateur.errors import CheckpointError
+    from secateur.errors import SecateurWarning
     from secateur.model.recipe import KEY, REMOVED
     from secateur.model.removal import give_own_configs_
     from secateur.model.state import base_of
@@ -156,17 +157,21 @@ def _complete_config_(model: PreTrainedModel) -> None:
         setattr(model.config, KEY, recipe)
     for name, part in model.named_modules():
         if part is not base and REMOVED in vars(part) and getattr(part.config, KEY, None) not in _recipes(model.config):
-            raise CheckpointError(
-                f"heads were removed from `{name}` of this {type(model).__name__} alone, which its config cannot tell, "
-                "so that the folder could not be reloaded; remove them from the whole model, or save the part"
+            warnings.warn(
+                f"heads were removed from `{name}` of this {type(model).__name__} alone, which its config does not "
+                "have, so that the folder may not load; remove them from the whole model, or save the part",
+                SecateurWarning,
+                stacklevel=4,
             )
 
 
 def _recipes(config: PreTrainedConfig) -> Iterator[Any]:
-    """Yield the recipes of a config and of those within it, of which an encoder-decoder has two; None where none is."""
+    """Yield the recipes of a config and of those within it, as an encoder-decoder has two; None where none is."""
     from transformers import PreTrainedConfig
 
     yield getattr(config, "head_pruning", None)
     for inner in vars(config).values():
         if isinstance(inner, PreTrainedConfig):
             yield from _recipes(inner)
+        elif isinstance(inner, dict):  # a part's config as a user's own class may keep it
+            yield inner.get("head_pruning")

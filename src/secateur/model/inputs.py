@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError
 from secateur.model.offload import device_of
-from secateur.model.state import base_of
+from secateur.model.state import base_of, evaluation_mode
 
 
 @torch.inference_mode(False)  # inputs made in inference mode could not be differentiated through
@@ -70,15 +71,17 @@ def forward_arguments(model: PreTrainedModel, made: Sequence[Mapping[str, Tensor
 class ForwardArguments(Sequence[dict[str, Any]]):
     """Batches as the base model takes them, made as they are asked for.
 
-    What it does not take is left out, and caches are off: nothing here generates. A decoder beside an encoder gets the
-    text too, one place later behind its start token, as when it is taught to repeat it, unless the batch has its own.
+    What it does not take is left out, and caches are off: nothing here generates. A decoder beside an encoder that does
+    not make its inputs by itself, as BART's does, gets the text too, one place later behind its start token, as when it
+    is taught to repeat it, unless the batch has some.
     """
 
     def __init__(self, model: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> None:
         self.made = made
         base = base_of(model)
         self.accepted = inspect.signature(base.forward).parameters
-        self.start = getattr(base.config.get_text_config(), "decoder_start_token_id", None)
+        reads = base.main_input_name == "input_ids" and "decoder_input_ids" in self.accepted
+        self.start = _start_of_decoder(base) if reads else None
 
     def __len__(self) -> int:
         return len(self.made)
@@ -97,6 +100,30 @@ class ForwardArguments(Sequence[dict[str, Any]]):
             ids = taken["input_ids"]
             taken["decoder_input_ids"] = torch.cat([ids.new_full((len(ids), 1), self.start), ids[:, :-1]], dim=1)
         return taken
+
+
+_starts: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+
+
+def _start_of_decoder(base: PreTrainedModel) -> int | None:
+    """Return the token that a decoder must be given to start with, or None where it makes its inputs by itself.
+
+    Which of the two it is shows in a small pass without any.
+    """
+    if base not in _starts:
+        inputs = {name: x for name, x in example_inputs(base).items() if name != "decoder_input_ids"}
+        configs = (base.config, base.config.get_text_config())
+        names = ("decoder_start_token_id", "pad_token_id")
+        tokens = [getattr(config, name, None) for name in names for config in configs]
+        start = next((token for token in tokens if isinstance(token, int)), None)
+        try:
+            with torch.no_grad(), evaluation_mode(base):
+                base(**inputs)
+            start = None
+        except (ValueError, AttributeError, TypeError):  # each kind has its own way to miss them
+            pass
+        _starts[base] = start
+    return _starts[base]
 
 
 def _needs_both(config: Any) -> bool:

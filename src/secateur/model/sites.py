@@ -197,6 +197,7 @@ class _Finder:
                 "transformers' attention interface nor from a softmax straight to an output projection"
             )
         recipe = read_recipe(self.base.config)
+        weights = dict(self.base.named_parameters(remove_duplicate=False))
         found = {}
         for site, (module, heads, kv_heads, width) in self.readings.items():
             if site not in self.outputs:
@@ -209,8 +210,12 @@ class _Finder:
             if recipe is not None and site in recipe.kept_heads:
                 first = recipe.sites[site]
                 original, total, total_kv = recipe.kept_heads[site], first.num_heads, first.num_key_value_heads
-                # What was seen when all heads were there: a lone head does not show what it owns of a table.
-                slices = _slices_left(first, original)
+                # What was seen when all heads were there: a lone head does not show what it owns of a table. Weights
+                # that have something around them since then, such as an adapter, have other names, and more belongs
+                # to a head.
+                left = _slices_left(first, original)
+                if all(piece.parameter in weights for piece in left):
+                    slices = left
             if len(original) != heads:
                 raise UnsupportedModelError(
                     f"site {site}: the config's recipe keeps {len(original)} heads but the model has {heads}"

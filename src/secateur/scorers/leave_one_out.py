@@ -25,7 +25,8 @@ class LeaveOneOutScorer(Scorer):
         scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
         batches = with_relations(task.batches)
         if not batches:
-            raise InvalidInputError(f"scorer leave_one_out needs a batch of {RELATED} texts or more; give more texts")
+            rule = f"needs a batch of {RELATED} texts or more; give more texts, or larger batches"
+            raise InvalidInputError(f"scorer leave_one_out {rule}")
 
         def run(batch: Batch) -> list[Tensor]:
             before = gated_representations(task.model, batch, {}, task.is_pair)

@@ -42,7 +42,7 @@ class RelationalTaylorScorer(Scorer):
         """Run every batch once with open gates and back-propagate `samples` times."""
         batches = with_relations(task.batches)
         if not batches:
-            rule = f"needs a batch of {RELATED} texts or more; give more texts"
+            rule = f"needs a batch of {RELATED} texts or more; give more texts, or larger batches"
             raise InvalidInputError(f"scorer relational_taylor {rule}")
         scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
 
