@@ -11,9 +11,10 @@
 - `rxnmapper` (ALBERT, one set of heads for all layers): accuracy in filling in masked tokens.
 - `minilm`: Spearman correlation of the cosine similarities of all pairs of 128 sentences with the dense model's.
 
-Heads are scored on 96 texts that are drawn by the seed, or, at random, drawn by it; what is measured is the gated
-model, on other texts, the same for all. Prints a Markdown table and writes benchmarks/results/real_models.json after
-every measurement; what the file has already is not measured again.
+Heads are scored on 96 texts that are drawn by the seed, or, at random, drawn by it, and removed with the same share of
+every site, or ranked over the whole model; what is measured is the gated model, on other texts, the same for all.
+Prints a Markdown table and writes benchmarks/results/real_models.json after every measurement; what the file has
+already is not measured again.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ from secateur.evaluate import regression_metrics
 from secateur.files import read_json, write_text
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
+from secateur.selection import Scope
 from secateur.versions import environment
 
 SCORERS = ("contribution", "smp-plus", "random")
+SCOPES: tuple[Scope, ...] = ("site", "global")
 SCORED, LENGTH, BATCH = 96, 64, 32
 OUT = Path(__file__).parent / "results" / "real_models.json"
 
@@ -160,11 +163,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     rows: list[dict[str, Any]] = read_json(options.out)["rows"] if options.out.is_file() else []
-    done = {(r["model"], r["scorer"], r["ratio"], r["seed"], r["measure"]) for r in rows}
+    done = {(r["model"], r["scorer"], r["scope"], r["ratio"], r["seed"], r["measure"]) for r in rows}
 
-    def measure(name: str, subject: Subject, scorer: str, ratio: float, seed: int, mask: Any) -> None:
+    def measure(name: str, subject: Subject, scorer: str, scope: Scope, ratio: float, seed: int, mask: Any) -> None:
         for what, function in subject.measures.items():
-            if (name, scorer, round(ratio, 4), seed, what) in done:
+            if (name, scorer, scope, round(ratio, 4), seed, what) in done:
                 continue
             start = time.perf_counter()
             if mask is None:
@@ -172,26 +175,30 @@ def main() -> None:
             else:
                 with secateur.gated_heads(subject.model, mask):
                     value = function()
-            row = {"model": name, "scorer": scorer, "ratio": round(ratio, 4), "seed": seed, "measure": what}
+            row = {"model": name, "scorer": scorer, "scope": scope, "ratio": round(ratio, 4), "seed": seed}
             kept = {} if mask is None else {"kept": mask.num_kept, "heads": mask.num_heads}
-            rows.append({**row, "value": value, **kept, "seconds": round(time.perf_counter() - start, 1)})
+            rows.append(
+                {**row, "measure": what, "value": value, **kept, "seconds": round(time.perf_counter() - start, 1)}
+            )
             print(rows[-1], flush=True)
             write_text(options.out, json.dumps(result(rows), indent=1) + "\n")
 
     for name in options.only:
         subject = SUBJECTS[name](options.glue)
-        measure(name, subject, "dense", 0.0, 0, None)
+        measure(name, subject, "dense", "site", 0.0, 0, None)
+        cells = [(scope, ratio) for scope in SCOPES for ratio in subject.ratios]
         for seed in range(options.seeds):
             texts = random.Random(seed).sample(subject.texts, SCORED)
             for scorer in SCORERS:
-                wanted = {(name, scorer, round(r, 4), seed, w) for r in subject.ratios for w in subject.measures}
+                wanted = {(name, scorer, scope, round(r, 4), seed, w) for scope, r in cells for w in subject.measures}
                 if wanted <= done:
                     continue
                 scores = secateur.score_heads(
                     subject.model, texts, scorer, subject.tokenizer, max_length=LENGTH, seed=seed
                 )
-                for ratio in subject.ratios:
-                    measure(name, subject, scorer, ratio, seed, secateur.select_heads(scores, ratio))
+                for scope, ratio in cells:
+                    mask = secateur.select_heads(scores, ratio, scope)
+                    measure(name, subject, scorer, scope, ratio, seed, mask)
     print(table(rows))
 
 
@@ -210,19 +217,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown: means over seeds, and the seeds' values where they differ."""
     values = defaultdict(list)
     for row in rows:
-        values[row["model"], row["measure"], row["ratio"], row["scorer"]].append(row["value"])
-    places = dict.fromkeys((r["model"], r["measure"], r["ratio"]) for r in rows if r["ratio"])
+        values[row["model"], row["measure"], row["scope"], row["ratio"], row["scorer"]].append(row["value"])
+    found_at = {(r["model"], r["measure"], r["scope"], r["ratio"]) for r in rows if r["ratio"]}
+    places = sorted(found_at, key=lambda at: (list(SUBJECTS).index(at[0]), at[1], SCOPES.index(at[2]), at[3]))
     lines = [
-        "| model | measure | heads removed | dense | " + " | ".join(SCORERS) + " |",
-        "|---" * (4 + len(SCORERS)) + "|",
+        "| model | measure | scope | heads removed | dense | " + " | ".join(SCORERS) + " |",
+        "|---" * (5 + len(SCORERS)) + "|",
     ]
-    for model, what, ratio in places:
+    for model, what, scope, ratio in places:
+        columns = [values[model, what, scope, ratio, scorer] for scorer in SCORERS]
         cells = []
-        for scorer, at in [("dense", 0.0), *((s, ratio) for s in SCORERS)]:
-            found = values[model, what, at, scorer]
+        for found in (values[model, what, "site", 0.0, "dense"], *columns):
             mean = f"{statistics.mean(found):.4g}" if found else ""
             cells.append(f"{mean} ({', '.join(f'{v:.4g}' for v in found)})" if len(set(found)) > 1 else mean)
-        lines.append(f"| {model} | {what} | {ratio:.0%} | " + " | ".join(cells) + " |")
+        lines.append(f"| {model} | {what} | {scope} | {ratio:.0%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

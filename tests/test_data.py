@@ -198,7 +198,7 @@ def test_folder_errors(tmp_path):
         ("a.jsonl", '{"words": "x"}\n', r"no text columns: expected `sentence`.*found 'words'"),
         ("a.tsv", "sentence\tsentence\nx\ty\n", r"more than one column 'sentence'"),
         ("a.tsv", "sentence\tlabel\nx\t1\n\t\n", r"`label` in row 2 is missing"),
-        ("a.tsv", "sentence\tlabel\nx\t1\ny\n", r"`label` in row 2 is missing"),
+        ("a.tsv", "sentence\tlabel\nx\t1\ny\n", r"row 2 has 1 fields, the header has 2"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', r"`label` in row 2 is missing"),
         ("a.jsonl", '{"text": "x", "label": 0.5}\n{"text": "y"}\n', r"`label` in row 2 is missing"),
         ("a.tsv", "sentence\tlabel\nx\t1\ny\tgood\n", r"`label` in row 2 must be a number, 0 to n - 1.*got 'good'"),

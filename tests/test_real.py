@@ -81,11 +81,11 @@ def test_contribution_is_better_than_its_opposite(minilm, tokenizer, batch):
     kept = secateur.select_heads(scores, 0.5)
     opposite = HeadMask({site: ~vector for site, vector in kept.items()})
     with torch.no_grad():
-        dense = represent(minilm, minilm(**batch), batch, is_pair=False)
+        dense = represent(minilm, minilm(**batch), batch, False)
         loss = []
         for mask in (kept, opposite):
             with secateur.gated_heads(minilm, mask):
-                loss.append(float(relational_kl(dense, represent(minilm, minilm(**batch), batch, is_pair=False))))
+                loss.append(float(relational_kl(dense, represent(minilm, minilm(**batch), batch, False))))
     assert loss[0] < loss[1] / 2
 
 
