@@ -71,8 +71,8 @@ def present_mask(mask: HeadMask, sites: Mapping[str, AttentionSite]) -> dict[str
 def gated_heads(model: nn.Module, mask: HeadMask, sites: Mapping[str, AttentionSite] | None = None) -> Iterator[None]:
     """Within this context the heads that `mask` drops write nothing: a preview of the removal that undoes itself.
 
-    With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and the gradients of
-    a second run without the gates are others.
+    With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and without the
+    gates their gradients are others.
 
     Raises what `present_mask` and `find_sites` raise.
     """
