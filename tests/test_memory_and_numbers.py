@@ -86,20 +86,16 @@ def test_evaluation_halves_the_batch(outcome):
     outcome(MEMORY, "a batch does not fit during evaluation", warned[0].message)
 
 
-def test_one_text_that_does_not_fit_is_said_to_be_too_long():
+@pytest.mark.parametrize(
+    ("most", "batch_size", "message"),
+    [(2, 8, "`batch_size` must be smaller than 8"), (0, 1, "one text does not fit into memory; lower `max_length`")],
+)
+def test_texts_that_come_only_once_are_not_begun_again(most, batch_size, message):
     model = tiny_model("bert")
     find_sites(model)
-    full_above(model, 0)
-    with pytest.raises(OutOfMemoryError, match="one text does not fit into memory; lower `max_length`"):
-        score_heads(model, iter(TEXTS), "contribution", tiny_tokenizer(), batch_size=1)
-
-
-def test_texts_that_come_only_once_are_not_begun_again():
-    model = tiny_model("bert")
-    find_sites(model)
-    full_above(model, 2)
-    with pytest.raises(OutOfMemoryError, match="`batch_size` must be smaller than 8"):
-        score_heads(model, iter(TEXTS), "contribution", tiny_tokenizer(), batch_size=8)
+    full_above(model, most)
+    with pytest.raises(OutOfMemoryError, match=message):
+        score_heads(model, iter(TEXTS), "contribution", tiny_tokenizer(), batch_size=batch_size)
 
 
 def test_what_cannot_be_halved_is_said(outcome):

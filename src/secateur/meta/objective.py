@@ -87,8 +87,14 @@ def relations(representations: Tensor, scale: float = SCALE) -> Tensor:
 
 
 def with_relations(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the batches that have texts enough to have relations."""
-    return [batch for batch in batches if len(next(iter(batch.values()))) >= RELATED]
+    """Return the batches that have texts enough to have relations. Raises `InvalidInputError` where none has."""
+    sizes = [(len(next(iter(batch.values()))), batch) for batch in batches]
+    found = [batch for size, batch in sizes if size >= RELATED]
+    if not found:
+        rule = f"be at least {RELATED} a batch, as the relations between them count"
+        most = max((size for size, _ in sizes), default=0)
+        raise invalid("texts", rule, most, "give more texts, or larger batches")
+    return found
 
 
 def relational_kl(dense: Tensor, pruned: Tensor, scale: float = SCALE) -> Tensor:

@@ -16,9 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from secateur.errors import invalid
 from secateur.heads import HeadMask
-from secateur.meta.objective import RELATED, relational_kl, with_relations
+from secateur.meta.objective import relational_kl, with_relations
 from secateur.meta.signals import gated_representations
 from secateur.processes import in_order
 from secateur.selection import Scope
@@ -40,9 +39,6 @@ class MaskLoss:
     ) -> None:
         self.model, self.is_pair, self.accelerator = model, is_pair, accelerator
         self.batches = with_relations(batches)
-        if not self.batches:
-            rule = f"be at least {RELATED} a batch, as masks are judged by the relations between them"
-            raise invalid("texts", rule, "fewer")
         self.dense: dict[int, Tensor] = {}
 
     @torch.no_grad()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.errors import InvalidInputError
-from secateur.meta.objective import RELATED, relational_kl, with_relations
+from secateur.meta.objective import relational_kl, with_relations
 from secateur.meta.signals import gated_representations
 from secateur.scorers.base import Batch, Scorer, ScoringTask
 
@@ -24,9 +23,6 @@ class LeaveOneOutScorer(Scorer):
         heads = [(name, h) for name, site in task.sites.items() for h in range(site.num_heads)]
         scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
         batches = with_relations(task.batches)
-        if not batches:
-            rule = f"needs a batch of {RELATED} texts or more; give more texts, or larger batches"
-            raise InvalidInputError(f"scorer leave_one_out {rule}")
 
         def run(batch: Batch) -> list[Tensor]:
             before = gated_representations(task.model, batch, {}, task.is_pair)

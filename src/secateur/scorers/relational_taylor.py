@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from secateur.errors import InvalidInputError, invalid
-from secateur.meta.objective import RELATED, relations, with_relations
+from secateur.errors import invalid
+from secateur.meta.objective import relations, with_relations
 from secateur.meta.sampling import generator
 from secateur.meta.signals import gated_representations
 from secateur.scorers.base import Scorer, ScoringTask
@@ -41,9 +41,6 @@ class RelationalTaylorScorer(Scorer):
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Run every batch once with open gates and back-propagate `samples` times."""
         batches = with_relations(task.batches)
-        if not batches:
-            rule = f"needs a batch of {RELATED} texts or more; give more texts, or larger batches"
-            raise InvalidInputError(f"scorer relational_taylor {rule}")
         scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
 
         def run(number: int) -> list[dict[str, Tensor]]:
