@@ -24,7 +24,8 @@ from secateur.files import write_text
 from secateur.meta.config import MetaTrainingConfig
 from secateur.meta.network import to_network_size
 from secateur.meta.objective import relational_kl, represent
-from secateur.meta.training import MetaTraining, Subject
+from secateur.meta.subjects import Subject
+from secateur.meta.training import MetaTraining
 from secateur.model.probe import probe
 from secateur.versions import environment
 

@@ -29,7 +29,9 @@ MODULES = [
     "secateur.scorers.labelled",
     "secateur.scorers.learned",
     "secateur.meta.config",
+    "secateur.meta.subjects",
     "secateur.meta.training",
+    "secateur.meta.joint_runs",
     "secateur.model.probe",
     "secateur.model.cost",
 ]

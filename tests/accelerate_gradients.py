@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from secateur.data import Task
 from secateur.meta.config import MetaTrainingConfig
-from secateur.meta.training import MetaTraining, Subject
+from secateur.meta.subjects import Subject
+from secateur.meta.training import MetaTraining
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 

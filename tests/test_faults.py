@@ -23,6 +23,8 @@ from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SECTION = "Kills, Ctrl-C and disks"
+RESUMED = ("meta-train", "joint-train")
+GROWING = (*RESUMED, "compare")
 MOMENTS = "some of its writes, then Ctrl-C later, then a kill later still"
 
 
@@ -50,6 +52,10 @@ def line(name, given, out):
             "meta-train", "--model", model, "--data", task / "train.tsv", "--out", out, "--steps", 3, *short,
             "--batch-size", 3, "--batches-per-step", 1, "--checkpoint-every", 1,
         ],
+        "joint-train": [
+            "joint-train", "--model", model, "--data", task / "train.tsv", "--out", out, "--samples", 2, *short,
+            "--texts", 4, "--judges", 1, "--batch-size", 4,
+        ],
         "compare": [
             "compare", "--model", model, "--data", task, "--scorer", "random", "--seeds", 2, "--texts", 8,
             "--max-train", 8, "--jobs", 1, "--device", "cpu", "--out", out,
@@ -74,6 +80,9 @@ def results(name, out):
             (weights,) = place.glob("*.safetensors")
             found[place.name] = sum(float(v.double().sum()) for v in load_file(weights).values())
         return found
+    if name == "joint-train":
+        places = [*(out / "samples").glob("*.safetensors"), *out.glob("pruner/*.safetensors")]
+        return {place.name: {k: v.tolist() for k, v in load_file(place).items()} for place in places}
     found = {f"{r['scorer']} {r['seed']}": (r["value"], r["kept_heads"]) for r in read_lines(out / "runs.jsonl")}
     for file in (out / "scores").glob("*.json"):
         found[file.name] = json.loads(file.read_text())["scores"]
@@ -85,10 +94,10 @@ def hidden(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name != ".lock")
 
 
-@pytest.mark.parametrize("name", ["prune", "finetune", "meta-train", "compare"])
+@pytest.mark.parametrize("name", ["prune", "finetune", "meta-train", "joint-train", "compare"])
 def test_killed_stopped_and_killed_again(name, given, tmp_path, outcome):
     """Three ends in one folder, one after the other, at moments when something is being written; then a whole run."""
-    grows = name in ("meta-train", "compare")
+    grows = name in GROWING
     (tmp_path / "whole").mkdir()
     whole = command(
         line(name, given, tmp_path / "whole" / "out"), tmp_path / "log", -1, below=tmp_path / "whole"
@@ -103,7 +112,7 @@ def test_killed_stopped_and_killed_again(name, given, tmp_path, outcome):
     # Shares of the writes of a whole run; a folder that grows has fewer to come each time.
     shares = (0.6, 0.4, 0.35) if grows else (0.25, 0.5, 1)
     for share, how in zip(shares, (signal.SIGKILL, signal.SIGINT, signal.SIGKILL), strict=True):
-        given_line = line(name, given, out) + (["--resume"] if (out / "log.jsonl").exists() else [])
+        given_line = line(name, given, out) + (["--resume"] if name in RESUMED and out.exists() else [])
         moment = min(int(writes * share), writes - 1)  # the last is the removal of a lock
         ended = command(given_line, tmp_path / "log", moment, how, parts).wait()
         if how == signal.SIGKILL:
@@ -118,7 +127,7 @@ def test_killed_stopped_and_killed_again(name, given, tmp_path, outcome):
             assert now in ({}, expected)
         assert kept.keys() <= now.keys() or name == "meta-train"  # old checkpoints go
         kept = now
-    ended = command(line(name, given, out) + (["--resume"] if name == "meta-train" else []), tmp_path / "log").wait()
+    ended = command(line(name, given, out) + (["--resume"] if name in RESUMED else []), tmp_path / "log").wait()
     assert ended.code == 0, ended.err
     assert results(name, out) == expected
     assert hidden(parts) == []
@@ -154,7 +163,9 @@ def run(capsys, words):
 
 
 # KiB that take what comes first and not what comes then: the weights, the second checkpoint, one of the rows.
-@pytest.mark.parametrize(("name", "size"), [("prune", 64), ("finetune", 64), ("meta-train", 400), ("compare", 16)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("prune", 64), ("finetune", 64), ("meta-train", 400), ("joint-train", 40), ("compare", 16)]
+)
 def test_the_disk_fills_up(name, size, given, disk, capsys, outcome):
     out = disk(f"size={size}k") / "out"
     code, err = run(capsys, line(name, given, out))
@@ -164,9 +175,9 @@ def test_the_disk_fills_up(name, size, given, disk, capsys, outcome):
     assert "No space left on device" in message
     assert hidden(out.parent) == []
     kept = results(name, out)
-    assert bool(kept) == (name in ("meta-train", "compare"))
+    assert bool(kept) == (name in GROWING)
     disk("size=20m")
-    more = ["--resume"] if name == "meta-train" else []
+    more = ["--resume"] if name in RESUMED else []
     code, err = run(capsys, [*line(name, given, out), *more])
     assert code == 0
     assert results(name, out)
@@ -174,7 +185,7 @@ def test_the_disk_fills_up(name, size, given, disk, capsys, outcome):
     outcome(SECTION, f"the disk fills up during `{name}`", f"{came}; once there is room the same command succeeds")
 
 
-@pytest.mark.parametrize("name", ["score", "prune", "finetune", "meta-train", "compare", "export"])
+@pytest.mark.parametrize("name", ["score", "prune", "finetune", "meta-train", "joint-train", "compare", "export"])
 def test_a_read_only_folder_is_refused_before_the_work(name, given, disk, capsys, outcome):
     disk("size=64k")
     out = disk("ro") / "out"

@@ -7,8 +7,10 @@ import torch
 
 import secateur
 from secateur import cli
+from secateur.data import Task
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.network import MetaPruner
+from secateur.meta.subjects import Subject
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,6 +28,9 @@ TEXTS = [[], "", "a text", 3, [3], {"a": 1}]
 LISTED = TEXTS[:-1]  # these read anything that can be iterated over
 BUDGET = [3, "", {}, "half"]
 PROCESSES = [3, "", {}]
+PATH = [None, 3, "", [], "a\0b"]
+CONFIG = [3, "", {}]
+LEARNED_ON = [None, 3, "", [], ["a"], {}]
 INPUTS = [3, "", {}, {3: 1}]
 
 CALLS = {
@@ -65,6 +70,14 @@ CALLS = {
         "scorer": [None, 3], "interactions": [None, 3, "", {"b": [[1.0]]}, {"a": "x"}, {"a": [1.0]}],
         "num_texts": [-1, "3", 1.5, True], "agreement": [-0.1, 1.1, "1", float("nan")],
     },
+    "train_meta_pruner": {
+        "subjects": LEARNED_ON, "tasks": LEARNED_ON, "out": PATH, "config": CONFIG, "held_out": [3, "", None, [3]],
+        "resume": FLAG, "progress": FLAG, "stop_after": [0, -1, "1", True, float("nan")], "accelerator": PROCESSES,
+    },
+    "train_joint_pruner": {
+        "subjects": LEARNED_ON, "tasks": LEARNED_ON, "out": PATH, "config": CONFIG, "resume": FLAG, "progress": FLAG,
+        "accelerator": PROCESSES,
+    },
     "HeadMask": {"values_by_site": [None, 3, "", {}, {3: [True]}, {"a": []}, {"a": [1, 0]}, {"a": "x"}]},
     "MetaPruner": {"initial_std": [0, -1, "1", None, float("nan"), float("inf"), True, ""]},
     "JointPruner": {
@@ -95,7 +108,8 @@ def good():
     return {
         "model": model, "mask": uneven_mask(sites), "scores": HeadScores({"a": [1.0, 2.0]}), "texts": tiny_texts(4),
         "tokenizer": tiny_tokenizer(), "values_by_site": {"a": [1.0, 2.0]}, "sites": None, "steps": 1,
-        "budget": "heads=0.5",
+        "budget": "heads=0.5", "subjects": [Subject(tiny_model("bert"), tiny_tokenizer())],
+        "tasks": [Task("words", tiny_texts(200))], "out": "nowhere",
     }  # fmt: skip
 
 
@@ -134,7 +148,7 @@ def test_a_wrong_value_is_named(name, parameter, good, outcome):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_wrong_path_is_named(method, outcome):
     function, name = METHODS[method]
-    for value in (None, 3, "", [], "a\0b"):
+    for value in PATH:
         with pytest.raises((ValueError, TypeError), match=f"`{name}` must ") as caught:
             function(value)
     outcome(SECTION, f"`{method}({name}=…)`, 5 values", caught.value)

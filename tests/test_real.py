@@ -116,7 +116,8 @@ def test_sites_of_a_real_model(minilm):
 def test_the_shipped_meta_pruners_beat_random_heads(minilm, tokenizer):
     """On sentences that it was not trained on, judged on others than those scored."""
     from secateur.demo import demo_task
-    from secateur.meta.training import Subject, mask_kl
+    from secateur.meta.subjects import Subject
+    from secateur.meta.training import mask_kl
 
     texts = demo_task()[0].texts
     judged = Subject(minilm, tokenizer).batches(texts[64:128], 32, 64)

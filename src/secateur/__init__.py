@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from secateur.heads import HeadMask as HeadMask
     from secateur.heads import HeadScores as HeadScores
     from secateur.meta.joint import JointPruner as JointPruner
+    from secateur.meta.joint_runs import train_joint_pruner as train_joint_pruner
     from secateur.meta.network import MetaPruner as MetaPruner
+    from secateur.meta.training import train_meta_pruner as train_meta_pruner
     from secateur.model.removal import gated_heads as gated_heads
     from secateur.model.removal import remove_heads_ as remove_heads_
     from secateur.model.sites import find_sites as find_sites
@@ -55,6 +57,8 @@ _WHERE = {
     "score_heads": "secateur.scoring",
     "select_heads": "secateur.selection",
     "select_within_budget": "secateur.budget",
+    "train_joint_pruner": "secateur.meta.joint_runs",
+    "train_meta_pruner": "secateur.meta.training",
 }
 __all__ = sorted(_WHERE)
 

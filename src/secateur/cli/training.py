@@ -1,4 +1,4 @@
-"""`finetune`, `evaluate` and `meta-train`."""
+"""`finetune`, `evaluate`, `meta-train` and `joint-train`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from secateur.cli.options import (
     Positive,
     Ratio,
     bf16_option,
+    json_option,
     length_option,
     out_option,
     print_json,
@@ -81,9 +82,15 @@ def evaluate(
         _echo_metrics(metrics, main_metric(task))
 
 
+models_option = click.option(
+    "--model", "models", multiple=True, required=True, help="Frozen model to learn on; may be repeated."
+)
+tasks_option = click.option("--data", multiple=True, required=True, help="A task, as for prune; may be repeated.")
+
+
 @click.command("meta-train")
-@click.option("--model", "models", multiple=True, required=True, help="Frozen model to learn on; may be repeated.")
-@click.option("--data", "data", multiple=True, required=True, help="A task, as for prune; may be repeated.")
+@models_option
+@tasks_option
 @click.option("--out", required=True, type=Place(), help="Folder for log, checkpoints and pruner.")
 @click.option("--resume", is_flag=True, help="Continue the newest checkpoint in `--out`.")
 @click.option("--steps", default=6000, show_default=True, type=click.IntRange(1), help="Optimiser updates.")
@@ -123,7 +130,8 @@ def meta_train(
     from secateur.errors import InvalidInputError, invalid
     from secateur.meta.config import MetaTrainingConfig
     from secateur.meta.runs import latest_checkpoint
-    from secateur.meta.training import HeldOut, Subject, train_meta_pruner
+    from secateur.meta.subjects import Subject
+    from secateur.meta.training import HeldOut, train_meta_pruner
     from secateur.model.loading import load_model, load_tokenizer
 
     config = MetaTrainingConfig(**settings)
@@ -143,6 +151,63 @@ def meta_train(
     if accelerator.is_main_process:
         finished = (out / "pruner").is_dir()
         click.echo(f"pruner: {out / 'pruner'}" if finished else f"stopped at {latest_checkpoint(out)}; go on: --resume")
+
+
+@click.command("joint-train")
+@models_option
+@tasks_option
+@click.option("--out", required=True, type=Place(), help="Folder for samples and pruner.")
+@click.option("--resume", is_flag=True, help="Go on with the samples in `--out`; more `--samples` may be asked for.")
+@click.option("--samples", default=2, show_default=True, type=click.IntRange(1), help="Samples of each task and model.")
+@click.option("--texts", "num_texts", default=96, show_default=True, type=click.IntRange(4), help="Texts a sample.")
+@click.option("--judges", default=8, show_default=True, type=click.IntRange(1), help="Batches that judge masks.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(3), help="Texts a batch.")
+@length_option
+@click.option("--bf16", is_flag=True, help="Judge masks in bfloat16: faster where the device has it.")
+@seed_option
+@json_option
+def joint_train(
+    models: tuple[str, ...], data: tuple[str, ...], out: Path, resume: bool, as_json: bool, **settings: Any
+) -> None:
+    """Teach a joint pruner, for `--scorer smp-plus`, a model of yours on unlabelled texts of one or more tasks.
+
+    Masks are tried on the frozen model, about 270 passes over a batch for each sample; the pruner learns which heads
+    cost what. Dev texts judge it, those of every task but a single file.
+    """
+    from accelerate import Accelerator
+
+    from secateur.data import has_splits, load_task
+    from secateur.errors import InvalidInputError
+    from secateur.meta.joint_runs import JointTrainingConfig, held_out_losses, train_joint_pruner
+    from secateur.meta.subjects import Subject
+    from secateur.model.loading import load_model, load_tokenizer
+    from secateur.tables import held_out_table, print_table
+
+    config = JointTrainingConfig(**settings)
+    if resume and not (out / "settings.json").is_file():
+        raise InvalidInputError(f"there is no run to go on with in {out}")
+    accelerator = Accelerator()
+    if not resume and accelerator.is_main_process:
+        check_new_folder(out)
+    tasks = [load_task(d, "train") for d in data]
+    held_out = [load_task(d, "dev") for d in data if has_splits(d)]
+    subjects = [Subject(load_model(m, accelerator.device), load_tokenizer(m)) for m in models]
+    with stoppable(f"the samples in {out} stay; go on with --resume"):
+        pruner = train_joint_pruner(subjects, tasks, out, config, resume=resume, accelerator=accelerator)
+        if not accelerator.is_main_process:
+            return
+        rows = [
+            {"model": name, "task": task.name, "scope": scope, **losses}
+            for name, subject in zip(models, subjects, strict=True)
+            for task in held_out
+            for scope, losses in held_out_losses(subject, task, pruner, config).items()
+        ]
+    if as_json:
+        print_json({"pruner": str(out / "pruner"), "held_out": rows})
+        return
+    if rows:
+        print_table(held_out_table(rows))
+    click.echo(f"pruner: {out / 'pruner'}; use it with --scorer smp-plus --pruner {out / 'pruner'}")
 
 
 def _echo_metrics(metrics: dict[str, float], main: str) -> None:

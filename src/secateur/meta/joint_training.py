@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,13 +27,15 @@ from secateur.files import write_bytes
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.evidence import FEATURES, Evidence, gather_evidence
 from secateur.meta.joint import JointPruner, contribution_scores, standardised
-from secateur.meta.search import MaskLoss
 from secateur.model.layout import AttentionSite
 from secateur.model.state import evaluation_mode
 from secateur.selection import Scope, select_heads
 
 LEAVE_ONE_OUT = 0
 """The group of trials that each drop a single head; the others are numbered from 1, one a scope and ratio."""
+
+Judge: TypeAlias = Callable[[Mapping[str, Tensor]], float]
+"""What a mask costs, such as a `MaskLoss`."""
 
 _LEAST_KL = 1e-6  # below what a judge in bfloat16 can tell from nothing
 
@@ -71,10 +73,13 @@ class Sample:
 
     @classmethod
     def load(cls, path: str | Path) -> Sample:
-        """Read what `save` wrote. Raises `CheckpointError` for evidence with other columns than today's."""
-        with safe_open(path, "pt") as file:
-            about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if about["columns"] != ",".join(FEATURES):
+        """Read what `save` wrote. Raises `CheckpointError` for anything else, and for evidence of other columns."""
+        try:
+            with safe_open(path, "pt") as file:
+                about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} holds no sample: {error}; without it, it is collected again") from None
+        if (about or {}).get("columns") != ",".join(FEATURES):
             raise CheckpointError(f"{path} holds evidence of another version; collect it again")
         evidence = Evidence(tensors["features"], tensors["likeness"], json.loads(about["heads"]))
         masks = tensors["masks"].bool()
@@ -99,6 +104,10 @@ class TrialConfig:
     spread: float = 1.0
     leave_one_out: bool = False
 
+    def passes(self, rankings: int, judges: int) -> int:
+        """Return how many masks are judged for a sample: those tried, and each group's reference by every judge."""
+        return len(self.groups) * (self.own * rankings + self.near + self.at_random + judges)
+
     @property
     def groups(self) -> list[tuple[int, Scope, float]]:
         """Every group's number, scope and ratio."""
@@ -111,7 +120,7 @@ def collect(
     model: PreTrainedModel,
     sites: Mapping[str, AttentionSite],
     batches: Sequence[Mapping[str, Any]],
-    judges: Sequence[MaskLoss],
+    judges: Sequence[Judge],
     is_pair: bool,
     subject: str,
     task: str,
@@ -144,7 +153,7 @@ def collect(
 
 
 def _trials(
-    judges: Sequence[MaskLoss],
+    judges: Sequence[Judge],
     evidence: Evidence,
     rankings: Sequence[Tensor],
     sites: Mapping[str, AttentionSite],

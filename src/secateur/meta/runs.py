@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.files import append_line, read_json, read_lines, remove_folder, replaced_folder, write_text
+from secateur.files import (
+    LOCK,
+    append_line,
+    one_run,
+    read_json,
+    read_lines,
+    remove_folder,
+    remove_unfinished,
+    replaced_folder,
+    write_text,
+)
 from secateur.meta.config import MetaTrainingConfig
 from secateur.meta.network import MetaPruner
 
 _FREE = {"steps", "evaluate_every", "checkpoint_every"}  # settings that may change when a run goes on
+
+
+@contextmanager
+def held_run(out: Path) -> Iterator[None]:
+    """Hold a run's folder for this run alone, and tidy up behind one that was killed."""
+    with one_run(out / LOCK, out):
+        remove_unfinished(out)
+        yield
 
 
 class Log:

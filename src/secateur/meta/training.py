@@ -10,26 +10,26 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from secateur.data import Task, batches, check_texts
+from secateur.checks import check_accelerator, check_flag, check_path, check_positive
+from secateur.data import Task, check_texts
 from secateur.errors import InvalidInputError, SecateurError, invalid
-from secateur.files import LOCK, is_taken, one_run, remove_unfinished, replaced_folder
+from secateur.files import is_taken, replaced_folder
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.config import MetaTrainingConfig
 from secateur.meta.network import PAIR, SINGLE, MetaPruner, to_network_size
 from secateur.meta.objective import RELATED, by_first_token, relational_kl, represent
-from secateur.meta.runs import Log, latest_checkpoint, load_checkpoint, save_checkpoint
+from secateur.meta.runs import Log, held_run, latest_checkpoint, load_checkpoint, save_checkpoint
 from secateur.meta.sampling import generator, task_weights
 from secateur.meta.signals import (
     gated_representations,
@@ -38,34 +38,10 @@ from secateur.meta.signals import (
     ranking_loss,
     straight_through_loss,
 )
-from secateur.model.inputs import forward_arguments
-from secateur.model.probe import HeadReading, count_heads, probe
-from secateur.model.state import base_of, evaluation_mode
+from secateur.meta.subjects import Batch, Subject, check_subjects, check_tasks
+from secateur.model.probe import HeadReading, probe
+from secateur.model.state import evaluation_mode
 from secateur.selection import select_heads
-
-Batch = dict[str, Any]
-
-
-class Subject:
-    """A frozen model that the pruner learns on, with its tokenizer and each site's number of heads.
-
-    The model is put into eval mode and its weights are frozen; nothing else about it changes.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model: PreTrainedModel = base_of(model).eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        sample = self.batch(["a", "b"], max_length=8)
-        self.heads = {site: heads for site, (heads, _) in count_heads(self.model, sample).items()}
-
-    def batch(self, texts: Sequence[Any], max_length: int) -> Batch:
-        """Return one batch of keyword arguments for the model."""
-        return self.batches(texts, len(texts), max_length)[0]
-
-    def batches(self, texts: Sequence[Any], batch_size: int, max_length: int) -> list[Batch]:
-        """Return consecutive batches of keyword arguments for the model."""
-        made = batches(self.tokenizer, texts, batch_size, max_length, device=self.model.device)
-        return forward_arguments(self.model, made)
 
 
 @dataclass(frozen=True)
@@ -88,8 +64,6 @@ class MetaTraining:
     def __init__(
         self, subjects: Sequence[Subject], tasks: Sequence[Task], config: MetaTrainingConfig, accelerator: Accelerator
     ) -> None:
-        if not subjects:
-            raise invalid("subjects", "hold at least one model", [])
         for task in tasks:
             check_texts(task.texts)
             if len(task) < config.batch_size:
@@ -275,13 +249,23 @@ def train_meta_pruner(
     Raises `InvalidInputError` for settings and tasks that cannot be trained on, `CheckpointError` for a checkpoint that
     does not fit, `SecateurError` for a loss that is not finite.
     """
-    config = config or MetaTrainingConfig()
-    accelerator = accelerator or Accelerator()
-    out = Path(out)
+    config = MetaTrainingConfig() if config is None else config
+    check_subjects(subjects)
+    check_tasks(tasks)
+    if not isinstance(config, MetaTrainingConfig):
+        raise invalid("config", "be a MetaTrainingConfig", config)
+    if not isinstance(held_out, list | tuple) or not all(isinstance(part, HeldOut) for part in held_out):
+        raise invalid("held_out", "be a list of HeldOut", held_out)
+    check_flag("resume", resume)
+    check_flag("progress", progress)
+    if stop_after is not None:
+        check_positive("stop_after", stop_after)
+    check_accelerator(accelerator)
+    out, accelerator = check_path("out", out), accelerator or Accelerator()
     if is_taken(out) and not resume and accelerator.is_main_process:
         raise invalid("out", "be a new or empty folder", str(out), "resume the run that is there, or choose another")
     training = MetaTraining(subjects, tasks, config, accelerator)
-    with _held(out) if accelerator.is_main_process else nullcontext():
+    with held_run(out) if accelerator.is_main_process else nullcontext():
         last = latest_checkpoint(out)
         if resume and last is not None:
             training.step = load_checkpoint(last, training.pruner, training.optimizer, config)
@@ -290,14 +274,6 @@ def train_meta_pruner(
             tqdm.write(f"going on from {where}; {config.steps - training.step} steps are left", file=sys.stderr)
         accelerator.wait_for_everyone()  # the main process is about to write where the others have just looked
         return training.run(out, held_out, progress, stop_after)
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """Hold a run's folder for this run alone, and tidy up behind one that was killed."""
-    with one_run(out / LOCK, out):
-        remove_unfinished(out)
-        yield
 
 
 @torch.no_grad()

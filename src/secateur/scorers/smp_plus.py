@@ -23,7 +23,8 @@ class SmpPlusScorer(Scorer):
 
     `pruner` is a `JointPruner`, or a folder or Hub id that `JointPruner.from_pretrained` reads; by default the one that
     ships with secateur. Where its networks disagree too much to be trusted, as on kinds of models that they have not
-    seen, the contribution takes their place, and a `SecateurWarning` says so.
+    seen, the contribution takes their place, and a `SecateurWarning` says so; `train_joint_pruner` teaches one a model
+    of yours.
     """
 
     description = "joint meta-pruner: sees contributions and redundancy, and scores all heads together"
@@ -48,7 +49,8 @@ class SmpPlusScorer(Scorer):
             message = (
                 f"the networks of smp-plus disagree on this model (mean correlation {agreed:.2f}, trusted above "
                 f"{DISTRUSTED:g}), as on kinds of models that they have not seen: its heads are scored by their "
-                "contribution instead, and for pairs of texts their matching"
+                "contribution instead, and for pairs of texts their matching; `secateur joint-train` makes one that "
+                "knows it"
             )
             warnings.warn(message, SecateurWarning, stacklevel=4)
         return {name: found.get(name, torch.zeros(0)) for name in task.sites}  # a site may have been emptied before

@@ -1,0 +1,246 @@
+"""Teaching a joint pruner models that it has not seen: trials of masks in a folder, and the pruner fitted on them.
+
+Each sample depends on (seed, model, task, its number) alone, so that a run may be stopped at any time and any number of
+processes collect the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from secateur.checks import check_accelerator, check_flag, check_path, check_seed, check_whole
+from secateur.data import Task, check_texts
+from secateur.errors import CheckpointError, InvalidInputError, invalid
+from secateur.files import is_taken, read_json, replaced_folder, write_text
+from secateur.heads import HeadScores
+from secateur.meta.evidence import gather_evidence
+from secateur.meta.joint import JointPruner, contribution_scores
+from secateur.meta.joint_training import FitConfig, Sample, TrialConfig, collect, fit
+from secateur.meta.objective import RELATED
+from secateur.meta.runs import held_run
+from secateur.meta.sampling import generator
+from secateur.meta.search import MaskLoss
+from secateur.meta.subjects import Batch, Subject, check_subjects, check_tasks
+from secateur.model.sites import find_sites
+from secateur.model.state import evaluation_mode
+from secateur.scorers.base import special_ids_of
+from secateur.selection import Scope, select_heads
+
+SCOPES: tuple[Scope, ...] = ("site", "global")
+_FEWEST_SCORED = 4
+_JUDGED_HELD_OUT = 128
+
+
+@dataclass(frozen=True)
+class JointTrainingConfig:
+    """Settings of teaching a joint pruner; the defaults are those of the one that ships, but for longer texts.
+
+    samples: of each model and task; the masks of a later one lie near what the earlier ones have taught. num_texts:
+    texts that give a sample's evidence. judges: batches of other texts, of which each mask meets one; fewer where a
+    task has too few texts. batch_size: texts a batch. max_length: tokens a text. bf16: judge masks by a copy of the
+    model in bfloat16, which is faster where the device has it.
+    """
+
+    samples: int = 2
+    num_texts: int = 96
+    judges: int = 8
+    batch_size: int = 32
+    max_length: int = 128
+    bf16: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("samples", self.samples)
+        check_whole("num_texts", self.num_texts, _FEWEST_SCORED)
+        check_whole("judges", self.judges)
+        check_whole("batch_size", self.batch_size, RELATED)
+        check_whole("max_length", self.max_length, 4)
+        check_flag("bf16", self.bf16)
+        check_seed(self.seed)
+
+
+def train_joint_pruner(
+    subjects: Sequence[Subject],
+    tasks: Sequence[Task],
+    out: str | Path,
+    config: JointTrainingConfig | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    accelerator: Accelerator | None = None,
+) -> JointPruner:
+    """Teach a new joint pruner one or more frozen models on the texts of one or more tasks; labels play no part.
+
+    `out` gets `samples/`, which a run that goes on with `resume` does not collect again, and at the end `pruner/`, for
+    `score_heads(…, scorer="smp-plus", pruner=…)`. A sample takes about 270 gated passes over a batch. More `samples`
+    may be asked for when a run goes on; other settings, models and tasks may not change. The processes of
+    `accelerator`, if any, collect a share of the samples each.
+
+    Raises `InvalidInputError` for tasks with too few texts and for a folder that is taken, `CheckpointError` for a run
+    of other settings.
+    """
+    config = JointTrainingConfig() if config is None else config
+    check_subjects(subjects)
+    check_tasks(tasks)
+    if not isinstance(config, JointTrainingConfig):
+        raise invalid("config", "be a JointTrainingConfig", config)
+    check_flag("resume", resume)
+    check_flag("progress", progress)
+    check_accelerator(accelerator)
+    _check_texts(tasks, config)
+    out, accelerator = check_path("out", out), accelerator or Accelerator()
+    if is_taken(out) and not resume and accelerator.is_main_process:
+        raise invalid("out", "be a new or empty folder", str(out), "resume the run that is there, or choose another")
+    with held_run(out) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            _settle(out, subjects, tasks, config)
+            if resume and progress:
+                there = len(list((out / "samples").glob("*.safetensors")))
+                count = config.samples * len(subjects) * len(tasks)
+                tqdm.write(f"going on: {there} of {count} samples are there", file=sys.stderr)
+        accelerator.wait_for_everyone()
+        samples: list[Sample] = []
+        for number in range(config.samples):
+            earlier = _fitted(samples, config) if samples else None
+            samples += _collected(subjects, tasks, out / "samples", config, number, earlier, accelerator, progress)
+        pruner = _fitted(samples, config)
+        if accelerator.is_main_process:
+            with replaced_folder(out / "pruner") as folder:
+                pruner.save_pretrained(folder)
+    return pruner
+
+
+def _check_texts(tasks: Sequence[Task], config: JointTrainingConfig) -> None:
+    fewest = config.num_texts + config.batch_size
+    for task in tasks:
+        check_texts(task.texts)
+        if len(task) < fewest:
+            raise InvalidInputError(
+                f"task {task.name} has {len(task)} texts, fewer than the {fewest} that a sample takes: `num_texts` "
+                f"({config.num_texts}) for evidence and a batch ({config.batch_size}) that judges masks"
+            )
+
+
+def _settle(out: Path, subjects: Sequence[Subject], tasks: Sequence[Task], config: JointTrainingConfig) -> None:
+    """Write what the run is made of, or check that it is what the folder holds; samples alone may be added."""
+    wanted = {
+        "models": [str(subject.model.name_or_path) for subject in subjects],
+        "tasks": [f"{task.name}, {len(task)} {'pairs' if task.is_pair else 'texts'}" for task in tasks],
+        **asdict(config),
+    }
+    file = out / "settings.json"
+    if file.is_file():
+        found = read_json(file)
+        for name in sorted(set(wanted) - {"samples"}):
+            if not isinstance(found, dict) or found.get(name) != wanted[name]:
+                was = found.get(name) if isinstance(found, dict) else found
+                raise CheckpointError(f"{out} was made with {name} = {was!r}, not {wanted[name]!r}")
+    elif is_taken(out):
+        raise invalid("out", "be a new folder, or one with a run to go on with", str(out))
+    write_text(file, json.dumps(wanted, indent=1))
+
+
+def _collected(
+    subjects: Sequence[Subject],
+    tasks: Sequence[Task],
+    folder: Path,
+    config: JointTrainingConfig,
+    number: int,
+    earlier: JointPruner | None,
+    accelerator: Accelerator,
+    progress: bool,
+) -> list[Sample]:
+    """Return the samples of one number of every model and task, after collecting those that are not there."""
+    cells = {
+        folder / f"{i}-{j}-{number}.safetensors": (i, j) for i, j in product(range(len(subjects)), range(len(tasks)))
+    }
+    mine = list(cells.items())[accelerator.process_index :: accelerator.num_processes]
+    missing = [(path, cell) for path, cell in mine if not path.is_file()]
+    trials = TrialConfig()
+    total = len(missing) * trials.passes(1 if earlier is None else 3, config.judges)
+    name = f"sample {number + 1} of {config.samples}"
+    with tqdm(total=total, desc=name, unit="mask", disable=not (progress and accelerator.is_main_process)) as bar:
+        for path, (i, j) in missing:
+            subject, task = subjects[i], tasks[j]
+            seed = generator(config.seed, i, j, number).initial_seed()
+            texts = task.head(config.num_texts + config.judges * config.batch_size, seed).texts
+            evidence = subject.batches(texts[: config.num_texts], config.batch_size, config.max_length)
+            judging = subject.batches(texts[config.num_texts :], config.batch_size, config.max_length)
+            judges = [_counted(judge, bar) for judge in _judges(subject, judging, task.is_pair, config)]
+            sites = find_sites(subject.model)
+            collect(
+                subject.model, sites, evidence, judges, task.is_pair, str(i), task.name, trials, seed, earlier
+            ).save(path)  # fmt: skip
+    accelerator.wait_for_everyone()
+    return [Sample.load(path) for path in cells]
+
+
+def _judges(
+    subject: Subject, batches: Sequence[Batch], is_pair: bool, config: JointTrainingConfig
+) -> Iterator[MaskLoss]:
+    """Make a judge of every whole batch."""
+    model = deepcopy(subject.model).to(torch.bfloat16) if config.bf16 else subject.model
+    for batch in batches:
+        if len(next(iter(batch.values()))) == config.batch_size:
+            yield MaskLoss(model, [batch], is_pair)
+
+
+def _counted(judge: MaskLoss, bar: Any) -> Callable[[Mapping[str, Tensor]], float]:
+    def judged(mask: Mapping[str, Tensor]) -> float:
+        bar.update()
+        return judge(mask)
+
+    return judged
+
+
+def _fitted(samples: Sequence[Sample], config: JointTrainingConfig) -> JointPruner:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        pruner = JointPruner()
+    fit(pruner, samples, FitConfig(seed=config.seed))
+    return pruner
+
+
+@torch.no_grad()
+def held_out_losses(
+    subject: Subject, task: Task, pruner: JointPruner, config: JointTrainingConfig | None = None, ratio: float = 0.5
+) -> dict[Scope, dict[str, float]]:
+    """Return, for each scope, the relational KL of the masks that the contribution and the joint pruner choose.
+
+    `task` holds texts that the pruner was not taught on: `num_texts` of them at most, and no more than half, give the
+    evidence, up to 128 others judge the masks. Raises `InvalidInputError` for fewer than eight texts.
+    """
+    config = config or JointTrainingConfig()
+    if len(task) < 2 * _FEWEST_SCORED:
+        raise invalid("task", f"have at least {2 * _FEWEST_SCORED} texts", len(task))
+    scored = min(config.num_texts, len(task) // 2)
+    rest = task.texts[scored : scored + _JUDGED_HELD_OUT]
+    model, sites = subject.model, find_sites(subject.model)
+    with evaluation_mode(model):
+        made = subject.batches(task.texts[:scored], config.batch_size, config.max_length)
+        evidence = gather_evidence(
+            model, sites, made, task.is_pair, special_ids=special_ids_of(subject.tokenizer), maps=pruner.sees_maps
+        )
+        loss = MaskLoss(model, subject.batches(rest, config.batch_size, config.max_length), task.is_pair)
+        groups = {name: sites[name].num_key_value_heads for name in evidence.heads}
+        rankings = {"contribution": contribution_scores(evidence), "joint pruner": pruner.eval()(evidence)}
+        return {
+            scope: {
+                name: loss(select_heads(HeadScores(evidence.split(scores.double()), groups), ratio, scope))
+                for name, scores in rankings.items()
+            }
+            for scope in SCOPES
+        }
