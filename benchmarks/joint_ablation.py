@@ -2,12 +2,12 @@
 
     python benchmarks/joint_ablation.py --glue GLUE [--seeds 0 1 2] [--work DIR]
 
-Every variant is fitted without two tasks at a time (what ships, and what sees more, also without any sample of MiniLM:
-a model that they have not seen), with each seed, then scores 96 training texts of tasks not seen. Its masks at three
-ratios of MiniLM's heads, at both scopes, are judged on 128 dev texts: the relational KL, as in representations.py,
-whose random and leave-one-out rows give 0 and 1 of the recovery, but by the model in bfloat16, which takes half of the
-time. Where STS-B was left out, the similarity without fine-tuning on its test texts is measured too, at scope global.
-Rows are kept in --work: start again to go on. GLUE is a folder with one folder a task. Writes
+Every variant is fitted without two tasks at a time (what ships also with all of them, and, as what sees more, without
+any sample of MiniLM: a model that they have not seen), with each seed, then scores 96 training texts of the tasks left
+out. Its masks at three ratios of MiniLM's heads, at both scopes, are judged on 128 dev texts: the relational KL, as in
+representations.py, whose random and leave-one-out rows give 0 and 1 of recovery, but by the model in bfloat16, which
+takes half of the time. Where STS-B was left out, the similarity without fine-tuning on its test texts is measured too,
+at scope global. Rows are kept in --work: start again to go on. GLUE is a folder with one folder a task. Writes
 results/joint_ablation.json.
 """
 
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from joint_pruner import fitted, load
+from joint_pruner import family, fitted, load
 from representations import JUDGED, LENGTH, SCORED, similarity
 from secateur.data import batches, load_task
 from secateur.demo import demo_model
@@ -51,7 +51,7 @@ from secateur.versions import environment
 RESULTS = Path(__file__).parent / "results"
 FOLDS = (("mnli", "qnli"), ("qqp", "mrpc"), ("sst2", "cola"), ("stsb", "rte"))
 SAMPLES = ("joint_samples", "leave_one_out_samples")
-MODEL, UNSEEN = "minilm", "model unseen"
+MODEL, UNSEEN, SEEN = "minilm", "model unseen", "tasks seen"
 RATIOS = (0.25, 0.5, 0.75)
 SCOPES: tuple[Scope, ...] = ("site", "global")
 
@@ -74,10 +74,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "taught by heads dropped alone": {"groups": (LEAVE_ONE_OUT,)},
     "taught by these and the masks": {"groups": (LEAVE_ONE_OUT, *TRIALS)},
     "taught by masks over the whole model alone": {"groups": TRIALS[3:]},
+    "taught on MiniLM alone": {"only": MODEL},
 }
-"""The first five add one thing at a time, the next three what ships without; then come other teachers."""
+"""The first five add one thing at a time, the next three what ships without; then come other teachers and one model."""
 
-ON_UNSEEN_MODEL = (WHOLE, *MORE)
+JUDGED_IN = {UNSEEN: (WHOLE, *MORE), SEEN: (WHOLE,)}
+"""Which variants are fitted without the model, and which with the tasks too; all are fitted without tasks."""
 
 
 CONTRIBUTION = "no fit: the contribution"
@@ -135,11 +137,12 @@ def measure(judge: Judge, seeds: list[int], work: Path) -> list[dict[str, Any]]:
     file = work / "rows.jsonl"
     done = {(row["variant"], row["seed"], row["fold"]) for row in read_lines(file)}
     folds = [("+".join(tasks), {"tasks": tasks}, tasks) for tasks in FOLDS]
-    unseen = (UNSEEN, {"families": (MODEL,)}, tuple(task for tasks in FOLDS for task in tasks))
+    every = tuple(itertools.chain(*FOLDS))
+    folds += [(UNSEEN, {"families": (MODEL,)}, every), (SEEN, {}, every)]
     cells = [
         cell
-        for cell in itertools.product(seeds, [*folds, unseen], VARIANTS.items())
-        if cell[1][0] != UNSEEN or cell[2][0] in ON_UNSEEN_MODEL
+        for cell in itertools.product(seeds, folds, VARIANTS.items())
+        if cell[2][0] in JUDGED_IN.get(cell[1][0], VARIANTS)
     ]
     for tasks in FOLDS:
         if (CONTRIBUTION, 0, "+".join(tasks)) not in done:
@@ -151,7 +154,9 @@ def measure(judge: Judge, seeds: list[int], work: Path) -> list[dict[str, Any]]:
         about = partial(dict, seed=seed, fold=fold)
         with torch.enable_grad():
             kept = [sample for folder in SAMPLES for sample in load(RESULTS / folder, **left_out)[0]]
-            pruner = fitted(kept, seed, **{"groups": TRIALS, **network})
+            settings = {"groups": TRIALS, **network}
+            only = settings.pop("only", None)
+            pruner = fitted([s for s in kept if only in (None, family(s.subject))], seed, **settings)
         found = [r for t in judged for r in judge.rows(pruner(judge.evidence(t)), t, about(variant=variant))]
         if variant == WHOLE:
             for part, smaller in zip(PARTS, parts_of(pruner), strict=True):
@@ -195,13 +200,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         + " | worst task, global 50% | similarity, global 25 / 50 / 75% |"
     ]
     lines.append("|---" * (len(cells) + 3) + "|")
-    for unseen in (False, True):
+    for kind, suffix in (("", ""), (SEEN, ", tasks seen"), (UNSEEN, ", MiniLM unseen")):
         for variant in dict.fromkeys(row["variant"] for row in rows):
-            chosen = [r for r in rows if r["variant"] == variant and (r["fold"] == UNSEEN) == unseen]
+            chosen = [
+                r for r in rows if r["variant"] == variant and (r["fold"] if r["fold"] in JUDGED_IN else "") == kind
+            ]
             if not chosen:
                 continue
             seeds = sorted({r["seed"] for r in chosen})
-            line = f"| {variant}{', MiniLM unseen' if unseen else ''} |"
+            line = f"| {variant}{suffix} |"
             for scope, ratio in cells:
                 by_seed = [
                     statistics.mean(
@@ -227,9 +234,15 @@ def against_contribution(rows: list[dict[str, Any]]) -> str:
         found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             if (row["scope"], row["ratio"]) == (scope, ratio) and row["fold"] != UNSEEN:
-                found[row["task"]][row["variant"]].append(1e3 * row["kl"])
-        pairs = [f"{task} {one[CONTRIBUTION][0]:.1f} and {spread(one[WHOLE], 1)}" for task, one in found.items()]
-        lines.append(f"{scope} {ratio:.0%}, contribution and all of it: {', '.join(pairs)}")
+                name = row["variant"] + (row["fold"] if row["fold"] == SEEN else "")
+                found[row["task"]][name].append(1e3 * row["kl"])
+        for what, name in (
+            ("all of it", WHOLE),
+            ("the same, task seen", WHOLE + SEEN),
+            ("and no matching", PARTS[2] + SEEN),
+        ):
+            pairs = [f"{task} {one[CONTRIBUTION][0]:.1f} and {spread(one[name], 1)}" for task, one in found.items()]
+            lines.append(f"{scope} {ratio:.0%}, contribution and {what}: {', '.join(pairs)}")
     return "\n".join(lines)
 
 

@@ -51,6 +51,7 @@ class Subject:
     """A model in evaluation mode, and a function from a number and a seed to that many inputs of its domain, batched.
 
     Seeds that are even and odd draw from disjoint halves, so that a mask can be judged on inputs that nothing saw.
+    Where inputs are texts, `texts` are those of the even half, for the tokenizer.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Subject:
     draw: Callable[[int, int], list[dict[str, Tensor]]]
     tokenizer: Any = None
     reads_english: bool = False
+    texts: tuple[str, ...] = ()
 
 
 def minilm_and_tokenizer() -> tuple[PreTrainedModel, Any]:
@@ -72,7 +74,7 @@ def minilm() -> Subject:
 def rxnfp(checkpoint: str = "bert_pretrained") -> Subject:
     model, tokenizer = reaction_model("rxnfp", checkpoint, BertModel)
     name = "rxnfp" if checkpoint == "bert_pretrained" else f"rxnfp-{checkpoint}"
-    return Subject(name, model, _texts(model, tokenizer, reactions()))
+    return _reader(name, model, tokenizer, reactions(), LENGTH)
 
 
 def reaction_model(package: str, checkpoint: str, model_class: Any) -> tuple[Any, PreTrainedTokenizerFast]:
@@ -85,12 +87,12 @@ def reaction_model(package: str, checkpoint: str, model_class: Any) -> tuple[Any
 def antibody_bert() -> Subject:
     model, tokenizer = antibodies.antiberty(_package("antiberty", "antiberty==0.1.3"))
     made = antibodies.antibodies("heavy") + antibodies.antibodies("light")
-    return Subject("antiberty", model, _texts(model, tokenizer, made, ANTIBODY))
+    return _reader("antiberty", model, tokenizer, made, ANTIBODY)
 
 
 def antibody_roberta(chain: str) -> Subject:
     model, tokenizer = antibodies.sapiens(_package("sapiens", "sapiens==1.0.3"), chain)
-    return Subject(f"sapiens-{chain}", model, _texts(model, tokenizer, antibodies.antibodies(chain), ANTIBODY))
+    return _reader(f"sapiens-{chain}", model, tokenizer, antibodies.antibodies(chain), ANTIBODY)
 
 
 def smollm2_file() -> Path:
@@ -196,6 +198,11 @@ def _reaction_tokenizer(vocabulary: Path) -> PreTrainedTokenizerFast:
         tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
         model_max_length=512,
     )  # fmt: skip
+
+
+def _reader(name: str, model: PreTrainedModel, tokenizer: Any, texts: list[str], length: int) -> Subject:
+    """Return a subject that reads texts of its own domain."""
+    return Subject(name, model, _texts(model, tokenizer, texts, length), tokenizer, texts=tuple(_half(texts, 0)))
 
 
 def _texts(
