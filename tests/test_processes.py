@@ -8,23 +8,30 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import secateur
 from secateur import cli
+from secateur.data import Task
 from secateur.errors import InvalidInputError
+from secateur.meta import joint_runs
+from secateur.meta.joint_runs import JointTrainingConfig, train_joint_pruner
+from secateur.meta.joint_training import FitConfig, TrialConfig
+from secateur.meta.subjects import Subject
 from tests.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXTS = 44  # in batches of 4: neither 2 nor 3 processes get equal shares
 
 
-def results(accelerator: Any) -> dict[str, Any]:
-    """Return plain data of scores, masks and stops, exact to the last bit."""
+def results(accelerator: Any, folder: Path) -> dict[str, Any]:
+    """Return plain data of scores, masks, stops and a joint pruner taught in `folder`, exact to the last bit."""
     model, tokenizer, texts = tiny_model("bert"), tiny_tokenizer(), tiny_texts(TEXTS)
     common: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": 4, "accelerator": accelerator}
     scores = {}
@@ -43,6 +50,15 @@ def results(accelerator: Any) -> dict[str, Any]:
     found = {name: row.to_json() for name, row in scores.items()}
     _, report = secateur.prune(model, texts, refine=4, maps=True, **common)
     found["prune"] = {"mask": report.mask.kept_heads, "losses": report.refinement, "texts": report.num_texts}
+    subject, config = (
+        Subject(tiny_model("bert"), tokenizer),
+        JointTrainingConfig(num_texts=8, judges=1, batch_size=4, max_length=16),
+    )
+    tasks = [Task("one", texts), Task("two", pairs)]
+    short = {"TrialConfig": partial(TrialConfig, near=3), "FitConfig": partial(FitConfig, epochs=5)}
+    with mock.patch.multiple(joint_runs, **short):
+        taught = train_joint_pruner([subject], tasks, folder, config, progress=False, accelerator=accelerator)
+    found["joint pruner"] = {name: value.tolist() for name, value in taught.state_dict().items()}
     try:
         secateur.score_heads(model, texts[:8], "taylor", labels=labels[:8], **common, warmup_epochs=1)
         found["refused"] = ""
@@ -63,7 +79,7 @@ def work(rank: int, processes: int, port: int, out: Path) -> None:
     accelerator = Accelerator()
     torch.set_num_threads(1)  # accelerate takes a number of its own where OMP_NUM_THREADS does not say one
     assert accelerator.num_processes == processes
-    (out / f"{rank}.json").write_text(json.dumps(results(accelerator)))
+    (out / f"{rank}.json").write_text(json.dumps(results(accelerator, out / "run")))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -75,10 +91,10 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield results(None)
+    yield results(None, tmp_path_factory.mktemp("alone") / "run")
     torch.set_num_threads(threads)
 
 

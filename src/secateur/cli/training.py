@@ -177,7 +177,7 @@ def joint_train(
     from accelerate import Accelerator
 
     from secateur.data import has_splits, load_task
-    from secateur.errors import InvalidInputError
+    from secateur.errors import InvalidInputError, invalid
     from secateur.meta.joint_runs import JointTrainingConfig, held_out_losses, train_joint_pruner
     from secateur.meta.subjects import Subject
     from secateur.model.loading import load_model, load_tokenizer
@@ -187,8 +187,8 @@ def joint_train(
     if resume and not (out / "settings.json").is_file():
         raise InvalidInputError(f"there is no run to go on with in {out}")
     accelerator = Accelerator()
-    if not resume and accelerator.is_main_process:
-        check_new_folder(out)
+    if not resume and accelerator.is_main_process and is_taken(out):
+        raise invalid("out", "be a new or empty folder", str(out), "go on with --resume, or choose another folder")
     tasks = [load_task(d, "train") for d in data]
     held_out = [load_task(d, "dev") for d in data if has_splits(d)]
     subjects = [Subject(load_model(m, accelerator.device), load_tokenizer(m)) for m in models]
