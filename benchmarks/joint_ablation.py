@@ -239,7 +239,7 @@ def against_contribution(rows: list[dict[str, Any]]) -> str:
         for what, name in (
             ("all of it", WHOLE),
             ("the same, task seen", WHOLE + SEEN),
-            ("and no matching", PARTS[2] + SEEN),
+            ("that without matching", PARTS[2] + SEEN),
         ):
             pairs = [f"{task} {one[CONTRIBUTION][0]:.1f} and {spread(one[name], 1)}" for task, one in found.items()]
             lines.append(f"{scope} {ratio:.0%}, contribution and {what}: {', '.join(pairs)}")

@@ -13,6 +13,7 @@ from secateur.data import batches
 from secateur.demo import demo_model
 from secateur.errors import InvalidInputError, UnsupportedModelError
 from secateur.heads import HeadMask
+from secateur.meta import evidence
 from secateur.meta.evidence import gather_evidence
 from secateur.meta.joint import JointPruner, matching_scores
 from secateur.model.inputs import example_inputs, forward_arguments
@@ -208,3 +209,23 @@ def test_the_joint_pruner_adds_matching_to_its_scores_for_pairs():
         torch.testing.assert_close(more(pairs) - less(pairs), 2 * (1 + 8 * pairs.matching).log())
     singles = gather_evidence(model, find_sites(model), made, False, special_ids=special)
     assert matching_scores(singles).tolist() == [0.0] * 12
+
+
+def test_the_scorer_may_weigh_matching_otherwise_than_its_pruner(monkeypatch):
+    model, tokenizer, pruner = tiny_model("bert"), tiny_tokenizer(), JointPruner(members=1)
+    asked, real = [], evidence.probe
+    monkeypatch.setattr(evidence, "probe", lambda *a, weights: asked.append(weights) or real(*a, weights=weights))
+
+    def scores(**options):
+        found = score_heads(model, PAIRS, "smp-plus", tokenizer, pruner=pruner, **options)
+        return torch.cat(list(found.values()))
+
+    own, none, more = scores(), scores(matching=0), scores(matching=6.0)
+    assert asked[0] is True
+    assert asked[len(asked) // 3] is False  # without matching no maps are made
+    torch.testing.assert_close(more - none, 3 * (own - none), rtol=1e-4, atol=1e-5)
+    assert float((own - none).max()) > 0
+    assert pruner.matching == 2
+    for wrong in (-1, "much", float("nan")):
+        with pytest.raises(InvalidInputError, match="`matching` must be a number from 0"):
+            scores(matching=wrong)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurWarning
+from secateur.checks import is_number
+from secateur.errors import SecateurWarning, invalid
 from secateur.meta.evidence import gather_evidence
 from secateur.meta.joint import DISTRUSTED, JointPruner, agreement, standardised
 from secateur.scorers.base import Scorer, ScoringTask
@@ -25,6 +27,9 @@ class SmpPlusScorer(Scorer):
     ships with secateur. Where its networks disagree too much to be trusted, as on kinds of models that they have not
     seen, the contribution takes their place, and a `SecateurWarning` says so; `train_joint_pruner` teaches one a model
     of yours.
+
+    `matching` takes the place of the pruner's own weight on heads that match words between the two texts of pairs,
+    which fine-tuning needs; 0 suits representations that are used as they are.
     """
 
     description = "joint meta-pruner: sees contributions and redundancy, and scores all heads together"
@@ -32,14 +37,20 @@ class SmpPlusScorer(Scorer):
     passes = "1"
     texts_apart = True
 
-    def __init__(self, pruner: JointPruner | str | Path | None = None) -> None:
+    def __init__(self, pruner: JointPruner | str | Path | None = None, matching: float | None = None) -> None:
+        if matching is not None and not is_number(matching, least=0):
+            raise invalid("matching", "be a number from 0", matching)
         self.pruner = read_pruner(JointPruner, SHIPPED if pruner is None else pruner)
+        if matching is not None:
+            self.pruner = copy.copy(self.pruner)  # the one that was given keeps its own weight
+            self.pruner.matching = matching
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Gather the evidence and score all heads at once."""
         batches = task.track(task.batches, len(task.batches), "scoring")
+        special_ids = task.special_ids if self.pruner.matching else None  # matching takes maps
         evidence = gather_evidence(
-            task.model, task.sites, batches, task.is_pair, task.accelerator, task.special_ids, self.pruner.sees_maps
+            task.model, task.sites, batches, task.is_pair, task.accelerator, special_ids, self.pruner.sees_maps
         )
         with torch.no_grad():
             (judged,) = self.pruner.eval().judge_all([evidence])
