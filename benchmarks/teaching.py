@@ -46,14 +46,17 @@ SCORED, JUDGED = 96, 128
 CONTRIBUTION, TAUGHT = "contribution", "smp-plus, taught this model"
 
 
+def length(name: str) -> int:
+    return subjects.ANTIBODY if name.startswith("sapiens") else subjects.LENGTH
+
+
 def measure(name: str, seeds: int) -> list[dict[str, Any]]:
     """Return a row for each scorer, seed, scope and ratio."""
     subject, rows = subjects.SUBJECTS[name](), []
-    length = subjects.ANTIBODY if name.startswith("sapiens") else subjects.LENGTH
     loss = MaskLoss(subject.model, subject.draw(JUDGED, 1), False)
     task = Task(name, list(subject.texts))
     for seed in range(seeds):
-        config = JointTrainingConfig(max_length=length, bf16=True, seed=seed)
+        config = JointTrainingConfig(max_length=length(name), bf16=True, seed=seed)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             pruner = train_joint_pruner(
@@ -101,18 +104,22 @@ def main() -> None:
     for name in options.subjects:
         if name not in {row["subject"] for row in rows}:
             rows = rows + measure(name, options.seeds)
+        taught_ones = dict.fromkeys(row["subject"] for row in rows)
         result = {
             "command": "OMP_NUM_THREADS=1 python benchmarks/teaching.py",
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, 1 of 2 cores with other work on the second, no GPU",
             "versions": environment(),
-            "config": asdict(JointTrainingConfig(bf16=True)),
+            "config": {
+                **asdict(JointTrainingConfig(bf16=True)),
+                "max_length": {who: length(who) for who in taught_ones},
+            },
             "rows": rows,
         }
         write_text(OUT, json.dumps(result, indent=1) + "\n")
     print(table(rows))
     taught = {(row["subject"], row["seed"]): row["teaching_seconds"] for row in rows if row["scorer"] == TAUGHT}
-    for name in dict.fromkeys(row["subject"] for row in rows):
+    for name in taught_ones:
         print(f"{name}: {statistics.median(s for (who, _), s in taught.items() if who == name):.0f} s to teach")
 
 

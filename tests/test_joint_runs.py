@@ -7,11 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers import AutoModel, BertConfig
 
 import secateur
 from secateur import cli
 from secateur.data import Task
-from secateur.errors import CheckpointError, InvalidInputError
+from secateur.errors import CheckpointError, InvalidInputError, UnsupportedModelError
 from secateur.meta import joint_runs
 from secateur.meta.joint import JointPruner, contribution_scores
 from secateur.meta.joint_runs import JointTrainingConfig, held_out_losses, train_joint_pruner
@@ -27,10 +28,10 @@ NEAR = 6
 SMALL = {"num_texts": 8, "judges": 3, "batch_size": 4, "max_length": 16}
 
 
-def train(out, kind="bert", tasks=TASKS, resume=False, **settings):
-    subject = Subject(tiny_model(kind), tiny_tokenizer())
+def train(out, kind="bert", tasks=TASKS, resume=False, progress=False, subject=None, **settings):
+    subject = subject or Subject(tiny_model(kind), tiny_tokenizer())
     config = JointTrainingConfig(**{**SMALL, **settings})
-    return train_joint_pruner([subject], tasks, out, config, resume=resume, progress=False)
+    return train_joint_pruner([subject], tasks, out, config, resume=resume, progress=progress)
 
 
 def samples(out):
@@ -114,12 +115,16 @@ def test_as_many_masks_are_judged_as_it_says():
         assert len(calls) == config.passes(rankings, len(judges))
 
 
-def test_a_task_with_few_texts_has_fewer_judges(tmp_path, monkeypatch):
+def test_a_task_with_few_texts_has_fewer_judges(tmp_path, monkeypatch, capsys):
     numbers = []
     monkeypatch.setattr(joint_runs, "collect", lambda *given: numbers.append(len(given[3])) or collect(*given))
     few = [Task(str(count), tiny_texts(count)) for count in (12, 15, 16, 200)]
     train(tmp_path / "run", tasks=few, samples=1)
     assert numbers == [1, 1, 2, 3]  # whole batches of 4 beyond the 8 that are scored, 3 at most
+    passes = TrialConfig(near=NEAR).passes(1, 1)
+    few_judges = train(tmp_path / "bar", tasks=few[:1], samples=1, progress=True)
+    assert f"{passes}/{passes}" in capsys.readouterr().err
+    assert same(few_judges, train(tmp_path / "again", tasks=few[:1], samples=1))
     with pytest.raises(
         InvalidInputError, match=r"task few has 11 texts, fewer than the 12 that a sample takes: `num_texts` \(8\)"
     ):
@@ -144,16 +149,21 @@ def test_the_held_out_losses_are_those_of_the_masks_that_the_scorers_choose(whol
     subject, task = Subject(model, tiny_tokenizer()), Task("dev", tiny_texts(14, seed=9, pairs=True))
     found = held_out_losses(subject, task, pruner, JointTrainingConfig(**SMALL))
     assert list(found) == ["site", "global"]
-    loss = MaskLoss(model, subject.batches(task.texts[7:], 4, 16), True)
+    texts = task.head(14, seed=0).texts
+    loss = MaskLoss(model, subject.batches(texts[7:], 4, 16), True)
     for name, scorer, options in (
         ("contribution", "contribution", {}),
-        ("joint pruner", "smp-plus", {"pruner": pruner}),
+        ("joint_pruner", "smp-plus", {"pruner": pruner}),
     ):
-        scores = score_heads(model, task.texts[:7], scorer, tiny_tokenizer(), batch_size=4, max_length=16, **options)
+        scores = score_heads(model, texts[:7], scorer, tiny_tokenizer(), batch_size=4, max_length=16, **options)
         for scope, losses in found.items():
             assert losses[name] == pytest.approx(loss(secateur.select_heads(scores, 0.5, scope)), rel=1e-4)
-    with pytest.raises(InvalidInputError, match="`task` must have at least 8 texts, got 7"):
+    with pytest.raises(InvalidInputError, match="held-out task dev has 7 texts, fewer than 8; give more dev texts"):
         held_out_losses(subject, Task("dev", tiny_texts(7)), pruner)
+    for name, given in (("subject", model), ("task", texts), ("pruner", "shipped"), ("config", {})):
+        right = {"subject": subject, "task": task, "pruner": pruner}
+        with pytest.raises(InvalidInputError, match=f"`{name}` must be a "):
+            held_out_losses(**{**right, name: given})
 
 
 def test_runs_that_cannot_go_on(whole, tmp_path):
@@ -162,22 +172,71 @@ def test_runs_that_cannot_go_on(whole, tmp_path):
         train(out)
     with pytest.raises(CheckpointError, match="was made with seed = 0, not 1"):
         train(out, resume=True, seed=1)
-    with pytest.raises(CheckpointError, match=r"was made with tasks = \['singles, 40 texts', 'pairs, 24 pairs'\], not"):
+    with pytest.raises(
+        CheckpointError, match=r"was made with tasks = \['singles, 40 texts \w+', 'pairs, 24 texts \w+'\], not"
+    ):
         train(out, resume=True, tasks=TASKS[:1])
-    (tmp_path / "notes.txt").write_text("mine")
+    changed = [Task("singles", tiny_texts(40, seed=7)), TASKS[1]]
+    for other in ({"tasks": changed}, {"kind": "llama"}, {"subject": Subject(tiny_model("bert", 5), tiny_tokenizer())}):
+        with pytest.raises(CheckpointError, match=r"was made with .*; go on with the same, or choose another folder"):
+            train(out, resume=True, **other)
+    with pytest.raises(InvalidInputError, match=r"`samples` must be at least the 2 of the run in .*, got 1"):
+        train(out, resume=True, samples=1)
+    (tmp_path / "settings.json").write_text('{"model": "of a comparison"}')
+    with pytest.raises(CheckpointError, match=r"settings\.json is of no run of this kind; choose another folder"):
+        train(tmp_path, resume=True)
+    (tmp_path / "settings.json").unlink()
+    for name in ("notes.txt", ".draft.unfinished"):
+        (tmp_path / name).write_text("mine")
     with pytest.raises(InvalidInputError, match="`out` must be a new folder, or one with a run to go on with"):
         train(tmp_path, resume=True)
+    assert (tmp_path / ".draft.unfinished").read_text() == "mine"  # a folder that is no run's is left alone
     train(tmp_path / "run", tasks=TASKS[:1], samples=1)
     damaged = tmp_path / "run" / "samples" / "0-0-0.safetensors"
     damaged.write_bytes(b"nothing")
     with pytest.raises(
-        CheckpointError, match=r"0-0-0\.safetensors holds no sample: .*; without it, it is collected again"
+        CheckpointError, match=r"0-0-0\.safetensors holds no sample: .*; remove it, and it is collected again"
     ):
         train(tmp_path / "run", tasks=TASKS[:1], samples=1, resume=True)
     damaged.unlink()
     assert len(samples(tmp_path / "run")) == 0
     train(tmp_path / "run", tasks=TASKS[:1], samples=1, resume=True)
     assert len(samples(tmp_path / "run")) == 1
+
+
+def with_heads(count):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=count, intermediate_size=37
+    )
+    return Subject(AutoModel.from_config(config), tiny_tokenizer())
+
+
+def test_what_teaches_nothing_is_refused(tmp_path):
+    with pytest.raises(
+        InvalidInputError, match=r"masks all cost the same on the texts of task same, .*; give texts that"
+    ):
+        train(tmp_path / "run", tasks=[Task("same", ["good film"] * 20)], samples=1)
+    with pytest.raises(
+        UnsupportedModelError, match="reads pixel_values; a meta-pruner learns on models that read texts"
+    ):
+        Subject(tiny_model("vit"), tiny_tokenizer())
+    # A quarter of a site's two heads is none, so those trials would all be the whole model.
+    train(tmp_path / "two", subject=with_heads(2), samples=1)
+    for sample in samples(tmp_path / "two").values():
+        assert sample.groups.unique().tolist() == [2, 3, 4, 5, 6]
+        assert not bool(sample.masks.all(dim=1).any())
+    with pytest.raises(
+        InvalidInputError, match=r"no head of .* can be removed at any of the ratios \(0.25, 0.5, 0.75\)"
+    ):
+        train(tmp_path / "one", subject=with_heads(1))
+
+
+def test_the_mode_of_the_model_changes_nothing(whole, tmp_path):
+    subject = Subject(tiny_model("bert"), tiny_tokenizer())
+    subject.model.train()
+    assert same(train(tmp_path / "run", subject=subject), whole[1])
+    assert subject.model.training
 
 
 @pytest.mark.parametrize(
@@ -208,7 +267,7 @@ def test_from_the_command_line_to_a_pruned_model(tmp_path, capsys):
     words = ["joint-train", "--model", str(tmp_path / "model"), "--data", str(task), "--out", str(out)]
     words += ["--texts", "8", "--judges", "2", "--batch-size", "4", "--max-length", "16"]
     assert cli.main([*words, "--resume"]) == 2
-    assert f"there is no run to go on with in {out}" in capsys.readouterr().err
+    assert f"there is no run to go on with in {out}; leave --resume out" in capsys.readouterr().err
     assert cli.main([*words, "--samples", "1"]) == 0
     printed = capsys.readouterr()
     assert "half of the heads removed; lower is better" in printed.out

@@ -147,9 +147,10 @@ def held_out_table(rows: list[dict[str, Any]]) -> Table:
     """Return what the masks of the contribution and of a joint pruner cost on texts that it was not taught on."""
     title = "1000 times the relational KL on dev texts, half of the heads removed; lower is better"
     table = Table(*(Column(name, no_wrap=True) for name in ("model", "task", "scope")), title=title)
-    for column in ("contribution", "joint pruner"):
-        table.add_column(column, justify="right")
+    judged = ("contribution", "joint_pruner")
+    for name in judged:
+        table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        values = (f"{1000 * row[name]:.1f}" for name in ("contribution", "joint pruner"))
+        values = (f"{1000 * row[name]:.1f}" for name in judged)
         table.add_row(row["model"], row["task"], row["scope"], *values)
     return table

@@ -178,19 +178,27 @@ def joint_train(
 
     from secateur.data import has_splits, load_task
     from secateur.errors import InvalidInputError, invalid
-    from secateur.meta.joint_runs import JointTrainingConfig, held_out_losses, train_joint_pruner
+    from secateur.meta.joint_runs import (
+        SETTINGS,
+        JointTrainingConfig,
+        check_held_out,
+        held_out_losses,
+        train_joint_pruner,
+    )
     from secateur.meta.subjects import Subject
     from secateur.model.loading import load_model, load_tokenizer
     from secateur.tables import held_out_table, print_table
 
     config = JointTrainingConfig(**settings)
-    if resume and not (out / "settings.json").is_file():
-        raise InvalidInputError(f"there is no run to go on with in {out}")
+    if resume and not (out / SETTINGS).is_file():
+        raise InvalidInputError(f"there is no run to go on with in {out}; leave --resume out")
     accelerator = Accelerator()
     if not resume and accelerator.is_main_process and is_taken(out):
         raise invalid("out", "be a new or empty folder", str(out), "go on with --resume, or choose another folder")
     tasks = [load_task(d, "train") for d in data]
     held_out = [load_task(d, "dev") for d in data if has_splits(d)]
+    for task in held_out:
+        check_held_out(task)
     subjects = [Subject(load_model(m, accelerator.device), load_tokenizer(m)) for m in models]
     with stoppable(f"the samples in {out} stay; go on with --resume"):
         pruner = train_joint_pruner(subjects, tasks, out, config, resume=resume, accelerator=accelerator)

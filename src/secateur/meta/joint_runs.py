@@ -1,18 +1,20 @@
 """Teaching a joint pruner models that it has not seen: trials of masks in a folder, and the pruner fitted on them.
 
-Each sample depends on (seed, model, task, its number) alone, so that a run may be stopped at any time and any number of
-processes collect the same.
+Each sample's draws come from (seed, number of the model, of the task, and of the sample), and from the second on its
+masks lie near what all samples before have taught; so a run may be stopped at any time, and any number of processes
+collect the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from secateur.checks import check_accelerator, check_flag, check_path, check_seed, check_whole
-from secateur.data import Task, check_texts
+from secateur.data import Task
 from secateur.errors import CheckpointError, InvalidInputError, invalid
 from secateur.files import is_taken, read_json, replaced_folder, write_text
 from secateur.heads import HeadScores
@@ -33,20 +36,22 @@ from secateur.meta.objective import RELATED
 from secateur.meta.runs import held_run
 from secateur.meta.sampling import generator
 from secateur.meta.search import MaskLoss
-from secateur.meta.subjects import Batch, Subject, check_subjects, check_tasks
+from secateur.meta.subjects import Subject, check_subjects, check_tasks
 from secateur.model.sites import find_sites
 from secateur.model.state import evaluation_mode
 from secateur.scorers.base import special_ids_of
 from secateur.selection import Scope, select_heads
 
 SCOPES: tuple[Scope, ...] = ("site", "global")
+SETTINGS = "settings.json"
 _FEWEST_SCORED = 4
+_ALIKE = 1e-3  # losses beside one mask's are around 1
 _JUDGED_HELD_OUT = 128
 
 
 @dataclass(frozen=True)
 class JointTrainingConfig:
-    """Settings of teaching a joint pruner; the defaults are those of the one that ships, but for longer texts.
+    """Settings of teaching a joint pruner.
 
     samples: of each model and task; the masks of a later one lie near what the earlier ones have taught. num_texts:
     texts that give a sample's evidence. judges: batches of other texts, of which each mask meets one; fewer where a
@@ -102,8 +107,13 @@ def train_joint_pruner(
     check_accelerator(accelerator)
     _check_texts(tasks, config)
     out, accelerator = check_path("out", out), accelerator or Accelerator()
-    if is_taken(out) and not resume and accelerator.is_main_process:
-        raise invalid("out", "be a new or empty folder", str(out), "resume the run that is there, or choose another")
+    if accelerator.is_main_process and is_taken(out):
+        if not resume:
+            raise invalid(
+                "out", "be a new or empty folder", str(out), "resume the run that is there, or choose another"
+            )
+        if not (out / SETTINGS).is_file():
+            raise invalid("out", "be a new folder, or one with a run to go on with", str(out))
     with held_run(out) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             _settle(out, subjects, tasks, config)
@@ -126,31 +136,50 @@ def train_joint_pruner(
 def _check_texts(tasks: Sequence[Task], config: JointTrainingConfig) -> None:
     fewest = config.num_texts + config.batch_size
     for task in tasks:
-        check_texts(task.texts)
         if len(task) < fewest:
             raise InvalidInputError(
                 f"task {task.name} has {len(task)} texts, fewer than the {fewest} that a sample takes: `num_texts` "
-                f"({config.num_texts}) for evidence and a batch ({config.batch_size}) that judges masks"
+                f"({config.num_texts}) for evidence and a batch ({config.batch_size}) that judges masks; give more "
+                "texts, or lower either"
             )
 
 
 def _settle(out: Path, subjects: Sequence[Subject], tasks: Sequence[Task], config: JointTrainingConfig) -> None:
     """Write what the run is made of, or check that it is what the folder holds; samples alone may be added."""
     wanted = {
-        "models": [str(subject.model.name_or_path) for subject in subjects],
-        "tasks": [f"{task.name}, {len(task)} {'pairs' if task.is_pair else 'texts'}" for task in tasks],
+        "models": [f"{subject.model.name_or_path} {_digest_of_model(subject)}".strip() for subject in subjects],
+        "tasks": [f"{task.name}, {len(task)} texts {_digest(repr(task.texts).encode())}" for task in tasks],
         **asdict(config),
     }
-    file = out / "settings.json"
+    file = out / SETTINGS
     if file.is_file():
         found = read_json(file)
+        if not isinstance(found, dict) or not set(wanted) <= set(found):
+            raise CheckpointError(f"{file} is of no run of this kind; choose another folder")
         for name in sorted(set(wanted) - {"samples"}):
-            if not isinstance(found, dict) or found.get(name) != wanted[name]:
-                was = found.get(name) if isinstance(found, dict) else found
-                raise CheckpointError(f"{out} was made with {name} = {was!r}, not {wanted[name]!r}")
-    elif is_taken(out):
-        raise invalid("out", "be a new folder, or one with a run to go on with", str(out))
+            if found[name] != wanted[name]:
+                raise CheckpointError(
+                    f"{out} was made with {name} = {found[name]!r}, not {wanted[name]!r}; go on with the same, or "
+                    "choose another folder"
+                )
+        if config.samples < found["samples"]:
+            raise invalid("samples", f"be at least the {found['samples']} of the run in {out}", config.samples)
     write_text(file, json.dumps(wanted, indent=1))
+
+
+def _digest_of_model(subject: Subject) -> str:
+    """Tell a model from others: by its class, and the first numbers of every weight."""
+    parts = [type(subject.model).__name__.encode()]
+    for name, value in subject.model.state_dict().items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            continue
+        first = value.flatten()[:16].double().cpu().numpy().tobytes()  # exact from any dtype, on any device
+        parts.append(f"{name} {tuple(value.shape)} ".encode() + first)
+    return _digest(*parts)
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.blake2b(b"".join(parts), digest_size=6).hexdigest()
 
 
 def _collected(
@@ -169,33 +198,47 @@ def _collected(
     }
     mine = list(cells.items())[accelerator.process_index :: accelerator.num_processes]
     missing = [(path, cell) for path, cell in mine if not path.is_file()]
-    trials = TrialConfig()
-    total = len(missing) * trials.passes(1 if earlier is None else 3, config.judges)
+    trials, rankings = TrialConfig(), 1 if earlier is None else 3
+    counts = [min(config.judges, (len(task) - config.num_texts) // config.batch_size) for task in tasks]
+    total = sum(trials.passes(rankings, counts[j]) for _, (_, j) in missing)
     name = f"sample {number + 1} of {config.samples}"
     with tqdm(total=total, desc=name, unit="mask", disable=not (progress and accelerator.is_main_process)) as bar:
-        for path, (i, j) in missing:
-            subject, task = subjects[i], tasks[j]
-            seed = generator(config.seed, i, j, number).initial_seed()
-            texts = task.head(config.num_texts + config.judges * config.batch_size, seed).texts
-            evidence = subject.batches(texts[: config.num_texts], config.batch_size, config.max_length)
-            judging = subject.batches(texts[config.num_texts :], config.batch_size, config.max_length)
-            judges = [_counted(judge, bar) for judge in _judges(subject, judging, task.is_pair, config)]
-            sites = find_sites(subject.model)
-            collect(
-                subject.model, sites, evidence, judges, task.is_pair, str(i), task.name, trials, seed, earlier
-            ).save(path)  # fmt: skip
+        for i, group in groupby(missing, key=lambda item: item[1][0]):
+            model = subjects[i].model
+            with evaluation_mode(model):
+                judge = deepcopy(model).to(torch.bfloat16) if config.bf16 else model
+                for path, (_, j) in group:
+                    seed = generator(config.seed, i, j, number).initial_seed()
+                    _sample(subjects[i], judge, tasks[j], config, trials, counts[j], seed, earlier, bar).save(path)
     accelerator.wait_for_everyone()
     return [Sample.load(path) for path in cells]
 
 
-def _judges(
-    subject: Subject, batches: Sequence[Batch], is_pair: bool, config: JointTrainingConfig
-) -> Iterator[MaskLoss]:
-    """Make a judge of every whole batch."""
-    model = deepcopy(subject.model).to(torch.bfloat16) if config.bf16 else subject.model
-    for batch in batches:
-        if len(next(iter(batch.values()))) == config.batch_size:
-            yield MaskLoss(model, [batch], is_pair)
+def _sample(
+    subject: Subject,
+    judge: PreTrainedModel,
+    task: Task,
+    config: JointTrainingConfig,
+    trials: TrialConfig,
+    judges: int,
+    seed: int,
+    earlier: JointPruner | None,
+    bar: Any,
+) -> Sample:
+    """Collect one sample; `judge` is the model that judges masks, one batch at a time, of `judges` batches."""
+    texts = task.head(config.num_texts + judges * config.batch_size, seed).texts
+    evidence = subject.batches(texts[: config.num_texts], config.batch_size, config.max_length)
+    judging = subject.batches(texts[config.num_texts :], config.batch_size, config.max_length)
+    losses = [_counted(MaskLoss(judge, [batch], task.is_pair), bar) for batch in judging]
+    sites = find_sites(subject.model)
+    about = subject.model.name_or_path, task.name
+    sample = collect(subject.model, sites, evidence, losses, task.is_pair, *about, trials, seed, earlier)
+    if all(float(sample.losses[sample.groups == group].std()) < _ALIKE for group in sample.groups.unique()):
+        raise InvalidInputError(
+            f"masks all cost the same on the texts of task {task.name}, so there is nothing to learn; give texts that "
+            "differ from each other"
+        )
+    return sample
 
 
 def _counted(judge: MaskLoss, bar: Any) -> Callable[[Mapping[str, Tensor]], float]:
@@ -214,29 +257,41 @@ def _fitted(samples: Sequence[Sample], config: JointTrainingConfig) -> JointPrun
     return pruner
 
 
+def check_held_out(task: Task) -> None:
+    """Raise `InvalidInputError` unless the task has enough texts to judge a pruner by."""
+    if len(task) < 2 * _FEWEST_SCORED:
+        raise InvalidInputError(
+            f"held-out task {task.name} has {len(task)} texts, fewer than {2 * _FEWEST_SCORED}; give more dev texts, "
+            "or the file with the training texts alone"
+        )
+
+
 @torch.no_grad()
 def held_out_losses(
     subject: Subject, task: Task, pruner: JointPruner, config: JointTrainingConfig | None = None, ratio: float = 0.5
 ) -> dict[Scope, dict[str, float]]:
     """Return, for each scope, the relational KL of the masks that the contribution and the joint pruner choose.
 
-    `task` holds texts that the pruner was not taught on: `num_texts` of them at most, and no more than half, give the
-    evidence, up to 128 others judge the masks. Raises `InvalidInputError` for fewer than eight texts.
+    `task` holds texts that the pruner was not taught on. Drawn with the seed, `num_texts` of them at most, and no more
+    than half, give the evidence; up to 128 others judge the masks. Raises `InvalidInputError` for fewer than eight.
     """
-    config = config or JointTrainingConfig()
-    if len(task) < 2 * _FEWEST_SCORED:
-        raise invalid("task", f"have at least {2 * _FEWEST_SCORED} texts", len(task))
+    config = JointTrainingConfig() if config is None else config
+    kinds = {"subject": Subject, "task": Task, "pruner": JointPruner, "config": JointTrainingConfig}
+    for (name, kind), value in zip(kinds.items(), (subject, task, pruner, config), strict=True):
+        if not isinstance(value, kind):
+            raise invalid(name, f"be a {kind.__name__}", value)
+    check_held_out(task)
     scored = min(config.num_texts, len(task) // 2)
-    rest = task.texts[scored : scored + _JUDGED_HELD_OUT]
+    texts = task.head(scored + _JUDGED_HELD_OUT, config.seed).texts
     model, sites = subject.model, find_sites(subject.model)
     with evaluation_mode(model):
-        made = subject.batches(task.texts[:scored], config.batch_size, config.max_length)
+        made = subject.batches(texts[:scored], config.batch_size, config.max_length)
         evidence = gather_evidence(
             model, sites, made, task.is_pair, special_ids=special_ids_of(subject.tokenizer), maps=pruner.sees_maps
         )
-        loss = MaskLoss(model, subject.batches(rest, config.batch_size, config.max_length), task.is_pair)
+        loss = MaskLoss(model, subject.batches(texts[scored:], config.batch_size, config.max_length), task.is_pair)
         groups = {name: sites[name].num_key_value_heads for name in evidence.heads}
-        rankings = {"contribution": contribution_scores(evidence), "joint pruner": pruner.eval()(evidence)}
+        rankings = {"contribution": contribution_scores(evidence), "joint_pruner": pruner.eval()(evidence)}
         return {
             scope: {
                 name: loss(select_heads(HeadScores(evidence.split(scores.double()), groups), ratio, scope))

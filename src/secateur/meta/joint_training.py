@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.errors import CheckpointError, invalid
+from secateur.errors import CheckpointError, InvalidInputError, invalid
 from secateur.files import write_bytes
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.evidence import FEATURES, Evidence, gather_evidence
@@ -78,9 +78,9 @@ class Sample:
             with safe_open(path, "pt") as file:
                 about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise CheckpointError(f"{path} holds no sample: {error}; without it, it is collected again") from None
+            raise CheckpointError(f"{path} holds no sample: {error}; remove it, and it is collected again") from None
         if (about or {}).get("columns") != ",".join(FEATURES):
-            raise CheckpointError(f"{path} holds evidence of another version; collect it again")
+            raise CheckpointError(f"{path} holds evidence of another version; remove it, and it is collected again")
         evidence = Evidence(tensors["features"], tensors["likeness"], json.loads(about["heads"]))
         masks = tensors["masks"].bool()
         return cls(about["subject"], about["task"], evidence, masks, tensors["losses"], tensors["groups"])
@@ -105,7 +105,10 @@ class TrialConfig:
     leave_one_out: bool = False
 
     def passes(self, rankings: int, judges: int) -> int:
-        """Return how many masks are judged for a sample: those tried, and each group's reference by every judge."""
+        """Return how many masks are judged for a sample: those tried, and each group's reference by every judge.
+
+        Heads dropped alone come besides; groups whose ratio removes no head of a model are passed over.
+        """
         return len(self.groups) * (self.own * rankings + self.near + self.at_random + judges)
 
     @property
@@ -147,6 +150,10 @@ def collect(
         heads = torch.arange(len(evidence.features))
         alone = [HeadMask(evidence.split(heads != head)) for head in heads]
         trials += [(mask, statistics.mean(judge(mask) for judge in judges), LEAVE_ONE_OUT) for mask in alone]
+    if not trials:
+        raise InvalidInputError(
+            f"no head of {subject or 'the model'} can be removed at any of the ratios {config.ratios}"
+        )
     masks = torch.stack([torch.cat([mask[name] for name in evidence.heads]) for mask, _, _ in trials])
     losses, groups = torch.tensor([loss for _, loss, _ in trials]), torch.tensor([group for _, _, group in trials])
     return Sample(subject, task, evidence, masks, losses, groups)
@@ -167,6 +174,8 @@ def _trials(
     trials = []
     for number, scope, ratio in config.groups:
         own = [select_heads(HeadScores(evidence.split(scores), kv_heads), ratio, scope) for scores in rankings]
+        if all(bool(row.all()) for row in own[-1].values()):
+            continue  # too few heads, or groups of them too large, to remove so few
         masks = own * config.own
         masks += [
             _near(scores, evidence, kv_heads, ratio, scope, config.spread, random)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data import Task, batches
-from secateur.errors import invalid
+from secateur.errors import UnsupportedModelError, invalid
 from secateur.model.inputs import forward_arguments
 from secateur.model.probe import count_heads
 from secateur.model.state import base_of
@@ -20,11 +20,17 @@ Batch = dict[str, Any]
 class Subject:
     """A frozen model that the pruner learns on, with its tokenizer and each site's number of heads.
 
-    The model is put into eval mode and its weights are frozen; nothing else about it changes.
+    The model is put into eval mode and its weights are frozen; nothing else about it changes. Raises
+    `UnsupportedModelError` for a model that reads no texts.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model: PreTrainedModel = base_of(model).eval().requires_grad_(False)
+        if self.model.main_input_name != "input_ids":
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} reads {self.model.main_input_name}; a meta-pruner learns on models "
+                "that read texts"
+            )
         self.tokenizer = tokenizer
         sample = self.batch(["a", "b"], max_length=8)
         self.heads = {site: heads for site, (heads, _) in count_heads(self.model, sample).items()}

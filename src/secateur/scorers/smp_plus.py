@@ -57,11 +57,11 @@ class SmpPlusScorer(Scorer):
             found = evidence.split(self.pruner.combine(evidence, judged))
         agreed = float(agreement(standardised(judged)))
         if agreed <= DISTRUSTED:
+            matched = " and their matching" if self.pruner.matching and task.is_pair else ""
             message = (
                 f"the networks of smp-plus disagree on this model (mean correlation {agreed:.2f}, trusted above "
                 f"{DISTRUSTED:g}), as on kinds of models that they have not seen: its heads are scored by their "
-                "contribution instead, and for pairs of texts their matching; `secateur joint-train` makes one that "
-                "knows it"
+                f"contribution{matched} instead; `secateur joint-train` makes one that knows it"
             )
             warnings.warn(message, SecateurWarning, stacklevel=4)
         return {name: found.get(name, torch.zeros(0)) for name in task.sites}  # a site may have been emptied before
