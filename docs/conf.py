@@ -14,7 +14,7 @@ project = "secateur"
 author = "the secateur contributors"
 release = version = installed("secateur")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
-exclude_patterns = ["_build", "generated/rivals.md", "generated/mutation.md"]
+exclude_patterns = ["_build", "generated/rivals*.md", "generated/mutation.md"]
 html_theme = "furo"
 html_title = f"secateur {version}"
 html_static_path: list[str] = []
@@ -36,7 +36,8 @@ def write_generated(app: object) -> None:
     pages = {
         "scorers.md": scorers_page(),
         "api.md": api_page(),
-        "rivals.md": rivals_table(),
+        "rivals.md": rivals_table("rivals"),
+        "rivals_mnli_qnli.md": rivals_table("rivals_mnli_qnli"),
         "mutation.md": mutation_tables(),
     }
     for name, text in pages.items():

@@ -13,7 +13,6 @@ from secateur.scorers import DEFAULT_SCORER, SCORERS, scorer_class
 from secateur.summary import ALL_TASKS, summarise
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-RIVALS = RESULTS / "rivals.jsonl"
 
 MODULES = [
     "secateur.attention_maps",
@@ -79,9 +78,9 @@ def _section(name: str) -> list[str]:
     return [*lines, f".. autoclass:: {kind.__module__}.{kind.__qualname__}", "   :no-index:", "```"]
 
 
-def rivals_table() -> str:
-    """Return what the rows of the rivals' comparison say, best first at each ratio: it follows from the raw file."""
-    rows = read_lines(RIVALS)
+def rivals_table(name: str) -> str:
+    """Return what the rows of a comparison of rivals say, best first at each ratio: it follows from the raw file."""
+    rows = read_lines(RESULTS / f"{name}.jsonl")
     found = {(s.scorer, s.ratio, s.task): s for s in summarise(rows)}
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = ["| heads removed | scorer | " + " | ".join(tasks) + " | retention | scoring, s |"]
