@@ -24,7 +24,7 @@ from secateur.scoring import score_heads
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 TASKS = [Task("singles", tiny_texts(40)), Task("pairs", tiny_texts(24, seed=1, pairs=True))]
-NEAR = 6
+NEAR = 3
 SMALL = {"num_texts": 8, "judges": 3, "batch_size": 4, "max_length": 16}
 
 
@@ -122,9 +122,8 @@ def test_a_task_with_few_texts_has_fewer_judges(tmp_path, monkeypatch, capsys):
     train(tmp_path / "run", tasks=few, samples=1)
     assert numbers == [1, 1, 2, 3]  # whole batches of 4 beyond the 8 that are scored, 3 at most
     passes = TrialConfig(near=NEAR).passes(1, 1)
-    few_judges = train(tmp_path / "bar", tasks=few[:1], samples=1, progress=True)
+    train(tmp_path / "bar", tasks=few[:1], samples=1, progress=True)
     assert f"{passes}/{passes}" in capsys.readouterr().err
-    assert same(few_judges, train(tmp_path / "again", tasks=few[:1], samples=1))
     with pytest.raises(
         InvalidInputError, match=r"task few has 11 texts, fewer than the 12 that a sample takes: `num_texts` \(8\)"
     ):
