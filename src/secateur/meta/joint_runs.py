@@ -147,7 +147,7 @@ def _check_texts(tasks: Sequence[Task], config: JointTrainingConfig) -> None:
 def _settle(out: Path, subjects: Sequence[Subject], tasks: Sequence[Task], config: JointTrainingConfig) -> None:
     """Write what the run is made of, or check that it is what the folder holds; samples alone may be added."""
     wanted = {
-        "models": [f"{subject.model.name_or_path} {_digest_of_model(subject)}".strip() for subject in subjects],
+        "models": [f"{type(subject.model).__name__} {_digest_of_model(subject)}" for subject in subjects],
         "tasks": [f"{task.name}, {len(task)} texts {_digest(repr(task.texts).encode())}" for task in tasks],
         **asdict(config),
     }
@@ -168,8 +168,8 @@ def _settle(out: Path, subjects: Sequence[Subject], tasks: Sequence[Task], confi
 
 
 def _digest_of_model(subject: Subject) -> str:
-    """Tell a model from others: by its class, and the first numbers of every weight."""
-    parts = [type(subject.model).__name__.encode()]
+    """Tell a model from others, wherever it was loaded from: by the first numbers of every weight."""
+    parts = []
     for name, value in subject.model.state_dict().items():
         if not isinstance(value, Tensor) or value.is_meta:
             continue
