@@ -31,17 +31,16 @@ import torch
 import subjects
 from secateur.data import Task
 from secateur.files import read_json, write_text
-from secateur.meta.joint_runs import JointTrainingConfig, train_joint_pruner
+from secateur.meta.joint_runs import SCOPES, JointTrainingConfig, train_joint_pruner
 from secateur.meta.search import MaskLoss
 from secateur.meta.subjects import Subject
 from secateur.scoring import score_heads
-from secateur.selection import Scope, select_heads
+from secateur.selection import select_heads
 from secateur.versions import environment
 
 RESULTS = Path(__file__).parent / "results"
 OUT = RESULTS / "teaching.json"
 RATIOS = (0.25, 0.5, 0.75)
-SCOPES: tuple[Scope, ...] = ("site", "global")
 SCORED, JUDGED = 96, 128
 CONTRIBUTION, TAUGHT = "contribution", "smp-plus, taught this model"
 
@@ -79,9 +78,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         found[row["subject"], row["scope"], row["ratio"], row["scorer"]].append(1000 * row["kl"])
     for row in read_json(RESULTS / "transfer.json")["rows"]:
-        found[row["subject"], "site", row["ratio"], row["scorer"]] += (
-            [1000 * row["kl"]] if row["scorer"] in ("random", "leave_one_out") else []
-        )
+        if row["scorer"] in ("random", "leave_one_out"):
+            found[row["subject"], "site", row["ratio"], row["scorer"]].append(1000 * row["kl"])
     names = ("random", "leave_one_out", CONTRIBUTION, TAUGHT)
     lines = ["| model | scope | heads removed | " + " | ".join(names) + " |", "|---" * 7 + "|"]
     for subject, scope, ratio in itertools.product(dict.fromkeys(row["subject"] for row in rows), SCOPES, RATIOS):

@@ -163,7 +163,9 @@ def run(capsys, words):
 
 
 # KiB that take what comes first and not what comes then: the weights, the second checkpoint, one of the rows.
-@pytest.mark.parametrize(("name", "size"), [("prune", 64), ("finetune", 64), ("meta-train", 400), ("compare", 16)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("prune", 64), ("finetune", 64), ("meta-train", 400), ("joint-train", 40), ("compare", 16)]
+)
 def test_the_disk_fills_up(name, size, given, disk, capsys, outcome):
     out = disk(f"size={size}k") / "out"
     code, err = run(capsys, line(name, given, out))

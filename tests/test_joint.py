@@ -568,7 +568,8 @@ def test_a_sample_holds_what_masks_cost_beside_one_mask_on_the_same_texts(tmp_pa
     assert torch.equal(again.evidence.features, sample.evidence.features)
     assert again.evidence.heads == sample.evidence.heads
     monkeypatch.setattr("secateur.meta.joint_training.FEATURES", (*FEATURES, "another"))
-    with pytest.raises(CheckpointError, match="holds evidence of another version; remove it, and it is"):
+    message = "holds evidence of another version; remove it, and it is collected again"
+    with pytest.raises(CheckpointError, match=message):
         Sample.load(tmp_path / "s.safetensors")
     monkeypatch.undo()
     assert torch.equal(sample_of(model, ratios=(0.25, 0.5), leave_one_out=True).masks, sample.masks)

@@ -50,10 +50,8 @@ def results(accelerator: Any, folder: Path) -> dict[str, Any]:
     found = {name: row.to_json() for name, row in scores.items()}
     _, report = secateur.prune(model, texts, refine=4, maps=True, **common)
     found["prune"] = {"mask": report.mask.kept_heads, "losses": report.refinement, "texts": report.num_texts}
-    subject, config = (
-        Subject(tiny_model("bert"), tokenizer),
-        JointTrainingConfig(num_texts=8, judges=1, batch_size=4, max_length=16),
-    )
+    subject = Subject(tiny_model("bert"), tokenizer)
+    config = JointTrainingConfig(num_texts=8, judges=1, batch_size=4, max_length=16)
     tasks = [Task("one", texts), Task("two", pairs)]
     short = {"TrialConfig": partial(TrialConfig, near=3), "FitConfig": partial(FitConfig, epochs=5)}
     with mock.patch.multiple(joint_runs, **short):
