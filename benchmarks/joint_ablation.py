@@ -140,29 +140,32 @@ def measure(judge: Judge, seeds: list[int], work: Path) -> list[dict[str, Any]]:
     every = tuple(itertools.chain(*FOLDS))
     folds += [(UNSEEN, {"families": (MODEL,)}, every), (SEEN, {}, every)]
     cells = [
-        cell
-        for cell in itertools.product(seeds, folds, VARIANTS.items())
-        if cell[2][0] in JUDGED_IN.get(cell[1][0], VARIANTS)
+        cell for cell in itertools.product(seeds, folds, VARIANTS) if cell[2] in JUDGED_IN.get(cell[1][0], VARIANTS)
     ]
     for tasks in FOLDS:
         if (CONTRIBUTION, 0, "+".join(tasks)) not in done:
             plain = {"variant": CONTRIBUTION, "seed": 0, "fold": "+".join(tasks)}
             append_rows(file, [r for t in tasks for r in judge.rows(contribution_scores(judge.evidence(t)), t, plain)])
-    for seed, (fold, left_out, judged), (variant, network) in tqdm(cells, desc="fits"):
+    for seed, (fold, left_out, judged), variant in tqdm(cells, desc="fits"):
         if (variant, seed, fold) in done:
             continue
         about = partial(dict, seed=seed, fold=fold)
         with torch.enable_grad():
-            kept = [sample for folder in SAMPLES for sample in load(RESULTS / folder, **left_out)[0]]
-            settings = {"groups": TRIALS, **network}
-            only = settings.pop("only", None)
-            pruner = fitted([s for s in kept if only in (None, family(s.subject))], seed, **settings)
+            pruner = fit_variant(variant, seed, **left_out)
         found = [r for t in judged for r in judge.rows(pruner(judge.evidence(t)), t, about(variant=variant))]
         if variant == WHOLE:
             for part, smaller in zip(PARTS, parts_of(pruner), strict=True):
                 found += [r for t in judged for r in judge.rows(smaller(judge.evidence(t)), t, about(variant=part))]
         append_rows(file, found)
     return read_lines(file)
+
+
+def fit_variant(variant: str, seed: int, **left_out: tuple[str, ...]) -> JointPruner:
+    """Return the fit of a variant on all samples but those of the tasks or families left out."""
+    kept = [sample for folder in SAMPLES for sample in load(RESULTS / folder, **left_out)[0]]
+    settings = {"groups": TRIALS, **VARIANTS[variant]}
+    only = settings.pop("only", None)
+    return fitted([s for s in kept if only in (None, family(s.subject))], seed, **settings)
 
 
 def parts_of(pruner: JointPruner) -> list[JointPruner]:

@@ -106,6 +106,16 @@ def test_what_would_hold_all_weights_is_refused_and_told_what_works(tmp_path):
         torch.testing.assert_close(whole(**batch)[0], model(**batch)[0])
 
 
+def test_refining_needs_no_gradients(tmp_path):
+    model, tokenizer, texts = on_disk("bert", tmp_path), tiny_tokenizer(), tiny_texts(8)
+    start = select_heads(secateur.score_heads(model, texts, "random", tokenizer))
+    mask, losses = secateur.refine_mask(model, start, texts, tokenizer, steps=8)
+    # Judged as in memory; which exchanges are tried is drawn there.
+    expected = secateur.refine_mask(tiny_model("bert"), start, texts, tokenizer, steps=0)[1]
+    assert losses[0] == pytest.approx(expected[0])
+    assert secateur.refine_mask(tiny_model("bert"), mask, texts, tokenizer, steps=0)[1][0] == pytest.approx(min(losses))
+
+
 def test_attention_past_the_interface_is_refused_and_the_command_line_spreads_a_model(tmp_path, capsys):
     model = cpu_offload(tiny_model("mpnet"), execution_device=torch.device("cpu"))
     with pytest.raises(UnsupportedModelError, match="finding heads past transformers' attention interface needs all"):

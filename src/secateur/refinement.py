@@ -43,11 +43,14 @@ def refine_mask(
 ) -> tuple[HeadMask, list[float]]:
     """Improve a mask on a task's own texts: exchange heads and keep what lowers the relational KL to the dense model.
 
-    No labels and no gradients; each of the `steps` costs a gated pass over the texts. At scope "site" every site keeps
-    as many heads as in `mask`; at scope "global" the model does, and every site at least `min_heads`. Heads that match
-    words between the two texts of pairs stay where `mask` keeps them, which takes a pass with attention maps: the loss
-    hardly needs them, and fine-tuning does (docs/matching.md). Returns the best mask found, never worse than `mask` on
-    these texts, and the losses of all masks tried, `mask` first. The model is left as it was.
+    No labels. The gradient on the gates says which exchange to try next, and each of the `steps` costs a gated pass
+    over the texts; each gradient, one at the start and one after each exchange that helped, takes about as long as
+    three. Models without gradients (weights fetched layer by layer, some quantised ones) have their exchanges drawn. At
+    scope "site" every site keeps as many heads as in `mask`; at scope "global" the model does, and every site at least
+    `min_heads`. Heads that match words between the two texts of pairs stay where `mask` keeps them, which takes a pass
+    with attention maps: the loss hardly needs them, and fine-tuning does (docs/matching.md). Returns the best mask
+    found, never worse than `mask` on these texts, and the losses of all masks tried, `mask` first: fewer than `steps`
+    where none is left to try. The model is left as it was.
 
     Raises `InvalidInputError` for fewer than three texts a batch, steps below 0, and a mask that does not fit.
     """

@@ -222,7 +222,8 @@ def prune(
             click.echo(_settled(report.num_texts, texts, report.agreement))
         if report.refinement:
             first, best = report.refinement[0], min(report.refinement)
-            click.echo(f"relational KL on these texts {first:.4f}, after {refine} exchanges {best:.4f}")
+            tried = len(report.refinement) - 1
+            click.echo(f"relational KL on these texts {first:.4f}, after {tried} exchanges {best:.4f}")
         click.echo(f"model: {out}\nreport: {out / 'report.html'}")
 
 

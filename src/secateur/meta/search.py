@@ -1,7 +1,7 @@
-"""Searching masks by what they do to text representations: no labels, no gradients, one gated pass a mask.
+"""Masks judged, and refined, by what they do to text representations: no labels, a gated pass for each mask.
 
-The same search serves twice. While meta-training it finds out which masks are good, and its trials teach the joint
-pruner. While pruning it refines the mask that the scores gave, on the task's own texts.
+`MaskLoss` is the judge; what it says of masks also teaches the joint pruner. `search` refines the mask that scores gave
+on the task's own texts: the gates as free parameters, whose gradient says which exchange of heads to try next.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from secateur.halving import is_out_of_memory
 from secateur.heads import HeadMask
 from secateur.meta.objective import relational_kl, with_relations
 from secateur.meta.signals import gated_representations
+from secateur.model.offload import is_offloaded
 from secateur.processes import in_order
 from secateur.selection import Scope
 
@@ -54,6 +56,31 @@ class MaskLoss:
         values = list(in_order(judge, range(len(self.batches)), self.accelerator))
         return sum(values) / len(values)
 
+    def slopes(self, mask: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss's derivative on every gate of a judged mask, `[heads]` over all sites.
+
+        Zeros where the model has no gradients to give: weights that are fetched layer by layer, kernels without a
+        backward pass. Each batch takes about as long as three masks.
+        """
+        heads = sum(len(row) for row in mask.values())
+
+        def differentiate(number: int) -> Tensor:
+            gates = {site: row.float().requires_grad_() for site, row in mask.items()}
+            try:
+                with torch.enable_grad():
+                    loss = relational_kl(self.dense[number], self._representations(number, gates))
+                found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True, materialize_grads=True)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                return torch.zeros(heads)
+            return torch.cat(found).nan_to_num(0.0, 0.0, 0.0)
+
+        if is_offloaded(self.model):
+            return torch.zeros(heads)
+        found = list(in_order(differentiate, range(len(self.batches)), self.accelerator))
+        return torch.stack(found).mean(dim=0)
+
     def _representations(self, number: int, gates: Mapping[str, Tensor]) -> Tensor:
         return gated_representations(self.model, self.batches[number], gates, self.is_pair)
 
@@ -72,72 +99,102 @@ def search(
     progress: bool = False,
     staying: Mapping[str, Tensor] | None = None,
 ) -> list[Trial]:
-    """Try `steps` masks, each one exchange away from the best so far, and return all of them, the start first.
+    """Try up to `steps` masks, each an exchange away from the best so far, and return all of them, the start first.
 
-    See `exchange` for the other arguments.
+    The next exchange is the one that promises most. What closing a head, or opening it, will change is taken from the
+    loss's slope on its gate, which holds for small changes alone: so each exchange that fails to keep its promise
+    shares the difference out among its heads, and others that count on the same heads wait. `random` orders those that
+    promise the same. It ends early where every exchange of the best mask was tried. See `exchanges` for the other
+    arguments.
     """
     best, trials = start, [(start, loss(start))]
     lowest = trials[0][1]
+    guesses: _Guesses | None = None
     for _ in tqdm(range(steps), desc="refining", disable=not progress, leave=False):
-        mask = exchange(best, groups, random, scope, min_heads, staying)
-        if mask is None:
+        if guesses is None:
+            moves = exchanges(best, groups, scope, min_heads, staying)
+            flat = torch.cat(list(best.values()))
+            guesses = _Guesses(moves, torch.where(flat, -1.0, 1.0) * loss.slopes(best), random)
+        move = guesses.next()
+        if move is None:
             break
-        trials.append((mask, loss(mask)))
-        if trials[-1][1] < lowest:
-            best, lowest = trials[-1]
+        mask = _exchanged(best, move)
+        value = loss(mask)
+        trials.append((mask, value))
+        if value < lowest:
+            best, lowest, guesses = mask, value, None
+        else:
+            guesses.learn(value - lowest)
     return trials
 
 
-def exchange(
+class _Guesses:
+    """What each exchange promises: the sum of what closing or opening each of its heads is thought to change."""
+
+    def __init__(self, moves: Sequence[tuple[int, ...]], changes: Tensor, random: torch.Generator) -> None:
+        self.moves = [moves[i] for i in torch.randperm(len(moves), generator=random).tolist()]
+        self.changes = torch.cat([changes.double(), torch.zeros(1, dtype=torch.float64)])  # the last one pads
+        most = max(map(len, moves), default=0)
+        self.heads = torch.tensor([[*move, *[len(changes)] * (most - len(move))] for move in self.moves])
+        self.tried = torch.zeros(len(moves), dtype=torch.bool)
+
+    def next(self) -> tuple[int, ...] | None:
+        """Return the heads of the most promising exchange that was not tried, or None after the last."""
+        if bool(self.tried.all()):
+            return None
+        promises = self.changes[self.heads].sum(dim=1).masked_fill(self.tried, torch.inf)
+        self.last = int(promises.argmin())
+        self.promise = float(promises[self.last])
+        self.tried[self.last] = True
+        return self.moves[self.last]
+
+    def learn(self, change: float) -> None:
+        """Take in by how much the loss did change with the last exchange."""
+        move = self.moves[self.last]
+        self.changes[list(move)] += (change - self.promise) / len(move)
+
+
+def exchanges(
     mask: HeadMask,
     groups: Mapping[str, int],
-    random: torch.Generator,
     scope: Scope = "site",
     min_heads: int = 1,
     staying: Mapping[str, Tensor] | None = None,
-) -> HeadMask | None:
-    """Return a mask one random exchange away, with as many heads, or None where there is none.
+) -> list[tuple[int, ...]]:
+    """Return every exchange that leaves as many heads: the heads whose verdict changes, numbered over all sites.
 
     `groups` gives each site's number of key-value heads. An exchange swaps a kept and a dropped head of a group, or the
     patterns of two groups of heads: at scope "site" of one site, so that every site keeps as many heads in as many
     groups; at scope "global" of any two sites, of which none falls below `min_heads` that has more. Heads in `staying`
     (bool, by site), where `mask` keeps them, are never dropped.
     """
-    patterns = [
-        (site, number, tuple(row))
-        for site, vector in mask.items()
-        for number, row in enumerate(vector.view(groups[site], -1).tolist())
-    ]
-    kept = {site: int(vector.sum()) for site, vector in mask.items()}
-    stay: dict[tuple[str, int], list[int]] = {}
-    for site, number, row in patterns:
-        group = [] if staying is None else staying[site].view(groups[site], -1)[number].tolist()
-        stay[site, number] = [i for i, stays in enumerate(group) if stays and row[i]]
+    rows: list[tuple[str, int, list[bool], list[bool]]] = []  # a group's site, first head, and which are kept, and stay
+    first = 0
+    for site, vector in mask.items():
+        stay = torch.zeros_like(vector) if staying is None else staying[site] & vector
+        for kept, stays in zip(vector.view(groups[site], -1), stay.view(groups[site], -1), strict=True):
+            rows.append((site, first, kept.tolist(), stays.tolist()))
+            first += len(kept)
+    heads = {site: int(vector.sum()) for site, vector in mask.items()}
+    found: list[tuple[int, ...]] = []
+    for _, first, kept, stays in rows:
+        for a, b in itertools.product(range(len(kept)), repeat=2):
+            if kept[a] and not kept[b] and not stays[a]:
+                found.append((first + a, first + b))
+    for (site, first, kept, stays), (other, second, others, others_stay) in itertools.combinations(rows, 2):
+        if len(kept) != len(others) or (site != other and scope == "site"):
+            continue
+        differ = [i for i, (a, b) in enumerate(zip(kept, others, strict=True)) if a != b]
+        gain = sum(others) - sum(kept)
+        changes = ((heads[site], gain), (heads[other], -gain)) if site != other else ()
+        if any(change < 0 and number + change < min_heads for number, change in changes):
+            continue
+        if differ and not any(stays[i] or others_stay[i] for i in differ):
+            found.append((*(first + i for i in differ), *(second + i for i in differ)))
+    return found
 
-    def may_become(site: str, number: int, pattern: tuple[bool, ...]) -> bool:
-        return all(pattern[i] for i in stay[site, number])
 
-    moves: list[tuple[str, int, tuple[bool, ...], str, int, tuple[bool, ...]]] = []
-    for site, number, row in patterns:
-        for a, b in itertools.product(range(len(row)), repeat=2):
-            if row[a] and not row[b]:
-                swapped = tuple({a: False, b: True}.get(i, value) for i, value in enumerate(row))
-                if may_become(site, number, swapped):
-                    moves.append((site, number, swapped, site, number, swapped))
-    for (site, number, row), (other, second, pattern) in itertools.combinations(patterns, 2):
-        gain = sum(pattern) - sum(row)
-        if row == pattern or len(row) != len(pattern) or (site != other and scope == "site"):
-            continue
-        changes = ((kept[site], gain), (kept[other], -gain)) if site != other else ()
-        if any(change < 0 and heads + change < min_heads for heads, change in changes):
-            continue
-        if not (may_become(site, number, pattern) and may_become(other, second, row)):
-            continue
-        moves.append((site, number, pattern, other, second, row))
-    if not moves:
-        return None
-    site, number, row, other, second, pattern = moves[int(torch.randint(len(moves), (1,), generator=random))]
-    changed = {name: vector.clone() for name, vector in mask.items()}
-    for name, place, values in ((site, number, row), (other, second, pattern)):
-        changed[name].view(groups[name], -1)[place] = torch.tensor(values)
-    return HeadMask(changed)
+def _exchanged(mask: HeadMask, move: tuple[int, ...]) -> HeadMask:
+    flat = torch.cat(list(mask.values()))
+    flat[list(move)] = ~flat[list(move)]
+    return HeadMask(dict(zip(mask, flat.split([len(row) for row in mask.values()]), strict=True)))
