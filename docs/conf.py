@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from generate import api_page, mutation_tables, rivals_table, scorers_page  # noqa: E402 - it lies beside this file
+from generate import api_page, mutation_tables, rivals_table, rivals_together, scorers_page  # noqa: E402 - it lies beside this file
 
 project = "secateur"
 author = "the secateur contributors"
@@ -38,6 +38,7 @@ def write_generated(app: object) -> None:
         "api.md": api_page(),
         "rivals.md": rivals_table("rivals"),
         "rivals_mnli_qnli.md": rivals_table("rivals_mnli_qnli"),
+        "rivals_together.md": rivals_together(),
         "mutation.md": mutation_tables(),
     }
     for name, text in pages.items():

@@ -102,6 +102,18 @@ def rivals_table(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rivals_together() -> str:
+    """Return what each scorer keeps over the tasks of both comparisons of rivals, by ratio, the best mean first."""
+    rows = [row for name in ("rivals", "rivals_mnli_qnli") for row in read_lines(RESULTS / f"{name}.jsonl")]
+    kept = {(s.scorer, s.ratio): s.retention or 0.0 for s in summarise(rows) if s.task == ALL_TASKS}
+    ratios = sorted({ratio for _, ratio in kept} - {0.0})
+    scorers = sorted({name for name, _ in kept} - {DENSE}, key=lambda name: -sum(kept[name, r] for r in ratios))
+    lines = ["| scorer | " + " | ".join(f"{ratio:.0%} of the heads removed" for ratio in ratios) + " |"]
+    lines.append("|---" * (1 + len(ratios)) + "|")
+    lines += [f"| `{name}` | " + " | ".join(f"{kept[name, ratio]:.1%}" for ratio in ratios) + " |" for name in scorers]
+    return "\n".join(lines) + "\n"
+
+
 def mutation_tables() -> str:
     """Return what each module's mutants came to, and every survivor with its reason: it follows from the raw file."""
     found = read_json(RESULTS / "mutation.json")
