@@ -590,11 +590,14 @@ def test_refining_lowers_the_loss_and_leaves_the_model_alone(kind):
     scores = score_heads(model, texts, "random", tokenizer)
     start = secateur.select_heads(scores, 0.5)
     mask, losses = refine_mask(model, start, texts, tokenizer, steps=30)
-    assert 3 < len(losses) <= 31  # fewer where every exchange of the best mask was tried
+    assert 3 < len(losses) <= 31
     assert min(losses) < losses[0]
     assert {s: int(v.sum()) for s, v in mask.items()} == {s: int(v.sum()) for s, v in start.items()}
     loss = MaskLoss(model, forward_arguments(model, [dict(tokenizer(texts, padding=True, return_tensors="pt"))]), False)
     assert loss(mask) == pytest.approx(min(losses), rel=1e-4)
+    if len(losses) < 31:  # it ends early only where no exchange is better
+        groups = {name: site.num_key_value_heads for name, site in find_sites(model).items()}
+        assert all(loss(other) > min(losses) for other in after(mask, exchanges(mask, groups)))
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert refine_mask(model, start, texts, tokenizer, steps=0)[0] == start
     with gated_heads(model, mask):
@@ -614,8 +617,8 @@ def test_refining_a_pruned_model_never_brings_a_head_back():
 
 def test_prune_refines_and_reports_it():
     model, tokenizer, texts = tiny_model("bert"), tiny_tokenizer(), tiny_texts(12)
-    pruned, report = secateur.prune(model, texts, 0.5, scorer="random", tokenizer=tokenizer, refine=15)
-    assert 3 < len(report.refinement) <= 16
+    pruned, report = secateur.prune(model, texts, 0.5, scorer="random", tokenizer=tokenizer, refine=10)
+    assert len(report.refinement) == 11
     assert report.to_json()["refinement"][0] >= min(report.refinement)
     assert pruned.config.head_pruning["kept_heads"] == report.mask.kept_heads
     with pytest.raises(InvalidInputError, match="`refine` needs `texts`"):
