@@ -12,36 +12,29 @@ task. Fits and rows are kept in --work: start again to go on. Writes results/joi
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import set_seed
 
+from finetuning_runs import LITE, finetune_mask, key
 from joint_ablation import FOLDS, PARTS, RESULTS, WHOLE, fit_variant, parts_of
 from secateur.compare import DENSE
 from secateur.data import load_task
 from secateur.demo import demo_model
-from secateur.evaluate import main_metric
 from secateur.files import append_line, read_lines, write_text
-from secateur.finetune import finetune, load_classifier
-from secateur.heads import HeadMask
 from secateur.meta.joint import JointPruner
-from secateur.model.loading import load_model, load_tokenizer, quiet_transformers
-from secateur.model.removal import remove_heads_
+from secateur.model.loading import load_model, load_tokenizer
 from secateur.scoring import score_heads
 from secateur.selection import select_heads
 from secateur.summary import ALL_TASKS, summarise
-from secateur.versions import environment
 from secateur.workers import each, workers
 
 TASKS = ("sst2", "stsb", "qqp", "mrpc")
 SEEDS = (0, 1, 2)
-SCORED, TRAINED, LENGTH, EPOCHS, RATE, BATCH = 96, 1000, 64, 3, 1e-4, 32  # as in results/rivals.jsonl
+SCORED = 96  # as in results/rivals.jsonl
 FITTED = (
     "maps only",
     "sizes",
@@ -79,7 +72,14 @@ def choose(glue: Path, fits: Path, ratios: list[float]) -> list[dict[str, Any]]:
         for seed in SEEDS:
             texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
             scores = score_heads(
-                model, texts, "smp-plus", tokenizer, pruner=pruner, max_length=LENGTH, seed=seed, progress=False
+                model,
+                texts,
+                "smp-plus",
+                tokenizer,
+                pruner=pruner,
+                max_length=LITE.max_length,
+                seed=seed,
+                progress=False,
             )
             masks = {ratio: select_heads(scores, ratio).kept_heads for ratio in ratios}
             rows += [
@@ -87,39 +87,6 @@ def choose(glue: Path, fits: Path, ratios: list[float]) -> list[dict[str, Any]]:
                 for ratio, kept in masks.items()
             ]
     return sorted(rows, key=lambda row: ratios.index(row["ratio"]))
-
-
-def run(glue: Path, task: str, seed: int, kept: dict[str, list[int]]) -> dict[str, Any]:
-    """Fine-tune without the other heads, as `secateur compare` does."""
-    train, dev = (load_task(glue / task, split, need_labels=True) for split in ("train", "dev"))
-    train = train.head(TRAINED, seed=seed)
-    set_seed(seed)  # draws the classification head
-    with quiet_transformers(False):
-        model, tokenizer = load_classifier(demo_model(), train, dev), load_tokenizer(demo_model())
-    heads = {name: torch.zeros(model.config.num_attention_heads, dtype=torch.bool) for name in kept}
-    for name, row in heads.items():
-        row[kept[name]] = True
-    remove_heads_(model, HeadMask(heads))
-    _, result = finetune(
-        model, train, dev, tokenizer=tokenizer, epochs=EPOCHS, learning_rate=RATE, batch_size=BATCH,
-        max_length=LENGTH, seed=seed, bf16=True, device="cpu", progress=False,
-    )  # fmt: skip
-    return {
-        "task": task,
-        "seed": seed,
-        "kept_heads": kept,
-        "metric": main_metric(dev),
-        "value": result.metrics[main_metric(dev)],
-        "training_seconds": result.seconds,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one of 2 cores, no GPU",
-        "environment": environment(),
-    }
-
-
-def key(row: dict[str, Any]) -> tuple[str, int, str]:
-    """Return what a run depends on."""
-    return row["task"], row["seed"], json.dumps(row["kept_heads"], sort_keys=True)
 
 
 def main() -> None:
@@ -134,7 +101,7 @@ def main() -> None:
     if options.check:
         torch.set_num_threads(1)
         row = next(row for row in rivals if (row["scorer"], row["task"]) == ("smp-plus", "stsb"))
-        again = run(options.glue, row["task"], row["seed"], row["kept_heads"])
+        again = finetune_mask(options.glue, row["task"], row["seed"], row["kept_heads"])
         print(f"{row['value']} there, {again['value']} here")
         return
     fits, runs = options.work / "fits", options.work / "runs.jsonl"
@@ -147,7 +114,7 @@ def main() -> None:
         there = {key(row): {"value": row["value"], "as_in": "rivals.jsonl"} for row in rivals if row["kept_heads"]}
         calls = {key(r): (options.glue, r["task"], r["seed"], r["kept_heads"]) for r in rows}
         calls = {k: call for k, call in calls.items() if k not in here and k not in there}
-        for row in each(pool, run, list(calls.values()), "fine-tuning", True):
+        for row in each(pool, finetune_mask, list(calls.values()), "fine-tuning", True):
             append_line(runs, row)
             here[key(row)] = row
     found = [{**row, **(there | here)[key(row)]} for row in rows]

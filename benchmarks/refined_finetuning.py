@@ -16,7 +16,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from joint_finetuning import LENGTH, RESULTS, SCORED, TASKS, run
+from finetuning_runs import LITE, finetune_mask
+from joint_finetuning import RESULTS, SCORED, TASKS
 from secateur.compare import DENSE
 from secateur.data import load_task
 from secateur.demo import demo_model
@@ -36,13 +37,23 @@ def measure(glue: Path, fits: Path, task: str, seed: int) -> dict[str, Any]:
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
     scores = score_heads(
-        model, texts, "smp-plus", tokenizer, pruner=str(fits / task), max_length=LENGTH, seed=seed, progress=False
+        model,
+        texts,
+        "smp-plus",
+        tokenizer,
+        pruner=str(fits / task),
+        max_length=LITE.max_length,
+        seed=seed,
+        progress=False,
     )
     scored = select_heads(scores, RATIO, "global")
     refined, losses = refine_mask(
-        model, scored, texts, tokenizer, steps=STEPS, scope="global", max_length=LENGTH, seed=seed
+        model, scored, texts, tokenizer, steps=STEPS, scope="global", max_length=LITE.max_length, seed=seed
     )
-    found = {name: run(glue, task, seed, mask.kept_heads) for name, mask in (("scored", scored), ("refined", refined))}
+    found = {
+        name: finetune_mask(glue, task, seed, mask.kept_heads)
+        for name, mask in (("scored", scored), ("refined", refined))
+    }
     return {"task": task, "seed": seed, "losses": losses, **found}
 
 

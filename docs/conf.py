@@ -8,13 +8,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from generate import api_page, mutation_tables, rivals_table, rivals_together, scorers_page  # noqa: E402 - it lies beside this file
+from generate import all_texts_table, api_page, mutation_tables, rivals_table, rivals_together, scorers_page  # noqa: E402 - it lies beside this file
 
 project = "secateur"
 author = "the secateur contributors"
 release = version = installed("secateur")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
-exclude_patterns = ["_build", "generated/rivals*.md", "generated/mutation.md"]
+exclude_patterns = ["_build", "generated/rivals*.md", "generated/all_texts.md", "generated/mutation.md"]
 html_theme = "furo"
 html_title = f"secateur {version}"
 html_static_path: list[str] = []
@@ -39,6 +39,7 @@ def write_generated(app: object) -> None:
         "rivals.md": rivals_table("rivals"),
         "rivals_mnli_qnli.md": rivals_table("rivals_mnli_qnli"),
         "rivals_together.md": rivals_together(),
+        "all_texts.md": all_texts_table(),
         "mutation.md": mutation_tables(),
     }
     for name, text in pages.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 from pathlib import Path
 
@@ -111,6 +112,21 @@ def rivals_together() -> str:
     lines = ["| scorer | " + " | ".join(f"{ratio:.0%} of the heads removed" for ratio in ratios) + " |"]
     lines.append("|---" * (1 + len(ratios)) + "|")
     lines += [f"| `{name}` | " + " | ".join(f"{kept[name, ratio]:.1%}" for ratio in ratios) + " |" for name in scorers]
+    return "\n".join(lines) + "\n"
+
+
+def all_texts_table() -> str:
+    """Return what each scorer keeps with all training texts, where all tasks were run thrice, the best first."""
+    rows = read_lines(RESULTS / "full_finetuning.jsonl")
+    named = [{**row, "scorer": f"{row['scope']} | `{row['scorer']}`" if row["scope"] else DENSE} for row in rows]
+    found = {(s.scorer, s.task): s for s in summarise(named)}
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = ["| scope | scorer | " + " | ".join(tasks) + " | retention |", "|---" * (len(tasks) + 3) + "|"]
+    whole = [s for s in found.values() if s.task == ALL_TASKS and s.runs == 3]
+    for one in sorted(whole, key=lambda s: -(s.retention or math.inf)):
+        values = [f"{found[one.scorer, task].mean:.3f} ± {found[one.scorer, task].std:.3f}" for task in tasks]
+        kept = "" if one.retention is None else f"{one.retention:.1%}"
+        lines.append(f"| {'| ' * (one.scorer == DENSE)}{one.scorer} | " + " | ".join([*values, kept]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -389,6 +389,17 @@ def test_saved_and_loaded_it_scores_alike(tmp_path, capsys):
         SmpPlusScorer(tmp_path / "p")
 
 
+def test_what_is_set_after_it_was_made_is_saved(tmp_path):
+    evidence = evidence_of(tiny_model("bert"))
+    pruner = learned(members=3)
+    pruner.prior, pruner.matching, pruner.members = 0.25, 0.0, pruner.members[:2]
+    pruner.save_pretrained(tmp_path / "p")
+    again = JointPruner.from_pretrained(str(tmp_path / "p")).eval()
+    assert (again.prior, again.matching, len(again.members)) == (0.25, 0.0, 2)
+    with torch.no_grad():
+        assert torch.equal(again(evidence), pruner(evidence))
+
+
 def test_neither_level_nor_scale_of_a_kind_of_evidence_counts():
     """So that a network serves models whose numbers it has not seen; depth differences and likeness are as they are."""
     evidence = evidence_of(tiny_model("bert"))

@@ -6,7 +6,8 @@ import contextlib
 import io
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -150,6 +151,12 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         seen = relative.clamp(-5, 5) * self.used
         sizes, levels = (features[..., column] * self.used[column] for column in (SIZE, LEVEL))
         return torch.stack([member(seen, relations, sizes, levels) for member in self.members], dim=1)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # The mixin writes what the constructor was given; these may have been set since.
+        now = {"members": len(self.members), "prior": self.prior, "matching": self.matching}
+        self._hub_mixin_config = {**cast("dict[str, Any]", self._hub_mixin_config), **now}
+        super()._save_pretrained(save_directory)
 
     @classmethod
     def _from_pretrained(cls, **options: Any) -> JointPruner:

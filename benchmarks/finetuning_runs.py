@@ -1,0 +1,67 @@
+"""A mask fine-tuned on a GLUE task as `secateur compare` does it, for the benchmarks that bring masks of their own."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from secateur.compare import Protocol
+from secateur.data import load_task
+from secateur.demo import demo_model
+from secateur.evaluate import main_metric
+from secateur.finetune import finetune, load_classifier
+from secateur.heads import HeadMask
+from secateur.model.loading import load_tokenizer, quiet_transformers
+from secateur.model.removal import remove_heads_
+from secateur.versions import environment
+
+LITE = Protocol(max_train=1000, max_length=64, epochs=3, learning_rate=1e-4)
+"""As in results/rivals.jsonl."""
+FULL = Protocol(max_train=None, max_length=128, epochs=3, learning_rate=1e-4)
+"""All training texts, as in results/full_protocol.jsonl."""
+
+
+def finetune_mask(
+    glue: Path, task: str, seed: int, kept: dict[str, list[int]] | None, training: Protocol = LITE, device: str = "cpu"
+) -> dict[str, Any]:
+    """Fine-tune all-MiniLM-L6-v2 with these heads alone (None: with all of them) in bfloat16 autocast."""
+    train, dev = (load_task(glue / task, split, need_labels=True) for split in ("train", "dev"))
+    if training.max_train is not None:
+        train = train.head(training.max_train, seed=seed)
+    set_seed(seed)  # draws the classification head
+    with quiet_transformers(False):
+        model, tokenizer = load_classifier(demo_model(), train, dev), load_tokenizer(demo_model())
+    if kept is not None:
+        heads = {name: torch.zeros(model.config.num_attention_heads, dtype=torch.bool) for name in kept}
+        for name, row in heads.items():
+            row[kept[name]] = True
+        remove_heads_(model, HeadMask(heads))
+    _, result = finetune(
+        model, train, dev, tokenizer=tokenizer, epochs=training.epochs, learning_rate=training.learning_rate,
+        batch_size=training.batch_size, max_length=training.max_length, seed=seed, bf16=True, device=device,
+        progress=False,
+    )  # fmt: skip
+    chip = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+    return {
+        "task": task,
+        "seed": seed,
+        "kept_heads": kept,
+        "metric": main_metric(dev),
+        "value": result.metrics[main_metric(dev)],
+        "training_seconds": result.seconds,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, one of {os.cpu_count()} cores, {chip}",
+        "environment": environment(),
+    }
+
+
+def key(row: dict[str, Any]) -> tuple[str, int, str]:
+    """Return what a run depends on."""
+    return row["task"], row["seed"], json.dumps(row["kept_heads"], sort_keys=True)

@@ -1,0 +1,146 @@
+"""What fine-tuning on all training texts keeps of the dense model's quality, on eight GLUE tasks: for a GPU.
+
+    python benchmarks/full_finetuning.py choose --glue GLUE --fits unseen --masks masks.jsonl
+    python benchmarks/full_finetuning.py train --glue GLUE --masks masks.jsonl --out runs.jsonl [--jobs N] [--seconds N]
+    python benchmarks/full_finetuning.py table --masks masks.jsonl --runs runs.jsonl
+
+`choose` scores all-MiniLM-L6-v2's heads on 96 training texts of at most 64 tokens, as results/rivals.jsonl does, whose
+masks it takes where there are any (smp-plus: fitted without the task, `joint_pruner.py unseen`), and writes what each
+scorer keeps of every layer and of the whole model. `train` fine-tunes each mask once for each task and seed (one that
+two scorers choose counts for both), the first wanted first, and starts none after --seconds; start again to go on.
+`table` writes results/full_finetuning.jsonl, a row for each mask that has been trained, and prints what they keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from finetuning_runs import FULL, LITE, finetune_mask, key
+from joint_ablation import RESULTS
+from secateur.compare import DENSE
+from secateur.data import load_task
+from secateur.demo import demo_model
+from secateur.files import append_line, read_lines, write_text
+from secateur.model.loading import load_model, load_tokenizer
+from secateur.scoring import score_heads
+from secateur.selection import select_heads
+from secateur.summary import ALL_TASKS, summarise
+from secateur.workers import each, workers
+
+TASKS = ("qnli", "mnli", "qqp", "mrpc", "rte", "cola", "sst2", "stsb")  # the longest runs first
+SEEDS = (0, 1, 2)
+SCORED = 96
+MAIN = ("contribution", "matching", "smp-plus", "confidence")
+# What is wanted first: half of the heads, the same share of every layer and over the whole model.
+WANTED = (
+    [("site", scorer, 0.5) for scorer in MAIN]
+    + [("global", scorer, 0.5) for scorer in MAIN[:3]]
+    + [("site", "random", 0.5), ("site", "leave_one_out", 0.5)]
+    + [(scope, scorer, ratio) for ratio in (0.25, 0.75) for scope in ("site", "global") for scorer in MAIN[:3]]
+)
+
+
+def choose(glue: Path, fits: Path, masks: Path) -> None:
+    """Write a line for each mask, in the order in which they are wanted."""
+    rivals = [row for name in ("rivals", "rivals_mnli_qnli") for row in read_lines(RESULTS / f"{name}.jsonl")]
+    found = {(row["task"], row["seed"], "site", row["scorer"], row["ratio"]): row["kept_heads"] for row in rivals}
+    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
+    for task, seed in tqdm(list(itertools.product(TASKS, SEEDS)), desc="scoring"):
+        texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
+        for scorer in dict.fromkeys(scorer for _, scorer, _ in WANTED):
+            missing = [
+                (scope, ratio)
+                for scope, name, ratio in WANTED
+                if name == scorer and (task, seed, scope, scorer, ratio) not in found
+            ]
+            if missing:
+                options = {"pruner": str(fits / task)} if scorer == "smp-plus" else {}
+                scores = score_heads(
+                    model, texts, scorer, tokenizer, max_length=LITE.max_length, seed=seed, progress=False, **options
+                )
+            for scope, ratio in missing:
+                found[task, seed, scope, scorer, ratio] = select_heads(scores, ratio, scope).kept_heads
+    rows = [
+        {"task": t, "seed": s, "scope": "", "scorer": DENSE, "ratio": 0.0, "kept_heads": None}
+        for s in SEEDS
+        for t in TASKS
+    ]
+    for (scope, scorer, ratio), seed, task in itertools.product(WANTED, SEEDS, TASKS):
+        kept = found[task, seed, scope, scorer, ratio]
+        rows.append({"task": task, "seed": seed, "scope": scope, "scorer": scorer, "ratio": ratio, "kept_heads": kept})
+    write_text(masks, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train(glue: Path, masks: Path, out: Path, jobs: int, device: str, seconds: float) -> None:
+    """Fine-tune every mask that `out` does not have."""
+    end = time.monotonic() + seconds
+    done = {key(row) for row in read_lines(out)}
+    cells = list({key(row): row for row in reversed(read_lines(masks))}.values())[::-1]
+    calls = [
+        (glue, row["task"], row["seed"], row["kept_heads"], FULL, device, end) for row in cells if key(row) not in done
+    ]
+    with workers(jobs, 1, device) as pool:
+        for row in each(pool, train_until, calls, "fine-tuning", True):
+            if row is not None:
+                append_line(out, row)
+
+
+def train_until(*call: Any) -> dict[str, Any] | None:
+    """Fine-tune one mask, unless it is too late."""
+    *arguments, end = call
+    return None if time.monotonic() > end else finetune_mask(*arguments)
+
+
+def table(masks: Path, runs: Path) -> None:
+    """Write a row for each scorer's mask that has been trained, and print what is kept, mean over tasks and seeds."""
+    done = {key(row): row for row in read_lines(runs)}
+    rows = [{**row, **done[key(row)]} for row in read_lines(masks) if key(row) in done]
+    write_text(RESULTS / "full_finetuning.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    named = [{**row, "scorer": f"{row['scope']} | {row['scorer']}" if row["scope"] else DENSE} for row in rows]
+    found = {(s.task, s.scorer, s.ratio): s for s in summarise(named)}
+    print(
+        "| removed | scope | scorer | "
+        + " | ".join(TASKS)
+        + " | retention | runs |\n"
+        + "|---" * (5 + len(TASKS))
+        + "|"
+    )
+    for ratio, name in dict.fromkeys((row["ratio"], row["scorer"]) for row in named):
+        cells = [found.get((task, name, ratio)) for task in TASKS]
+        whole = found.get((ALL_TASKS, name, ratio))
+        values = [
+            "" if c is None else f"{c.mean:.3f}" + (f" ± {c.std:.3f}" if c.std is not None else "") for c in cells
+        ]
+        kept = "" if whole is None or whole.retention is None else f"{whole.retention:.1%}"
+        label = name if " | " in name else f" | {name}"
+        print(f"| {ratio:.0%} | {label} | " + " | ".join(values) + f" | {kept} | {whole.runs if whole else 0} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("choose", "train", "table"))
+    parser.add_argument("--glue", type=Path)
+    parser.add_argument("--fits", type=Path)
+    parser.add_argument("--masks", required=True, type=Path)
+    parser.add_argument("--out", "--runs", dest="runs", type=Path)
+    parser.add_argument("--jobs", type=int, default=14)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    options = parser.parse_args()
+    if options.step == "choose":
+        choose(options.glue, options.fits, options.masks)
+    elif options.step == "train":
+        train(options.glue, options.masks, options.runs, options.jobs, options.device, options.seconds)
+    else:
+        table(options.masks, options.runs)
+
+
+if __name__ == "__main__":
+    main()
