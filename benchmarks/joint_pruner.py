@@ -5,11 +5,13 @@
     python benchmarks/joint_pruner.py fit --samples DIR --out DIR [--without-tasks qnli …] [--without-subjects minilm …]
     python benchmarks/joint_pruner.py unseen --samples DIR --out DIR   # one fit without each task and each family
 
-`collect` writes a file for each sample and passes over those that are there, so it may be stopped at any time. GLUE is
-a folder with one folder a task. MiniLM and SmolLM2 read the training texts of the tasks; the other models read inputs
-of their own domain (subjects.py), from the half that is not judged. With a pruner, an earlier fit, masks near its
-choice are tried too; with {unseen} in its path it is the one that was fitted without the sample's task, or without its
-model where that reads no tasks: what it gets wrong is what a user of other tasks would get.
+`collect` writes a file for each sample and passes over those that are there, so it may be stopped at any time. It
+searches for masks from what the scores choose; with --trials it tries masks at random and near that choice instead, and
+with --alone each head dropped alone. GLUE is a folder with one folder a task. MiniLM and SmolLM2 read the training
+texts of the tasks; the other models read inputs of their own domain (subjects.py), from the half that is not judged.
+With a pruner, an earlier fit, searches begin at its choice, and masks near it are tried; with {unseen} in its path it
+is the one that was fitted without the sample's task, or without its model where that reads no tasks: what it gets wrong
+is what a user of other tasks would get.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from secateur.meta.joint_training import (
 )
 from secateur.meta.search import MaskLoss
 from secateur.model.sites import find_sites
+from secateur.scorers.base import ScoringTask, special_ids_of
+from secateur.scorers.matching import heads_that_match
 from subjects import SUBJECTS, Subject, tokenised
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
@@ -72,10 +76,12 @@ def collect_all(
     count: int,
     pruner: str | None,
     alone: bool = False,
-    near: int = TrialConfig.near,
+    trials: int | None = None,
     only: list[str] | None = None,
 ) -> None:
-    config = TrialConfig(ratios=(), leave_one_out=True) if alone else TrialConfig(near=near)
+    config = TrialConfig(ratios=(), leave_one_out=True) if alone else TrialConfig()
+    if trials is not None:
+        config = TrialConfig(search=0, near=trials)
     for name in names:
         subject = SUBJECTS[name]()
         judge = copy.deepcopy(subject.model).to(torch.bfloat16)
@@ -92,9 +98,10 @@ def collect_all(
                 ]
                 unseen = family(name) if kind == OWN else task_of(kind)
                 earlier = JointPruner.from_pretrained(pruner.format(unseen=unseen)) if pruner else None
-                collect(
-                    subject.model, sites, scored, judges, is_pair, name, kind, config, seed, earlier
-                ).save(path)  # fmt: skip
+                special_ids = special_ids_of(subject.tokenizer)
+                staying = heads_that_match(ScoringTask(subject.model, sites, scored, is_pair, special_ids=special_ids))
+                about = name, kind, config, seed, earlier, staying
+                collect(subject.model, sites, scored, judges, is_pair, *about).save(path)
 
 
 def in_bfloat16(batches: list[dict]) -> list[dict]:
@@ -136,7 +143,7 @@ def main() -> None:
     every["collect"].add_argument("--subjects", nargs="*", default=list(SUBJECTS), choices=SUBJECTS)
     every["collect"].add_argument("--count", type=int, default=4, help="samples of each task; of a model's own domain")
     every["collect"].add_argument("--alone", action="store_true", help="drop each head alone instead of trying masks")
-    every["collect"].add_argument("--near", type=int, default=TrialConfig.near, help="masks near scores' choices, each")
+    every["collect"].add_argument("--trials", type=int, help="no search: so many masks near scores' choices, each")
     every["collect"].add_argument("--only", nargs="*", help="these tasks alone; 'own' is a model's own domain")
     every["collect"].add_argument("--pruner", help="a folder; {unseen} becomes the task or family of models")
     every["fit"].add_argument("--without-tasks", nargs="*", default=[])
@@ -148,8 +155,8 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     if options.command == "collect":
         collect_all(
-            options.glue, options.samples, options.subjects, options.count, options.pruner, options.alone, options.near,
-            options.only,
+            options.glue, options.samples, options.subjects, options.count, options.pruner, options.alone,
+            options.trials, options.only,
         )  # fmt: skip
     elif options.command == "fit":
         kept, _ = load(options.samples, tuple(options.without_tasks), tuple(options.without_subjects))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from secateur.meta.joint_training import (
     TrialConfig,
     collect,
     fit,
+    imitation_loss,
     trial_loss,
 )
 from secateur.meta.objective import relational_kl
@@ -646,7 +648,7 @@ def judges_of(model, count=3):
 
 
 def sample_of(model, seed=0, texts=8, pruner=None, **settings):
-    settings = {"ratios": (0.5,), "scopes": ("site",), "own": 1, "near": 3, "at_random": 4, **settings}
+    settings = {"ratios": (0.5,), "scopes": ("site",), "own": 1, "near": 3, "at_random": 4, "search": 0, **settings}
     made, judges = batches_of(model, texts, texts // 2, seed), judges_of(model)
     return collect(
         model, find_sites(model), made, judges, False, "tiny", "words", TrialConfig(**settings), seed, pruner
@@ -694,6 +696,66 @@ def test_with_a_pruner_its_choice_is_tried_and_that_of_its_mean_with_the_contrib
         own = secateur.select_heads(scores, 0.5, scope)
         assert sample.masks[row].tolist() == torch.cat(list(own.values())).tolist()
         assert float(sample.losses[row + 1]) == pytest.approx(1, rel=1e-4)  # the mean's, which the others stand beside
+
+
+def test_a_search_finds_the_mask_that_its_guides_like_best_and_keeps_what_has_to_stay(tmp_path):
+    model, sites = tiny_model("bert"), find_sites(tiny_model("bert"))
+    judges, config = judges_of(model, 2), TrialConfig(ratios=(0.5,), search=6)
+    worst = {name: row == row.min() for name, row in score_heads(model, inputs=batches_of(model)).items()}
+    for staying in (None, worst):
+        made = batches_of(model)
+        sample = collect(model, sites, made, judges, False, "tiny", "words", config, 0, staying=staying)
+        assert sample.by_site.tolist() == [True, False]
+        assert [int(row.sum()) for row in sample.found] == [6, 6]
+        assert all(int(row.sum()) == 2 for row in sample.evidence.split(sample.found[0]).values())
+        assert staying is None or bool(sample.found[:, torch.cat(list(worst.values()))].all())
+        for group, found in zip((1, 2), sample.found, strict=True):
+            way, losses = sample.masks[sample.groups == group], sample.losses[sample.groups == group]
+            assert len(way) == 7
+            assert float(losses[0]) == 1
+            costs = [sum(judge(HeadMask(sample.evidence.split(row))) for judge in judges) for row in way]
+            assert [cost / costs[0] for cost in costs] == pytest.approx(losses.tolist(), rel=1e-4)
+            assert torch.equal(way[costs.index(min(costs))], found)
+            for number, mask in enumerate(way[1:], 1):
+                assert 2 in {int((mask != one).sum()) for one in way[:number]}  # it is one exchange away
+    sample.save(tmp_path / "s.safetensors")
+    again = Sample.load(tmp_path / "s.safetensors")
+    assert torch.equal(again.found, sample.found)
+    assert torch.equal(again.by_site, sample.by_site)
+
+
+def test_scores_that_imitate_masks_choose_them():
+    samples = [sample_of(tiny_model("bert", seed), seed, search=8, scopes=("site", "global")) for seed in range(4)]
+
+    @torch.no_grad()
+    def mean(loss, pruner):
+        return sum(float(loss(pruner(sample.evidence), sample)) for sample in samples) / len(samples)
+
+    new, imitating, trying = JointPruner(), JointPruner(), JointPruner()
+    fit(imitating, samples, FitConfig(epochs=60, jitter=0.0))
+    fit(trying, samples, FitConfig(epochs=60, jitter=0.0, groups=(1, 2)))  # asked for, the trials teach
+    assert mean(imitation_loss, imitating) < 0.6 * mean(imitation_loss, new)
+    assert mean(imitation_loss, imitating) < mean(imitation_loss, trying)
+    assert mean(trial_loss, trying) < mean(trial_loss, imitating)
+
+
+def test_the_imitation_loss_by_hand():
+    found = torch.tensor([[1, 0, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]).bool()
+    evidence = Evidence(torch.zeros(6, len(FEATURES)), torch.zeros(6, 6), {"a": 3, "b": 3})
+    both = Sample("m", "t", evidence, *[torch.zeros(0)] * 3, found, torch.tensor([True, False]))
+    scores = torch.tensor([3.0, 1.0, 2.0, 7.0, 5.0, 6.0])
+    # Less the sites' means: kept (1, -2, 1, 2, -1, -1) / 3, scores (1, -1, 0, 1, -1, 0).
+    by_site = 1 - (1 + 2 + 2 + 1) / (12 * 4) ** 0.5
+    # Less the mean of all: kept (1, 1, 1, -1, -1, -1) / 2, scores (-1, -3, -2, 3, 1, 2).
+    whole = 1 + (1 + 3 + 2 + 3 + 1 + 2) / (28 * 6) ** 0.5
+    one, other = (replace(both, found=found[[i]], by_site=both.by_site[[i]]) for i in (0, 1))
+    assert float(imitation_loss(scores, one)) == pytest.approx(by_site, rel=1e-5)
+    assert float(imitation_loss(scores, other)) == pytest.approx(whole, rel=1e-5)
+    assert float(imitation_loss(scores, both)) == pytest.approx((by_site + whole) / 2, rel=1e-5)
+    moved = scores * 5 + torch.tensor([9.0] * 3 + [-4.0] * 3)
+    assert float(imitation_loss(moved, one)) == pytest.approx(by_site, rel=1e-4)
+    with pytest.raises(InvalidInputError, match="`sample` must hold masks that a search found"):
+        imitation_loss(scores, replace(both, found=None))
 
 
 def test_trials_at_either_scope_drop_as_many_heads():

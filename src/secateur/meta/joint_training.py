@@ -1,9 +1,9 @@
-"""Teaching the joint pruner which masks are good: collect trials of masks once, then regress on them.
+"""Teaching the joint pruner which masks are good: search for some once, then learn to choose them from the evidence.
 
-A sample is some texts of a task with a frozen model: the evidence of one dense pass, and trials, masks with their
-relational KL on other texts of the task. Scores are fitted so that the sum over the heads that a mask drops explains
-the log of its KL among masks that drop as many. Most trials lie near what good scores choose, so that scores learn what
-a head is worth where it matters: when half of the heads are gone already, and the right ones.
+A sample is some texts of a task with a frozen model: the evidence of one dense pass, the best masks that a search
+found, and trials, masks with their relational KL on other texts of the task. Scores are fitted to tell the heads that
+the found masks keep from those that they drop. Where nothing was searched for they learn from the trials: the sum over
+the heads that a mask drops shall explain the log of its KL among masks that drop as many.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import CheckpointError, InvalidInputError, invalid
@@ -27,15 +27,13 @@ from secateur.files import write_bytes
 from secateur.heads import HeadMask, HeadScores
 from secateur.meta.evidence import FEATURES, Evidence, gather_evidence
 from secateur.meta.joint import JointPruner, contribution_scores, standardised
+from secateur.meta.search import MaskLoss, MeanLoss, search
 from secateur.model.layout import AttentionSite
 from secateur.model.state import evaluation_mode
 from secateur.selection import Scope, select_heads
 
 LEAVE_ONE_OUT = 0
 """The group of trials that each drop a single head; the others are numbered from 1, one a scope and ratio."""
-
-Judge: TypeAlias = Callable[[Mapping[str, Tensor]], float]
-"""What a mask costs, such as a `MaskLoss`."""
 
 _LEAST_KL = 1e-6  # below what a judge in bfloat16 can tell from nothing
 
@@ -44,7 +42,8 @@ _LEAST_KL = 1e-6  # below what a judge in bfloat16 can tell from nothing
 class Sample:
     """Evidence, and trials: `masks` bool `[trials, heads]`, `losses` `[trials]` ≥ 0, `groups` `[trials]`.
 
-    Losses are comparable within a group alone.
+    Losses are comparable within a group alone. `found` bool `[found, heads]` are the best masks of searches, of which
+    `by_site` bool `[found]` tells those that had to leave as many heads at every site; None where there was no search.
     """
 
     subject: str
@@ -53,6 +52,8 @@ class Sample:
     masks: Tensor
     losses: Tensor
     groups: Tensor
+    found: Tensor | None = None
+    by_site: Tensor | None = None
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, whole or not at all."""
@@ -63,6 +64,8 @@ class Sample:
             "losses": self.losses,
             "groups": self.groups,
         }
+        if self.found is not None and self.by_site is not None:
+            tensors |= {"found": self.found.to(torch.uint8), "by_site": self.by_site.to(torch.uint8)}
         about = {
             "subject": self.subject,
             "task": self.task,
@@ -83,21 +86,26 @@ class Sample:
             raise CheckpointError(f"{path} holds evidence of another version; remove it, and it is collected again")
         evidence = Evidence(tensors["features"], tensors["likeness"], json.loads(about["heads"]))
         masks = tensors["masks"].bool()
-        return cls(about["subject"], about["task"], evidence, masks, tensors["losses"], tensors["groups"])
+        found, by_site = (tensors[name].bool() if name in tensors else None for name in ("found", "by_site"))
+        of = about["subject"], about["task"]
+        return cls(*of, evidence, masks, tensors["losses"], tensors["groups"], found, by_site)
 
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """Which masks are tried, for each scope and ratio: what some scores choose, masks near it, and masks at random.
+    """Which masks are tried, for each scope and ratio.
 
-    The scores are the log of the contributions, those of a pruner where there is one, and the mean of both; their
-    choices are tried `own` times each, as each trial is judged on another batch. `near`: masks that scores with noise
-    choose; `spread`: standard deviation of the Gumbel noise, in units of the scores' own. `leave_one_out`: whether each
-    head is dropped alone too, judged on all batches.
+    The scores are the log of the contributions, those of a pruner where there is one, and the mean of both. `search`:
+    exchanges that a search tries from what the last scores choose, led by `guides` of the judges. Without a search the
+    scores' choices are tried `own` times each, as each trial is judged on another batch; `near`: masks that scores with
+    noise choose; `spread`: standard deviation of the Gumbel noise, in units of the scores' own; `at_random`: masks of
+    no scores. `leave_one_out`: whether each head is dropped alone too, judged on all batches.
     """
 
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
     scopes: tuple[Scope, ...] = ("site", "global")
+    search: int = 24
+    guides: int = 2
     own: int = 2
     near: int = 28
     at_random: int = 5
@@ -105,10 +113,14 @@ class TrialConfig:
     leave_one_out: bool = False
 
     def passes(self, rankings: int, judges: int) -> int:
-        """Return how many masks are judged for a sample: those tried, and each group's reference by every judge.
+        """Return how many times at most a judge looks at a mask for a sample.
 
-        Heads dropped alone come besides; groups whose ratio removes no head of a model are passed over.
+        Each mask of a search meets its guides; other trials meet one judge, and each group's reference all of them.
+        Gradients, and heads dropped alone, come on top; groups whose ratio removes no head of a model are passed over,
+        and a search ends early where no exchange is left.
         """
+        if self.search:
+            return len(self.groups) * min(self.guides, judges) * (self.search + 1)
         return len(self.groups) * (self.own * rankings + self.near + self.at_random + judges)
 
     @property
@@ -123,20 +135,23 @@ def collect(
     model: PreTrainedModel,
     sites: Mapping[str, AttentionSite],
     batches: Sequence[Mapping[str, Any]],
-    judges: Sequence[Judge],
+    judges: Sequence[MaskLoss],
     is_pair: bool,
     subject: str,
     task: str,
     config: TrialConfig,
     seed: int,
     pruner: JointPruner | None = None,
+    staying: Mapping[str, Tensor] | None = None,
 ) -> Sample:
     """Make one sample from a frozen base model, batches of a task, and judges of masks on other batches of it.
 
-    Each trial is judged by one of the judges, at random, and its loss is divided by that of one mask of its group, the
-    same for all, with the same judge. So a mask cannot look good because it fits a few texts, nor because its texts are
-    easy. A judge may hold a copy of the model in bfloat16, which takes half of the time. `pruner` must not have seen
-    the task where what is fitted on the sample shall say something about unseen ones.
+    A search is led by some of the judges, drawn for each group; the masks on its way are trials, their losses beside
+    that of the first. It keeps the heads in `staying` (bool, by site), which a task may need for what no judge looks
+    at. Without a search each trial is judged by one of the judges, at random, and its loss is divided by that of one
+    mask of its group, the same for all, with the same judge. So a mask cannot look good because it fits a few texts,
+    nor because its texts are easy. A judge may hold a copy of the model in bfloat16, which takes half of the time.
+    `pruner` must not have seen the task where what is fitted on the sample shall say something about unseen ones.
     """
     random = torch.Generator().manual_seed(seed)
     with evaluation_mode(model):
@@ -145,7 +160,7 @@ def collect(
     if pruner is not None:
         learned = standardised(pruner.eval()(evidence).double())
         rankings += [learned, rankings[0] + learned]
-    trials = _trials(judges, evidence, rankings, sites, config, random)
+    trials, found = _trials(judges, evidence, rankings, sites, config, random, staying)
     if config.leave_one_out:
         heads = torch.arange(len(evidence.features))
         alone = [HeadMask(evidence.split(heads != head)) for head in heads]
@@ -154,28 +169,48 @@ def collect(
         raise InvalidInputError(
             f"no head of {subject or 'the model'} can be removed at any of the ratios {config.ratios}"
         )
-    masks = torch.stack([torch.cat([mask[name] for name in evidence.heads]) for mask, _, _ in trials])
+    masks = _stacked(evidence, [mask for mask, _, _ in trials])
     losses, groups = torch.tensor([loss for _, loss, _ in trials]), torch.tensor([group for _, _, group in trials])
-    return Sample(subject, task, evidence, masks, losses, groups)
+    sample = Sample(subject, task, evidence, masks, losses, groups)
+    if not found:
+        return sample
+    by_site = torch.tensor([scope == "site" for _, scope in found])
+    return replace(sample, found=_stacked(evidence, [mask for mask, _ in found]), by_site=by_site)
+
+
+def _stacked(evidence: Evidence, masks: Sequence[HeadMask]) -> Tensor:
+    return torch.stack([torch.cat([mask[name] for name in evidence.heads]) for mask in masks])
 
 
 def _trials(
-    judges: Sequence[Judge],
+    judges: Sequence[MaskLoss],
     evidence: Evidence,
     rankings: Sequence[Tensor],
     sites: Mapping[str, AttentionSite],
     config: TrialConfig,
     random: torch.Generator,
-) -> list[tuple[HeadMask, float, int]]:
-    """Judge each group's masks; the reference is what the last ranking chooses."""
+    staying: Mapping[str, Tensor] | None,
+) -> tuple[list[tuple[HeadMask, float, int]], list[tuple[HeadMask, Scope]]]:
+    """Judge each group's masks, and return them, and the best that searches found."""
     kv_heads = {name: sites[name].num_key_value_heads for name in evidence.heads}
     level = torch.zeros(len(evidence.features), dtype=torch.float64)
     around = [rankings[i % len(rankings)] for i in range(config.near)]
-    trials = []
+    first = rankings[-1]  # where a search begins
+    if staying is not None:
+        first = first + 100 * torch.cat([staying[name] for name in evidence.heads])  # standardised: before all others
+    trials, found = [], []
     for number, scope, ratio in config.groups:
         own = [select_heads(HeadScores(evidence.split(scores), kv_heads), ratio, scope) for scores in rankings]
         if all(bool(row.all()) for row in own[-1].values()):
             continue  # too few heads, or groups of them too large, to remove so few
+        if config.search:
+            start = select_heads(HeadScores(evidence.split(first), kv_heads), ratio, scope)
+            guides = torch.randperm(len(judges), generator=random)[: config.guides].tolist()
+            guide = MeanLoss([judges[i] for i in guides])
+            way = search(guide, start, kv_heads, config.search, random, scope, staying=staying)
+            found.append((min(way, key=lambda trial: trial[1])[0], scope))
+            trials += [(mask, loss / max(way[0][1], _LEAST_KL), number) for mask, loss in way]
+            continue
         masks = own * config.own
         masks += [
             _near(scores, evidence, kv_heads, ratio, scope, config.spread, random)
@@ -185,7 +220,7 @@ def _trials(
         for mask in masks:
             judge = int(torch.randint(len(judges), (1,), generator=random))
             trials.append((mask, judges[judge](mask) / reference[judge], number))
-    return trials
+    return trials, found
 
 
 def _near(
@@ -208,8 +243,9 @@ def _near(
 class FitConfig:
     """Settings of the regression.
 
-    `groups`: which trials teach, as numbered in `Sample`; None is all ratios and no leave-one-out. `jitter`: noise on
-    the standardised evidence, against learning single samples by heart.
+    `groups`: which trials teach, as numbered in `Sample`; with None the masks that searches found do, and where a
+    sample has none its trials of all ratios, without leave-one-out. `jitter`: noise on the standardised evidence,
+    against learning single samples by heart.
     """
 
     epochs: int = 80
@@ -240,12 +276,32 @@ def trial_loss(scores: Tensor, sample: Sample, groups: Sequence[int] | None = No
     return torch.stack(losses).mean()
 
 
+def imitation_loss(scores: Tensor, sample: Sample) -> Tensor:
+    """Return how badly scores tell which heads the found masks keep: 0 = perfectly, 1 = not at all, 2 = the wrong way.
+
+    For each mask: 1 - the correlation of the scores with being kept, over all heads, or over those of each site where
+    the mask had to leave as many at every site. Averaged over masks. Neither level nor scale of the scores counts.
+    Raises `InvalidInputError` where nothing was found.
+    """
+    if sample.found is None or sample.by_site is None:
+        raise invalid("sample", "hold masks that a search found", sample.found)
+    both = torch.stack([sample.found.to(scores), scores.expand(sample.found.shape)])
+    sites = nn.functional.one_hot(sample.evidence.site_numbers).to(scores)
+    of_site = both @ (sites / sites.sum(dim=0)) @ sites.T
+    kept, given = both - torch.where(sample.by_site[:, None], of_site, both.mean(dim=-1, keepdim=True))
+    return (1 - nn.functional.cosine_similarity(kept, given, dim=-1, eps=1e-9)).mean()
+
+
 def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None = None) -> list[float]:
     """Train the pruner in place, each member by itself, and return the mean loss of every epoch."""
     config = config or FitConfig()
     if not samples:
         raise invalid("samples", "hold at least one", [])
     random = torch.Generator().manual_seed(config.seed)
+
+    def imitates(sample: Sample) -> bool:
+        return config.groups is None and sample.found is not None
+
     pruner.train()
     optimizer = torch.optim.AdamW(pruner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -259,7 +315,7 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
             noisy = [_jittered(sample.evidence, config.jitter, random) for sample in chosen]
             loss = torch.stack(
                 [
-                    trial_loss(scores, sample, config.groups)
+                    imitation_loss(scores, sample) if imitates(sample) else trial_loss(scores, sample, config.groups)
                     for judged, sample in zip(pruner.judge_all(noisy), chosen, strict=True)
                     for scores in judged
                 ]

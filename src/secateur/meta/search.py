@@ -7,6 +7,7 @@ on the task's own texts: the gates as free parameters, whose gradient says which
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,11 +86,26 @@ class MaskLoss:
         return gated_representations(self.model, self.batches[number], gates, self.is_pair)
 
 
+class MeanLoss:
+    """The mean of several `MaskLoss`es on as many texts each, as one."""
+
+    def __init__(self, losses: Sequence[MaskLoss]) -> None:
+        self.losses = losses
+
+    def __call__(self, mask: Mapping[str, Tensor]) -> float:
+        """Return the mean of what the mask costs."""
+        return statistics.fmean(loss(mask) for loss in self.losses)
+
+    def slopes(self, mask: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean of the derivatives on every gate of a judged mask, `[heads]` over all sites."""
+        return torch.stack([loss.slopes(mask) for loss in self.losses]).mean(dim=0)
+
+
 Trial = tuple[HeadMask, float]
 
 
 def search(
-    loss: MaskLoss,
+    loss: MaskLoss | MeanLoss,
     start: HeadMask,
     groups: Mapping[str, int],
     steps: int,
