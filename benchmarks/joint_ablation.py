@@ -50,7 +50,7 @@ from secateur.versions import environment
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = (("mnli", "qnli"), ("qqp", "mrpc"), ("sst2", "cola"), ("stsb", "rte"))
-SAMPLES = ("joint_samples", "leave_one_out_samples")
+SAMPLES, FOUND_SAMPLES = ("joint_samples", "leave_one_out_samples"), "found_samples"
 MODEL, UNSEEN, SEEN = "minilm", "model unseen", "tasks seen"
 RATIOS = (0.25, 0.5, 0.75)
 SCOPES: tuple[Scope, ...] = ("site", "global")
@@ -58,8 +58,9 @@ SCOPES: tuple[Scope, ...] = ("site", "global")
 WHOLE = "+ joint scoring (what ships)"
 TRIALS = (1, 2, 3, 4, 5, 6)  # every scope and ratio
 PARTS = ("that, one network of the four", "that, no contribution beside it", "that, no matching beside it")
-"""What is left of the fit of `WHOLE` with less around its networks."""
+"""What is left of the fits of `WHOLE` and `FOUND` with less around their networks."""
 
+FOUND = "taught on MiniLM alone, by masks that a search finds"
 ALONE: dict[str, Any] = {"joint": False}
 MORE = ("that and maps", "that and place", "that, maps and place")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -75,6 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "taught by these and the masks": {"groups": (LEAVE_ONE_OUT, *TRIALS)},
     "taught by masks over the whole model alone": {"groups": TRIALS[3:]},
     "taught on MiniLM alone": {"only": MODEL},
+    FOUND: {"samples": (FOUND_SAMPLES,), "groups": None},
 }
 """The first five add one thing at a time, the next three what ships without; then come other teachers and one model."""
 
@@ -153,18 +155,19 @@ def measure(judge: Judge, seeds: list[int], work: Path) -> list[dict[str, Any]]:
         with torch.enable_grad():
             pruner = fit_variant(variant, seed, **left_out)
         found = [r for t in judged for r in judge.rows(pruner(judge.evidence(t)), t, about(variant=variant))]
-        if variant == WHOLE:
+        if variant in (WHOLE, FOUND):
             for part, smaller in zip(PARTS, parts_of(pruner), strict=True):
-                found += [r for t in judged for r in judge.rows(smaller(judge.evidence(t)), t, about(variant=part))]
+                name = part if variant == WHOLE else part.replace("that", FOUND)
+                found += [r for t in judged for r in judge.rows(smaller(judge.evidence(t)), t, about(variant=name))]
         append_rows(file, found)
     return read_lines(file)
 
 
 def fit_variant(variant: str, seed: int, **left_out: tuple[str, ...]) -> JointPruner:
     """Return the fit of a variant on all samples but those of the tasks or families left out."""
-    kept = [sample for folder in SAMPLES for sample in load(RESULTS / folder, **left_out)[0]]
-    settings = {"groups": TRIALS, **VARIANTS[variant]}
-    only = settings.pop("only", None)
+    settings = {"groups": TRIALS, "samples": SAMPLES, "only": None, **VARIANTS[variant]}
+    folders, only = settings.pop("samples"), settings.pop("only")
+    kept = [sample for folder in folders for sample in load(RESULTS / folder, **left_out)[0]]
     return fitted([s for s in kept if only in (None, family(s.subject))], seed, **settings)
 
 
@@ -243,6 +246,8 @@ def against_contribution(rows: list[dict[str, Any]]) -> str:
             ("all of it", WHOLE),
             ("the same, task seen", WHOLE + SEEN),
             ("that without matching", PARTS[2] + SEEN),
+            ("found masks", FOUND),
+            ("found masks, without matching", PARTS[2].replace("that", FOUND)),
         ):
             pairs = [f"{task} {one[CONTRIBUTION][0]:.1f} and {spread(one[name], 1)}" for task, one in found.items()]
             lines.append(f"{scope} {ratio:.0%}, contribution and {what}: {', '.join(pairs)}")

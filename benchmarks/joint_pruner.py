@@ -163,11 +163,13 @@ def main() -> None:
         fitted(kept, options.seed).save_pretrained(options.out)
         print(f"fitted on {len(kept)} samples: {options.out}")
     else:
-        names = {task_of(s.task) for s in load(options.samples)[0]} - {OWN}
-        for name in sorted(names):
-            fitted(load(options.samples, tasks=(name,))[0], options.seed).save_pretrained(options.out / name)
-        for name in sorted({family(s.subject) for s in load(options.samples)[0]}):
-            fitted(load(options.samples, families=(name,))[0], options.seed).save_pretrained(options.out / name)
+        samples = load(options.samples)[0]
+        left_out = [("tasks", name) for name in sorted({task_of(s.task) for s in samples} - {OWN})]
+        families = sorted({family(s.subject) for s in samples})
+        left_out += [("families", name) for name in families if len(families) > 1]
+        for kind, name in left_out:
+            kept, _ = load(options.samples, **{kind: (name,)})
+            fitted(kept, options.seed).save_pretrained(options.out / name)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from secateur.meta.joint_training import (
     collect,
     fit,
     imitation_loss,
+    lesson,
     trial_loss,
 )
 from secateur.meta.objective import relational_kl
@@ -724,19 +725,24 @@ def test_a_search_finds_the_mask_that_its_guides_like_best_and_keeps_what_has_to
     assert torch.equal(again.by_site, sample.by_site)
 
 
-def test_scores_that_imitate_masks_choose_them():
+def test_found_masks_and_the_trials_on_the_way_to_them_teach():
     samples = [sample_of(tiny_model("bert", seed), seed, search=8, scopes=("site", "global")) for seed in range(4)]
 
     @torch.no_grad()
     def mean(loss, pruner):
         return sum(float(loss(pruner(sample.evidence), sample)) for sample in samples) / len(samples)
 
-    new, imitating, trying = JointPruner(), JointPruner(), JointPruner()
-    fit(imitating, samples, FitConfig(epochs=60, jitter=0.0))
-    fit(trying, samples, FitConfig(epochs=60, jitter=0.0, groups=(1, 2)))  # asked for, the trials teach
-    assert mean(imitation_loss, imitating) < 0.6 * mean(imitation_loss, new)
-    assert mean(imitation_loss, imitating) < mean(imitation_loss, trying)
-    assert mean(trial_loss, trying) < mean(trial_loss, imitating)
+    new, both, trials = JointPruner(), JointPruner(), JointPruner()
+    fit(both, samples, FitConfig(epochs=60, jitter=0.0))
+    fit(trials, samples, FitConfig(epochs=60, jitter=0.0, groups=(1, 2)))  # asked for, the trials alone
+    assert mean(imitation_loss, both) < 0.6 * mean(imitation_loss, new)
+    assert mean(imitation_loss, both) < mean(imitation_loss, trials)
+    assert mean(trial_loss, both) < mean(trial_loss, new)
+    scores = both(samples[0].evidence).detach()
+    parts = trial_loss(scores, samples[0]), imitation_loss(scores, samples[0])
+    assert float(lesson(scores, samples[0])) == pytest.approx(float(sum(parts)))
+    assert lesson(scores, samples[0], (2,)) == trial_loss(scores, samples[0], (2,))
+    assert lesson(scores, replace(samples[0], found=None)) == parts[0]
 
 
 def test_the_imitation_loss_by_hand():

@@ -2,8 +2,8 @@
 
 A sample is some texts of a task with a frozen model: the evidence of one dense pass, the best masks that a search
 found, and trials, masks with their relational KL on other texts of the task. Scores are fitted to tell the heads that
-the found masks keep from those that they drop. Where nothing was searched for they learn from the trials: the sum over
-the heads that a mask drops shall explain the log of its KL among masks that drop as many.
+the found masks keep from those that they drop, and so that the sum over the heads that a trial drops explains the log
+of its KL among masks that drop as many.
 """
 
 from __future__ import annotations
@@ -243,9 +243,8 @@ def _near(
 class FitConfig:
     """Settings of the regression.
 
-    `groups`: which trials teach, as numbered in `Sample`; with None the masks that searches found do, and where a
-    sample has none its trials of all ratios, without leave-one-out. `jitter`: noise on the standardised evidence,
-    against learning single samples by heart.
+    `groups`: which trials alone teach, as numbered in `Sample`; with None all but heads dropped alone do, and the masks
+    that searches found. `jitter`: noise on the standardised evidence, against learning single samples by heart.
     """
 
     epochs: int = 80
@@ -292,15 +291,21 @@ def imitation_loss(scores: Tensor, sample: Sample) -> Tensor:
     return (1 - nn.functional.cosine_similarity(kept, given, dim=-1, eps=1e-9)).mean()
 
 
+def lesson(scores: Tensor, sample: Sample, groups: Sequence[int] | None = None) -> Tensor:
+    """Return what a fit lowers: the trial loss, and the imitation loss where masks were found and no groups named.
+
+    The found masks say which heads go together; trials on the way to them, which of the heads hardly matter.
+    """
+    loss = trial_loss(scores, sample, groups)
+    return loss if sample.found is None or groups is not None else loss + imitation_loss(scores, sample)
+
+
 def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None = None) -> list[float]:
     """Train the pruner in place, each member by itself, and return the mean loss of every epoch."""
     config = config or FitConfig()
     if not samples:
         raise invalid("samples", "hold at least one", [])
     random = torch.Generator().manual_seed(config.seed)
-
-    def imitates(sample: Sample) -> bool:
-        return config.groups is None and sample.found is not None
 
     pruner.train()
     optimizer = torch.optim.AdamW(pruner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
@@ -315,7 +320,7 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
             noisy = [_jittered(sample.evidence, config.jitter, random) for sample in chosen]
             loss = torch.stack(
                 [
-                    imitation_loss(scores, sample) if imitates(sample) else trial_loss(scores, sample, config.groups)
+                    lesson(scores, sample, config.groups)
                     for judged, sample in zip(pruner.judge_all(noisy), chosen, strict=True)
                     for scores in judged
                 ]
