@@ -5,11 +5,11 @@
     python benchmarks/joint_pruner.py fit --samples DIR --out DIR [--without-tasks qnli …] [--without-subjects minilm …]
     python benchmarks/joint_pruner.py unseen --samples DIR --out DIR   # one fit without each task and each family
 
-`collect` writes a file for each sample and passes over those that are there, so it may be stopped at any time. It
-searches for masks from what the scores choose; with --trials it tries masks at random and near that choice instead, and
-with --alone each head dropped alone. GLUE is a folder with one folder a task. MiniLM and SmolLM2 read the training
+`collect` writes a file for each sample and passes over those that are there, so it may be stopped at any time. It tries
+masks at random and near what the scores choose; with --search 24 it searches for the best from there instead, and with
+--alone it tries each head dropped alone. GLUE is a folder with one folder a task. MiniLM and SmolLM2 read the training
 texts of the tasks; the other models read inputs of their own domain (subjects.py), from the half that is not judged.
-With a pruner, an earlier fit, searches begin at its choice, and masks near it are tried; with {unseen} in its path it
+With a pruner, an earlier fit, masks near its choice are tried, and searches begin there; with {unseen} in its path it
 is the one that was fitted without the sample's task, or without its model where that reads no tasks: what it gets wrong
 is what a user of other tasks would get.
 """
@@ -76,12 +76,11 @@ def collect_all(
     count: int,
     pruner: str | None,
     alone: bool = False,
-    trials: int | None = None,
+    near: int = TrialConfig.near,
+    search: int = 0,
     only: list[str] | None = None,
 ) -> None:
-    config = TrialConfig(ratios=(), leave_one_out=True) if alone else TrialConfig()
-    if trials is not None:
-        config = TrialConfig(search=0, near=trials)
+    config = TrialConfig(ratios=(), leave_one_out=True) if alone else TrialConfig(near=near, search=search)
     for name in names:
         subject = SUBJECTS[name]()
         judge = copy.deepcopy(subject.model).to(torch.bfloat16)
@@ -125,11 +124,17 @@ def load(
     return [s for s, o in zip(every, out, strict=True) if not o], [s for s, o in zip(every, out, strict=True) if o]
 
 
-def fitted(samples: list[Sample], seed: int = 0, groups: tuple[int, ...] | None = None, **network: Any) -> JointPruner:
+def fitted(
+    samples: list[Sample],
+    seed: int = 0,
+    groups: tuple[int, ...] | None = None,
+    trial_weight: float = 1.0,
+    **network: Any,
+) -> JointPruner:
     torch.manual_seed(seed)
     pruner = JointPruner(**network)
     usable = samples if groups is None else [s for s in samples if set(groups) & set(s.groups.tolist())]
-    fit(pruner, usable, FitConfig(seed=seed, groups=groups))
+    fit(pruner, usable, FitConfig(seed=seed, groups=groups, trial_weight=trial_weight))
     return pruner
 
 
@@ -143,7 +148,8 @@ def main() -> None:
     every["collect"].add_argument("--subjects", nargs="*", default=list(SUBJECTS), choices=SUBJECTS)
     every["collect"].add_argument("--count", type=int, default=4, help="samples of each task; of a model's own domain")
     every["collect"].add_argument("--alone", action="store_true", help="drop each head alone instead of trying masks")
-    every["collect"].add_argument("--trials", type=int, help="no search: so many masks near scores' choices, each")
+    every["collect"].add_argument("--near", type=int, default=TrialConfig.near, help="masks near scores' choices, each")
+    every["collect"].add_argument("--search", type=int, default=0, help="exchanges that a search tries, instead")
     every["collect"].add_argument("--only", nargs="*", help="these tasks alone; 'own' is a model's own domain")
     every["collect"].add_argument("--pruner", help="a folder; {unseen} becomes the task or family of models")
     every["fit"].add_argument("--without-tasks", nargs="*", default=[])
@@ -156,7 +162,7 @@ def main() -> None:
     if options.command == "collect":
         collect_all(
             options.glue, options.samples, options.subjects, options.count, options.pruner, options.alone,
-            options.trials, options.only,
+            options.near, options.search, options.only,
         )  # fmt: skip
     elif options.command == "fit":
         kept, _ = load(options.samples, tuple(options.without_tasks), tuple(options.without_subjects))

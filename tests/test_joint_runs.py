@@ -14,9 +14,9 @@ from secateur import cli
 from secateur.data import Task
 from secateur.errors import CheckpointError, InvalidInputError, UnsupportedModelError
 from secateur.meta import joint_runs
-from secateur.meta.joint import JointPruner, contribution_scores, standardised
+from secateur.meta.joint import JointPruner, contribution_scores
 from secateur.meta.joint_runs import JointTrainingConfig, _Counted, held_out_losses, train_joint_pruner
-from secateur.meta.joint_training import FitConfig, Sample, TrialConfig, collect, imitation_loss
+from secateur.meta.joint_training import FitConfig, Sample, TrialConfig, collect, trial_loss
 from secateur.meta.search import MaskLoss
 from secateur.meta.subjects import Subject
 from secateur.model.sites import find_sites
@@ -24,7 +24,7 @@ from secateur.scoring import score_heads
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 TASKS = [Task("singles", tiny_texts(40)), Task("pairs", tiny_texts(24, seed=1, pairs=True))]
-SEARCH = 4
+NEAR = 3
 SMALL = {"num_texts": 8, "judges": 3, "batch_size": 4, "max_length": 16}
 
 
@@ -44,8 +44,8 @@ def same(one, other):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_runs():
-    """Short searches, and a short fit, so that a run takes seconds."""
-    fewer, shorter = partial(TrialConfig, search=SEARCH), partial(FitConfig, epochs=40)
+    """A few masks near each choice, and a short fit, so that a run takes seconds."""
+    fewer, shorter = partial(TrialConfig, near=NEAR), partial(FitConfig, epochs=40)
     with mock.patch.multiple(joint_runs, TrialConfig=fewer, FitConfig=shorter):
         yield
 
@@ -57,29 +57,29 @@ def whole(tmp_path_factory):
     return out, train(out)
 
 
-def test_every_task_has_its_samples_and_later_searches_begin_at_what_earlier_ones_taught(whole):
+def test_every_task_has_its_samples_and_later_ones_lie_near_what_earlier_ones_taught(whole):
     out, pruner = whole
     found = samples(out)
     assert list(found) == ["0-0-0.safetensors", "0-0-1.safetensors", "0-1-0.safetensors", "0-1-1.safetensors"]
     assert [sample.task for sample in found.values()] == ["singles", "singles", "pairs", "pairs"]
-    assert [len(sample.masks) for sample in found.values()] == [6 * (1 + SEARCH)] * 4
+    # Each of 6 groups has 5 masks at random, some near a choice, and each choice twice: of one ranking, later of three.
+    assert [len(sample.masks) for sample in found.values()] == [6 * (5 + NEAR + 2), 6 * (5 + NEAR + 6)] * 2
     first = joint_runs._fitted([found["0-0-0.safetensors"], found["0-1-0.safetensors"]], JointTrainingConfig(**SMALL))
     second = found["0-1-1.safetensors"]
     with torch.no_grad():
-        scores = standardised(first(second.evidence).double())
-    scores += standardised(contribution_scores(second.evidence).double())
-    own = secateur.select_heads(secateur.HeadScores(second.evidence.split(scores)), 0.5, "global")
+        scores = first(second.evidence)
+    own = secateur.select_heads(secateur.HeadScores(second.evidence.split(scores.double())), 0.5, "global")
     by_whole_model = second.masks[second.groups == 5]  # sites 1 to 3, whole model 4 to 6: a quarter, half, three
-    assert by_whole_model[0].tolist() == torch.cat(list(own.values())).tolist()
+    assert by_whole_model[1].tolist() == torch.cat(list(own.values())).tolist()
     assert same(JointPruner.from_pretrained(str(out / "pruner")), pruner)
 
 
-def test_it_tells_the_found_masks_better_than_the_contribution_does(whole):
+def test_it_explains_the_trials_better_than_the_contribution_does(whole):
     out, pruner = whole
     found = list(samples(out).values())
     with torch.no_grad():
-        taught = statistics.mean(float(imitation_loss(pruner(sample.evidence), sample)) for sample in found)
-        plain = statistics.mean(float(imitation_loss(contribution_scores(sample.evidence), sample)) for sample in found)
+        taught = statistics.mean(float(trial_loss(pruner(sample.evidence), sample)) for sample in found)
+        plain = statistics.mean(float(trial_loss(contribution_scores(sample.evidence), sample)) for sample in found)
     assert taught < 0.9 * plain, (taught, plain)
 
 
@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_to_the_identical_end(whole, tmp_path, monkeypatch
     assert same(train(tmp_path / "grows", resume=True), whole[1])
 
 
-@pytest.mark.parametrize("config", [TrialConfig(search=4), TrialConfig(search=0, near=3, at_random=2)])
+@pytest.mark.parametrize("config", [TrialConfig(search=4), TrialConfig(near=3, at_random=2)])
 def test_as_many_masks_are_judged_as_it_says(config):
     model = tiny_model("bert")
     subject, calls = Subject(model, tiny_tokenizer()), mock.Mock()
@@ -121,7 +121,7 @@ def test_a_task_with_few_texts_has_fewer_judges(tmp_path, monkeypatch, capsys):
     few = [Task(str(count), tiny_texts(count)) for count in (12, 15, 16, 200)]
     train(tmp_path / "run", tasks=few, samples=1)
     assert numbers == [1, 1, 2, 3]  # whole batches of 4 beyond the 8 that are scored, 3 at most
-    passes = TrialConfig(search=SEARCH).passes(1, 1)
+    passes = TrialConfig(near=NEAR).passes(1, 1)
     train(tmp_path / "bar", tasks=few[:1], samples=1, progress=True)
     assert f"{passes}/{passes}" in capsys.readouterr().err
     with pytest.raises(

@@ -171,8 +171,8 @@ def joint_train(
 ) -> None:
     """Teach a joint pruner, for `--scorer smp-plus`, a model of yours on unlabelled texts of one or more tasks.
 
-    Good masks are searched for on the frozen model, about 300 passes over a batch and 70 gradients for each sample; the
-    pruner learns to choose them. Dev texts judge it, those of every task but a single file.
+    Masks are tried on the frozen model, about 270 passes over a batch for each sample; the pruner learns which heads
+    cost what. Dev texts judge it, those of every task but a single file.
     """
     from accelerate import Accelerator
 

@@ -1,7 +1,7 @@
 """Teaching a joint pruner models that it has not seen: trials of masks in a folder, and the pruner fitted on them.
 
 Each sample's draws come from (seed, number of the model, of the task, and of the sample), and from the second on its
-searches begin where all samples before have led; so a run may be stopped at any time, and any number of processes
+masks lie near what all samples before have taught; so a run may be stopped at any time, and any number of processes
 collect the same.
 """
 
@@ -39,8 +39,7 @@ from secateur.meta.search import MaskLoss
 from secateur.meta.subjects import Subject, check_subjects, check_tasks
 from secateur.model.sites import find_sites
 from secateur.model.state import evaluation_mode
-from secateur.scorers.base import ScoringTask, special_ids_of
-from secateur.scorers.matching import heads_that_match
+from secateur.scorers.base import special_ids_of
 from secateur.selection import Scope, select_heads
 
 SCOPES: tuple[Scope, ...] = ("site", "global")
@@ -54,7 +53,7 @@ _JUDGED_HELD_OUT = 128
 class JointTrainingConfig:
     """Settings of teaching a joint pruner.
 
-    samples: of each model and task; the searches of a later one begin at what the earlier ones have taught. num_texts:
+    samples: of each model and task; the masks of a later one lie near what the earlier ones have taught. num_texts:
     texts that give a sample's evidence. judges: batches of other texts, of which each mask meets one; fewer where a
     task has too few texts. batch_size: texts a batch. max_length: tokens a text. bf16: judge masks by a copy of the
     model in bfloat16, which is faster where the device has it.
@@ -201,7 +200,7 @@ def _collected(
     missing = [(path, cell) for path, cell in mine if not path.is_file()]
     trials, rankings = TrialConfig(), 1 if earlier is None else 3
     counts = [min(config.judges, (len(task) - config.num_texts) // config.batch_size) for task in tasks]
-    total, done = sum(trials.passes(rankings, counts[j]) for _, (_, j) in missing), 0
+    total = sum(trials.passes(rankings, counts[j]) for _, (_, j) in missing)
     name = f"sample {number + 1} of {config.samples}"
     with tqdm(total=total, desc=name, unit="mask", disable=not (progress and accelerator.is_main_process)) as bar:
         for i, group in groupby(missing, key=lambda item: item[1][0]):
@@ -211,8 +210,6 @@ def _collected(
                 for path, (_, j) in group:
                     seed = generator(config.seed, i, j, number).initial_seed()
                     _sample(subjects[i], judge, tasks[j], config, trials, counts[j], seed, earlier, bar).save(path)
-                    done += trials.passes(rankings, counts[j])
-                    bar.update(done - bar.n)  # searches may have ended early
     accelerator.wait_for_everyone()
     return [Sample.load(path) for path in cells]
 
@@ -235,10 +232,7 @@ def _sample(
     losses = [_Counted(judge, [batch], task.is_pair, bar) for batch in judging]
     sites = find_sites(subject.model)
     about = subject.model.name_or_path, task.name
-    # What fine-tuning on pairs needs, and no judge sees, no search shall give away.
-    special_ids = special_ids_of(subject.tokenizer)
-    staying = heads_that_match(ScoringTask(subject.model, sites, evidence, task.is_pair, special_ids=special_ids))
-    sample = collect(subject.model, sites, evidence, losses, task.is_pair, *about, trials, seed, earlier, staying)
+    sample = collect(subject.model, sites, evidence, losses, task.is_pair, *about, trials, seed, earlier)
     if all(float(sample.losses[sample.groups == group].std()) < _ALIKE for group in sample.groups.unique()):
         raise InvalidInputError(
             f"masks all cost the same on the texts of task {task.name}, so there is nothing to learn; give texts that "

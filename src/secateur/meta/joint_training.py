@@ -104,7 +104,7 @@ class TrialConfig:
 
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
     scopes: tuple[Scope, ...] = ("site", "global")
-    search: int = 24
+    search: int = 0
     guides: int = 2
     own: int = 2
     near: int = 28
@@ -244,7 +244,8 @@ class FitConfig:
     """Settings of the regression.
 
     `groups`: which trials alone teach, as numbered in `Sample`; with None all but heads dropped alone do, and the masks
-    that searches found. `jitter`: noise on the standardised evidence, against learning single samples by heart.
+    that searches found, beside which trials count `trial_weight`. `jitter`: noise on the standardised evidence, against
+    learning single samples by heart.
     """
 
     epochs: int = 80
@@ -253,6 +254,7 @@ class FitConfig:
     weight_decay: float = 0.05
     jitter: float = 0.1
     groups: tuple[int, ...] | None = None
+    trial_weight: float = 1.0
     seed: int = 0
 
 
@@ -291,13 +293,15 @@ def imitation_loss(scores: Tensor, sample: Sample) -> Tensor:
     return (1 - nn.functional.cosine_similarity(kept, given, dim=-1, eps=1e-9)).mean()
 
 
-def lesson(scores: Tensor, sample: Sample, groups: Sequence[int] | None = None) -> Tensor:
-    """Return what a fit lowers: the trial loss, and the imitation loss where masks were found and no groups named.
+def lesson(scores: Tensor, sample: Sample, groups: Sequence[int] | None = None, trial_weight: float = 1.0) -> Tensor:
+    """Return what a fit lowers: the trial loss, or where masks were found the imitation loss and so much of the other.
 
     The found masks say which heads go together; trials on the way to them, which of the heads hardly matter.
     """
-    loss = trial_loss(scores, sample, groups)
-    return loss if sample.found is None or groups is not None else loss + imitation_loss(scores, sample)
+    if sample.found is None or groups is not None:
+        return trial_loss(scores, sample, groups)
+    loss = imitation_loss(scores, sample)
+    return loss + trial_weight * trial_loss(scores, sample) if trial_weight else loss
 
 
 def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None = None) -> list[float]:
@@ -320,7 +324,7 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
             noisy = [_jittered(sample.evidence, config.jitter, random) for sample in chosen]
             loss = torch.stack(
                 [
-                    lesson(scores, sample, config.groups)
+                    lesson(scores, sample, config.groups, config.trial_weight)
                     for judged, sample in zip(pruner.judge_all(noisy), chosen, strict=True)
                     for scores in judged
                 ]
