@@ -61,7 +61,6 @@ PARTS = ("that, one network of the four", "that, no contribution beside it", "th
 """What is left of the fits of `WHOLE` and `FOUND` with less around their networks."""
 
 FOUND = "taught on MiniLM alone, by masks that a search finds"
-BOTH = "taught on MiniLM alone, by these and the trials on the way to them"
 ALONE: dict[str, Any] = {"joint": False}
 MORE = ("that and maps", "that and place", "that, maps and place")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -77,8 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "taught by these and the masks": {"groups": (LEAVE_ONE_OUT, *TRIALS)},
     "taught by masks over the whole model alone": {"groups": TRIALS[3:]},
     "taught on MiniLM alone": {"only": MODEL},
-    FOUND: {"samples": (FOUND_SAMPLES,), "groups": None, "trial_weight": 0.0},
-    BOTH: {"samples": (FOUND_SAMPLES,), "groups": None},
+    FOUND: {"samples": (FOUND_SAMPLES,), "groups": None},
 }
 """The first five add one thing at a time, the next three what ships without; then come other teachers and one model."""
 

@@ -1,9 +1,9 @@
-"""Teaching the joint pruner which masks are good: search for some once, then learn to choose them from the evidence.
+"""Teaching the joint pruner which masks are good: try some once, or search for the best, then learn from them.
 
-A sample is some texts of a task with a frozen model: the evidence of one dense pass, the best masks that a search
-found, and trials, masks with their relational KL on other texts of the task. Scores are fitted to tell the heads that
-the found masks keep from those that they drop, and so that the sum over the heads that a trial drops explains the log
-of its KL among masks that drop as many.
+A sample is some texts of a task with a frozen model: the evidence of one dense pass, trials, masks with their
+relational KL on other texts of the task, and, where a search was asked for, the best masks that it found. Scores are
+fitted so that the sum over the heads that a trial drops explains the log of its KL among masks that drop as many, and
+to tell the heads that the found masks keep from those that they drop.
 """
 
 from __future__ import annotations
