@@ -17,15 +17,25 @@ from secateur.data import load_task
 from secateur.demo import demo_model
 from secateur.evaluate import main_metric
 from secateur.finetune import finetune, load_classifier
-from secateur.heads import HeadMask
+from secateur.heads import HeadMask, HeadScores
 from secateur.model.loading import load_tokenizer, quiet_transformers
 from secateur.model.removal import remove_heads_
+from secateur.scoring import score_heads
 from secateur.versions import environment
 
 LITE = Protocol(max_train=1000, max_length=64, epochs=3, learning_rate=1e-4)
 """As in results/rivals.jsonl."""
 FULL = Protocol(max_train=None, max_length=128, epochs=3, learning_rate=1e-4)
 """All training texts, as in results/full_protocol.jsonl."""
+
+SCORED = 96  # texts, as in results/rivals.jsonl
+
+
+def score_texts(model: Any, tokenizer: Any, texts: list[Any], scorer: str, seed: int, **options: Any) -> HeadScores:
+    """Score heads as the runs of results/rivals.jsonl did."""
+    return score_heads(
+        model, texts, scorer, tokenizer, max_length=LITE.max_length, seed=seed, progress=False, **options
+    )
 
 
 def finetune_mask(

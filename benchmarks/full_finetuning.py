@@ -22,21 +22,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetuning_runs import FULL, LITE, finetune_mask, key
+from finetuning_runs import FULL, SCORED, finetune_mask, key, score_texts
 from joint_ablation import RESULTS
 from secateur.compare import DENSE
 from secateur.data import load_task
 from secateur.demo import demo_model
 from secateur.files import append_line, read_lines, write_text
 from secateur.model.loading import load_model, load_tokenizer
-from secateur.scoring import score_heads
 from secateur.selection import select_heads
 from secateur.summary import ALL_TASKS, summarise
 from secateur.workers import each, workers
 
 TASKS = ("qnli", "mnli", "qqp", "mrpc", "rte", "cola", "sst2", "stsb")  # the longest runs first
 SEEDS = (0, 1, 2)
-SCORED = 96
 MAIN = ("contribution", "matching", "smp-plus", "confidence")
 # What is wanted first: half of the heads, the same share of every layer and over the whole model.
 WANTED = (
@@ -62,9 +60,7 @@ def choose(glue: Path, fits: Path, masks: Path) -> None:
             ]
             if missing:
                 options = {"pruner": str(fits / task)} if scorer == "smp-plus" else {}
-                scores = score_heads(
-                    model, texts, scorer, tokenizer, max_length=LITE.max_length, seed=seed, progress=False, **options
-                )
+                scores = score_texts(model, tokenizer, texts, scorer, seed, **options)
             for scope, ratio in missing:
                 found[task, seed, scope, scorer, ratio] = select_heads(scores, ratio, scope).kept_heads
     rows = [

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from finetuning_runs import LITE, finetune_mask, key
+from finetuning_runs import SCORED, finetune_mask, key, score_texts
 from joint_ablation import FOLDS, FOUND, PARTS, RESULTS, WHOLE, fit_variant, parts_of
 from secateur.compare import DENSE
 from secateur.data import load_task
@@ -27,14 +27,12 @@ from secateur.demo import demo_model
 from secateur.files import append_line, read_lines, write_text
 from secateur.meta.joint import JointPruner
 from secateur.model.loading import load_model, load_tokenizer
-from secateur.scoring import score_heads
 from secateur.selection import select_heads
 from secateur.summary import ALL_TASKS, summarise
 from secateur.workers import each, workers
 
 TASKS = ("sst2", "stsb", "qqp", "mrpc")
 SEEDS = (0, 1, 2)
-SCORED = 96  # as in results/rivals.jsonl
 FITTED = (
     "maps only",
     "sizes",
@@ -72,16 +70,7 @@ def choose(glue: Path, fits: Path, ratios: list[float]) -> list[dict[str, Any]]:
         pruner = JointPruner.from_pretrained(place(fits, variant, tasks))
         for seed in SEEDS:
             texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
-            scores = score_heads(
-                model,
-                texts,
-                "smp-plus",
-                tokenizer,
-                pruner=pruner,
-                max_length=LITE.max_length,
-                seed=seed,
-                progress=False,
-            )
+            scores = score_texts(model, tokenizer, texts, "smp-plus", seed, pruner=pruner)
             masks = {ratio: select_heads(scores, ratio).kept_heads for ratio in ratios}
             rows += [
                 {"task": task, "scorer": variant, "ratio": ratio, "seed": seed, "kept_heads": kept}

@@ -124,17 +124,11 @@ def load(
     return [s for s, o in zip(every, out, strict=True) if not o], [s for s, o in zip(every, out, strict=True) if o]
 
 
-def fitted(
-    samples: list[Sample],
-    seed: int = 0,
-    groups: tuple[int, ...] | None = None,
-    trial_weight: float = 1.0,
-    **network: Any,
-) -> JointPruner:
+def fitted(samples: list[Sample], seed: int = 0, groups: tuple[int, ...] | None = None, **network: Any) -> JointPruner:
     torch.manual_seed(seed)
     pruner = JointPruner(**network)
     usable = samples if groups is None else [s for s in samples if set(groups) & set(s.groups.tolist())]
-    fit(pruner, usable, FitConfig(seed=seed, groups=groups, trial_weight=trial_weight))
+    fit(pruner, usable, FitConfig(seed=seed, groups=groups))
     return pruner
 
 

@@ -16,15 +16,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from finetuning_runs import LITE, finetune_mask
-from joint_finetuning import RESULTS, SCORED, TASKS
+from finetuning_runs import LITE, SCORED, finetune_mask, score_texts
+from joint_finetuning import RESULTS, TASKS
 from secateur.compare import DENSE
 from secateur.data import load_task
 from secateur.demo import demo_model
 from secateur.files import append_line, read_lines
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.refinement import refine_mask
-from secateur.scoring import score_heads
 from secateur.selection import select_heads
 from secateur.workers import each, workers
 
@@ -36,16 +35,7 @@ def measure(glue: Path, fits: Path, task: str, seed: int) -> dict[str, Any]:
     """Fine-tune with the mask as it was scored, and as it was refined."""
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
-    scores = score_heads(
-        model,
-        texts,
-        "smp-plus",
-        tokenizer,
-        pruner=str(fits / task),
-        max_length=LITE.max_length,
-        seed=seed,
-        progress=False,
-    )
+    scores = score_texts(model, tokenizer, texts, "smp-plus", seed, pruner=str(fits / task))
     scored = select_heads(scores, RATIO, "global")
     refined, losses = refine_mask(
         model, scored, texts, tokenizer, steps=STEPS, scope="global", max_length=LITE.max_length, seed=seed

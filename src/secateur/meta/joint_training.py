@@ -244,8 +244,7 @@ class FitConfig:
     """Settings of the regression.
 
     `groups`: which trials alone teach, as numbered in `Sample`; with None all but heads dropped alone do, and the masks
-    that searches found, beside which trials count `trial_weight`. `jitter`: noise on the standardised evidence, against
-    learning single samples by heart.
+    that searches found. `jitter`: noise on the standardised evidence, against learning single samples by heart.
     """
 
     epochs: int = 80
@@ -254,7 +253,6 @@ class FitConfig:
     weight_decay: float = 0.05
     jitter: float = 0.1
     groups: tuple[int, ...] | None = None
-    trial_weight: float = 1.0
     seed: int = 0
 
 
@@ -293,15 +291,13 @@ def imitation_loss(scores: Tensor, sample: Sample) -> Tensor:
     return (1 - nn.functional.cosine_similarity(kept, given, dim=-1, eps=1e-9)).mean()
 
 
-def lesson(scores: Tensor, sample: Sample, groups: Sequence[int] | None = None, trial_weight: float = 1.0) -> Tensor:
-    """Return what a fit lowers: the trial loss, or where masks were found the imitation loss and so much of the other.
+def lesson(scores: Tensor, sample: Sample, groups: Sequence[int] | None = None) -> Tensor:
+    """Return what a fit lowers: the trial loss, and where masks were found and no groups named, the imitation loss too.
 
     The found masks say which heads go together; trials on the way to them, which of the heads hardly matter.
     """
-    if sample.found is None or groups is not None:
-        return trial_loss(scores, sample, groups)
-    loss = imitation_loss(scores, sample)
-    return loss + trial_weight * trial_loss(scores, sample) if trial_weight else loss
+    loss = trial_loss(scores, sample, groups)
+    return loss if sample.found is None or groups is not None else loss + imitation_loss(scores, sample)
 
 
 def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None = None) -> list[float]:
@@ -310,7 +306,6 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
     if not samples:
         raise invalid("samples", "hold at least one", [])
     random = torch.Generator().manual_seed(config.seed)
-
     pruner.train()
     optimizer = torch.optim.AdamW(pruner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -324,7 +319,7 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
             noisy = [_jittered(sample.evidence, config.jitter, random) for sample in chosen]
             loss = torch.stack(
                 [
-                    lesson(scores, sample, config.groups, config.trial_weight)
+                    lesson(scores, sample, config.groups)
                     for judged, sample in zip(pruner.judge_all(noisy), chosen, strict=True)
                     for scores in judged
                 ]
