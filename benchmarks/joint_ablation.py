@@ -50,21 +50,22 @@ from secateur.versions import environment
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = (("mnli", "qnli"), ("qqp", "mrpc"), ("sst2", "cola"), ("stsb", "rte"))
-SAMPLES, FOUND_SAMPLES = ("joint_samples", "leave_one_out_samples"), "found_samples"
+TRIED, DROPPED, FOUND = "joint_samples", "leave_one_out_samples", "found_samples"
+SHIPPED = (TRIED, FOUND)  # a found sample takes the place of the tried one of the same texts
 MODEL, UNSEEN, SEEN = "minilm", "model unseen", "tasks seen"
 RATIOS = (0.25, 0.5, 0.75)
 SCOPES: tuple[Scope, ...] = ("site", "global")
 
 WHOLE = "+ joint scoring (what ships)"
 TRIALS = (1, 2, 3, 4, 5, 6)  # every scope and ratio
-PARTS = ("that, one network of the four", "that, no contribution beside it", "that, no matching beside it")
-"""What is left of the fits of `WHOLE` and `FOUND` with less around their networks."""
+PARTS = ("that, one network of the four", "that, the contribution beside it", "that, no matching beside it")
+"""What becomes of the fits of `WHOLE` with less, or more, around their networks."""
 
-FOUND = "taught on MiniLM alone, by masks that a search finds"
+BESIDE = {"prior": 0.5, "matching": 2.0}  # what networks that trials taught needed beside them
 ALONE: dict[str, Any] = {"joint": False}
 MORE = ("that and maps", "that and place", "that, maps and place")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "maps only": {**ALONE, "without": ("sizes", "direction", "redundancy", "place"), "prior": 0.0},
+    "maps only": {**ALONE, "without": ("sizes", "direction", "redundancy", "place")},
     "sizes": {**ALONE, "without": ("direction", "redundancy", "maps", "place")},
     "+ direction": {**ALONE, "without": ("redundancy", "maps", "place")},
     "+ redundancy": ALONE,
@@ -72,13 +73,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     MORE[0]: {"without": ("place",)},
     MORE[1]: {"without": ("maps",)},
     MORE[2]: {"without": ()},
-    "taught by heads dropped alone": {"groups": (LEAVE_ONE_OUT,)},
-    "taught by these and the masks": {"groups": (LEAVE_ONE_OUT, *TRIALS)},
-    "taught by masks over the whole model alone": {"groups": TRIALS[3:]},
     "taught on MiniLM alone": {"only": MODEL},
-    FOUND: {"samples": (FOUND_SAMPLES,), "groups": None},
+    "taught by trials": {"samples": [(TRIED,)], **BESIDE},
+    "taught by trials over the whole model alone": {"samples": [(TRIED,)], "groups": TRIALS[3:], **BESIDE},
+    "taught by heads dropped alone": {"samples": [(DROPPED,)], "groups": (LEAVE_ONE_OUT,), **BESIDE},
+    "taught by these and trials": {"samples": [(TRIED,), (DROPPED,)], "groups": (LEAVE_ONE_OUT, *TRIALS), **BESIDE},
 }
-"""The first five add one thing at a time, the next three what ships without; then come other teachers and one model."""
+"""The first five add one thing at a time, the next three what ships without; then come one model and other teachers."""
 
 JUDGED_IN = {UNSEEN: (WHOLE, *MORE), SEEN: (WHOLE,)}
 """Which variants are fitted without the model, and which with the tasks too; all are fitted without tasks."""
@@ -155,27 +156,27 @@ def measure(judge: Judge, seeds: list[int], work: Path) -> list[dict[str, Any]]:
         with torch.enable_grad():
             pruner = fit_variant(variant, seed, **left_out)
         found = [r for t in judged for r in judge.rows(pruner(judge.evidence(t)), t, about(variant=variant))]
-        if variant in (WHOLE, FOUND):
+        if variant == WHOLE:
             for part, smaller in zip(PARTS, parts_of(pruner), strict=True):
-                name = part if variant == WHOLE else part.replace("that", FOUND)
-                found += [r for t in judged for r in judge.rows(smaller(judge.evidence(t)), t, about(variant=name))]
+                found += [r for t in judged for r in judge.rows(smaller(judge.evidence(t)), t, about(variant=part))]
         append_rows(file, found)
     return read_lines(file)
 
 
 def fit_variant(variant: str, seed: int, **left_out: tuple[str, ...]) -> JointPruner:
     """Return the fit of a variant on all samples but those of the tasks or families left out."""
-    settings = {"groups": TRIALS, "samples": SAMPLES, "only": None, **VARIANTS[variant]}
-    folders, only = settings.pop("samples"), settings.pop("only")
-    kept = [sample for folder in folders for sample in load(RESULTS / folder, **left_out)[0]]
+    settings = {"samples": [SHIPPED], "only": None, **VARIANTS[variant]}
+    sets, only = settings.pop("samples"), settings.pop("only")
+    kept = [sample for folders in sets for sample in load([RESULTS / name for name in folders], **left_out)[0]]
     return fitted([s for s in kept if only in (None, family(s.subject))], seed, **settings)
 
 
 def parts_of(pruner: JointPruner) -> list[JointPruner]:
     """Return the three that `PARTS` names."""
-    one, bare, unmatched = (copy.deepcopy(pruner) for _ in PARTS)
-    one.members, bare.prior, unmatched.matching = one.members[:1], 0.0, 0.0
-    return [one, bare, unmatched]
+    one, beside, unmatched = (copy.deepcopy(pruner) for _ in PARTS)
+    one.members, unmatched.matching = one.members[:1], 0.0
+    beside.prior, beside.matching = BESIDE["prior"], BESIDE["matching"]
+    return [one, beside, unmatched]
 
 
 def append_rows(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -245,9 +246,8 @@ def against_contribution(rows: list[dict[str, Any]]) -> str:
         for what, name in (
             ("all of it", WHOLE),
             ("the same, task seen", WHOLE + SEEN),
-            ("that without matching", PARTS[2] + SEEN),
-            ("found masks", FOUND),
-            ("found masks, without matching", PARTS[2].replace("that", FOUND)),
+            ("all of it without matching", PARTS[2]),
+            ("taught by trials", "taught by trials"),
         ):
             pairs = [f"{task} {one[CONTRIBUTION][0]:.1f} and {spread(one[name], 1)}" for task, one in found.items()]
             lines.append(f"{scope} {ratio:.0%}, contribution and {what}: {', '.join(pairs)}")
@@ -275,9 +275,7 @@ def main() -> None:
         "versions": environment(),
         "texts": {"scored": SCORED, "judged": JUDGED, "tokens": LENGTH, "judged_split": "dev"},
         "fit": asdict(FitConfig()),
-        "variants": {
-            name: {k: list(v) if isinstance(v, tuple) else v for k, v in n.items()} for name, n in VARIANTS.items()
-        },
+        "variants": VARIANTS,
         "rows": rows,
     }
     write_text(RESULTS / "joint_ablation.json", json.dumps(result, indent=1) + "\n")

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from finetuning_runs import SCORED, finetune_mask, key, score_texts
-from joint_ablation import FOLDS, FOUND, PARTS, RESULTS, WHOLE, fit_variant, parts_of
+from joint_ablation import FOLDS, PARTS, RESULTS, WHOLE, fit_variant, parts_of
 from secateur.compare import DENSE
 from secateur.data import load_task
 from secateur.demo import demo_model
@@ -39,9 +39,8 @@ FITTED = (
     "+ direction",
     "+ redundancy",
     WHOLE,
+    "taught by trials",
     "taught by heads dropped alone",
-    "taught by masks over the whole model alone",
-    FOUND,
 )
 VARIANTS = (*FITTED[:5], *PARTS[1:], *FITTED[5:])
 

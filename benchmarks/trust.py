@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--glue", required=True, type=Path)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-    samples, _ = load(RESULTS / "joint_samples")
+    samples, _ = load([RESULTS / "joint_samples"])
     families = list(dict.fromkeys(family(sample.subject) for sample in samples))
     rows = []
     for unseen, name in [("task", name) for name in TASKS] + [("model", name) for name in families]:

@@ -96,10 +96,11 @@ class TrialConfig:
     """Which masks are tried, for each scope and ratio.
 
     The scores are the log of the contributions, those of a pruner where there is one, and the mean of both. `search`:
-    exchanges that a search tries from what the last scores choose, led by `guides` of the judges. Without a search the
-    scores' choices are tried `own` times each, as each trial is judged on another batch; `near`: masks that scores with
-    noise choose; `spread`: standard deviation of the Gumbel noise, in units of the scores' own; `at_random`: masks of
-    no scores. `leave_one_out`: whether each head is dropped alone too, judged on all batches.
+    exchanges that a search tries, led by `guides` of the judges, from what the pruner chooses, or where there is none,
+    the contributions. Without a search the scores' choices are tried `own` times each, as each trial is judged on
+    another batch; `near`: masks that scores with noise choose; `spread`: standard deviation of the Gumbel noise, in
+    units of the scores' own; `at_random`: masks of no scores. `leave_one_out`: whether each head is dropped alone too,
+    judged on all batches.
     """
 
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
@@ -115,13 +116,14 @@ class TrialConfig:
     def passes(self, rankings: int, judges: int) -> int:
         """Return how many times at most a judge looks at a mask for a sample.
 
-        Each mask of a search meets its guides; other trials meet one judge, and each group's reference all of them.
-        Gradients, and heads dropped alone, come on top; groups whose ratio removes no head of a model are passed over,
-        and a search ends early where no exchange is left.
+        Each trial meets one judge, and each group's reference all of them, but for those that lead a search: these meet
+        each mask of it. Gradients, and heads dropped alone, come on top; groups whose ratio removes no head of a model
+        are passed over, and a search ends early where no exchange is left.
         """
-        if self.search:
-            return len(self.groups) * min(self.guides, judges) * (self.search + 1)
-        return len(self.groups) * (self.own * rankings + self.near + self.at_random + judges)
+        if not self.search:
+            return len(self.groups) * (self.own * rankings + self.near + self.at_random + judges)
+        guides = min(self.guides, judges)
+        return len(self.groups) * (guides * (self.search + 1) + rankings + self.search + (judges - guides or judges))
 
     @property
     def groups(self) -> list[tuple[int, Scope, float]]:
@@ -146,12 +148,11 @@ def collect(
 ) -> Sample:
     """Make one sample from a frozen base model, batches of a task, and judges of masks on other batches of it.
 
-    A search is led by some of the judges, drawn for each group; the masks on its way are trials, their losses beside
-    that of the first. It keeps the heads in `staying` (bool, by site), which a task may need for what no judge looks
-    at. Without a search each trial is judged by one of the judges, at random, and its loss is divided by that of one
-    mask of its group, the same for all, with the same judge. So a mask cannot look good because it fits a few texts,
-    nor because its texts are easy. A judge may hold a copy of the model in bfloat16, which takes half of the time.
-    `pruner` must not have seen the task where what is fitted on the sample shall say something about unseen ones.
+    Each trial is judged by one of the judges, at random, and its loss is divided by that of one mask of its group, the
+    same for all, with the same judge. So a mask cannot look good because it fits a few texts, nor because its texts are
+    easy. A search is led by some of the judges, drawn for each group, and the masks on its way are trials that the
+    others judge. A judge may hold a copy of the model in bfloat16, which takes half of the time. `pruner` must not have
+    seen the task where what is fitted on the sample shall say something about unseen ones.
     """
     random = torch.Generator().manual_seed(seed)
     with evaluation_mode(model):
@@ -160,7 +161,7 @@ def collect(
     if pruner is not None:
         learned = standardised(pruner.eval()(evidence).double())
         rankings += [learned, rankings[0] + learned]
-    trials, found = _trials(judges, evidence, rankings, sites, config, random, staying)
+    trials, found = _trials(judges, evidence, rankings, sites, config, random)
     if config.leave_one_out:
         heads = torch.arange(len(evidence.features))
         alone = [HeadMask(evidence.split(heads != head)) for head in heads]
@@ -189,37 +190,34 @@ def _trials(
     sites: Mapping[str, AttentionSite],
     config: TrialConfig,
     random: torch.Generator,
-    staying: Mapping[str, Tensor] | None,
 ) -> tuple[list[tuple[HeadMask, float, int]], list[tuple[HeadMask, Scope]]]:
     """Judge each group's masks, and return them, and the best that searches found."""
     kv_heads = {name: sites[name].num_key_value_heads for name in evidence.heads}
     level = torch.zeros(len(evidence.features), dtype=torch.float64)
     around = [rankings[i % len(rankings)] for i in range(config.near)]
-    first = rankings[-1]  # where a search begins
-    if staying is not None:
-        first = first + 100 * torch.cat([staying[name] for name in evidence.heads])  # standardised: before all others
     trials, found = [], []
     for number, scope, ratio in config.groups:
         own = [select_heads(HeadScores(evidence.split(scores), kv_heads), ratio, scope) for scores in rankings]
         if all(bool(row.all()) for row in own[-1].values()):
             continue  # too few heads, or groups of them too large, to remove so few
+        guides: list[int] = []
         if config.search:
-            start = select_heads(HeadScores(evidence.split(first), kv_heads), ratio, scope)
             guides = torch.randperm(len(judges), generator=random)[: config.guides].tolist()
-            guide = MeanLoss([judges[i] for i in guides])
-            way = search(guide, start, kv_heads, config.search, random, scope, staying=staying)
+            start = own[1] if len(own) > 1 else own[0]  # a pruner learns where its own choice falls short
+            way = search(MeanLoss([judges[i] for i in guides]), start, kv_heads, config.search, random, scope)
             found.append((min(way, key=lambda trial: trial[1])[0], scope))
-            trials += [(mask, loss / max(way[0][1], _LEAST_KL), number) for mask, loss in way]
-            continue
-        masks = own * config.own
-        masks += [
-            _near(scores, evidence, kv_heads, ratio, scope, config.spread, random)
-            for scores in [level] * config.at_random + around
-        ]
-        reference = [max(judge(own[-1]), _LEAST_KL) for judge in judges]
+            masks = own + [mask for mask, _ in way[1:]]
+        else:
+            masks = own * config.own
+            masks += [
+                _near(scores, evidence, kv_heads, ratio, scope, config.spread, random)
+                for scores in [level] * config.at_random + around
+            ]
+        others = [judge for i, judge in enumerate(judges) if i not in guides] or judges
+        reference = [max(judge(own[-1]), _LEAST_KL) for judge in others]
         for mask in masks:
-            judge = int(torch.randint(len(judges), (1,), generator=random))
-            trials.append((mask, judges[judge](mask) / reference[judge], number))
+            judge = int(torch.randint(len(others), (1,), generator=random))
+            trials.append((mask, others[judge](mask) / reference[judge], number))
     return trials, found
 
 
