@@ -61,7 +61,6 @@ TRIALS = (1, 2, 3, 4, 5, 6)  # every scope and ratio
 PARTS = ("that, one network of the four", "that, the contribution beside it", "that, no matching beside it")
 """What becomes of the fits of `WHOLE` with less, or more, around their networks."""
 
-BESIDE = {"prior": 0.5, "matching": 2.0}  # what networks that trials taught needed beside them
 ALONE: dict[str, Any] = {"joint": False}
 MORE = ("that and maps", "that and place", "that, maps and place")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -74,10 +73,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     MORE[1]: {"without": ("maps",)},
     MORE[2]: {"without": ()},
     "taught on MiniLM alone": {"only": MODEL},
-    "taught by trials": {"samples": [(TRIED,)], **BESIDE},
-    "taught by trials over the whole model alone": {"samples": [(TRIED,)], "groups": TRIALS[3:], **BESIDE},
-    "taught by heads dropped alone": {"samples": [(DROPPED,)], "groups": (LEAVE_ONE_OUT,), **BESIDE},
-    "taught by these and trials": {"samples": [(TRIED,), (DROPPED,)], "groups": (LEAVE_ONE_OUT, *TRIALS), **BESIDE},
+    "taught by trials": {"samples": [(TRIED,)]},
+    "taught by trials over the whole model alone": {"samples": [(TRIED,)], "groups": TRIALS[3:]},
+    "taught by heads dropped alone": {"samples": [(DROPPED,)], "groups": (LEAVE_ONE_OUT,)},
+    "taught by these and trials": {"samples": [(TRIED,), (DROPPED,)], "groups": (LEAVE_ONE_OUT, *TRIALS)},
 }
 """The first five add one thing at a time, the next three what ships without; then come one model and other teachers."""
 
@@ -175,7 +174,7 @@ def parts_of(pruner: JointPruner) -> list[JointPruner]:
     """Return the three that `PARTS` names."""
     one, beside, unmatched = (copy.deepcopy(pruner) for _ in PARTS)
     one.members, unmatched.matching = one.members[:1], 0.0
-    beside.prior, beside.matching = BESIDE["prior"], BESIDE["matching"]
+    beside.prior, beside.matching = 0.5, 2.0  # as beside networks that trials alone taught
     return [one, beside, unmatched]
 
 

@@ -46,11 +46,11 @@ SINGLES += [f"{task}{SECOND}" for task in ("mnli", "qnli", "mrpc", "qqp")]
 SCORED, JUDGES, BATCH, LENGTH = 96, 8, 32, 64  # texts that give the evidence; batches that judge masks; tokens
 ALONE_JUDGES = 2  # batches that judge each head dropped alone, all of them every head
 OWN = "own"  # the task name of a model that reads inputs of its own domain
-AROUND = {"prior": 0.0, "matching": 1.3}
-"""What stands beside the networks that ship.
+BESIDE_FOUND = {"prior": 0.0, "matching": 1.3}
+"""What stands beside networks that found masks taught.
 
-Taught by found masks they do not need the contribution, which made a third of the score of those that trials taught;
-so matching's weight, 2 beside both, is two thirds too.
+They do not need the contribution, which makes a third of the score of those that trials alone teach; so matching's
+weight, 2 beside both, is two thirds too.
 """
 
 
@@ -133,7 +133,8 @@ def load(
 
 def fitted(samples: list[Sample], seed: int = 0, groups: tuple[int, ...] | None = None, **network: Any) -> JointPruner:
     torch.manual_seed(seed)
-    pruner = JointPruner(**{**AROUND, **network})
+    beside = BESIDE_FOUND if any(sample.found is not None for sample in samples) else {}
+    pruner = JointPruner(**{**beside, **network})
     usable = samples if groups is None else [s for s in samples if set(groups) & set(s.groups.tolist())]
     fit(pruner, usable, FitConfig(seed=seed, groups=groups))
     return pruner
