@@ -174,7 +174,8 @@ def parts_of(pruner: JointPruner) -> list[JointPruner]:
     """Return the three that `PARTS` names."""
     one, beside, unmatched = (copy.deepcopy(pruner) for _ in PARTS)
     one.members, unmatched.matching = one.members[:1], 0.0
-    beside.prior, beside.matching = 0.5, 2.0  # as beside networks that trials alone taught
+    trials = JointPruner(members=1)  # what stands beside networks that trials alone taught
+    beside.prior, beside.matching = trials.prior, trials.matching
     return [one, beside, unmatched]
 
 

@@ -47,12 +47,13 @@ RELATIONS = 4  # same site, likeness, squared likeness, difference in depth
 
 
 class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", license="apache-2.0"):
-    """Several networks that judge all heads of a model together, averaged with the heads' contributions.
+    """Several networks that judge all heads of a model together, beside the heads' contributions.
 
     The score of a head is `prior` times the log of its contribution norm plus the mean of what the `members` make of
     it, each standardised over the model's heads; higher = keep. Members see the same and are fitted from different
-    starts. What they get wrong on tasks that they have not seen, they and the contribution get wrong in different
-    ways, so that the mean of all is better than each. Where they disagree with each other, as on models unlike those
+    starts. What trials alone have taught gets other things wrong on tasks that it has not seen than the contribution
+    does, so that the mean of both is better than each; beside what found masks taught it adds nothing, and `prior` is 0
+    in the one that ships. Where they disagree with each other, as on models unlike those
     that they were fitted on, the contribution takes their place: see `trust`. `matching` times log(1 + 8 · the head's
     matching) is added for pairs of texts, as the `matching` scorer counts it: what fine-tuning on pairs needs, and
     trials of masks on the frozen model do not show. A new network adds nothing: on single texts it ranks as the
