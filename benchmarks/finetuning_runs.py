@@ -20,6 +20,7 @@ from secateur.finetune import finetune, load_classifier
 from secateur.heads import HeadMask, HeadScores
 from secateur.model.loading import load_tokenizer, quiet_transformers
 from secateur.model.removal import remove_heads_
+from secateur.reconstruction import reconstruct_
 from secateur.scoring import score_heads
 from secateur.versions import environment
 
@@ -39,9 +40,18 @@ def score_texts(model: Any, tokenizer: Any, texts: list[Any], scorer: str, seed:
 
 
 def finetune_mask(
-    glue: Path, task: str, seed: int, kept: dict[str, list[int]] | None, training: Protocol = LITE, device: str = "cpu"
+    glue: Path,
+    task: str,
+    seed: int,
+    kept: dict[str, list[int]] | None,
+    training: Protocol = LITE,
+    device: str = "cpu",
+    reconstruct: int = 0,
 ) -> dict[str, Any]:
-    """Fine-tune all-MiniLM-L6-v2 with these heads alone (None: with all of them) in bfloat16 autocast."""
+    """Fine-tune all-MiniLM-L6-v2 with these heads alone (None: with all of them) in bfloat16 autocast.
+
+    `reconstruct`: how many of the training texts the output projections are refitted on before.
+    """
     train, dev = (load_task(glue / task, split, need_labels=True) for split in ("train", "dev"))
     if training.max_train is not None:
         train = train.head(training.max_train, seed=seed)
@@ -52,7 +62,11 @@ def finetune_mask(
         heads = {name: torch.zeros(model.config.num_attention_heads, dtype=torch.bool) for name in kept}
         for name, row in heads.items():
             row[kept[name]] = True
-        remove_heads_(model, HeadMask(heads))
+        mask, losses = HeadMask(heads), None
+        if reconstruct:
+            texts = train.head(reconstruct, seed=seed).texts
+            losses = reconstruct_(model.to(device), mask, texts, tokenizer, max_length=training.max_length)
+        remove_heads_(model, mask)
     _, result = finetune(
         model, train, dev, tokenizer=tokenizer, epochs=training.epochs, learning_rate=training.learning_rate,
         batch_size=training.batch_size, max_length=training.max_length, seed=seed, bf16=True, device=device,
@@ -63,6 +77,7 @@ def finetune_mask(
         "task": task,
         "seed": seed,
         "kept_heads": kept,
+        **({"reconstruct": reconstruct, "losses": losses} if reconstruct else {}),
         "metric": main_metric(dev),
         "value": result.metrics[main_metric(dev)],
         "training_seconds": result.seconds,
@@ -72,6 +87,6 @@ def finetune_mask(
     }
 
 
-def key(row: dict[str, Any]) -> tuple[str, int, str]:
+def key(row: dict[str, Any]) -> tuple[str, int, str, int]:
     """Return what a run depends on."""
-    return row["task"], row["seed"], json.dumps(row["kept_heads"], sort_keys=True)
+    return row["task"], row["seed"], json.dumps(row["kept_heads"], sort_keys=True), row.get("reconstruct", 0)

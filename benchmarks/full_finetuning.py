@@ -5,10 +5,11 @@
     python benchmarks/full_finetuning.py table --masks masks.jsonl --runs runs.jsonl
 
 `choose` scores all-MiniLM-L6-v2's heads on 96 training texts of at most 64 tokens, as results/rivals.jsonl does, whose
-masks it takes where there are any (smp-plus: fitted without the task, `joint_pruner.py unseen`), and writes what each
-scorer keeps of every layer and of the whole model. `train` fine-tunes each mask once for each task and seed (one that
-two scorers choose counts for both), the first wanted first, and starts none after --seconds; start again to go on.
-`table` writes results/full_finetuning.jsonl, a row for each mask that has been trained, and prints what they keep.
+masks it takes where there are any (but for smp-plus: fitted without the task, `joint_pruner.py unseen`), and writes
+what each scorer keeps of every layer and of the whole model. `train` fine-tunes each mask once for each task and seed
+(one that two scorers choose counts for both), the first wanted first, and starts none after --seconds; start again to
+go on. `table` writes results/full_finetuning.jsonl, a row for each mask that has been trained, and prints what they
+keep.
 """
 
 from __future__ import annotations
@@ -36,28 +37,39 @@ from secateur.workers import each, workers
 TASKS = ("qnli", "mnli", "qqp", "mrpc", "rte", "cola", "sst2", "stsb")  # the longest runs first
 SEEDS = (0, 1, 2)
 MAIN = ("contribution", "matching", "smp-plus", "confidence")
-# What is wanted first: half of the heads, the same share of every layer and over the whole model.
-WANTED = (
-    [("site", scorer, 0.5) for scorer in MAIN]
-    + [("global", scorer, 0.5) for scorer in MAIN[:3]]
-    + [("site", "random", 0.5), ("site", "leave_one_out", 0.5)]
-    + [(scope, scorer, ratio) for ratio in (0.25, 0.75) for scope in ("site", "global") for scorer in MAIN[:3]]
+RECONSTRUCTED = 1000  # training texts that output projections are refitted on
+# What is wanted first: half of the heads, the same share of every layer and over the whole model, as they are and with
+# output projections refitted.
+WANTED = list(
+    dict.fromkeys(
+        [("site", scorer, 0.5, 0) for scorer in MAIN]
+        + [
+            (scope, scorer, 0.5, texts)
+            for scorer in ("smp-plus", "contribution")
+            for scope in ("site", "global")
+            for texts in (0, RECONSTRUCTED)
+        ]
+    )
 )
 
 
 def choose(glue: Path, fits: Path, masks: Path) -> None:
     """Write a line for each mask, in the order in which they are wanted."""
     rivals = [row for name in ("rivals", "rivals_mnli_qnli") for row in read_lines(RESULTS / f"{name}.jsonl")]
-    found = {(row["task"], row["seed"], "site", row["scorer"], row["ratio"]): row["kept_heads"] for row in rivals}
+    found = {
+        (row["task"], row["seed"], "site", row["scorer"], row["ratio"]): row["kept_heads"]
+        for row in rivals
+        if row["scorer"] != "smp-plus"
+    }
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     for task, seed in tqdm(list(itertools.product(TASKS, SEEDS)), desc="scoring"):
         texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
-        for scorer in dict.fromkeys(scorer for _, scorer, _ in WANTED):
-            missing = [
+        for scorer in dict.fromkeys(scorer for _, scorer, *_ in WANTED):
+            missing = {
                 (scope, ratio)
-                for scope, name, ratio in WANTED
+                for scope, name, ratio, _ in WANTED
                 if name == scorer and (task, seed, scope, scorer, ratio) not in found
-            ]
+            }
             if missing:
                 options = {"pruner": str(fits / task)} if scorer == "smp-plus" else {}
                 scores = score_texts(model, tokenizer, texts, scorer, seed, **options)
@@ -68,9 +80,10 @@ def choose(glue: Path, fits: Path, masks: Path) -> None:
         for s in SEEDS
         for t in TASKS
     ]
-    for (scope, scorer, ratio), seed, task in itertools.product(WANTED, SEEDS, TASKS):
-        kept = found[task, seed, scope, scorer, ratio]
-        rows.append({"task": task, "seed": seed, "scope": scope, "scorer": scorer, "ratio": ratio, "kept_heads": kept})
+    for (scope, scorer, ratio, texts), seed, task in itertools.product(WANTED, SEEDS, TASKS):
+        row = {"task": task, "seed": seed, "scope": scope, "scorer": scorer, "ratio": ratio}
+        row["kept_heads"] = found[task, seed, scope, scorer, ratio]
+        rows.append({**row, "reconstruct": texts} if texts else row)
     write_text(masks, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -80,7 +93,9 @@ def train(glue: Path, masks: Path, out: Path, jobs: int, device: str, seconds: f
     done = {key(row) for row in read_lines(out)}
     cells = list({key(row): row for row in reversed(read_lines(masks))}.values())[::-1]
     calls = [
-        (glue, row["task"], row["seed"], row["kept_heads"], FULL, device, end) for row in cells if key(row) not in done
+        (glue, row["task"], row["seed"], row["kept_heads"], FULL, device, row.get("reconstruct", 0), end)
+        for row in cells
+        if key(row) not in done
     ]
     with workers(jobs, 1, device) as pool:
         for row in each(pool, train_until, calls, "fine-tuning", True):
@@ -99,7 +114,7 @@ def table(masks: Path, runs: Path) -> None:
     done = {key(row): row for row in read_lines(runs)}
     rows = [{**row, **done[key(row)]} for row in read_lines(masks) if key(row) in done]
     write_text(RESULTS / "full_finetuning.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    named = [{**row, "scorer": f"{row['scope']} | {row['scorer']}" if row["scope"] else DENSE} for row in rows]
+    named = [{**row, "scorer": label(row)} for row in rows]
     found = {(s.task, s.scorer, s.ratio): s for s in summarise(named)}
     print(
         "| removed | scope | scorer | "
@@ -115,8 +130,17 @@ def table(masks: Path, runs: Path) -> None:
             "" if c is None else f"{c.mean:.3f}" + (f" ± {c.std:.3f}" if c.std is not None else "") for c in cells
         ]
         kept = "" if whole is None or whole.retention is None else f"{whole.retention:.1%}"
-        label = name if " | " in name else f" | {name}"
-        print(f"| {ratio:.0%} | {label} | " + " | ".join(values) + f" | {kept} | {whole.runs if whole else 0} |")
+        who = name if " | " in name else f" | {name}"
+        print(f"| {ratio:.0%} | {who} | " + " | ".join(values) + f" | {kept} | {whole.runs if whole else 0} |")
+
+
+def label(row: dict[str, Any]) -> str:
+    """Return scope and scorer, and whether output projections were refitted."""
+    return (
+        f"{row['scope']} | {row['scorer']}" + (", reconstructed" if "reconstruct" in row else "")
+        if row["scope"]
+        else DENSE
+    )
 
 
 def main() -> None:

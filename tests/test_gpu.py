@@ -71,7 +71,9 @@ def test_gates_and_removal_agree(kind):
         torch.testing.assert_close(model(**batch)[0], gated, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"refine": 4}, {"bf16": True}, {"stop": "auto"}, {"scope": "global"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"refine": 4}, {"reconstruct": True}, {"bf16": True}, {"stop": "auto"}, {"scope": "global"}]
+)
 def test_a_model_is_pruned_and_proved_where_it_lies(options):
     model, texts = tiny_model("bert").to("cuda"), tiny_texts(24)
     before = left(model)
@@ -90,6 +92,16 @@ def test_refinement_finds_what_it_finds_on_the_cpu():
     (one, losses), (other, on_the_gpu) = found
     assert one.to_json() == other.to_json()
     assert on_the_gpu == pytest.approx(losses, rel=1e-3)
+
+
+def test_reconstruction_finds_what_it_finds_on_the_cpu():
+    texts, found = tiny_texts(64), []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("bert").to(device)
+        mask = uneven_mask(find_sites(model))
+        found.append(secateur.reconstruct_(model, mask, texts, tiny_tokenizer(), max_length=16))
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+    assert found[0][1] < found[0][0]
 
 
 def test_a_model_spread_over_gpu_and_memory_gives_the_scores_of_a_whole_one():

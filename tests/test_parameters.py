@@ -57,7 +57,11 @@ CALLS = {
         "min_heads": LEAST, "stop": [0, -1, "soon", "", None, 1.5], "refine": LEAST, "tokenizer": [3, "", object()],
         "labels": [3, ""], "batch_size": COUNT, "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
         "device": ["abacus", "", 3.5, []], "maps": FLAG, "progress": FLAG, "budget": BUDGET, "accelerator": PROCESSES,
-        "bf16": FLAG,
+        "bf16": FLAG, "reconstruct": FLAG,
+    },
+    "reconstruct_": {
+        "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "batch_size": COUNT,
+        "max_length": [3, -1, 4.5, "9", None, True, ""], "progress": FLAG, "accelerator": PROCESSES,
     },
     "refine_mask": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": LEAST, "scope": SCOPE,

@@ -48,8 +48,12 @@ def results(accelerator: Any, folder: Path) -> dict[str, Any]:
     scores["auto"] = secateur.score_heads(model, more, "entropy", stop="auto", scope="global", **common)
     scores["stream"] = secateur.score_heads(model, iter(more), stop=61, **common)
     found = {name: row.to_json() for name, row in scores.items()}
-    _, report = secateur.prune(model, texts, refine=4, maps=True, **common)
+    smaller, report = secateur.prune(model, texts, refine=4, reconstruct=True, maps=True, **common)
     found["prune"] = {"mask": report.mask.kept_heads, "losses": report.refinement, "texts": report.num_texts}
+    found["reconstruction"] = {
+        "losses": report.reconstruction,
+        "weights": smaller.state_dict()["encoder.layer.0.attention.output.dense.weight"].tolist(),
+    }
     subject = Subject(tiny_model("bert"), tokenizer)
     config = JointTrainingConfig(num_texts=8, judges=1, batch_size=4, max_length=16)
     tasks = [Task("one", texts), Task("two", pairs)]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from secateur.model.sites import find_sites as find_sites
     from secateur.pruning import PruningReport as PruningReport
     from secateur.pruning import prune as prune
+    from secateur.reconstruction import reconstruct_ as reconstruct_
     from secateur.refinement import refine_mask as refine_mask
     from secateur.scorers.base import Scorer as Scorer
     from secateur.scoring import score_heads as score_heads
@@ -52,6 +53,7 @@ _WHERE = {
     "find_sites": "secateur.model.sites",
     "gated_heads": "secateur.model.removal",
     "prune": "secateur.pruning",
+    "reconstruct_": "secateur.reconstruction",
     "refine_mask": "secateur.refinement",
     "remove_heads_": "secateur.model.removal",
     "score_heads": "secateur.scoring",

@@ -35,6 +35,7 @@ from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of, check_plain_weights
 from secateur.processes import is_shared
+from secateur.reconstruction import reconstruct_
 from secateur.refinement import refine_mask
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.base import Scorer
@@ -56,7 +57,8 @@ class PruningReport:
     heads of which it is 95% sure; `budget` is what was asked for and reached where there was one, for which
     `requested_ratio` was found; `max_difference` is the proof's (float32, at most `tolerance`). `refinement` holds
     the relational KL of every mask that was tried to improve the one that the scores gave, which comes first; `mask` is
-    the best of them. `command` is the command line that asked for it, where one did. `attention_maps` are those of the
+    the best of them. `reconstruction` holds the relational KL of that mask without reconstruction and with it, where it
+    was asked for. `command` is the command line that asked for it, where one did. `attention_maps` are those of the
     model before, where they were asked for; they have a file of their own.
     """
 
@@ -75,6 +77,7 @@ class PruningReport:
     agreement: float | None = None
     budget: BudgetOutcome | None = None
     refinement: tuple[float, ...] = ()
+    reconstruction: tuple[float, ...] = ()
     tolerance: float = TOLERANCE
     versions: dict[str, str] = field(default_factory=environment)
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
@@ -110,6 +113,7 @@ class PruningReport:
             "agreement": self.agreement,
             "budget": None if self.budget is None else self.budget.to_json(),
             "refinement": list(self.refinement),
+            "reconstruction": list(self.reconstruction),
             "scores": self.scores.to_json()["scores"],
             "kept_heads": self.mask.kept_heads,
             "versions": self.versions,
@@ -134,6 +138,7 @@ def prune(
     min_heads: int = 1,
     stop: Stop = "all",
     refine: int = 0,
+    reconstruct: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     labels: Sequence[int] | Sequence[float] | None = None,
     batch_size: int = 32,
@@ -152,11 +157,13 @@ def prune(
     SentenceTransformer is returned as one, with the transformer in it pruned and its other modules as they were.
     `budget` says how much of the model may remain, such as "macs=0.85" or "latency=0.8x@8x128" (see
     `secateur.budget.Budget.parse`); the smallest pruning ratio within it takes the place of `pruning_ratio`.
-    `refine` is the number of exchanges that `refine_mask` tries on the scored texts. `maps` keeps the mean
+    `refine` is the number of exchanges that `refine_mask` tries on the scored texts. `reconstruct` refits the output
+    projections of the heads that stay on these texts, as `reconstruct_` does. `maps` keeps the mean
     attention maps of the first few texts in the report; it takes a pass over them. The other arguments are those of
     `score_heads` and `select_heads`. The proof runs on the first few of the texts.
     """
     check_whole("refine", refine, 0)
+    check_flag("reconstruct", reconstruct)
     check_flag("maps", maps)
     check_pruning_ratio(pruning_ratio)
     if device is not None:
@@ -180,8 +187,9 @@ def prune(
     check_plain_weights(base_of(pruned))
     before = measure_cost(pruned)
     check_heads(pruned, before.heads)
-    if refine and not isinstance(texts, Sequence):
-        raise InvalidInputError("`refine` needs `texts` to judge masks by, in a list, as it reads them again and again")
+    if (refine or reconstruct) and not isinstance(texts, Sequence):
+        needs = "`refine` needs `texts` to judge masks by" if refine else "`reconstruct` needs `texts` to fit on"
+        raise InvalidInputError(f"{needs}, in a list, as it reads them again")
     if refine and scope == "global" and wanted is not None and wanted.quantity != "heads":
         raise invalid("refine", f"be 0 at scope 'global' with the budget {wanted}, which exchanges may exceed", refine)
     if wanted is not None and wanted.quantity == "latency" and is_shared(accelerator):
@@ -234,7 +242,20 @@ def prune(
     if first is not None and tokenizer is not None:
         made = list(calibration_batches(pruned, first[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length))
         inputs = forward_arguments(base_of(pruned), made)[0]
-    record = {"scorer": scores.scorer, "scope": scope, "base_model": name, "secateur_version": version("secateur")}
+    record: dict[str, Any] = {
+        "scorer": scores.scorer,
+        "scope": scope,
+        "base_model": name,
+        "secateur_version": version("secateur"),
+    }
+    reconstruction: tuple[float, ...] = ()
+    if reconstruct and first is not None:
+        reconstruction = reconstruct_(
+            pruned, mask, first, tokenizer, batch_size=batch_size, max_length=max_length, accelerator=accelerator,
+            progress=progress,
+        )  # fmt: skip
+        if reconstruction[1] < reconstruction[0]:
+            record["reconstructed"] = True
     removal = remove_heads_(pruned, mask, inputs=inputs, record=record)
     report = PruningReport(
         model=name,
@@ -252,6 +273,7 @@ def prune(
         agreement=scores.agreement,
         budget=None if within is None else within.outcome(mask, pruned),
         refinement=tuple(refinement),
+        reconstruction=reconstruction,
         attention_maps=attention,
     )
     return smaller, report

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from secateur.errors import InvalidInputError, shown
 from secateur.heads import HeadMask
 from secateur.model.inputs import example_inputs
+from secateur.model.layout import NOBODY
 from secateur.model.loading import load_model
 from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
-from secateur.model.recipe import read_recipe
+from secateur.model.recipe import Recipe, read_recipe
 from secateur.model.removal import gated_heads
+from secateur.model.sites import find_sites
 from secateur.model.state import base_of
 
 
@@ -26,7 +28,8 @@ def verify_checkpoint(
 
     `against` is the original; without it, the one that the checkpoint's recipe names, if that is on this machine: what
     a checkpoint names is not fetched. The result has `equal`, `max_difference`, `tolerance`, `against`, and the numbers
-    of heads `kept` and `dropped`. A model that was fine-tuned after pruning differs, as it should.
+    of heads `kept` and `dropped`. A model that was fine-tuned after pruning differs, as it should. Where output
+    projections were `reconstructed`, the original is compared with those of the pruned model in the place of its own.
 
     Raises `InvalidInputError` for a model that is not pruned, and where the original cannot be found.
     """
@@ -48,6 +51,9 @@ def verify_checkpoint(
         vectors[name] = torch.zeros(recipe.sites[name].num_heads, dtype=torch.bool)
         vectors[name][list(kept)] = True
     mask = HeadMask(vectors)
+    reconstructed = bool(recipe.record.get("reconstructed"))
+    if reconstructed:
+        take_output_projections_(base_of(original), base_of(pruned), recipe)
     inputs = example_inputs(original)
     with gated_heads(original, mask):
         wanted = hidden_states(original.float(), inputs)
@@ -60,7 +66,20 @@ def verify_checkpoint(
         "tolerance": TOLERANCE,
         "kept": mask.num_kept,
         "dropped": mask.num_heads - mask.num_kept,
+        "reconstructed": reconstructed,
     }
+
+
+@torch.no_grad()
+def take_output_projections_(original: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe) -> None:
+    """Copy what the kept heads write with from the pruned model to the original; other weights stay."""
+    for name, site in find_sites(original).items():
+        stays = set(recipe.kept_heads.get(name, site.heads))
+        kept = {NOBODY, *(number for number, head in enumerate(site.heads) if head in stays)}
+        for piece in site.slices_of("output"):
+            there = torch.tensor([owner in kept for owner in piece.owners])
+            source = pruned.get_parameter(piece.parameter).movedim(piece.axis, 0)
+            original.get_parameter(piece.parameter).movedim(piece.axis, 0)[there] = source.to(original.dtype)
 
 
 def _on_this_machine(name: str | Path, folder: str | Path) -> str | Path:

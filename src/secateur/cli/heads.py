@@ -147,6 +147,11 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
     type=click.IntRange(0),
     help="Exchanges of heads to try on the texts after scoring, no labels; each takes a pass.",
 )
+@click.option(
+    "--reconstruct",
+    is_flag=True,
+    help="Refit what the kept heads write on the texts, no labels, so that it makes up for the others; four passes.",
+)
 @click.option("--maps/--no-maps", default=True, show_default=True, help="Keep mean attention maps for the report page.")
 @scoring_options
 @bf16_scoring_option
@@ -155,7 +160,7 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
 @click.pass_context
 def prune(
     context: click.Context, model: str, data: str, ratio: float, budget: str | None, scope: Any, min_heads: int,
-    refine: int, maps: bool, bf16: bool, out: Path, as_json: bool, **options: Any,
+    refine: int, reconstruct: bool, maps: bool, bf16: bool, out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder.
 
@@ -192,6 +197,7 @@ def prune(
             min_heads=min_heads,
             stop=options["stop"],
             refine=refine,
+            reconstruct=reconstruct,
             tokenizer=tokenizer,
             labels=labels,
             batch_size=options["batch_size"],
@@ -224,6 +230,10 @@ def prune(
             first, best = report.refinement[0], min(report.refinement)
             tried = len(report.refinement) - 1
             click.echo(f"relational KL on these texts {first:.4f}, after {tried} exchanges {best:.4f}")
+        if report.reconstruction:
+            without, after = report.reconstruction
+            what = f"with reconstruction {after:.4f}" if after < without else "no lower with reconstruction, so without"
+            click.echo(f"relational KL on these texts {without:.4f}, {what}")
         click.echo(f"model: {out}\nreport: {out / 'report.html'}")
 
 
@@ -242,7 +252,8 @@ def verify(folder: Path, against: str | None, device: str | None, as_json: bool)
         print_json(result)
     else:
         verdict = "equal to" if result["equal"] else "DIFFERS from"
-        click.echo(f"{folder} {verdict} {result['against']} with {result['dropped']} heads gated")
+        refitted = " and its output projections refitted" if result["reconstructed"] else ""
+        click.echo(f"{folder} {verdict} {result['against']} with {result['dropped']} heads gated{refitted}")
         click.echo(f"largest difference {result['max_difference']:.1e} (at most {result['tolerance']:g} is accepted)")
     if not result["equal"]:
         raise click.exceptions.Exit(1)

@@ -80,9 +80,22 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "maps_note": maps.get("reason") if isinstance(maps, dict) else "No attention maps were stored.",
             "command": report.get("command"),
             "environment": report.get("versions"),
+            "notes": _reconstruction(report.get("reconstruction")),
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(f"{PRUNING} has another form: {type(error).__name__} {error}") from None
+
+
+def _reconstruction(losses: Any) -> list[str]:
+    """Say what refitting the output projections did, where it was asked for."""
+    if not losses:
+        return []
+    if not isinstance(losses, list) or len(losses) != 2 or not all(map(is_number, losses)):
+        raise invalid("reconstruction", "hold two numbers, without it and with it", losses)
+    without, after = losses
+    if not after < without:
+        return [f"Reconstruction did not lower the relational KL, {without:.4f}: the weights are those of the model."]
+    return [f"Output projections were refitted on these texts: relational KL {without:.4f} without, {after:.4f} with."]
 
 
 def cost_rows(before: dict[str, int], after: dict[str, int]) -> list[dict[str, Any]]:
