@@ -118,7 +118,14 @@ def rivals_together() -> str:
 def all_texts_table() -> str:
     """Return what each scorer keeps with all training texts, where all tasks were run thrice, the best first."""
     rows = read_lines(RESULTS / "full_finetuning.jsonl")
-    named = [{**row, "scorer": f"{row['scope']} | `{row['scorer']}`" if row["scope"] else DENSE} for row in rows]
+    refitted = {True: ", reconstructed", False: ""}
+    named = [
+        {
+            **row,
+            "scorer": f"{row['scope']} | `{row['scorer']}`{refitted['reconstruct' in row]}" if row["scope"] else DENSE,
+        }
+        for row in rows
+    ]
     found = {(s.scorer, s.task): s for s in summarise(named)}
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = ["| scope | scorer | " + " | ".join(tasks) + " | retention |", "|---" * (len(tasks) + 3) + "|"]

@@ -101,6 +101,7 @@ def test_what_only_adds_runs_goes_on_and_other_settings_do_not_mix(settings, tmp
     for change in (
         {"ratios": (0.25,)}, {"seeds": 1}, {"data": settings.data[1:]}, {"scorers": ("random",)}, {"num_texts": 9},
         {"bf16": True}, {"scorers": ("random", "contribution", "smp"), "pruners": {"smp": "x"}, "threads": 2},
+        {"reconstruct": True},
     ):  # fmt: skip
         with pytest.raises(InvalidInputError, match=f"other {list(change)[-1]};"):
             compare(replace(grown, **change), tmp_path / "c", progress=False)
@@ -108,6 +109,18 @@ def test_what_only_adds_runs_goes_on_and_other_settings_do_not_mix(settings, tmp
     (tmp_path / "else" / "file").write_text("mine")
     with pytest.raises(InvalidInputError, match="`out` must be a new folder"):
         compare(settings, tmp_path / "else", progress=False)
+
+
+def test_pruned_runs_may_be_reconstructed(settings, tmp_path):
+    plain = compare(replace(settings, seeds=1), tmp_path / "plain", progress=False)
+    rows = compare(replace(settings, seeds=1, reconstruct=True), tmp_path / "c", progress=False)
+    for one, other in zip(plain, rows, strict=True):
+        assert one["kept_heads"] == other["kept_heads"]
+        assert ("reconstruction" in other) == ("reconstruction_seconds" in other["cost"]) == (one["scorer"] != DENSE)
+        assert (one["train_loss"] == other["train_loss"]) == (one["scorer"] == DENSE)
+        if one["scorer"] != DENSE:
+            without, after = other["reconstruction"]
+            assert after < without
 
 
 def test_a_pruner_may_come_with_its_scorer_and_not_after_it(settings):

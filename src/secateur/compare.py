@@ -33,6 +33,7 @@ from secateur.finetune import finetune, load_classifier, training_device
 from secateur.heads import HeadScores
 from secateur.model.loading import load_model, load_tokenizer, quiet_transformers
 from secateur.model.removal import remove_heads_
+from secateur.reconstruction import reconstruct_
 from secateur.scorers import SCORERS, scorer_class
 from secateur.scoring import score_heads
 from secateur.selection import Scope, select_heads
@@ -71,6 +72,7 @@ class Settings:
     meta-pruners, where those that ship are not meant; `{task}` in a place becomes the task's name, for a pruner of each
     task. `max_train` lowers the protocol's number of training texts; `learning_rate` and `epochs` take the place of the
     protocol's, for models that its own do not train to their best. `bf16` trains as `finetune` does with it.
+    `reconstruct` refits the output projections of the kept heads on the calibration texts, as `reconstruct_` does.
 
     Raises `InvalidInputError` for values outside their ranges and for names that repeat.
     """
@@ -89,6 +91,7 @@ class Settings:
     learning_rate: float | None = None
     epochs: float | None = None
     bf16: bool = False
+    reconstruct: bool = False
 
     def __post_init__(self) -> None:
         for name in ("data", "scorers", "ratios"):
@@ -293,12 +296,17 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
     with quiet_transformers(False):
         model, tokenizer = load_classifier(settings.model, train, dev), load_tokenizer(settings.model)
     cost: dict[str, Any] = {}
-    kept = None
+    kept, refitted = None, {}
     if run.scorer != DENSE:
         data = read_json(_scores_file(out, run))
         mask = select_heads(HeadScores.from_json(data), run.ratio, settings.scope)
-        remove_heads_(model, mask)
         kept, cost = mask.kept_heads, dict(data["cost"])
+        if settings.reconstruct:
+            texts = _splits(run.data)[0].head(settings.num_texts, seed=run.seed).texts
+            start = time.perf_counter()
+            losses = reconstruct_(model.to(device), mask, texts, tokenizer, max_length=protocol.max_length)
+            refitted, cost["reconstruction_seconds"] = {"reconstruction": list(losses)}, time.perf_counter() - start
+        remove_heads_(model, mask)
     _, result = finetune(
         model,
         train,
@@ -326,6 +334,7 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
         "dev_texts": len(dev),
         "train_loss": result.train_loss,
         "kept_heads": kept,
+        **refitted,
         "cost": {**cost, "training_seconds": result.seconds, "training_peak_memory": _peak_memory(device)},
         "environment": {**environment(), **_machine(device), "threads": settings.threads},
     }

@@ -1,0 +1,129 @@
+"""What refitting output projections saves of the text representations, before fine-tuning.
+
+    OMP_NUM_THREADS=1 python benchmarks/reconstruction.py --glue GLUE --fits DIR [--ratios 0.5 …] [--draws 2]
+
+As representations.py: heads of all-MiniLM-L6-v2 are scored on 96 training texts, and what is left of the model is
+judged by its relational KL on 128 dev texts; but each mask also with the output projections refitted by `reconstruct_`,
+on the same 96 training texts and on 512. DIR holds a fit of smp-plus without each task (`joint_pruner.py unseen`).
+Prints 1000 times the relational KL, and adds to results/reconstruction.jsonl: start again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from representations import JUDGED, LENGTH, SCORED, TASKS, similarity
+from secateur.data import batches, load_task
+from secateur.demo import demo_model
+from secateur.files import append_line, read_lines
+from secateur.meta.search import MaskLoss
+from secateur.model.inputs import forward_arguments
+from secateur.model.loading import load_model, load_tokenizer
+from secateur.reconstruction import reconstruct_
+from secateur.scoring import score_heads
+from secateur.selection import Scope, select_heads
+from secateur.versions import environment
+
+ROWS = Path(__file__).parent / "results" / "reconstruction.jsonl"
+TEXTS = (0, SCORED, 512)  # that output projections are refitted on; 0: they stay
+SCOPES: tuple[Scope, ...] = ("site", "global")
+SCORERS = ("contribution", "smp-plus")
+
+
+def measure(glue: Path, fits: Path, ratios: list[float], draws: int) -> None:
+    """Add a row for each task, draw of texts, scorer, scope, ratio and number of texts that there is none of."""
+    done = {cell(row) for row in read_lines(ROWS)}
+    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
+    test = load_task(glue / "stsb", "test", need_labels=True)
+    for ratio, seed, task in tqdm(list(itertools.product(ratios, range(draws), TASKS))):
+        train, dev = load_task(glue / task, "train"), load_task(glue / task, "dev").head(JUDGED, seed=0)
+        loss = MaskLoss(model, forward_arguments(model, batches(tokenizer, dev.texts, 32, LENGTH)), dev.is_pair)
+        for scorer, scope in itertools.product(SCORERS, SCOPES):
+            about = {"task": task, "scorer": scorer, "scope": scope, "ratio": ratio, "seed": seed}
+            missing = [texts for texts in TEXTS if cell({**about, "texts": texts}) not in done]
+            if not missing:
+                continue
+            pruner = {"pruner": str(fits / task)} if scorer == "smp-plus" else {}
+            scored = train.head(SCORED, seed=seed).texts
+            scores = score_heads(
+                model, scored, scorer, tokenizer, max_length=LENGTH, seed=seed, progress=False, **pruner
+            )
+            mask = select_heads(scores, ratio, scope)
+            loss.model = model
+            loss(mask)  # looks at the dense model once
+            for texts in missing:
+                refitted, start = copy.deepcopy(model), time.perf_counter()
+                if texts:
+                    given = train.head(texts, seed=seed).texts
+                    losses = reconstruct_(refitted, mask, given, tokenizer, max_length=LENGTH)
+                row = {**about, "texts": texts, "seconds": time.perf_counter() - start if texts else 0.0}
+                row |= {"fitted_on": list(losses)} if texts else {}
+                loss.model = refitted
+                row["kl"] = loss(mask)
+                if task == "stsb":
+                    row["similarity"] = similarity(refitted, tokenizer, test, mask)
+                machine = f"{platform.machine()}, one of {os.cpu_count()} cores, no GPU"
+                made = {"date": datetime.date.today().isoformat(), "machine": machine, "environment": environment()}
+                append_line(ROWS, {**row, **made})
+
+
+def cell(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("task", "scorer", "scope", "ratio", "seed", "texts"))
+
+
+def table() -> str:
+    """Return 1000 times the relational KL, mean ± spread over draws, and the similarity, as Markdown."""
+    found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    alike: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row in read_lines(ROWS):
+        label = tuple(row[name] for name in ("ratio", "scope", "scorer", "texts"))
+        found[(*label, row["task"])].append(1e3 * row["kl"])
+        if "similarity" in row:
+            alike[label].append(row["similarity"])
+    lines = ["| heads removed | scope | scorer | refitted on | " + " | ".join(TASKS) + " | beside none | similarity |"]
+    lines.append("|---" * (6 + len(TASKS)) + "|")
+    for ratio, scope, scorer, texts in dict.fromkeys(key[:4] for key in sorted(found)):
+        values = [found[ratio, scope, scorer, texts, task] for task in TASKS]
+        if not all(values):
+            continue
+        cells = [f"{statistics.mean(v):.1f}" + (f" ± {statistics.stdev(v):.1f}" if len(v) > 1 else "") for v in values]
+        share = statistics.mean(
+            statistics.mean(v) / statistics.mean(found[ratio, scope, scorer, 0, task])
+            for v, task in zip(values, TASKS, strict=True)
+        )
+        kept = statistics.mean(alike[ratio, scope, scorer, texts])
+        lines.append(
+            f"| {ratio:.0%} | {scope} | {scorer} | {texts or 'nothing'} | "
+            + " | ".join(cells)
+            + f" | {share:.2f} | {kept:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--glue", required=True, type=Path)
+    parser.add_argument("--fits", required=True, type=Path)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.75])
+    parser.add_argument("--draws", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    measure(options.glue, options.fits, options.ratios, options.draws)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
