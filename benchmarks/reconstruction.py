@@ -1,11 +1,14 @@
 """What refitting output projections saves of the text representations, before fine-tuning.
 
-    OMP_NUM_THREADS=1 python benchmarks/reconstruction.py --glue GLUE --fits DIR [--ratios 0.5 …] [--draws 2]
+    OMP_NUM_THREADS=1 python benchmarks/reconstruction.py tasks --glue GLUE --fits DIR [--ratios 0.5 …] [--draws 2]
+    OMP_NUM_THREADS=1 python benchmarks/reconstruction.py models [--subjects rxnfp …]
 
 As representations.py: heads of all-MiniLM-L6-v2 are scored on 96 training texts, and what is left of the model is
 judged by its relational KL on 128 dev texts; but each mask also with the output projections refitted by `reconstruct_`,
 on the same 96 training texts and on 512. DIR holds a fit of smp-plus without each task (`joint_pruner.py unseen`).
-Prints 1000 times the relational KL, and adds to results/reconstruction.jsonl: start again to go on.
+`models` does so with half of the heads of other models (subjects.py), ranked by `contribution`, judged on 128 inputs
+from the half of their domain that nothing was fitted on. Prints 1000 times the relational KL, and adds to
+results/reconstruction.jsonl and results/reconstruction_models.jsonl: start again to go on.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import datetime
 import itertools
 import os
 import platform
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -27,8 +31,9 @@ from tqdm import tqdm
 
 from representations import JUDGED, LENGTH, SCORED, TASKS, similarity
 from secateur.data import batches, load_task
-from secateur.demo import demo_model
+from secateur.demo import demo_model, demo_task
 from secateur.files import append_line, read_lines
+from secateur.heads import HeadMask
 from secateur.meta.search import MaskLoss
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
@@ -36,11 +41,14 @@ from secateur.reconstruction import reconstruct_
 from secateur.scoring import score_heads
 from secateur.selection import Scope, select_heads
 from secateur.versions import environment
+from subjects import ANTIBODY, SUBJECTS
 
-ROWS = Path(__file__).parent / "results" / "reconstruction.jsonl"
+RESULTS = Path(__file__).parent / "results"
+ROWS, MODEL_ROWS = RESULTS / "reconstruction.jsonl", RESULTS / "reconstruction_models.jsonl"
 TEXTS = (0, SCORED, 512)  # that output projections are refitted on; 0: they stay
 SCOPES: tuple[Scope, ...] = ("site", "global")
 SCORERS = ("contribution", "smp-plus")
+MODELS = ("rxnfp", "smollm2", "sapiens-heavy", "sapiens-light")
 
 
 def measure(glue: Path, fits: Path, ratios: list[float], draws: int) -> None:
@@ -62,22 +70,57 @@ def measure(glue: Path, fits: Path, ratios: list[float], draws: int) -> None:
                 model, scored, scorer, tokenizer, max_length=LENGTH, seed=seed, progress=False, **pruner
             )
             mask = select_heads(scores, ratio, scope)
-            loss.model = model
-            loss(mask)  # looks at the dense model once
             for texts in missing:
-                refitted, start = copy.deepcopy(model), time.perf_counter()
-                if texts:
-                    given = train.head(texts, seed=seed).texts
-                    losses = reconstruct_(refitted, mask, given, tokenizer, max_length=LENGTH)
-                row = {**about, "texts": texts, "seconds": time.perf_counter() - start if texts else 0.0}
-                row |= {"fitted_on": list(losses)} if texts else {}
-                loss.model = refitted
-                row["kl"] = loss(mask)
+                given = train.head(texts, seed=seed).texts if texts else []
+                refitted, row = judge(model, tokenizer, mask, given, loss, LENGTH)
                 if task == "stsb":
                     row["similarity"] = similarity(refitted, tokenizer, test, mask)
-                machine = f"{platform.machine()}, one of {os.cpu_count()} cores, no GPU"
-                made = {"date": datetime.date.today().isoformat(), "machine": machine, "environment": environment()}
-                append_line(ROWS, {**row, **made})
+                append_line(ROWS, {**about, "texts": texts, **row})
+
+
+def judge(
+    model: Any, tokenizer: Any, mask: HeadMask, texts: list[Any], loss: MaskLoss, length: int
+) -> tuple[Any, dict[str, Any]]:
+    """Refit a copy of the model on texts, if any, and return it and a row that says what it loses by the mask."""
+    loss.model = model
+    loss(mask)  # looks at the dense model once
+    refitted, start, row = copy.deepcopy(model), time.perf_counter(), {}
+    if texts:
+        row["fitted_on"] = list(reconstruct_(refitted, mask, texts, tokenizer, max_length=length))
+        row["seconds"] = time.perf_counter() - start
+    loss.model = refitted
+    row["kl"] = loss(mask)
+    machine = f"{platform.machine()}, one of {os.cpu_count()} cores, no GPU"
+    return refitted, {
+        **row, "date": datetime.date.today().isoformat(), "machine": machine, "environment": environment()
+    }  # fmt: skip
+
+
+def measure_models(names: list[str]) -> None:
+    """Add a row for each model, scope and number of texts that there is none of."""
+    done = {(row["model"], row["scope"], row["texts"]) for row in read_lines(MODEL_ROWS)}
+    for name in names:
+        subject = SUBJECTS[name]()
+        own = list(subject.texts) or [text for part in demo_task() for text in part.texts][::2]
+        random.Random(0).shuffle(own)
+        length = ANTIBODY if name.startswith("sapiens") else LENGTH
+        loss = MaskLoss(subject.model, subject.draw(JUDGED, 1), False)
+        scores = score_heads(subject.model, own[:SCORED], "contribution", subject.tokenizer, max_length=length)
+        for scope, texts in itertools.product(SCOPES, TEXTS):
+            if (name, scope, texts) not in done:
+                mask = select_heads(scores, 0.5, scope)
+                _, row = judge(subject.model, subject.tokenizer, mask, own[:texts], loss, length)
+                append_line(MODEL_ROWS, {"model": name, "scope": scope, "ratio": 0.5, "texts": texts, **row})
+
+
+def models_table() -> str:
+    """Return 1000 times the relational KL by model, scope and number of texts, as Markdown."""
+    found = {(row["model"], row["scope"], row["texts"]): 1e3 * row["kl"] for row in read_lines(MODEL_ROWS)}
+    lines = ["| model | scope | " + " | ".join(f"{texts or 'no'} texts" for texts in TEXTS) + " |", "|---" * 5 + "|"]
+    for name, scope in dict.fromkeys(key[:2] for key in found):
+        values = [found.get((name, scope, texts)) for texts in TEXTS]
+        lines.append(f"| {name} | {scope} | " + " | ".join("" if v is None else f"{v:.1f}" for v in values) + " |")
+    return "\n".join(lines)
 
 
 def cell(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -114,15 +157,21 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--glue", required=True, type=Path)
-    parser.add_argument("--fits", required=True, type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tasks", "models"))
+    parser.add_argument("--glue", type=Path)
+    parser.add_argument("--fits", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.75])
     parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--subjects", nargs="+", default=MODELS, choices=SUBJECTS)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-    measure(options.glue, options.fits, options.ratios, options.draws)
-    print(table())
+    if options.what == "models":
+        measure_models(options.subjects)
+        print(models_table())
+    else:
+        measure(options.glue, options.fits, options.ratios, options.draws)
+        print(table())
 
 
 if __name__ == "__main__":
