@@ -1,14 +1,16 @@
 """What refitting output projections saves of the text representations, before fine-tuning.
 
     OMP_NUM_THREADS=1 python benchmarks/reconstruction.py tasks --glue GLUE --fits DIR [--ratios 0.5 …] [--draws 2]
+    OMP_NUM_THREADS=1 python benchmarks/reconstruction.py similarity --glue GLUE --fits DIR
     OMP_NUM_THREADS=1 python benchmarks/reconstruction.py models [--subjects rxnfp …]
 
 As representations.py: heads of all-MiniLM-L6-v2 are scored on 96 training texts, and what is left of the model is
 judged by its relational KL on 128 dev texts; but each mask also with the output projections refitted by `reconstruct_`,
 on the same 96 training texts and on 512. DIR holds a fit of smp-plus without each task (`joint_pruner.py unseen`).
-`models` does so with half of the heads of other models (subjects.py), ranked by `contribution`, judged on 128 inputs
-from the half of their domain that nothing was fitted on. Prints 1000 times the relational KL, and adds to
-results/reconstruction.jsonl and results/reconstruction_models.jsonl: start again to go on.
+`similarity` refits on single sentences of STS-B, as embeddings are made of these, and takes the similarity on its test
+pairs. `models` does as `tasks` with half of the heads of other models (subjects.py), ranked by `contribution`, judged
+on 128 inputs from the half of their domain that nothing was fitted on. Prints 1000 times the relational KL, and adds to
+results/reconstruction.jsonl, …_similarity.jsonl and …_models.jsonl: start again to go on.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from subjects import ANTIBODY, SUBJECTS
 
 RESULTS = Path(__file__).parent / "results"
 ROWS, MODEL_ROWS = RESULTS / "reconstruction.jsonl", RESULTS / "reconstruction_models.jsonl"
+SIMILARITY_ROWS = RESULTS / "reconstruction_similarity.jsonl"
 TEXTS = (0, SCORED, 512)  # that output projections are refitted on; 0: they stay
 SCOPES: tuple[Scope, ...] = ("site", "global")
 SCORERS = ("contribution", "smp-plus")
@@ -90,10 +93,35 @@ def judge(
         row["seconds"] = time.perf_counter() - start
     loss.model = refitted
     row["kl"] = loss(mask)
+    return refitted, row | made()
+
+
+def made() -> dict[str, Any]:
+    """Return when, where and with what a row was measured."""
     machine = f"{platform.machine()}, one of {os.cpu_count()} cores, no GPU"
-    return refitted, {
-        **row, "date": datetime.date.today().isoformat(), "machine": machine, "environment": environment()
-    }  # fmt: skip
+    return {"date": datetime.date.today().isoformat(), "machine": machine, "environment": environment()}
+
+
+def measure_similarity(glue: Path, fits: Path) -> None:
+    """Add a row for each scorer, scope and number of single sentences that there is none of."""
+    done = {(row["scorer"], row["scope"], row["texts"]) for row in read_lines(SIMILARITY_ROWS)}
+    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
+    train, test = load_task(glue / "stsb", "train"), load_task(glue / "stsb", "test", need_labels=True)
+    scored = train.head(SCORED, seed=0).texts
+    for scorer in SCORERS:
+        pruner = {"pruner": str(fits / "stsb")} if scorer == "smp-plus" else {}
+        scores = score_heads(model, scored, scorer, tokenizer, max_length=LENGTH, seed=0, progress=False, **pruner)
+        for scope, texts in itertools.product(SCOPES, TEXTS):
+            if (scorer, scope, texts) in done:
+                continue
+            mask, refitted, losses = select_heads(scores, 0.5, scope), copy.deepcopy(model), None
+            if texts:
+                sentences = [sentence for pair in train.head(texts // 2, seed=0).texts for sentence in pair]
+                losses = reconstruct_(refitted, mask, sentences, tokenizer, max_length=LENGTH)
+            row = {"scorer": scorer, "scope": scope, "ratio": 0.5, "texts": texts, "fitted_on": losses}
+            row["similarity"] = similarity(refitted, tokenizer, test, mask)
+            print(row)
+            append_line(SIMILARITY_ROWS, row | made())
 
 
 def measure_models(names: list[str]) -> None:
@@ -158,7 +186,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tasks", "models"))
+    parser.add_argument("what", choices=("tasks", "similarity", "models"))
     parser.add_argument("--glue", type=Path)
     parser.add_argument("--fits", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.75])
@@ -169,6 +197,8 @@ def main() -> None:
     if options.what == "models":
         measure_models(options.subjects)
         print(models_table())
+    elif options.what == "similarity":
+        measure_similarity(options.glue, options.fits)
     else:
         measure(options.glue, options.fits, options.ratios, options.draws)
         print(table())
