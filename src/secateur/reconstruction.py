@@ -127,8 +127,8 @@ class _Moments:
     def __init__(self, gram: Tensor, kept: Tensor, rows: Tensor) -> None:
         gone = rows[~kept]
         self.among, self.across = gram[kept][:, kept], gram[kept][:, ~kept] @ gone
+        # The squared difference to what all heads wrote, summed over tokens, where nothing changes.
         self.lost = float((gone * (gram[~kept][:, ~kept] @ gone)).sum())
-        """The squared difference to what all heads wrote, summed over tokens, where nothing changes."""
 
     def change(self, ridge: float) -> Tensor:
         """Return the change with which the kept heads write what the others wrote, as nearly as the ridge lets."""
