@@ -112,15 +112,15 @@ def test_what_only_adds_runs_goes_on_and_other_settings_do_not_mix(settings, tmp
 
 
 def test_pruned_runs_may_be_reconstructed(settings, tmp_path):
-    plain = compare(replace(settings, seeds=1), tmp_path / "plain", progress=False)
-    rows = compare(replace(settings, seeds=1, reconstruct=True), tmp_path / "c", progress=False)
+    settings = replace(settings, seeds=1, num_texts=24)
+    plain = compare(settings, tmp_path / "plain", progress=False)
+    rows = compare(replace(settings, reconstruct=True), tmp_path / "c", progress=False)
     for one, other in zip(plain, rows, strict=True):
         assert one["kept_heads"] == other["kept_heads"]
         assert ("reconstruction" in other) == ("reconstruction_seconds" in other["cost"]) == (one["scorer"] != DENSE)
-        assert (one["train_loss"] == other["train_loss"]) == (one["scorer"] == DENSE)
-        if one["scorer"] != DENSE:
-            without, after = other["reconstruction"]
-            assert after < without
+        without, after = other.get("reconstruction", (0, 0))
+        assert (one["train_loss"] != other["train_loss"]) == (after < without)
+    assert any(after < without for without, after in (row.get("reconstruction", (0, 0)) for row in rows))
 
 
 def test_a_pruner_may_come_with_its_scorer_and_not_after_it(settings):

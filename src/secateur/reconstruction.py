@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -55,10 +57,11 @@ def reconstruct_(
 
     The model still has all its heads then, and is of use without those that go alone: `remove_heads_` with the same
     mask takes them, and proves that it changed nothing else. Returns the relational KL on these texts without
-    reconstruction and with it. Where it is no lower, or something fails, the weights are what they were.
+    reconstruction and with it, each half of the texts by the fit on the other. Where that is no lower, or something
+    fails, the weights are what they were; else they are those fitted on all texts.
 
-    Raises `InvalidInputError` for a mask that does not fit, fewer than three texts a batch, and a site that loses heads
-    and that texts do not reach, and `UnsupportedModelError` for quantised weights.
+    Raises `InvalidInputError` for a mask that does not fit, fewer than six texts or three a batch, and a site that
+    loses heads and that texts do not reach, and `UnsupportedModelError` for quantised weights.
     """
     check_whole("batch_size", batch_size)
     check_whole("max_length", max_length, 4)
@@ -74,19 +77,31 @@ def reconstruct_(
     projections = {
         name: _Projection(base, sites[name], row) for name, row in kept.items() if row.any() and not row.all()
     }
+    # Every other batch belongs to the same half of the texts: as many to each.
+    count = 2 * math.ceil(len(texts) / (2 * batch_size))
+    size = math.ceil(len(texts) / count)
     with held(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad():
-        made = forward_arguments(base, list(calibration_batches(model, texts, tokenizer, batch_size, max_length)))
-        loss = MaskLoss(base, made, not isinstance(texts[0], str), accelerator)
-        before = loss(kept)  # and of the dense model, which it looks at once, before its weights change
+        made = forward_arguments(base, list(calibration_batches(model, texts, tokenizer, size, max_length)))
+        is_pair = not isinstance(texts[0], str)
+        losses = [MaskLoss(base, made[half::2], is_pair, accelerator) for half in (0, 1)]
+        before = statistics.fmean(loss(kept) for loss in losses)  # and of the dense model, before its weights change
         moments = _second_moments(base, projections, made, accelerator, progress)
-        changed = {name: one.refitted(moments.pop(name)) for name, one in projections.items()}
         weights = {name: one.weight.data for name, one in projections.items()}
+        refits = {name: one.refits(moments.pop(name)) for name, one in projections.items()}
+
+        def set_weights(number: int) -> None:
+            for name, one in projections.items():
+                one.weight.data = refits[name][number]
+
         is_lower = False
         try:
-            for name, one in projections.items():
-                one.weight.data = changed[name]
-            after = loss(kept)
+            crossed = []
+            for fitted, judged in ((0, 1), (1, 0)):
+                set_weights(fitted)
+                crossed.append(losses[judged](kept))
+            after = statistics.fmean(crossed)
             is_lower = after < before
+            set_weights(2)
         finally:
             if not is_lower:
                 for name, one in projections.items():
@@ -103,21 +118,26 @@ class _Projection:
         self.axis = piece.axis
         self.kept = torch.tensor([owner == NOBODY or bool(kept[owner]) for owner in piece.owners])
 
-    def refitted(self, halves: Tensor) -> Tensor:
-        """Return the weight with the kept heads' rows refitted to second moments by half of the texts."""
+    def refits(self, halves: Tensor) -> list[Tensor]:
+        """Return the weight refitted to the second moments of each half of the texts, and of all of them."""
         weight = self.weight.detach().to("cpu", torch.float64)
-        rows = (weight if self.axis == 0 else weight.T).clone()  # [inputs, model width]
-        halves = halves.double()
-        one, other, both = (_Moments(gram, self.kept, rows) for gram in (*halves, halves.sum(dim=0)))
-        unit = float(halves.sum(dim=0).diagonal().mean())
+        rows = weight if self.axis == 0 else weight.T  # [inputs, model width]
+        gram = halves.double()
+        one, other, both = parts = [_Moments(part, self.kept, rows) for part in (*gram, gram.sum(dim=0))]
+        unit = float(gram.sum(dim=0).diagonal().mean())
 
         def error(ridge: float) -> float:
             return other.error(one.change(ridge * unit)) + one.error(other.change(ridge * unit))
 
         errors = {ridge: error(ridge) for ridge in RIDGES if unit > 0}
         best = min(errors, key=errors.__getitem__, default=0.0)
-        if errors and errors[best] < one.lost + other.lost:
-            rows[self.kept] += both.change(best * unit)
+        if not errors or errors[best] >= both.lost:
+            return [self.weight.data] * len(parts)
+        return [self._changed(rows, part.change(best * unit)) for part in parts]
+
+    def _changed(self, rows: Tensor, change: Tensor) -> Tensor:
+        rows = rows.clone()
+        rows[self.kept] += change
         return (rows if self.axis == 0 else rows.T).contiguous().to(self.weight)
 
 
@@ -149,19 +169,19 @@ def _second_moments(
 ) -> dict[str, Tensor]:
     """Return second moments of what each projection is given, by half of the texts: `[2, inputs, inputs]`, on the CPU.
 
-    The dense model runs once over all batches; the halves cut each batch in two.
+    The dense model runs once over all batches, of which every other one belongs to the same half.
     """
 
     def read(number: int) -> dict[str, Tensor]:
-        with _reading(projections, batches[number], number) as found:
+        with _reading(projections, batches[number]) as found:
             base(**batches[number])
         return found
 
     moments: dict[str, Tensor] = {}
     numbers = tqdm(range(len(batches)), desc="reconstructing", disable=not progress, leave=False)
-    for found in in_order(read, numbers, accelerator):
+    for number, found in zip(numbers, in_order(read, range(len(batches)), accelerator), strict=True):
         for name, one in found.items():
-            moments[name] = moments[name] + one if name in moments else one
+            moments.setdefault(name, torch.zeros(2, *one.shape))[number % 2] += one
     for name in projections:
         if name not in moments:
             raise InvalidInputError(f"`texts` do not reach the site {name!r}, which loses heads; leave it whole")
@@ -169,17 +189,18 @@ def _second_moments(
 
 
 @contextmanager
-def _reading(
-    projections: Mapping[str, _Projection], batch: Mapping[str, Any], number: int
-) -> Iterator[dict[str, Tensor]]:
-    """Within this context passes add up what each projection is given, in what is yielded."""
+def _reading(projections: Mapping[str, _Projection], batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """Within this context passes add up the second moments of what each projection is given, in what is yielded."""
     found: dict[str, Tensor] = {}
+    mask = batch.get("attention_mask")
 
     def read(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach().float()
+        rows = given.flatten(0, -2)
+        if mask is not None and mask.shape == given.shape[:-1]:
+            rows = given[mask.bool().to(given.device)]  # without padding
         with without_autocast(given.device):
-            halves = [rows.T @ rows for rows in _halves(given.detach().float(), batch, number)]
-        moments = torch.stack(halves).cpu()
+            moments = (rows.T @ rows).cpu()
         found[name] = found[name] + moments if name in found else moments
 
     def hook(name: str) -> Any:
@@ -191,12 +212,3 @@ def _reading(
     finally:
         for handle in hooks:
             handle.remove()
-
-
-def _halves(given: Tensor, batch: Mapping[str, Any], number: int) -> list[Tensor]:
-    """Return the real tokens `[tokens, inputs]` of each half of the texts; batches of one text go to each in turn."""
-    mask = batch.get("attention_mask")
-    cut = (len(given) + number % 2) // 2
-    real = None if mask is None or mask.shape != given.shape[:-1] else mask.bool().to(given.device)
-    parts = [slice(None, cut), slice(cut, None)]
-    return [given[part].flatten(0, -2) if real is None else given[part][real[part]] for part in parts]
