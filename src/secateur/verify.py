@@ -52,10 +52,10 @@ def verify_checkpoint(
         vectors[name][list(kept)] = True
     mask = HeadMask(vectors)
     reconstructed = bool(recipe.record.get("reconstructed"))
-    if reconstructed:
-        take_output_projections_(base_of(original), base_of(pruned), recipe)
     inputs = example_inputs(original)
     with gated_heads(original, mask):
+        if reconstructed:
+            take_output_projections_(base_of(original), base_of(pruned), recipe)
         wanted = hidden_states(original.float(), inputs)
     difference = largest_difference(wanted, hidden_states(pruned.float(), inputs))
     return {
@@ -72,14 +72,20 @@ def verify_checkpoint(
 
 @torch.no_grad()
 def take_output_projections_(original: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe) -> None:
-    """Copy what the kept heads write with from the pruned model to the original; other weights stay."""
+    """Copy what the kept heads write with from the pruned model to the original; other weights stay.
+
+    What does not fit, as in a model that is not the original, stays too: then the comparison tells.
+    """
+    sources = pruned.state_dict()
     for name, site in find_sites(original).items():
         stays = set(recipe.kept_heads.get(name, site.heads))
         kept = {NOBODY, *(number for number, head in enumerate(site.heads) if head in stays)}
         for piece in site.slices_of("output"):
             there = torch.tensor([owner in kept for owner in piece.owners])
-            source = pruned.get_parameter(piece.parameter).movedim(piece.axis, 0)
-            original.get_parameter(piece.parameter).movedim(piece.axis, 0)[there] = source.to(original.dtype)
+            rows = original.get_parameter(piece.parameter).movedim(piece.axis, 0)
+            source = sources.get(piece.parameter)
+            if source is not None and source.movedim(piece.axis, 0).shape == rows[there].shape:
+                rows[there] = source.movedim(piece.axis, 0).to(rows)
 
 
 def _on_this_machine(name: str | Path, folder: str | Path) -> str | Path:

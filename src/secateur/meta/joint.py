@@ -53,11 +53,10 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
     it, each standardised over the model's heads; higher = keep. Members see the same and are fitted from different
     starts. What trials alone have taught gets other things wrong on tasks that it has not seen than the contribution
     does, so that the mean of both is better than each; beside what found masks taught it adds nothing, and `prior` is 0
-    in the one that ships. Where they disagree with each other, as on models unlike those
-    that they were fitted on, the contribution takes their place: see `trust`. `matching` times log(1 + 8 · the head's
-    matching) is added for pairs of texts, as the `matching` scorer counts it: what fine-tuning on pairs needs, and
-    trials of masks on the frozen model do not show. A new network adds nothing: on single texts it ranks as the
-    `contribution` scorer does.
+    in the one that ships. Where they disagree with each other, as on models unlike those that they were fitted on, the
+    contribution takes their place: see `trust`. `matching` times log(1 + 8 · the head's matching) is added for pairs of
+    texts, as the `matching` scorer counts it: what fine-tuning on pairs needs, and trials of masks on the frozen model
+    do not show. A new network adds nothing: on single texts it ranks as the `contribution` scorer does.
 
     A member is a set attention over the heads; no positions, so heads of a site may come in any order. Each head starts
     as its evidence, each kind of number standardised over the model's heads, in a `width`-dimensional vector; `layers`
