@@ -238,8 +238,11 @@ def test_values_that_are_not_finite_are_named(outcome):
 
 def test_what_cannot_be_reconstructed_is_refused(monkeypatch):
     model = tiny_model("bert")
-    with pytest.raises(InvalidInputError, match="at least 3 a batch"):
+    with pytest.raises(InvalidInputError, match="`texts` must be at least 6, 3 for each half .* got 5"):
         reconstruct_(model, first_half(model), TEXTS[:5], tiny_tokenizer())
+    reconstruct_(model, first_half(model), TEXTS[:6], tiny_tokenizer())
+    with pytest.raises(InvalidInputError, match="at least 3 a batch"):
+        reconstruct_(model, first_half(model), TEXTS, tiny_tokenizer(), batch_size=2)
     monkeypatch.setattr(reconstruction, "_reading", lambda *_: nullcontext({}))
     with pytest.raises(InvalidInputError, match=r"do not reach the site 'encoder\.layer\.0\.attention\.self'"):
         reconstruct_(model, first_half(model), TEXTS, tiny_tokenizer())

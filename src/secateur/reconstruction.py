@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.calibration import calibration_batches, own_tokenizer, texts_of
 from secateur.checks import check_accelerator, check_flag, check_whole
 from secateur.data import Text, check_texts
-from secateur.errors import InvalidInputError
+from secateur.errors import InvalidInputError, invalid
 from secateur.halving import halves_batches
 from secateur.heads import HeadMask
+from secateur.meta.objective import RELATED
 from secateur.meta.search import MaskLoss
 from secateur.model.inputs import forward_arguments
 from secateur.model.layout import NOBODY, AttentionSite
@@ -77,6 +78,8 @@ def reconstruct_(
     projections = {
         name: _Projection(base, sites[name], row) for name, row in kept.items() if row.any() and not row.all()
     }
+    if len(texts) < 2 * RELATED:
+        raise invalid("texts", f"be at least {2 * RELATED}, {RELATED} for each half that judges the other", len(texts))
     # Every other batch belongs to the same half of the texts: as many to each.
     count = 2 * math.ceil(len(texts) / (2 * batch_size))
     size = math.ceil(len(texts) / count)
