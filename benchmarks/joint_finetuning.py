@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/joint_finetuning.py --glue GLUE --work DIR [--jobs 2] [--ratios 0.5 …]
 
-The variants of joint_ablation.py, fitted with its first seed without two tasks at a time, score the texts of the tasks
-left out as the runs of results/rivals.jsonl did: the same 96 texts, the same share of every layer, the same
-fine-tuning, three seeds. A mask that has been fine-tuned already with the same task and seed, there or here, is not
-trained again: the result is the same bit for bit, which `--check` tries on one row. GLUE is a folder with one folder a
-task. Fits and rows are kept in --work: start again to go on. Writes results/joint_finetuning.jsonl.
+The variants of joint_ablation.py, fitted with its first seed without two tasks at a time, and what ships without
+any sample of MiniLM too, score the texts of the tasks left out as the runs of results/rivals.jsonl did: the same 96
+texts, the same share of every layer, the same fine-tuning, three seeds. A mask that has been fine-tuned already
+with the same task and seed, there or here, is not trained again: the result is the same bit for bit, which
+`--check` tries on one row. GLUE is a folder with one folder a task. Fits and rows are kept in --work: start again
+to go on. Writes results/joint_finetuning.jsonl.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from finetuning_runs import SCORED, finetune_mask, key, score_texts
-from joint_ablation import FOLDS, PARTS, RESULTS, WHOLE, fit_variant, parts_of
+from joint_ablation import FOLDS, MODEL, PARTS, RESULTS, UNSEEN, WHOLE, fit_variant, parts_of
 from secateur.compare import DENSE
 from secateur.data import load_task
 from secateur.demo import demo_model
@@ -42,12 +43,16 @@ FITTED = (
     "taught by trials",
     "taught by heads dropped alone",
 )
-VARIANTS = (*FITTED[:5], *PARTS[1:], *FITTED[5:])
+HELD_OUT = f"{WHOLE}, MiniLM unseen"
+VARIANTS = (*FITTED[:5], *PARTS[1:], *FITTED[5:], HELD_OUT)
 
 
 def fit(variant: str, tasks: tuple[str, ...], fits: Path) -> None:
-    """Fit without these tasks; what is left of the whole without one of its parts comes with it."""
-    pruner = fit_variant(variant, seed=0, tasks=tasks)
+    """Fit without these tasks, or without the model; what is left of the whole without a part of it comes with it."""
+    if variant == HELD_OUT:
+        pruner = fit_variant(WHOLE, seed=0, families=(MODEL,))
+    else:
+        pruner = fit_variant(variant, seed=0, tasks=tasks)
     found = {variant: pruner}
     if variant == WHOLE:
         found |= dict(zip(PARTS[1:], parts_of(pruner)[1:], strict=True))
@@ -56,7 +61,7 @@ def fit(variant: str, tasks: tuple[str, ...], fits: Path) -> None:
 
 
 def place(fits: Path, variant: str, tasks: tuple[str, ...]) -> Path:
-    return fits / "+".join(tasks) / variant.replace(" ", "_")
+    return fits / (UNSEEN if variant == HELD_OUT else "+".join(tasks)) / variant.replace(" ", "_")
 
 
 @torch.no_grad()
@@ -96,7 +101,8 @@ def main() -> None:
     fits, runs = options.work / "fits", options.work / "runs.jsonl"
     folds = [tasks for tasks in FOLDS if set(tasks) & set(TASKS)]
     with workers(options.jobs, 1, "cpu") as pool:
-        missing = [(v, tasks, fits) for tasks in folds for v in FITTED if not place(fits, v, tasks).exists()]
+        wanted = {place(fits, v, tasks): (v, tasks, fits) for tasks in folds for v in (*FITTED, HELD_OUT)}
+        missing = [call for folder, call in wanted.items() if not folder.exists()]
         list(each(pool, fit, missing, "fits", True))
         rows = choose(options.glue, fits, options.ratios)
         here = {key(row): row for row in read_lines(runs)}

@@ -252,7 +252,7 @@ def test_threads_change_rounding_and_nothing_else(minilm, tokenizer, outcome):
 
 
 def test_the_command_says_in_one_line_that_memory_is_short(tmp_path, monkeypatch, capsys, outcome):
-    from secateur.finetune import Trainer
+    from secateur.trainer import Trainer
 
     def full(self):
         raise torch.OutOfMemoryError(GPU)

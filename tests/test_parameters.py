@@ -63,6 +63,11 @@ CALLS = {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "batch_size": COUNT,
         "max_length": [3, -1, 4.5, "9", None, True, ""], "progress": FLAG, "accelerator": PROCESSES,
     },
+    "distill_": {
+        "model": MODEL, "teacher": MODEL, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": COUNT,
+        "learning_rate": [0, -1, float("nan"), float("inf"), "1", None, True], "batch_size": COUNT,
+        "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED, "bf16": FLAG, "progress": FLAG,
+    },
     "refine_mask": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": LEAST, "scope": SCOPE,
         "min_heads": LEAST, "batch_size": COUNT, "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
@@ -110,8 +115,9 @@ def good():
     model = tiny_model("bert")
     sites = secateur.find_sites(model)
     return {
-        "model": model, "mask": uneven_mask(sites), "scores": HeadScores({"a": [1.0, 2.0]}), "texts": tiny_texts(4),
-        "tokenizer": tiny_tokenizer(), "values_by_site": {"a": [1.0, 2.0]}, "sites": None, "steps": 1,
+        "model": model, "mask": uneven_mask(sites), "scores": HeadScores({"a": [1.0, 2.0]}), "texts": tiny_texts(24),
+        "teacher": tiny_model("bert"), "tokenizer": tiny_tokenizer(), "values_by_site": {"a": [1.0, 2.0]},
+        "sites": None, "steps": 1,
         "budget": "heads=0.5", "subjects": [Subject(tiny_model("bert"), tiny_tokenizer())],
         "tasks": [Task("words", tiny_texts(200))], "out": "nowhere",
     }  # fmt: skip

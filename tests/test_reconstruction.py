@@ -238,7 +238,7 @@ def test_values_that_are_not_finite_are_named(outcome):
 
 def test_what_cannot_be_reconstructed_is_refused(monkeypatch):
     model = tiny_model("bert")
-    with pytest.raises(InvalidInputError, match="`texts` must be at least 6, 3 for each half .* got 5"):
+    with pytest.raises(InvalidInputError, match=r"`texts` must be at least 6, 3 for each half .* got 5"):
         reconstruct_(model, first_half(model), TEXTS[:5], tiny_tokenizer())
     reconstruct_(model, first_half(model), TEXTS[:6], tiny_tokenizer())
     with pytest.raises(InvalidInputError, match="at least 3 a batch"):

@@ -13,6 +13,7 @@ import wrapt
 
 if TYPE_CHECKING:
     from secateur.budget import select_within_budget as select_within_budget
+    from secateur.distillation import distill_ as distill_
     from secateur.errors import CheckpointError as CheckpointError
     from secateur.errors import InvalidInputError as InvalidInputError
     from secateur.errors import RemovalError as RemovalError
@@ -50,6 +51,7 @@ _WHERE = {
     "Scorer": "secateur.scorers.base",
     "SecateurError": "secateur.errors",
     "UnsupportedModelError": "secateur.errors",
+    "distill_": "secateur.distillation",
     "find_sites": "secateur.model.sites",
     "gated_heads": "secateur.model.removal",
     "prune": "secateur.pruning",

@@ -25,11 +25,13 @@ import torch
 from tqdm import tqdm
 from transformers import set_seed
 
+from secateur.checks import check_whole
 from secateur.data import Task, has_splits, load_task
+from secateur.distillation import distill_
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.evaluate import main_metric
 from secateur.files import LOCK, append_line, is_taken, one_run, read_json, read_lines, remove_unfinished, write_text
-from secateur.finetune import finetune, load_classifier, training_device
+from secateur.finetune import finetune, load_classifier
 from secateur.heads import HeadScores
 from secateur.model.loading import load_model, load_tokenizer, quiet_transformers
 from secateur.model.removal import remove_heads_
@@ -37,6 +39,7 @@ from secateur.reconstruction import reconstruct_
 from secateur.scorers import SCORERS, scorer_class
 from secateur.scoring import score_heads
 from secateur.selection import Scope, select_heads
+from secateur.trainer import training_device
 from secateur.versions import environment
 from secateur.workers import each, workers
 
@@ -73,6 +76,8 @@ class Settings:
     task. `max_train` lowers the protocol's number of training texts; `learning_rate` and `epochs` take the place of the
     protocol's, for models that its own do not train to their best. `bf16` trains as `finetune` does with it.
     `reconstruct` refits the output projections of the kept heads on the calibration texts, as `reconstruct_` does.
+    `distill` is the number of steps, none for 0, in which `distill_` teaches the pruned model what the dense one
+    computes, on the texts of the whole train split, without their labels, before it is fine-tuned.
 
     Raises `InvalidInputError` for values outside their ranges and for names that repeat.
     """
@@ -92,6 +97,7 @@ class Settings:
     epochs: float | None = None
     bf16: bool = False
     reconstruct: bool = False
+    distill: int = 0
 
     def __post_init__(self) -> None:
         for name in ("data", "scorers", "ratios"):
@@ -107,6 +113,7 @@ class Settings:
         for name in ("seeds", "num_texts", "threads", "max_train"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise invalid(name, "be at least 1", getattr(self, name))
+        check_whole("distill", self.distill, 0)
         for name in ("learning_rate", "epochs"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise invalid(name, "be above 0", getattr(self, name))
@@ -296,7 +303,7 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
     with quiet_transformers(False):
         model, tokenizer = load_classifier(settings.model, train, dev), load_tokenizer(settings.model)
     cost: dict[str, Any] = {}
-    kept, refitted = None, {}
+    kept, restored = None, {}
     if run.scorer != DENSE:
         data = read_json(_scores_file(out, run))
         mask = select_heads(HeadScores.from_json(data), run.ratio, settings.scope)
@@ -305,8 +312,24 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
             texts = _splits(run.data)[0].head(settings.num_texts, seed=run.seed).texts
             start = time.perf_counter()
             losses = reconstruct_(model.to(device), mask, texts, tokenizer, max_length=protocol.max_length)
-            refitted, cost["reconstruction_seconds"] = {"reconstruction": list(losses)}, time.perf_counter() - start
+            restored, cost["reconstruction_seconds"] = {"reconstruction": list(losses)}, time.perf_counter() - start
         remove_heads_(model, mask)
+        if settings.distill:
+            start = time.perf_counter()
+            with quiet_transformers(False):
+                teacher = load_model(settings.model, device)
+            losses = distill_(
+                model.to(device),
+                teacher,
+                _splits(run.data)[0].texts,
+                tokenizer,
+                steps=settings.distill,
+                batch_size=protocol.batch_size,
+                max_length=protocol.max_length,
+                seed=run.seed,
+                bf16=settings.bf16,
+            )
+            restored["distillation"], cost["distillation_seconds"] = list(losses), time.perf_counter() - start
     _, result = finetune(
         model,
         train,
@@ -334,7 +357,7 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
         "dev_texts": len(dev),
         "train_loss": result.train_loss,
         "kept_heads": kept,
-        **refitted,
+        **restored,
         "cost": {**cost, "training_seconds": result.seconds, "training_peak_memory": _peak_memory(device)},
         "environment": {**environment(), **_machine(device), "threads": settings.threads},
     }

@@ -21,13 +21,14 @@ from transformers import AutoModel
 from secateur.data import Task
 from secateur.errors import InvalidInputError
 from secateur.files import write_text
-from secateur.finetune import finetune, training_device
+from secateur.finetune import finetune
 from secateur.model.cost import compare_latency
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.timing import median_ratio
 from secateur.pruning import prune
 from secateur.report import write_report
 from secateur.report.runs import ATTENTION_MAPS, PRUNING, RESULT, read_runs
+from secateur.trainer import training_device
 from secateur.verify import verify_checkpoint
 
 RATIO = 0.5

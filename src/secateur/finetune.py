@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from secateur.data import Task, padding_token, tokenize
-from secateur.errors import InvalidInputError, SecateurError, invalid
+from secateur.errors import InvalidInputError, invalid
 from secateur.evaluate import check_model_fits, evaluate_model, main_metric
 from secateur.files import new_folder, write_text
 from secateur.model.loading import check_device, load_model, load_tokenizer, quiet_transformers
 from secateur.model.state import base_of
+from secateur.trainer import train, training_device
 
 
 @dataclass(frozen=True)
@@ -197,101 +186,17 @@ def _train(
         {**{name: values[i] for name, values in encoding.items()}, "labels": label}
         for i, label in enumerate(task.labels)
     ]
-    steps = max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs))
-    with (
-        tempfile.TemporaryDirectory(prefix="secateur-") as folder,
-        _kept(model.config, "use_cache"),
-        _kept(model, "forward", "_original_forward"),
-    ):
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=batch_size,
-            warmup_steps=math.ceil(0.1 * steps),
-            lr_scheduler_type="linear",
-            **_group_by_length(),
-            seed=seed,
-            data_seed=seed,
-            bf16=bf16,
-            use_cpu=check_device(device).type == "cpu",
-            dataloader_pin_memory=torch.cuda.is_available() and (device is None or device.type == "cuda"),
-            save_strategy="no",
-            eval_strategy="no",
-            logging_strategy="no",
-            # The filter would leave an infinite loss out of the mean.
-            logging_nan_inf_filter=False,
-            report_to=[],
-            disable_tqdm=True,
-        )
-        if device is not None and arguments.device.type != device.type:
-            raise invalid("device", "be one that this machine has", str(device))
-        if arguments.n_gpu > 1:
-            # One device: DataParallel would multiply the batch size.
-            arguments._n_gpu = 1
-        bar = _Progress(f"fine-tune on {task.name}", progress)
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[bar],
-        )
-        # It prints to stdout, which belongs to results.
-        trainer.remove_callback(PrinterCallback)
-        start = time.perf_counter()
-        try:
-            output = trainer.train()
-        finally:
-            bar.close()
-        seconds = time.perf_counter() - start
-    if not math.isfinite(output.training_loss):
-        raise SecateurError(f"the training loss became {output.training_loss}; try a lower `learning_rate`")
-    return seconds, output.global_step, output.training_loss
-
-
-class _Progress(TrainerCallback):
-    """A bar on stderr; the Trainer's own bar also writes its log to stdout."""
-
-    def __init__(self, title: str, shown: bool) -> None:
-        self.title, self.shown = title, shown
-        self.bar = tqdm(disable=True)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar once the number of steps is known."""
-        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", leave=False, disable=not self.shown)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count one optimizer step."""
-        self.bar.update(1)
-
-    def close(self) -> None:
-        """Close the bar, also where the training ended early."""
-        self.bar.close()
-
-
-def _group_by_length() -> dict[str, Any]:
-    """Return the option that puts texts of similar length into a batch; the first releases of 5 name it otherwise."""
-    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:
-        return {"train_sampling_strategy": "group_by_length"}
-    return {"group_by_length": True}
-
-
-@contextmanager
-def _kept(owner: Any, *names: str) -> Iterator[None]:
-    """Keep an object's own attributes: the Trainer overwrites a config's entry, and for bf16 wraps the forward."""
-    before = {name: vars(owner)[name] for name in names if name in vars(owner)}
-    try:
-        yield
-    finally:
-        for name in names:
-            vars(owner).pop(name, None)
-        vars(owner).update(before)
-
-
-def training_device(device: str | torch.device | None) -> torch.device:
-    """Return the device to train on, the default for None; the `Trainer` knows no other than the first of its kind."""
-    chosen = check_device(device)
-    if chosen.index:
-        raise invalid("device", "name no other device than the first", str(device), "choose with CUDA_VISIBLE_DEVICES")
-    return chosen
+    return train(
+        model,
+        rows,
+        DataCollatorWithPadding(tokenizer),
+        title=f"fine-tune on {task.name}",
+        steps=max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs)),
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        bf16=bf16,
+        device=device,
+        progress=progress,
+    )

@@ -28,30 +28,20 @@ def verify_checkpoint(
 
     `against` is the original; without it, the one that the checkpoint's recipe names, if that is on this machine: what
     a checkpoint names is not fetched. The result has `equal`, `max_difference`, `tolerance`, `against`, and the numbers
-    of heads `kept` and `dropped`. A model that was fine-tuned after pruning differs, as it should. Where output
-    projections were `reconstructed`, the original is compared with those of the pruned model in the place of its own.
+    of heads `kept` and `dropped`. A model that was fine-tuned or `distilled` after pruning differs, as it should. Where
+    output projections were `reconstructed`, the original is compared with those of the pruned model in the place of its
+    own.
 
     Raises `InvalidInputError` for a model that is not pruned, and where the original cannot be found.
     """
     pruned = load_model(folder, device, AutoModel)
-    recipe = read_recipe(base_of(pruned).config)
-    if recipe is None:
-        raise InvalidInputError(f"{folder} is not pruned: its config has no head_pruning entry")
-    original_name = recipe.record.get("base_model") if against is None else against
-    if not isinstance(original_name, str | Path) or not str(original_name):
-        raise InvalidInputError(f"{folder} does not say what it was pruned from; give the original with `--against`")
-    original = load_model(
-        original_name if against is not None else _on_this_machine(original_name, folder), device, AutoModel
-    )
-    sizes = [getattr(base_of(model).config, "vocab_size", None) for model in (pruned, original)]
-    if sizes[0] != sizes[1]:
-        raise InvalidInputError(f"{folder} was not pruned from {original_name}: their vocabularies have {sizes} tokens")
+    original, recipe, original_name = load_original(pruned, folder, against, device)
     vectors = {}
     for name, kept in recipe.kept_heads.items():
         vectors[name] = torch.zeros(recipe.sites[name].num_heads, dtype=torch.bool)
         vectors[name][list(kept)] = True
     mask = HeadMask(vectors)
-    reconstructed = bool(recipe.record.get("reconstructed"))
+    reconstructed, distilled = (bool(recipe.record.get(name)) for name in ("reconstructed", "distilled"))
     inputs = example_inputs(original)
     with gated_heads(original, mask):
         if reconstructed:
@@ -60,14 +50,38 @@ def verify_checkpoint(
     difference = largest_difference(wanted, hidden_states(pruned.float(), inputs))
     return {
         "folder": str(folder),
-        "against": str(original_name),
+        "against": original_name,
         "equal": difference <= TOLERANCE,
         "max_difference": difference,
         "tolerance": TOLERANCE,
         "kept": mask.num_kept,
         "dropped": mask.num_heads - mask.num_kept,
         "reconstructed": reconstructed,
+        "distilled": distilled,
     }
+
+
+def load_original(
+    pruned: PreTrainedModel,
+    folder: str | Path,
+    against: str | Path | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[PreTrainedModel, Recipe, str]:
+    """Return what the model loaded from `folder` was pruned from, its recipe, and the original's name.
+
+    Raises what `verify_checkpoint` raises.
+    """
+    recipe = read_recipe(base_of(pruned).config)
+    if recipe is None:
+        raise InvalidInputError(f"{folder} is not pruned: its config has no head_pruning entry")
+    name = recipe.record.get("base_model") if against is None else against
+    if not isinstance(name, str | Path) or not str(name):
+        raise InvalidInputError(f"{folder} does not say what it was pruned from; give the original with `--against`")
+    original = load_model(name if against is not None else _on_this_machine(name, folder), device, AutoModel)
+    sizes = [getattr(base_of(model).config, "vocab_size", None) for model in (pruned, original)]
+    if sizes[0] != sizes[1]:
+        raise InvalidInputError(f"{folder} was not pruned from {name}: their vocabularies have {sizes} tokens")
+    return original, recipe, str(name)
 
 
 @torch.no_grad()

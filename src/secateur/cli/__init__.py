@@ -17,7 +17,7 @@ from secateur.cli.comparing import bench, compare
 from secateur.cli.exchange import convert, export
 from secateur.cli.heads import info, prune, score, verify
 from secateur.cli.pages import demo, report
-from secateur.cli.training import evaluate, finetune, joint_train, meta_train
+from secateur.cli.training import distill, evaluate, finetune, joint_train, meta_train
 from secateur.errors import SecateurError, SecateurWarning
 
 
@@ -28,7 +28,7 @@ def cli() -> None:
 
 
 _FROM_MODEL_TO_SMALLER = (info, score, prune, verify)
-_BESIDE_IT = (bench, finetune, evaluate, meta_train, joint_train, compare, report, export, convert, demo)
+_BESIDE_IT = (bench, distill, finetune, evaluate, meta_train, joint_train, compare, report, export, convert, demo)
 for command in (*_FROM_MODEL_TO_SMALLER, *_BESIDE_IT):
     cli.add_command(command)
 

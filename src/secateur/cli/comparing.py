@@ -103,6 +103,13 @@ def _read_pruners(context: click.Context, parameter: click.Parameter, items: tup
 @click.option("--epochs", default=None, type=float, help="Instead of the protocol's.")
 @bf16_option
 @click.option("--reconstruct", is_flag=True, help="Refit what kept heads write on the calibration texts, no labels.")
+@click.option(
+    "--distill",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Steps that teach the pruned model what the dense one computes, on all training texts, no labels.",
+)
 @click.option("--jobs", default=None, type=click.IntRange(1), help="Runs at once [default: cores / threads; GPUs]")
 @click.option("--out", required=True, type=Place(), help="Folder of the comparison, new or to go on.")
 @device_option

@@ -1,7 +1,9 @@
-"""`finetune`, `evaluate`, `meta-train` and `joint-train`."""
+"""`distill`, `finetune`, `evaluate`, `meta-train` and `joint-train`."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,53 @@ from secateur.cli.options import (
     training_options,
 )
 from secateur.files import check_new_folder, is_taken
+
+
+@click.command()
+@click.argument("model")
+@training_options
+@click.option("--against", default=None, help="The unpruned model, which teaches [default: the one MODEL names].")
+@click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Optimiser updates.")
+@click.option("--learning-rate", default=2e-4, show_default=True, type=Positive())
+@click.option(
+    "--texts", "num_texts", default=None, type=click.IntRange(1), help="Texts, drawn with the seed [default: all]."
+)
+@bf16_option
+@seed_option
+@out_option
+def distill(
+    model: str, data: str, batch_size: int, max_length: int, device: str | None, as_json: bool, against: str | None,
+    steps: int, learning_rate: float, num_texts: int | None, bf16: bool, seed: int, out: Path,
+) -> None:  # fmt: skip
+    """Teach the pruned MODEL what the unpruned one computes, on texts without labels, before it is fine-tuned."""
+    from secateur.data import load_task
+    from secateur.distillation import distill_
+    from secateur.files import new_folder, write_text
+    from secateur.model.loading import check_device, load_model, load_tokenizer
+    from secateur.sentence import copy_modules
+    from secateur.verify import load_original
+
+    check_new_folder(out)
+    chosen = check_device(device)
+    texts = load_task(data, "train").head(num_texts or sys.maxsize, seed=seed).texts
+    pruned, tokenizer = load_model(model, chosen), load_tokenizer(model)
+    teacher, _, name = load_original(pruned, model, against, chosen)
+    with new_folder(out) as folder:
+        settings: dict[str, Any] = {
+            "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "max_length": max_length,
+            "seed": seed, "bf16": bf16,
+        }  # fmt: skip
+        before, after = distill_(pruned, teacher, texts, tokenizer, progress=True, **settings)
+        place = copy_modules(model, folder)
+        pruned.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        about = {"model": model, "teacher": name, "texts": len(texts), **settings, "relational_kl": [before, after]}
+        write_text(folder / "distillation.json", json.dumps(about, indent=1))
+    if as_json:
+        print_json({**about, "out": str(out)})
+    else:
+        what = f"after {steps} steps {after:.4f}" if after < before else f"no lower after {steps} steps, so without"
+        click.echo(f"relational KL on texts held out {before:.4f}, {what}\nmodel: {out}")
 
 
 @click.command()

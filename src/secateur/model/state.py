@@ -79,9 +79,8 @@ def gradients_for_all(model: nn.Module) -> Iterator[None]:
 
     Raises `UnsupportedModelError` for weights made within `torch.inference_mode`, which gradients never reach.
     """
+    check_takes_gradients(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    if any(parameter.is_inference() for parameter, _ in flags):
-        raise UnsupportedModelError("the model was loaded within `torch.inference_mode`; load it outside of it")
     try:
         for parameter, _ in flags:
             if parameter.is_floating_point():
@@ -142,6 +141,12 @@ def without_autocast(device: torch.device) -> Iterator[None]:
     known = torch.amp.is_autocast_available(device.type)
     with torch.autocast(device.type, enabled=False) if known else nullcontext():
         yield
+
+
+def check_takes_gradients(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for weights made within `torch.inference_mode`, which gradients never reach."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModelError("the model was loaded within `torch.inference_mode`; load it outside of it")
 
 
 def check_plain_weights(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ ATTENTION_MAPS, PRUNING, RESULT, ROWS, SETTINGS = (
 )
 _SHARED = (
     "model", "protocol", "scope", "num_texts", "threads", "pruners", "max_train", "learning_rate", "epochs",
-    "bf16", "reconstruct",
+    "bf16", "reconstruct", "distill",
 )  # fmt: skip
 """Settings that comparisons must share for their rows to be set side by side."""
 
