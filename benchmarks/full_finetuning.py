@@ -38,17 +38,19 @@ TASKS = ("qnli", "mnli", "qqp", "mrpc", "rte", "cola", "sst2", "stsb")  # the lo
 SEEDS = (0, 1, 2)
 MAIN = ("contribution", "matching", "smp-plus", "confidence")
 RECONSTRUCTED = 1000  # training texts that output projections are refitted on
-# What is wanted first: half of the heads, the same share of every layer and over the whole model, as they are and with
-# output projections refitted.
+DISTILLED = 1000  # steps
+# What is wanted first: half of the heads, the same share of every layer and over the whole model, as they are, with
+# output projections refitted, and then distilled.
 WANTED = list(
     dict.fromkeys(
-        [("site", scorer, 0.5, 0) for scorer in MAIN]
+        [("site", scorer, 0.5, 0, 0) for scorer in MAIN]
         + [
-            (scope, scorer, 0.5, texts)
+            (scope, scorer, 0.5, texts, 0)
             for scorer in ("smp-plus", "contribution")
             for scope in ("site", "global")
             for texts in (0, RECONSTRUCTED)
         ]
+        + [(scope, "smp-plus", 0.5, RECONSTRUCTED, DISTILLED) for scope in ("site", "global")]
     )
 )
 
@@ -67,7 +69,7 @@ def choose(glue: Path, fits: Path, masks: Path) -> None:
         for scorer in dict.fromkeys(scorer for _, scorer, *_ in WANTED):
             missing = {
                 (scope, ratio)
-                for scope, name, ratio, _ in WANTED
+                for scope, name, ratio, *_ in WANTED
                 if name == scorer and (task, seed, scope, scorer, ratio) not in found
             }
             if missing:
@@ -80,10 +82,11 @@ def choose(glue: Path, fits: Path, masks: Path) -> None:
         for s in SEEDS
         for t in TASKS
     ]
-    for (scope, scorer, ratio, texts), seed, task in itertools.product(WANTED, SEEDS, TASKS):
+    for (scope, scorer, ratio, texts, steps), seed, task in itertools.product(WANTED, SEEDS, TASKS):
         row = {"task": task, "seed": seed, "scope": scope, "scorer": scorer, "ratio": ratio}
         row["kept_heads"] = found[task, seed, scope, scorer, ratio]
-        rows.append({**row, "reconstruct": texts} if texts else row)
+        row |= {"reconstruct": texts} if texts else {}
+        rows.append(row | ({"distill": steps} if steps else {}))
     write_text(masks, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -93,7 +96,7 @@ def train(glue: Path, masks: Path, out: Path, jobs: int, device: str, seconds: f
     done = {key(row) for row in read_lines(out)}
     cells = list({key(row): row for row in reversed(read_lines(masks))}.values())[::-1]
     calls = [
-        (glue, row["task"], row["seed"], row["kept_heads"], FULL, device, row.get("reconstruct", 0), end)
+        (glue, row["task"], row["seed"], row["kept_heads"], FULL, device, *restoring(row), end)
         for row in cells
         if key(row) not in done
     ]
@@ -134,10 +137,17 @@ def table(masks: Path, runs: Path) -> None:
         print(f"| {ratio:.0%} | {who} | " + " | ".join(values) + f" | {kept} | {whole.runs if whole else 0} |")
 
 
+def restoring(row: dict[str, Any]) -> tuple[int, int]:
+    """Return how many texts output projections are refitted on, and the steps of distillation."""
+    return row.get("reconstruct", 0), row.get("distill", 0)
+
+
 def label(row: dict[str, Any]) -> str:
     """Return scope and scorer, and whether output projections were refitted."""
     return (
-        f"{row['scope']} | {row['scorer']}" + (", reconstructed" if "reconstruct" in row else "")
+        f"{row['scope']} | {row['scorer']}"
+        + (", reconstructed" if "reconstruct" in row else "")
+        + (", distilled" if "distill" in row else "")
         if row["scope"]
         else DENSE
     )

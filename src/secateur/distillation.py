@@ -34,7 +34,7 @@ from secateur.model.state import (
 )
 from secateur.trainer import train, training_device
 
-STEPS, LEARNING_RATE = 300, 2e-4
+STEPS, LEARNING_RATE = 300, 5e-4
 JUDGES = 10  # one of so many texts judges the distillation and teaches nothing …
 MOST_JUDGES = 256  # … up to that many
 FEWEST = JUDGES * (RELATED - 1) + 1  # texts of which so many judge that they have relations

@@ -30,7 +30,7 @@ from secateur.files import check_new_folder, is_taken
 @training_options
 @click.option("--against", default=None, help="The unpruned model, which teaches [default: the one MODEL names].")
 @click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Optimiser updates.")
-@click.option("--learning-rate", default=2e-4, show_default=True, type=Positive())
+@click.option("--learning-rate", default=5e-4, show_default=True, type=Positive())
 @click.option(
     "--texts", "num_texts", default=None, type=click.IntRange(1), help="Texts, drawn with the seed [default: all]."
 )
