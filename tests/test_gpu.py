@@ -104,6 +104,19 @@ def test_reconstruction_finds_what_it_finds_on_the_cpu():
     assert found[0][1] < found[0][0]
 
 
+def test_distillation_comes_as_near_as_on_the_cpu():
+    texts, found = tiny_texts(64), []
+    for device in ("cpu", "cuda"):
+        teacher, student = tiny_model("bert"), tiny_model("bert").to(device)
+        secateur.remove_heads_(student, uneven_mask(find_sites(student)))
+        found.append(
+            secateur.distill_(student, teacher, texts, tiny_tokenizer(), steps=20, learning_rate=2e-3, max_length=16)
+        )
+        assert (student.device.type, teacher.device.type) == (device, "cpu")
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+    assert found[0][1] < found[0][0]
+
+
 def test_a_model_spread_over_gpu_and_memory_gives_the_scores_of_a_whole_one():
     places = {"embeddings": 0, "encoder.layer.0": "cpu", "encoder.layer.1": 0, "encoder.layer.2": "cpu", "pooler": 0}
     whole, model = tiny_model("bert").to("cuda"), dispatch_model(tiny_model("bert"), places)

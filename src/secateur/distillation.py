@@ -103,21 +103,23 @@ def distill_(
             weights = [parameter.detach().clone() for parameter in parameters]
             is_lower = False
             try:
-                rows = tokenize(tokenizer, teaching, tokens)
-                train(
-                    pair,
-                    [{name: values[number] for name, values in rows.items()} for number in range(len(teaching))],
-                    DataCollatorWithPadding(tokenizer),
-                    title="distilling",
-                    steps=steps,
-                    learning_rate=learning_rate,
-                    batch_size=batch_size,
-                    seed=seed,
-                    bf16=bf16,
-                    device=device,
-                    progress=progress,
-                    every_column=True,
-                )
+                encoding = tokenize(tokenizer, teaching, tokens)
+                rows = [{name: values[i] for name, values in encoding.items()} for i in range(len(teaching))]
+                with torch.enable_grad():
+                    train(
+                        pair,
+                        rows,
+                        DataCollatorWithPadding(tokenizer),
+                        title="distilling",
+                        steps=steps,
+                        learning_rate=learning_rate,
+                        batch_size=batch_size,
+                        seed=seed,
+                        bf16=bf16,
+                        device=device,
+                        progress=progress,
+                        every_column=True,
+                    )
                 after = judge()
                 is_lower = after < before
                 if is_lower and isinstance(entry := getattr(student.config, KEY, None), dict):
