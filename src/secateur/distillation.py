@@ -81,9 +81,9 @@ def distill_(
     check_texts(texts)
     if len(texts) < FEWEST:
         raise invalid("texts", f"be at least {FEWEST}, as every tenth judges", len(texts))
-    student, master = base_of(model), base_of(teacher)
-    if student is master:
-        raise invalid("teacher", "be another model than `model`, the one before pruning", type(teacher).__name__)
+    student = base_of(model)
+    if not isinstance(teacher, PreTrainedModel) or (master := base_of(teacher)) is student:
+        raise invalid("teacher", "be another model of transformers, `model` before pruning", type(teacher).__name__)
     for one in (student, master):
         check_loaded(one, "distillation")
     check_plain_weights(student)
