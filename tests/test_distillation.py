@@ -12,7 +12,6 @@ import secateur
 from secateur import distillation
 from secateur.cli import main
 from secateur.compare import Settings, compare
-from secateur.data import load_task
 from secateur.demo import demo_model, demo_task
 from secateur.distillation import _share, distill_
 from secateur.errors import InvalidInputError, SecateurError, UnsupportedModelError
@@ -227,7 +226,11 @@ def test_the_command_teaches_a_pruned_folder(tmp_path, capsys):
                        smaller.state_dict()["encoder.layer.0.output.dense.weight"])  # fmt: skip
 
 
-def test_a_comparison_distils_pruned_runs_and_leaves_dense_ones(tmp_path):
+def test_a_comparison_distils_pruned_runs_on_all_texts_and_leaves_dense_ones(tmp_path, monkeypatch):
+    taught = []
+    monkeypatch.setattr(
+        "secateur.compare.distill_", lambda *args, **kwargs: taught.append(args[2]) or distill_(*args, **kwargs)
+    )
     tiny_model("bert").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "task").mkdir()
@@ -247,6 +250,6 @@ def test_a_comparison_distils_pruned_runs_and_leaves_dense_ones(tmp_path):
     assert found[3]["dense"]["train_loss"] == found[0]["dense"]["train_loss"]
     assert len(found[3]["contribution"]["distillation"]) == 2
     assert found[3]["contribution"]["cost"]["distillation_seconds"] > 0
-    assert len(load_task(str(tmp_path / "task"), "train").texts) == 40
+    assert taught == [TEXTS[:40]]  # of which 24 are for fine-tuning
     with pytest.raises(InvalidInputError, match="`distill` must be a whole number from 0"):
         Settings("m", ("d",), ("contribution",), distill=-1)

@@ -138,8 +138,7 @@ class _Pair(nn.Module):
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         super().__init__()
         self.student, self.arguments = student, ForwardArguments(student, [])
-        self.teach = partial(_hidden_states, teacher)  # not a module of this one, so that nobody trains or moves it
-        self.models = (student, teacher)
+        self.models = (student, teacher)  # a tuple registers no module, so that nobody trains or moves the teacher
 
     def train(self, mode: bool = True) -> _Pair:
         """Stay in evaluation mode: the teacher has no dropout either."""
@@ -147,10 +146,10 @@ class _Pair(nn.Module):
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Return the loss of a batch of token ids."""
-        given = self.arguments.of(batch)
+        given, (student, teacher) = self.arguments.of(batch), self.models
         with torch.no_grad():
-            wanted = self.teach(given)
-        found = _hidden_states(self.student, given)
+            wanted = _hidden_states(teacher, given)
+        found = _hidden_states(student, given)
         mask = given.get("attention_mask")
         shares = [_share(one, other, mask) for one, other in zip(found, wanted, strict=True)]
         return {"loss": torch.stack(shares).mean()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,8 @@ def distill(
 
     check_new_folder(out)
     chosen = check_device(device)
-    texts = load_task(data, "train").head(num_texts or sys.maxsize, seed=seed).texts
+    task = load_task(data, "train")
+    texts = task.head(num_texts or len(task), seed=seed).texts
     pruned, tokenizer = load_model(model, chosen), load_tokenizer(model)
     teacher, _, name = load_original(pruned, model, against, chosen)
     with new_folder(out) as folder:
