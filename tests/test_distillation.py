@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-import secateur
 from secateur import distillation
 from secateur.cli import main
 from secateur.compare import Settings, compare
@@ -201,9 +200,9 @@ def test_the_command_teaches_a_pruned_folder(tmp_path, capsys):
     tiny_model("bert").save_pretrained(tmp_path / "whole")
     tiny_tokenizer().save_pretrained(tmp_path / "whole")
     (tmp_path / "texts.csv").write_text("sentence\n" + "".join(f"{text}\n" for text in TEXTS))
-    smaller, _ = secateur.prune(str(tmp_path / "whole"), TEXTS, scorer="contribution")
-    smaller.save_pretrained(tmp_path / "small")
-    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    data = ["--data", str(tmp_path / "texts.csv"), "--device", "cpu", "--out", str(tmp_path / "small")]
+    assert main(["prune", str(tmp_path / "whole"), *data, "--scorer", "contribution"]) == 0
+    capsys.readouterr()
     words = ["distill", tmp_path / "small", "--data", tmp_path / "texts.csv", "--device", "cpu", "--steps", 30]
     words = [*map(str, words), "--learning-rate", "2e-3", "--max-length", "16"]
     assert main([*words, "--out", str(tmp_path / "better"), "--json"]) == 0
@@ -211,6 +210,9 @@ def test_the_command_teaches_a_pruned_folder(tmp_path, capsys):
     assert told["teacher"] == str(tmp_path / "whole")
     assert told["relational_kl"][1] < told["relational_kl"][0]
     assert {**json.loads((tmp_path / "better" / "distillation.json").read_text()), "out": told["out"]} == told
+    for name in ("pruning_report.json", "attention_maps.json"):
+        assert (tmp_path / "better" / name).read_bytes() == (tmp_path / "small" / name).read_bytes()
+    assert "Distilled after the proof, in 30 steps" in (tmp_path / "better" / "report.html").read_text()
     assert main(["verify", str(tmp_path / "better")]) == 1
     assert "as it was distilled since" in capsys.readouterr().out
     assert main([*words, "--texts", "20", "--out", str(tmp_path / "other")]) == 2
@@ -222,8 +224,8 @@ def test_the_command_teaches_a_pruned_folder(tmp_path, capsys):
     words[1] = str(tmp_path / "small")
     assert main([*words, "--against", str(tmp_path / "small"), "--out", str(tmp_path / "third")]) == 0
     assert "no lower after 30 steps, so without" in capsys.readouterr().out
-    assert torch.equal(load_model(tmp_path / "third").state_dict()["encoder.layer.0.output.dense.weight"],
-                       smaller.state_dict()["encoder.layer.0.output.dense.weight"])  # fmt: skip
+    third, small = (load_model(tmp_path / name).state_dict() for name in ("third", "small"))
+    assert all(torch.equal(third[name], weight) for name, weight in small.items())
 
 
 def test_a_comparison_distils_pruned_runs_on_all_texts_and_leaves_dense_ones(tmp_path, monkeypatch):

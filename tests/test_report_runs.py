@@ -19,6 +19,11 @@ from tests.report_data import EVIL, comparison_rows, maps_of, pruning_json, writ
 from tests.test_report import Page
 
 
+def write_distilled(folder, about):
+    (write_pruned(folder) / "distillation.json").write_text(json.dumps(about))
+    return folder
+
+
 def test_a_pruned_folder(tmp_path):
     data = read_runs([write_pruned(tmp_path / "p")])
     page = Page(render_report(data))
@@ -28,6 +33,26 @@ def test_a_pruned_folder(tmp_path):
     assert "0.4000 after refinement 0.2000 change -50.0 %" in page.text
     assert "16 calibration texts, their first 6 tokens" in page.text
     assert [a["class"] for tag, a in page.tags if tag == "script" and "class" in a] == ["maps"]
+
+
+def test_a_distilled_folder_says_what_it_gave(tmp_path):
+    about = {"relational_kl": [0.25, 0.125], "texts": 1234, "steps": 300}
+    folder = write_distilled(tmp_path / "p", about)
+    text = Page(render_report(read_runs([folder]))).text
+    assert "Kept 6 of 12 heads (pruning ratio 0.50)" in text
+    assert "in 300 steps on 1,234 texts: relational KL on texts held out 0.2500 before, 0.1250 after." in text
+    (folder / "distillation.json").write_text(json.dumps({**about, "relational_kl": [0.25, 0.25]}))
+    text = Page(render_report(read_runs([folder]))).text
+    assert "Distillation did not lower the relational KL, 0.2500" in text
+    assert "texts held out" not in text
+
+
+def test_a_comparison_says_what_was_done_before_fine_tuning(tmp_path):
+    said = []
+    for number, settings in enumerate(({}, {"distill": 40}, {"distill": 40, "reconstruct": True})):
+        folder = write_comparison(tmp_path / str(number), **settings)
+        said.append(dict(comparison_view(read_runs([folder])[0])["facts"]).get("Before fine-tuning"))
+    assert said == [None, "distilled in 40 steps", "output projections refitted, distilled in 40 steps"]
 
 
 def test_without_maps_it_says_so(tmp_path):
@@ -222,6 +247,8 @@ def test_many_heads_stay_small(tmp_path):
         (lambda p: write_comparison(p / "c", [{"task": "a"}], scores=False), "has no data, scorer"),
         (lambda p: write_pruned(p / "x", before={}), "another form: KeyError"),
         (lambda p: write_pruned(p / "x", refinement=["a", "b"]), "`refinement` must"),
+        (lambda p: write_distilled(p / "x", {"relational_kl": [1.0]}), "distillation.json has another form"),
+        (lambda p: write_distilled(p / "x", [1.0, 0.5]), "distillation.json has another form"),
     ],
 )
 def test_bad_runs_are_one_line(make, message, tmp_path, capsys):

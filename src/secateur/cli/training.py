@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def distill(
     from secateur.distillation import distill_
     from secateur.files import new_folder, write_text
     from secateur.model.loading import check_device, load_model, load_tokenizer
+    from secateur.report import write_report
+    from secateur.report.runs import ATTENTION_MAPS, DISTILLATION, PRUNING, read_runs
     from secateur.sentence import copy_modules
     from secateur.verify import load_original
 
@@ -64,12 +67,19 @@ def distill(
         pruned.save_pretrained(place)
         tokenizer.save_pretrained(place)
         about = {"model": model, "teacher": name, "texts": len(texts), **settings, "relational_kl": [before, after]}
-        write_text(folder / "distillation.json", json.dumps(about, indent=1))
+        write_text(folder / DISTILLATION, json.dumps(about, indent=1))
+        # What `prune` wrote of the heads holds on: distillation leaves them where they are.
+        for name in (PRUNING, ATTENTION_MAPS):
+            if (Path(model) / name).is_file():
+                shutil.copyfile(Path(model) / name, folder / name)
+        if has_page := (folder / PRUNING).is_file():
+            write_report(read_runs([folder]), folder / "report.html")
     if as_json:
         print_json({**about, "out": str(out)})
     else:
         what = f"after {steps} steps {after:.4f}" if after < before else f"no lower after {steps} steps, so without"
-        click.echo(f"relational KL on texts held out {before:.4f}, {what}\nmodel: {out}")
+        page = f"\nreport: {out / 'report.html'}" if has_page else ""
+        click.echo(f"relational KL on texts held out {before:.4f}, {what}\nmodel: {out}{page}")
 
 
 @click.command()

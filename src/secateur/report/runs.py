@@ -11,8 +11,9 @@ from secateur.errors import InvalidInputError, invalid, shown
 from secateur.files import read_json, read_lines
 from secateur.heads import HeadScores
 
-ATTENTION_MAPS, PRUNING, RESULT, ROWS, SETTINGS = (
+ATTENTION_MAPS, DISTILLATION, PRUNING, RESULT, ROWS, SETTINGS = (
     "attention_maps.json",
+    "distillation.json",
     "pruning_report.json",
     "result.json",
     "runs.jsonl",
@@ -98,6 +99,20 @@ def _reconstruction(losses: Any) -> list[str]:
     return [f"Output projections were refitted on these texts: relational KL {without:.4f} without, {after:.4f} with."]
 
 
+def _distillation(about: Any) -> list[str]:
+    """Say what the dense model taught the pruned one, as `secateur distill` wrote it down."""
+    try:
+        (before, after), steps, texts = about["relational_kl"], about["steps"], about["texts"]
+        if not after < before:
+            return [f"Distillation did not lower the relational KL, {before:.4f}: the weights are those before it."]
+        return [
+            f"Distilled after the proof, in {steps:,} steps on {texts:,} texts: relational KL on texts held out "
+            f"{before:.4f} before, {after:.4f} after."
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInputError(f"{DISTILLATION} has another form: {type(error).__name__} {error}") from None
+
+
 def cost_rows(before: dict[str, int], after: dict[str, int]) -> list[dict[str, Any]]:
     """Return heads, parameters and multiply-accumulates as rows; the arguments are `ModelCost.to_json`'s."""
     rows = [{"name": name, "dense": before[name], "pruned": after[name]} for name in ("heads", "parameters")]
@@ -132,7 +147,9 @@ def _read(path: Path) -> dict[str, Any]:
     if (path / RESULT).is_file():
         return demo_data(read_json(path / RESULT), _maps_of(path / "pruned"))
     if (path / PRUNING).is_file():
-        return pruning_data(read_json(path / PRUNING), _maps_of(path))
+        page = pruning_data(read_json(path / PRUNING), _maps_of(path))
+        page["notes"] += _distillation(read_json(path / DISTILLATION)) if (path / DISTILLATION).is_file() else []
+        return page
     data = read_json(path) if path.is_file() else None
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind == "pruning_report":
