@@ -38,7 +38,7 @@ TASKS = ("qnli", "mnli", "qqp", "mrpc", "rte", "cola", "sst2", "stsb")  # the lo
 SEEDS = (0, 1, 2)
 MAIN = ("contribution", "matching", "smp-plus", "confidence")
 RECONSTRUCTED = 1000  # training texts that output projections are refitted on
-DISTILLED = 1000  # steps
+DISTILLED = 300  # steps, the default
 # What is wanted first: half of the heads, the same share of every layer and over the whole model, as they are, with
 # output projections refitted, and then distilled.
 WANTED = list(

@@ -6,6 +6,7 @@ import inspect
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import secateur
 from secateur.compare import DENSE
@@ -118,14 +119,12 @@ def rivals_together() -> str:
 def all_texts_table() -> str:
     """Return what each scorer keeps with all training texts, where all tasks were run thrice, the best first."""
     rows = read_lines(RESULTS / "full_finetuning.jsonl")
-    refitted = {True: ", reconstructed", False: ""}
-    named = [
-        {
-            **row,
-            "scorer": f"{row['scope']} | `{row['scorer']}`{refitted['reconstruct' in row]}" if row["scope"] else DENSE,
-        }
-        for row in rows
-    ]
+
+    def label(row: dict[str, Any]) -> str:
+        restored = [word for key, word in (("reconstruct", "reconstructed"), ("distill", "distilled")) if key in row]
+        return f"{row['scope']} | `{row['scorer']}`{''.join(f', {word}' for word in restored)}"
+
+    named = [{**row, "scorer": label(row) if row["scope"] else DENSE} for row in rows]
     found = {(s.scorer, s.task): s for s in summarise(named)}
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = ["| scope | scorer | " + " | ".join(tasks) + " | retention |", "|---" * (len(tasks) + 3) + "|"]
