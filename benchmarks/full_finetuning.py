@@ -50,7 +50,12 @@ WANTED = list(
             for scope in ("site", "global")
             for texts in (0, RECONSTRUCTED)
         ]
-        + [(scope, "smp-plus", 0.5, RECONSTRUCTED, DISTILLED) for scope in ("site", "global")]
+        + [
+            (scope, scorer, 0.5, RECONSTRUCTED, DISTILLED)
+            for scorer in ("smp-plus", "contribution")
+            for scope in ("global", "site")
+        ]
+        + [("site", scorer, 0.5, RECONSTRUCTED, DISTILLED) for scorer in MAIN]
     )
 )
 
