@@ -1,10 +1,11 @@
 """The joint meta-pruner beside the contribution on dev texts that nothing about it was decided by.
 
-    python benchmarks/other_texts.py --glue GLUE --fits DIR
+    python benchmarks/other_texts.py --glue GLUE --fits DIR [--jobs N]
 
-As representations.py, but heads are scored on other draws of training texts, and masks judged on the dev texts after
-those that are judged there and in joint_ablation.py, by which the way to teach it was chosen. DIR holds a fit without
-each task (`joint_pruner.py unseen`). Prints 1000 times the relational KL and writes results/other_texts.json.
+As representations.py, but heads are scored on four other draws of training texts, and masks judged on up to 256 of the
+dev texts that are not judged there and in joint_ablation.py, by which the way to teach it was chosen. DIR holds a fit
+without each task (`joint_pruner.py unseen`). Prints 1000 times the relational KL, and in how many draws it is lower
+than the contribution's, and writes results/other_texts.json.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ import json
 import platform
 import statistics
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
+from typing import Any
 
 from representations import JUDGED, LENGTH, RATIOS, SCORED, TASKS
 from secateur.data import batches, load_task
@@ -30,28 +29,42 @@ from secateur.model.loading import load_model, load_tokenizer
 from secateur.scoring import score_heads
 from secateur.selection import select_heads
 from secateur.versions import environment
+from secateur.workers import each, workers
 
-DRAWS = (2, 3)  # 0 and 1 are those of representations.py
+DRAWS = (2, 3, 4, 5)  # 0 and 1 are those of representations.py
+OTHERS = 256  # dev texts that judge, at most
+SCORERS = ("contribution", "smp-plus")
+
+
+def judge_draw(glue: Path, fits: Path, task: str, seed: int) -> list[dict[str, Any]]:
+    """Return a row for the mask of each scorer, scope and ratio, chosen on one draw of texts."""
+    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
+    dev = load_task(glue / task, "dev")
+    known, shuffled = (dev.head(count, seed=0).texts for count in (JUDGED, len(dev)))
+    others = [text for text in shuffled if text not in set(known)][:OTHERS]
+    made = forward_arguments(model, batches(tokenizer, others, 32, LENGTH))
+    loss = MaskLoss(model, made, dev.is_pair)
+    texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
+    rows = []
+    for scorer in SCORERS:
+        extra = {"pruner": str(fits / task)} if scorer == "smp-plus" else {}
+        scores = score_heads(model, texts, scorer, tokenizer, max_length=LENGTH, seed=seed, progress=False, **extra)
+        for scope, ratio in itertools.product(("site", "global"), RATIOS):
+            cell = {"task": task, "scorer": scorer, "scope": scope, "ratio": ratio, "seed": seed}
+            rows.append({**cell, "judged": len(others), "kl": loss(select_heads(scores, ratio, scope))})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--glue", required=True, type=Path)
     parser.add_argument("--fits", required=True, type=Path)
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(2)
-    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
-    rows = []
-    for task, seed in tqdm(list(itertools.product(TASKS, DRAWS))):
-        dev = load_task(options.glue / task, "dev").head(2 * JUDGED, seed=0)
-        made = forward_arguments(model, batches(tokenizer, dev.texts[JUDGED:], 32, LENGTH))
-        loss = MaskLoss(model, made, dev.is_pair)
-        texts = load_task(options.glue / task, "train").head(SCORED, seed=seed).texts
-        for scorer, extra in (("contribution", {}), ("smp-plus", {"pruner": str(options.fits / task)})):
-            scores = score_heads(model, texts, scorer, tokenizer, max_length=LENGTH, seed=seed, progress=False, **extra)
-            for scope, ratio in itertools.product(("site", "global"), RATIOS):
-                cell = {"task": task, "scorer": scorer, "scope": scope, "ratio": ratio, "seed": seed}
-                rows.append({**cell, "judged": len(dev.texts) - JUDGED, "kl": loss(select_heads(scores, ratio, scope))})
+    calls = [(options.glue, options.fits, task, seed) for seed, task in itertools.product(DRAWS, TASKS)]
+    with workers(options.jobs, 1, "cpu") as pool:
+        rows = [row for found in each(pool, judge_draw, calls, "judging", True) for row in found]
+    rows.sort(key=lambda row: (TASKS.index(row["task"]), row["seed"]))
     result = {
         "command": "python benchmarks/other_texts.py --glue GLUE --fits DIR",
         "date": datetime.date.today().isoformat(),
@@ -61,16 +74,21 @@ def main() -> None:
     }
     write_text(Path(__file__).parent / "results" / "other_texts.json", json.dumps(result, indent=1) + "\n")
     print("| heads removed | scope | scorer | " + " | ".join(TASKS) + " |", "|---" * (3 + len(TASKS)) + "|", sep="\n")
-    for ratio, scope, scorer in itertools.product(RATIOS, ("site", "global"), ("contribution", "smp-plus")):
-        cells = []
-        for task in TASKS:
-            found = [
-                1e3 * r["kl"]
-                for r in rows
-                if (r["task"], r["ratio"], r["scope"], r["scorer"]) == (task, ratio, scope, scorer)
+    kl = {(r["task"], r["ratio"], r["scope"], r["scorer"], r["seed"]): 1e3 * r["kl"] for r in rows}
+    for ratio, scope in itertools.product(RATIOS, ("site", "global")):
+        found = {(s, t): [kl[t, ratio, scope, s, draw] for draw in DRAWS] for s in SCORERS for t in TASKS}
+        lines = {
+            scorer: [
+                f"{statistics.mean(found[scorer, t]):.1f} ± {statistics.stdev(found[scorer, t]):.1f}" for t in TASKS
             ]
-            cells.append(f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}")
-        print(f"| {ratio:.0%} | {scope} | {scorer} | " + " | ".join(cells) + " |")
+            for scorer in SCORERS
+        }
+        plain, learned = SCORERS
+        lines["lower in draws"] = [
+            str(sum(a < b for a, b in zip(found[learned, t], found[plain, t], strict=True))) for t in TASKS
+        ]
+        for name, cells in lines.items():
+            print(f"| {ratio:.0%} | {scope} | {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
