@@ -41,7 +41,7 @@ def judge_draw(glue: Path, fits: Path, task: str, seed: int) -> list[dict[str, A
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     dev = load_task(glue / task, "dev")
     known, shuffled = (dev.head(count, seed=0).texts for count in (JUDGED, len(dev)))
-    others = [text for text in shuffled if text not in set(known)][:OTHERS]
+    others = [text for text in shuffled if text not in known][:OTHERS]
     made = forward_arguments(model, batches(tokenizer, others, 32, LENGTH))
     loss = MaskLoss(model, made, dev.is_pair)
     texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts

@@ -218,6 +218,12 @@ def test_the_command_teaches_a_pruned_folder(tmp_path, capsys):
     assert main([*words, "--texts", "20", "--out", str(tmp_path / "other")]) == 2
     assert "error: `texts` must be at least 21" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+    report = tmp_path / "small" / "pruning_report.json"
+    whole_report = report.read_text()
+    report.write_text("{}")
+    assert main([*words, "--out", str(tmp_path / "other")]) == 2
+    assert "pruning_report.json has another form" in capsys.readouterr().err
+    report.write_text(whole_report)
     words[1] = str(tmp_path / "whole")
     assert main([*words, "--out", str(tmp_path / "other")]) == 2
     assert "is not pruned" in capsys.readouterr().err

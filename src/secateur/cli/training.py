@@ -57,6 +57,8 @@ def distill(
     texts = task.head(num_texts or len(task), seed=seed).texts
     pruned, tokenizer = load_model(model, chosen), load_tokenizer(model)
     teacher, _, name = load_original(pruned, model, against, chosen)
+    if has_page := (Path(model) / PRUNING).is_file():
+        read_runs([model])  # refuses what makes no page before the training, whose result would be lost
     with new_folder(out) as folder:
         settings: dict[str, Any] = {
             "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "max_length": max_length,
@@ -69,10 +71,10 @@ def distill(
         about = {"model": model, "teacher": name, "texts": len(texts), **settings, "relational_kl": [before, after]}
         write_text(folder / DISTILLATION, json.dumps(about, indent=1))
         # What `prune` wrote of the heads holds on: distillation leaves them where they are.
-        for name in (PRUNING, ATTENTION_MAPS):
-            if (Path(model) / name).is_file():
-                shutil.copyfile(Path(model) / name, folder / name)
-        if has_page := (folder / PRUNING).is_file():
+        for file in (PRUNING, ATTENTION_MAPS):
+            if (Path(model) / file).is_file():
+                shutil.copyfile(Path(model) / file, folder / file)
+        if has_page:
             write_report(read_runs([folder]), folder / "report.html")
     if as_json:
         print_json({**about, "out": str(out)})
