@@ -8,8 +8,7 @@
 `collect` writes a file for each sample and passes over those that are there, so it may be stopped at any time. It tries
 masks at random and near what the scores choose; with --search 24 it searches for the best from there instead, and with
 --alone it tries each head dropped alone. GLUE is a folder with one folder a task. MiniLM and SmolLM2 read the training
-texts of the tasks, whole, or with --short their first words alone, as few texts of most tasks are as short as others'
-are; the other models read inputs of their own domain (subjects.py), from the half that is not judged.
+texts of the tasks; the other models read inputs of their own domain (subjects.py), from the half that is not judged.
 With a pruner, an earlier fit, masks near its choice are tried, and searches begin there; with {unseen} in its path it
 is the one that was fitted without the sample's task, or without its model where that reads no tasks: what it gets wrong
 is what a user of other tasks would get.
@@ -20,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +43,6 @@ TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
 FIRST, SECOND = "_first", "_second"  # a task of pairs becomes one of single texts by either alone: most are of pairs
 SINGLES = [f"{task}{FIRST}" for task in ("mnli", "qqp", "stsb", "rte", "qnli")]
 SINGLES += [f"{task}{SECOND}" for task in ("mnli", "qnli", "mrpc", "qqp")]
-SHORT = "_short"  # every text of a task cut after a few words, drawn for each
-SHORT_WORDS = (4, 12)  # at least and at most
-SHORTENED = [f"{kind}{SHORT}" for kind in [*SINGLES, "sst2", "mnli", "mrpc", "qnli", "rte"]]  # the others are short
 SCORED, JUDGES, BATCH, LENGTH = 96, 8, 32, 64  # texts that give the evidence; batches that judge masks; tokens
 ALONE_JUDGES = 2  # batches that judge each head dropped alone, all of them every head
 OWN = "own"  # the task name of a model that reads inputs of its own domain
@@ -60,7 +55,7 @@ weight, 2 beside both, is two thirds too.
 
 
 def task_of(kind: str) -> str:
-    return kind.removesuffix(SHORT).removesuffix(FIRST).removesuffix(SECOND)
+    return kind.removesuffix(FIRST).removesuffix(SECOND)
 
 
 def inputs(subject: Subject, glue: Path, kind: str, seed: int) -> tuple[list[dict], list[list[dict]], bool]:
@@ -72,24 +67,11 @@ def inputs(subject: Subject, glue: Path, kind: str, seed: int) -> tuple[list[dic
         return drawn[:scored], [[batch] for batch in drawn[scored:]], False
     task = load_task(glue / task_of(kind), "train").head(count, seed=100 + seed)
     texts, is_pair = task.texts, task.is_pair
-    whole = kind.removesuffix(SHORT)
-    if whole != task_of(kind):
-        texts, is_pair = [text[0 if whole.endswith(FIRST) else 1] for text in texts], False
-    if kind != whole:
-        texts = shortened(texts, seed)
+    if kind != task_of(kind):
+        texts, is_pair = [text[0 if kind.endswith(FIRST) else 1] for text in texts], False
     cuts = [texts[:SCORED], *(texts[i : i + BATCH] for i in range(SCORED, count, BATCH))]
     made = [tokenised(subject.model, subject.tokenizer, cut, LENGTH) for cut in cuts]
     return made[0], made[1:], is_pair
-
-
-def shortened(texts: Sequence[str | tuple[str, str]], seed: int) -> list[str | tuple[str, str]]:
-    """Cut every text, and both texts of a pair, after as many words as are drawn for it."""
-    draws = random.Random(seed)
-
-    def cut(text: str) -> str:
-        return " ".join(text.split()[: draws.randint(*SHORT_WORDS)])
-
-    return [cut(text) if isinstance(text, str) else (cut(text[0]), cut(text[1])) for text in texts]
 
 
 def collect_all(
@@ -102,7 +84,6 @@ def collect_all(
     near: int = TrialConfig.near,
     search: int = 0,
     only: list[str] | None = None,
-    short: bool = False,
     float32: bool = False,
 ) -> None:
     config = TrialConfig(ratios=(), leave_one_out=True) if alone else TrialConfig(near=near, search=search)
@@ -112,8 +93,6 @@ def collect_all(
         sites = find_sites(subject.model)
         for seed in range(count):
             kinds = [*TASKS, *(SINGLES if seed == 0 and not alone else [])] if subject.reads_english else [OWN]
-            if short:
-                kinds = SHORTENED if subject.reads_english else []
             for kind in tqdm([kind for kind in kinds if only is None or kind in only], desc=f"{name} {seed}"):
                 path = samples / f"{name}-{kind}-{seed}.safetensors"
                 if path.exists():
@@ -175,7 +154,6 @@ def main() -> None:
     every["collect"].add_argument("--near", type=int, default=TrialConfig.near, help="masks near scores' choices, each")
     every["collect"].add_argument("--search", type=int, default=0, help="exchanges that a search tries, instead")
     every["collect"].add_argument("--only", nargs="*", help="these tasks alone; 'own' is a model's own domain")
-    every["collect"].add_argument("--short", action="store_true", help="texts cut after a few words, and no others")
     every["collect"].add_argument(
         "--float32", action="store_true", help="judge in float32, for a CPU whose bfloat16 is slow"
     )
@@ -190,7 +168,7 @@ def main() -> None:
     if options.command == "collect":
         collect_all(
             options.glue, options.samples, options.subjects, options.count, options.pruner, options.alone,
-            options.near, options.search, options.only, options.short, options.float32,
+            options.near, options.search, options.only, options.float32,
         )  # fmt: skip
     elif options.command == "fit":
         kept, _ = load(options.samples, tuple(options.without_tasks), tuple(options.without_subjects))
