@@ -2,10 +2,10 @@
 
     python benchmarks/other_texts.py --glue GLUE --fits DIR [--jobs N]
 
-As representations.py, but heads are scored on four other draws of training texts, and masks judged on up to 256 of the
-dev texts that are not judged there and in joint_ablation.py, by which the way to teach it was chosen. DIR holds a fit
-without each task (`joint_pruner.py unseen`). Prints 1000 times the relational KL, and in how many draws it is lower
-than the contribution's, and writes results/other_texts.json.
+As representations.py, but heads are scored on four other draws of training texts, 96 as there and as many as `prune`
+draws unless told, and masks judged on up to 256 of the dev texts that are not judged there and in joint_ablation.py, by
+which the way to teach it was chosen. DIR holds a fit without each task (`joint_pruner.py unseen`). Prints 1000 times
+the relational KL, and in how many draws it is lower than the contribution's, and writes results/other_texts.json.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from representations import JUDGED, LENGTH, RATIOS, SCORED, TASKS
-from secateur.data import batches, load_task
-from secateur.demo import demo_model
+from secateur.data import Task, batches, load_task
+from secateur.demo import CALIBRATION_TEXTS, demo_model
 from secateur.files import write_text
 from secateur.meta.search import MaskLoss
 from secateur.model.inputs import forward_arguments
@@ -31,27 +33,35 @@ from secateur.selection import select_heads
 from secateur.versions import environment
 from secateur.workers import each, workers
 
+COUNTS = (SCORED, CALIBRATION_TEXTS)
 DRAWS = (2, 3, 4, 5)  # 0 and 1 are those of representations.py
 OTHERS = 256  # dev texts that judge, at most
 SCORERS = ("contribution", "smp-plus")
 
 
-def judge_draw(glue: Path, fits: Path, task: str, seed: int) -> list[dict[str, Any]]:
-    """Return a row for the mask of each scorer, scope and ratio, chosen on one draw of texts."""
-    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
-    dev = load_task(glue / task, "dev")
+def other_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dev: Task) -> MaskLoss:
+    """Return the judge of masks: up to 256 of the dev texts that representations.py does not judge by."""
     known, shuffled = (dev.head(count, seed=0).texts for count in (JUDGED, len(dev)))
     others = [text for text in shuffled if text not in known][:OTHERS]
-    made = forward_arguments(model, batches(tokenizer, others, 32, LENGTH))
-    loss = MaskLoss(model, made, dev.is_pair)
-    texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
+    return MaskLoss(model, forward_arguments(model, batches(tokenizer, others, 32, LENGTH)), dev.is_pair)
+
+
+def judge_draw(glue: Path, fits: Path, task: str, seed: int) -> list[dict[str, Any]]:
+    """Return a row for the mask of each scorer, scope and ratio, chosen on as many of the texts of one draw."""
+    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
+    loss = other_loss(model, tokenizer, load_task(glue / task, "dev"))
+    judged = sum(len(batch["input_ids"]) for batch in loss.batches)
+    train = load_task(glue / task, "train")
     rows = []
-    for scorer in SCORERS:
+    for count, scorer in itertools.product(COUNTS, SCORERS):
+        texts = train.head(count, seed=seed).texts
         extra = {"pruner": str(fits / task)} if scorer == "smp-plus" else {}
         scores = score_heads(model, texts, scorer, tokenizer, max_length=LENGTH, seed=seed, progress=False, **extra)
         for scope, ratio in itertools.product(("site", "global"), RATIOS):
-            cell = {"task": task, "scorer": scorer, "scope": scope, "ratio": ratio, "seed": seed}
-            rows.append({**cell, "judged": len(others), "kl": loss(select_heads(scores, ratio, scope))})
+            cell = {
+                "task": task, "scorer": scorer, "scored": count, "scope": scope, "ratio": ratio, "seed": seed
+            }  # fmt: skip
+            rows.append({**cell, "judged": judged, "kl": loss(select_heads(scores, ratio, scope))})
     return rows
 
 
@@ -73,10 +83,17 @@ def main() -> None:
         "rows": rows,
     }
     write_text(Path(__file__).parent / "results" / "other_texts.json", json.dumps(result, indent=1) + "\n")
-    print("| heads removed | scope | scorer | " + " | ".join(TASKS) + " |", "|---" * (3 + len(TASKS)) + "|", sep="\n")
-    kl = {(r["task"], r["ratio"], r["scope"], r["scorer"], r["seed"]): 1e3 * r["kl"] for r in rows}
-    for ratio, scope in itertools.product(RATIOS, ("site", "global")):
-        found = {(s, t): [kl[t, ratio, scope, s, draw] for draw in DRAWS] for s in SCORERS for t in TASKS}
+    print(
+        "| texts | heads removed | scope | scorer | " + " | ".join(TASKS) + " |",
+        "|---" * (4 + len(TASKS)) + "|",
+        sep="\n",
+    )
+    kl = {(r["scored"], r["task"], r["ratio"], r["scope"], r["scorer"], r["seed"]): 1e3 * r["kl"] for r in rows}
+    for count, ratio, scope in itertools.product(COUNTS, RATIOS, ("site", "global")):
+        found = {
+            (s, t): [kl[count, t, ratio, scope, s, draw] for draw in DRAWS]
+            for s, t in itertools.product(SCORERS, TASKS)
+        }
         lines = {
             scorer: [
                 f"{statistics.mean(found[scorer, t]):.1f} ± {statistics.stdev(found[scorer, t]):.1f}" for t in TASKS
@@ -88,7 +105,7 @@ def main() -> None:
             str(sum(a < b for a, b in zip(found[learned, t], found[plain, t], strict=True))) for t in TASKS
         ]
         for name, cells in lines.items():
-            print(f"| {ratio:.0%} | {scope} | {name} | " + " | ".join(cells) + " |")
+            print(f"| {count} | {ratio:.0%} | {scope} | {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What scoring in bfloat16 saves, and how many heads it judges otherwise.
 
-    OMP_NUM_THREADS=1 python benchmarks/scoring_bf16.py --glue GLUE [--rounds 3]
+    OMP_NUM_THREADS=1 python benchmarks/scoring_bf16.py --glue GLUE [--rounds 3] [--tasks cola …]
 
 96 training texts of each task (GLUE: a folder with one folder a task), 32 a batch, at most 128 tokens, MiniLM. Verdicts
 are those at half of the heads, by site and over the whole model. CPU time of one thread, float32 and bfloat16 in turn.
-What bfloat16 saves depends on the processor: see `processor` in the result. Writes results/scoring_bf16.json.
+What bfloat16 saves depends on the processor: see `processor` in the result. Writes results/scoring_bf16.json, or on a
+processor without bfloat16 instructions, where it costs, results/scoring_bf16_emulated.json.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--glue", required=True, type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     rows = []
-    for task in tqdm(TASKS):
+    for task in tqdm(options.tasks):
         texts = load_task(options.glue / task, "train").head(TEXTS, seed=0).texts
         for scorer in SCORERS:
             ratios, found = [], {}
@@ -63,15 +65,18 @@ def main() -> None:
                 for scope in ("site", "global")
             }
             rows.append({"task": task, "scorer": scorer, "time_ratios": ratios, "same_verdicts": same})
+    units = _bfloat16_units()
+    told = "" if tuple(options.tasks) == TASKS else f" --tasks {' '.join(options.tasks)}"
     result = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/scoring_bf16.py --glue GLUE",
+        "command": f"OMP_NUM_THREADS=1 python benchmarks/scoring_bf16.py --glue GLUE --rounds {options.rounds}{told}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, one thread of 2 cores, other work beside it; CPU time",
-        "processor": {"vectors": torch.backends.cpu.get_cpu_capability(), **_bfloat16_units()},
+        "processor": {"vectors": torch.backends.cpu.get_cpu_capability(), **units},
         "versions": environment(),
         "rows": rows,
     }
-    write_text(Path(__file__).parent / "results" / "scoring_bf16.json", json.dumps(result, indent=1) + "\n")
+    name = "scoring_bf16" if any(units.values()) else "scoring_bf16_emulated"
+    write_text(Path(__file__).parent / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
     for scorer in SCORERS:
         chosen = [row for row in rows if row["scorer"] == scorer]
         ratios = [statistics.median(row["time_ratios"]) for row in chosen]

@@ -87,7 +87,8 @@ def score_heads(
             streams: a mean over texts from one dense pass. Texts that are no sequence must come in random order for it.
             The scores say how many texts were scored.
         bf16: whether the passes compute matrix products in bfloat16 (torch.autocast): faster where the device has it,
-            and the same scores but for rounding. What a scorer reads of a pass is summed in float32.
+            far slower on a CPU that has not, and the same scores but for rounding. What a scorer reads of a pass is
+            summed in float32.
         accelerator: of the processes that `accelerate launch` or torchrun started, all of which make this call with the
             same arguments: each scores a share of the batches, and all return the scores of one process, bit for bit.
         progress: whether to show a progress bar on stderr.

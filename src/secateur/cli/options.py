@@ -128,11 +128,13 @@ scoring_options = together(
 )  # fmt: skip
 
 bf16_option = click.option(
-    "--bf16", is_flag=True, help="Train with matrix products in bfloat16: faster where the device has it."
-)
+    "--bf16", is_flag=True,
+    help="Train with matrix products in bfloat16: faster where the device has it, far slower on a CPU that has not.",
+)  # fmt: skip
 bf16_scoring_option = click.option(
-    "--bf16", is_flag=True, help="Score with matrix products in bfloat16: faster where the device has it."
-)
+    "--bf16", is_flag=True,
+    help="Score with matrix products in bfloat16: faster where the device has it, far slower on a CPU that has not.",
+)  # fmt: skip
 
 training_options = together(
     data_option,

@@ -224,7 +224,10 @@ def meta_train(
 @click.option("--judges", default=8, show_default=True, type=click.IntRange(1), help="Batches that judge masks.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(3), help="Texts a batch.")
 @length_option
-@click.option("--bf16", is_flag=True, help="Judge masks in bfloat16: faster where the device has it.")
+@click.option(
+    "--bf16", is_flag=True,
+    help="Judge masks in bfloat16: faster where the device has it, far slower on a CPU that has not.",
+)  # fmt: skip
 @seed_option
 @json_option
 def joint_train(

@@ -56,7 +56,7 @@ class JointTrainingConfig:
     samples: of each model and task; the masks of a later one lie near what the earlier ones have taught. num_texts:
     texts that give a sample's evidence. judges: batches of other texts, of which each mask meets one; fewer where a
     task has too few texts. batch_size: texts a batch. max_length: tokens a text. bf16: judge masks by a copy of the
-    model in bfloat16, which is faster where the device has it.
+    model in bfloat16, which is faster where the device has it, and far slower on a CPU that has not.
     """
 
     samples: int = 2
