@@ -1,6 +1,6 @@
 """How much a long search on a task's own texts finds that one pass does not see.
 
-    python benchmarks/search_limit.py --glue GLUE --fits DIR [--task cola] [--exchanges 100] [--jobs N]
+    python benchmarks/search_limit.py --glue GLUE --fits DIR [--task cola] [--exchanges 60] [--jobs N]
 
 Half of the heads go, ranked over the whole model. Heads are scored on the texts that `prune` draws unless told, and the
 search of `--refine` goes on from each scorer's mask on the same texts. The draws, the fits without the task and the dev
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--glue", required=True, type=Path)
     parser.add_argument("--fits", required=True, type=Path)
     parser.add_argument("--task", default="cola")
-    parser.add_argument("--exchanges", type=int, default=100)
+    parser.add_argument("--exchanges", type=int, default=60)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     calls = [
@@ -67,7 +67,8 @@ def main() -> None:
         rows = list(each(pool, search_from, calls, "searching", True))
     rows.sort(key=lambda row: (SCORERS.index(row["scorer"]), row["seed"]))
     result = {
-        "command": "python benchmarks/search_limit.py --glue GLUE --fits DIR",
+        "command": "python benchmarks/search_limit.py --glue GLUE --fits DIR "
+        f"--task {options.task} --exchanges {options.exchanges}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, 2 cores, no GPU",
         "versions": environment(),
