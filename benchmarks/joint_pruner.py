@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from secateur.data import load_task
 from secateur.meta.joint import JointPruner
@@ -37,12 +40,12 @@ from secateur.meta.joint_training import (
 )
 from secateur.meta.search import MaskLoss
 from secateur.model.sites import find_sites
-from subjects import SUBJECTS, Subject, tokenised
+from secateur.workers import each, workers
+from subjects import READ_ENGLISH, SUBJECTS, Subject, tokenised
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
 FIRST, SECOND = "_first", "_second"  # a task of pairs becomes one of single texts by either alone: most are of pairs
-SINGLES = [f"{task}{FIRST}" for task in ("mnli", "qqp", "stsb", "rte", "qnli")]
-SINGLES += [f"{task}{SECOND}" for task in ("mnli", "qnli", "mrpc", "qqp")]
+SINGLES = [f"{task}{side}" for side in (FIRST, SECOND) for task in ("mnli", "qqp", "stsb", "mrpc", "rte", "qnli")]
 SCORED, JUDGES, BATCH, LENGTH = 96, 8, 32, 64  # texts that give the evidence; batches that judge masks; tokens
 ALONE_JUDGES = 2  # batches that judge each head dropped alone, all of them every head
 OWN = "own"  # the task name of a model that reads inputs of its own domain
@@ -58,59 +61,94 @@ def task_of(kind: str) -> str:
     return kind.removesuffix(FIRST).removesuffix(SECOND)
 
 
-def inputs(subject: Subject, glue: Path, kind: str, seed: int) -> tuple[list[dict], list[list[dict]], bool]:
+@dataclass(frozen=True)
+class Judging:
+    """What judges the masks of a sample: so many batches of so many texts each, in bfloat16 or not, on a device."""
+
+    judges: int = JUDGES
+    batch: int = BATCH
+    bf16: bool = True
+    device: str = "cpu"
+
+
+def inputs(
+    subject: Subject, glue: Path, kind: str, seed: int, judging: Judging
+) -> tuple[list[dict], list[list[dict]], bool]:
     """Return batches for the evidence, single batches for the judges, and whether their texts are pairs."""
-    count = SCORED + JUDGES * BATCH
+    count = SCORED + judging.judges * judging.batch
     if kind == OWN:
-        drawn = subject.draw(count, 2 * seed)
-        scored = SCORED // BATCH
-        return drawn[:scored], [[batch] for batch in drawn[scored:]], False
+        drawn = subject.draw(SCORED + judging.judges * BATCH, 2 * seed)
+        return drawn[: SCORED // BATCH], [[batch] for batch in drawn[SCORED // BATCH :]], False
     task = load_task(glue / task_of(kind), "train").head(count, seed=100 + seed)
     texts, is_pair = task.texts, task.is_pair
     if kind != task_of(kind):
         texts, is_pair = [text[0 if kind.endswith(FIRST) else 1] for text in texts], False
-    cuts = [texts[:SCORED], *(texts[i : i + BATCH] for i in range(SCORED, count, BATCH))]
-    made = [tokenised(subject.model, subject.tokenizer, cut, LENGTH) for cut in cuts]
-    return made[0], made[1:], is_pair
+    cuts = [texts[i : i + judging.batch] for i in range(SCORED, count, judging.batch)]
+    made = tokenised(subject.model, subject.tokenizer, texts[:SCORED], LENGTH)
+    return made, [tokenised(subject.model, subject.tokenizer, cut, LENGTH, judging.batch) for cut in cuts], is_pair
 
 
-def collect_all(
-    glue: Path,
-    samples: Path,
-    names: list[str],
-    count: int,
-    pruner: str | None,
-    alone: bool = False,
-    near: int = TrialConfig.near,
-    search: int = 0,
-    only: list[str] | None = None,
-    float32: bool = False,
+@cache
+def subject_and_judge(name: str, judging: Judging) -> tuple[Subject, PreTrainedModel]:
+    """Return a model on the judges' device, and the copy of it that they judge with; a process loads it once."""
+    subject = SUBJECTS[name]()
+    subject.model.to(judging.device)
+    return subject, copy.deepcopy(subject.model).to(torch.bfloat16) if judging.bf16 else subject.model
+
+
+def collect_one(
+    path: Path, glue: Path, name: str, kind: str, seed: int, config: TrialConfig, judging: Judging, pruner: str | None
 ) -> None:
-    config = TrialConfig(ratios=(), leave_one_out=True) if alone else TrialConfig(near=near, search=search)
-    for name in names:
-        subject = SUBJECTS[name]()
-        judge = subject.model if float32 else copy.deepcopy(subject.model).to(torch.bfloat16)
-        sites = find_sites(subject.model)
-        for seed in range(count):
-            kinds = [*TASKS, *(SINGLES if seed == 0 and not alone else [])] if subject.reads_english else [OWN]
-            for kind in tqdm([kind for kind in kinds if only is None or kind in only], desc=f"{name} {seed}"):
-                path = samples / f"{name}-{kind}-{seed}.safetensors"
-                if path.exists():
-                    continue
-                scored, judged, is_pair = inputs(subject, glue, kind, seed)
-                read = judged[: ALONE_JUDGES if alone else None]
-                judges = [MaskLoss(judge, made if float32 else in_bfloat16(made), is_pair) for made in read]
-                unseen = family(name) if kind == OWN else task_of(kind)
-                earlier = JointPruner.from_pretrained(pruner.format(unseen=unseen)) if pruner else None
-                about = name, kind, config, seed, earlier
-                collect(subject.model, sites, scored, judges, is_pair, *about).save(path)
+    subject, judge = subject_and_judge(name, judging)
+    scored, judged, is_pair = inputs(subject, glue, kind, seed, judging)
+    read = judged[: ALONE_JUDGES if config.leave_one_out else None]
+    dtype = torch.bfloat16 if judging.bf16 else None
+    judges = [MaskLoss(judge, placed(made, judging.device, dtype), is_pair) for made in read]
+    unseen = family(name) if kind == OWN else task_of(kind)
+    earlier = JointPruner.from_pretrained(pruner.format(unseen=unseen)) if pruner else None
+    about = name, kind, config, seed, earlier
+    collect(subject.model, find_sites(subject.model), placed(scored, judging.device), judges, is_pair, *about).save(
+        path
+    )
 
 
-def in_bfloat16(batches: list[dict]) -> list[dict]:
-    def cast(value: Any) -> Any:
-        return value.to(torch.bfloat16) if torch.is_tensor(value) and value.is_floating_point() else value
+def placed(batches: list[dict], device: str, dtype: torch.dtype | None = None) -> list[dict]:
+    """Return batches on a device, what is no whole number in `dtype`."""
 
-    return [{name: cast(value) for name, value in batch.items()} for batch in batches]
+    def move(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else None)
+
+    return [{name: move(value) for name, value in batch.items()} for batch in batches]
+
+
+def collect_all(options: argparse.Namespace) -> None:
+    """Collect what is not there yet, the first sample of every task and model first."""
+    config = (
+        TrialConfig(ratios=(), leave_one_out=True)
+        if options.alone
+        else TrialConfig(near=options.near, search=options.search, guides=options.guides)
+    )
+    judging = Judging(options.judges, options.batch, not options.float32, options.device)
+    calls = []
+    for seed, name in itertools.product(range(options.count), options.subjects):
+        kinds = (
+            [*TASKS, *(SINGLES if seed < options.singles and not options.alone else [])]
+            if name in READ_ENGLISH
+            else [OWN]
+        )
+        for kind in kinds if options.only is None else [kind for kind in kinds if kind in options.only]:
+            path = options.samples / f"{name}-{kind}-{seed}.safetensors"
+            if not path.exists():
+                calls.append((path, options.glue, name, kind, seed, config, judging, options.pruner))
+    with workers(options.jobs, threads(), options.device) as pool:
+        for _ in each(pool, collect_one, calls, "collecting", True):
+            pass
+
+
+def threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", 2))
 
 
 def family(subject: str) -> str:
@@ -153,10 +191,16 @@ def main() -> None:
     every["collect"].add_argument("--alone", action="store_true", help="drop each head alone instead of trying masks")
     every["collect"].add_argument("--near", type=int, default=TrialConfig.near, help="masks near scores' choices, each")
     every["collect"].add_argument("--search", type=int, default=0, help="exchanges that a search tries, instead")
+    every["collect"].add_argument("--guides", type=int, default=TrialConfig.guides, help="judges that lead a search")
+    every["collect"].add_argument("--singles", type=int, default=1, help="samples of each task of pairs by either text")
     every["collect"].add_argument("--only", nargs="*", help="these tasks alone; 'own' is a model's own domain")
+    every["collect"].add_argument("--judges", type=int, default=JUDGES, help="batches that judge masks")
+    every["collect"].add_argument("--batch", type=int, default=BATCH, help="texts of a task that a judge reads")
     every["collect"].add_argument(
         "--float32", action="store_true", help="judge in float32, for a CPU whose bfloat16 is slow"
     )
+    every["collect"].add_argument("--device", default="cpu")
+    every["collect"].add_argument("--jobs", type=int, default=1)
     every["collect"].add_argument("--pruner", help="a folder; {unseen} becomes the task or family of models")
     every["fit"].add_argument("--without-tasks", nargs="*", default=[])
     every["fit"].add_argument("--without-subjects", nargs="*", default=[])
@@ -164,12 +208,9 @@ def main() -> None:
         every[name].add_argument("--out", required=True, type=Path)
         every[name].add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    torch.set_num_threads(threads())
     if options.command == "collect":
-        collect_all(
-            options.glue, options.samples, options.subjects, options.count, options.pruner, options.alone,
-            options.near, options.search, options.only, options.float32,
-        )  # fmt: skip
+        collect_all(options)
     elif options.command == "fit":
         kept, _ = load(options.samples, tuple(options.without_tasks), tuple(options.without_subjects))
         fitted(kept, options.seed).save_pretrained(options.out)

@@ -58,7 +58,6 @@ class Subject:
     model: PreTrainedModel
     draw: Callable[[int, int], list[dict[str, Tensor]]]
     tokenizer: Any = None
-    reads_english: bool = False
     texts: tuple[str, ...] = ()
 
 
@@ -68,7 +67,7 @@ def minilm_and_tokenizer() -> tuple[PreTrainedModel, Any]:
 
 def minilm() -> Subject:
     model, tokenizer = minilm_and_tokenizer()
-    return Subject("minilm", model, _texts(model, tokenizer, _sentences()), tokenizer, True)
+    return Subject("minilm", model, _texts(model, tokenizer, _sentences()), tokenizer)
 
 
 def rxnfp(checkpoint: str = "bert_pretrained") -> Subject:
@@ -103,7 +102,7 @@ def smollm2() -> Subject:
     file = smollm2_file()
     model = load_model(file, "cpu", AutoModel)
     tokenizer = load_tokenizer(file)
-    return Subject("smollm2", model, _texts(model, tokenizer, _sentences()), tokenizer, True)
+    return Subject("smollm2", model, _texts(model, tokenizer, _sentences()), tokenizer)
 
 
 def digits_vit(layers: int = 4, heads: int = 4, seed: int = 0, epochs: int = 40) -> Subject:
@@ -153,6 +152,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "smollm2": smollm2,
 }
 """Those with a longer name are relatives of the others."""
+
+READ_ENGLISH = ("minilm", "smollm2")
 
 _RINGS = ["c1ccccc1", "c1ccncc1", "c1ccsc1", "c1ccoc1", "c1ccc2ccccc2c1", "c1ccc(F)cc1", "c1ccc(OC)cc1",
           "c1ccc(C#N)cc1", "c1cccc(Cl)c1", "c1ccc(C(F)(F)F)cc1", "c1cnccn1", "c1ccc(C)cc1"]  # fmt: skip
@@ -215,9 +216,11 @@ def _texts(
     return draw
 
 
-def tokenised(model: PreTrainedModel, tokenizer: Any, texts: list[Any], length: int) -> list[dict[str, Tensor]]:
+def tokenised(
+    model: PreTrainedModel, tokenizer: Any, texts: list[Any], length: int, batch: int = BATCH
+) -> list[dict[str, Tensor]]:
     """Return batches of keyword arguments for the model."""
-    return forward_arguments(model, batches(tokenizer, texts, BATCH, length))
+    return forward_arguments(model, batches(tokenizer, texts, batch, length))
 
 
 def _half(items: Any, seed: int) -> list[Any]:
