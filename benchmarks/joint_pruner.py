@@ -7,7 +7,8 @@
 
 `collect` writes a file for each sample and passes over those that are there, so it may be stopped at any time. It tries
 masks at random and near what the scores choose; with --search 24 it searches for the best from there instead, and with
---alone it tries each head dropped alone. GLUE is a folder with one folder a task. MiniLM and SmolLM2 read the training
+--alone it tries each head dropped alone. --judges batches of --batch texts judge the masks, --guides of them lead a
+search, on --device, in --jobs processes. GLUE is a folder with one folder a task. MiniLM and SmolLM2 read the training
 texts of the tasks; the other models read inputs of their own domain (subjects.py), from the half that is not judged.
 With a pruner, an earlier fit, masks near its choice are tried, and searches begin there; with {unseen} in its path it
 is the one that was fitted without the sample's task, or without its model where that reads no tasks: what it gets wrong
