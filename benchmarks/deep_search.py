@@ -7,11 +7,11 @@
     python benchmarks/deep_search.py --glue GLUE --fits DIR [--jobs N]
 
 The first command searches with 100 exchanges led by 256 training texts, from the choice of a fit without the task, for
-each scope and ratio; it was ended after seven minutes. Here the masks that it found over the whole model are judged on
-the dev texts of other_texts.py, each search's and that of the heads which most searches keep; and those of fits that
-they taught, without the task, with heads scored on the draws there, of as many texts as `prune` takes unless told. What
-the contribution and what ships come to on the same texts is in results/other_texts.json. Prints 1000 times the
-relational KL and writes results/deep_search.json.
+each scope and ratio; it was ended after seven minutes, and read weights that were rounded to float16. Here the masks
+that it found over the whole model are judged on the dev texts of other_texts.py, each search's and that of the heads
+which most searches keep; and those of fits that they taught, without the task, with heads scored on the draws there,
+of as many texts as `prune` takes unless told. What the contribution and what ships come to on the same texts is in
+results/other_texts.json. Prints 1000 times the relational KL and writes results/deep_search.json.
 """
 
 from __future__ import annotations

@@ -108,9 +108,8 @@ def collect_one(
     unseen = family(name) if kind == OWN else task_of(kind)
     earlier = JointPruner.from_pretrained(pruner.format(unseen=unseen)) if pruner else None
     about = name, kind, config, seed, earlier
-    collect(subject.model, find_sites(subject.model), placed(scored, judging.device), judges, is_pair, *about).save(
-        path
-    )
+    sites, scored = find_sites(subject.model), placed(scored, judging.device)
+    collect(subject.model, sites, scored, judges, is_pair, *about).save(path)
 
 
 def placed(batches: list[dict], device: str, dtype: torch.dtype | None = None) -> list[dict]:
@@ -126,19 +125,15 @@ def placed(batches: list[dict], device: str, dtype: torch.dtype | None = None) -
 
 def collect_all(options: argparse.Namespace) -> None:
     """Collect what is not there yet, the first sample of every task and model first."""
-    config = (
-        TrialConfig(ratios=(), leave_one_out=True)
-        if options.alone
-        else TrialConfig(near=options.near, search=options.search, guides=options.guides)
-    )
+    config = TrialConfig(near=options.near, search=options.search, guides=options.guides)
+    if options.alone:
+        config = TrialConfig(ratios=(), leave_one_out=True)
     judging = Judging(options.judges, options.batch, not options.float32, options.device)
     calls = []
     for seed, name in itertools.product(range(options.count), options.subjects):
-        kinds = (
-            [*TASKS, *(SINGLES if seed < options.singles and not options.alone else [])]
-            if name in READ_ENGLISH
-            else [OWN]
-        )
+        kinds = TASKS if name in READ_ENGLISH else [OWN]
+        if name in READ_ENGLISH and seed < options.singles and not options.alone:
+            kinds = TASKS + SINGLES
         for kind in kinds if options.only is None else [kind for kind in kinds if kind in options.only]:
             path = options.samples / f"{name}-{kind}-{seed}.safetensors"
             if not path.exists():
