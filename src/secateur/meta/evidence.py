@@ -30,6 +30,7 @@ from secateur.scorers.contribution import contribution_norms, output_weights
 from secateur.scorers.matching import matching
 
 _TINY = 1e-12
+FINGERPRINT = 32  # numbers that tell a head from others
 _BLOCKS = 4  # five eighths of a full product's work; with more, the products are too narrow to run fast
 
 MAP_FEATURES = ("entropy", "confidence", "to first", "to last", "to self", "to previous", "to next")
@@ -53,6 +54,8 @@ mean of log sizes; site size, site variation: log of the norm of the sum over th
 mean over sites. depth: 0 first site, 1 last; height: 1 / sites; heads: of the site, / 16.
 """
 
+SIZE, LEVEL = FEATURES.index("size"), FEATURES.index("site level")
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -61,13 +64,15 @@ class Evidence:
     `features` `[heads, features]` over all sites in order, finite; `likeness` `[heads, heads]`, the cosine of two
     heads' contributions over all tokens in [-1, 1], 0 between sites; `heads` maps each site to its number of heads.
     `matching` `[heads]` in [0, 1] is how much a head matches words between the two texts of a pair (the `matching`
-    scorer's), None where that was not asked for.
+    scorer's), None where that was not asked for. `fingerprints` `[heads, FINGERPRINT]` is no evidence of what a head
+    does, but of which it is: see `fingerprints_of`; None where nobody is to know.
     """
 
     features: Tensor
     likeness: Tensor
     heads: dict[str, int]
     matching: Tensor | None = None
+    fingerprints: Tensor | None = None
 
     @property
     def site_numbers(self) -> Tensor:
@@ -138,7 +143,23 @@ def gather_evidence(
     likeness = torch.block_diag(*(row.likeness for row in rows))
     heads_of = {name: len(row.columns) for name, row in zip(gathered, rows, strict=True)}
     matched = None if special_ids is None else torch.cat([row.matching for row in rows])
-    return Evidence(torch.cat(features), likeness, heads_of, matched)
+    fingerprints = torch.cat([site.fingerprints for site in gathered.values()])
+    return Evidence(torch.cat(features), likeness, heads_of, matched, fingerprints)
+
+
+def contribution_scores(evidence: Evidence) -> Tensor:
+    """Return the log of every head's contribution norm, `[heads]`, less its mean over the model's sites."""
+    return evidence.features[:, SIZE] + evidence.features[:, LEVEL]
+
+
+def fingerprints_of(weights: Tensor) -> Tensor:
+    """Return what tells heads from others, whatever they read: `[heads, FINGERPRINT]`.
+
+    `weights` are their parts of the output projection, `[heads, width, model width]`; the norms of the rows, over again
+    where there are fewer.
+    """
+    norms = weights.norm(dim=2)
+    return norms[:, torch.arange(FINGERPRINT, device=norms.device) % norms.shape[1]].cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +197,7 @@ class _Site:
 
     def __init__(self, weights: Tensor) -> None:
         self.heads, self.width = weights.shape[:2]
+        self.fingerprints = fingerprints_of(weights)
         flat = weights.flatten(0, 1)
         self.products = flat @ flat.T  # of rows of the output projection: [heads · width, heads · width]
         self.grams = weights @ weights.transpose(1, 2)  # the same of each head's own: [heads, width, width]

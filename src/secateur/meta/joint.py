@@ -18,13 +18,17 @@ from secateur.errors import invalid
 from secateur.meta.evidence import (
     DIRECTION_FEATURES,
     FEATURES,
+    LEVEL,
     LEVEL_FEATURES,
     MAP_FEATURES,
     PLACE_FEATURES,
     REDUNDANCY_FEATURES,
+    SIZE,
     SIZE_FEATURES,
     Evidence,
+    contribution_scores,
 )
+from secateur.meta.known_models import KnownModel
 from secateur.scorers.matching import MATCH_WEIGHT
 
 EVIDENCE_KINDS = {
@@ -38,8 +42,6 @@ EVIDENCE_KINDS = {
 
 LEFT_OUT = ("maps", "place")
 """Kinds that networks do not see unless told: without maps attention stays fused, and place says which model it is."""
-
-SIZE, LEVEL = FEATURES.index("size"), FEATURES.index("site level")
 
 DISTRUSTED, TRUSTED = 0.8, 0.95  # mean correlation between members
 
@@ -57,6 +59,9 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
     contribution takes their place: see `trust`. `matching` times log(1 + 8 · the head's matching) is added for pairs of
     texts, as the `matching` scorer counts it: what fine-tuning on pairs needs, and trials of masks on the frozen model
     do not show. A new network adds nothing: on single texts it ranks as the `contribution` scorer does.
+
+    On a model that it remembers, half of the score before matching is the share of good masks for other tasks that
+    keep the head, standardised too (`KnownModel`). `remembered`: each such model's numbers of heads and of samples.
 
     A member is a set attention over the heads; no positions, so heads of a site may come in any order. Each head starts
     as its evidence, each kind of number standardised over the model's heads, in a `width`-dimensional vector; `layers`
@@ -79,12 +84,18 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         members: int = 4,
         prior: float = 0.5,
         matching: float = 2.0,
+        remembered: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__()
         for name, value in (
             ("width", width), ("layers", layers), ("attention_heads", attention_heads), ("members", members)
         ):  # fmt: skip
             check_whole(name, value, 1, 4096)
+        for sizes in remembered:
+            if not isinstance(sizes, Sequence) or len(sizes) != 2:
+                raise invalid("remembered", "hold each model's numbers of heads and of samples", sizes)
+            for number in sizes:
+                check_whole("remembered", number, 1)
         if width % attention_heads:
             raise invalid("width", f"be a multiple of the {attention_heads} attention heads", width)
         check_flag("joint", joint)
@@ -100,6 +111,7 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         self.register_buffer("used", torch.tensor([float(name not in left_out) for name in FEATURES]))
         self.members = nn.ModuleList(_Member(width, layers, attention_heads, joint) for _ in range(members))
         self.prior, self.matching = prior, matching
+        self.known = nn.ModuleList(KnownModel(*model) for model in remembered)
 
     @property
     def sees_maps(self) -> bool:
@@ -119,7 +131,19 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         members, contribution = standardised(judged), standardised(contribution_scores(evidence).to(judged))
         sure = trust(members)
         learned = sure * members.mean(dim=0) + (1 - sure) * contribution
-        return self.prior * contribution + learned + self.matching * matching_scores(evidence).to(judged)
+        score = self.prior * contribution + learned
+        kept = self.recall(evidence)
+        if kept is not None:
+            score = (standardised(score) + standardised(kept.to(judged))) / 2
+        return score + self.matching * matching_scores(evidence).to(judged)
+
+    def recall(self, evidence: Evidence) -> Tensor | None:
+        """Return the share of good masks that keep each head, `[heads]`; None for a model that is not remembered."""
+        for model in self.known:
+            kept = cast("KnownModel", model).recall(evidence)
+            if kept is not None:
+                return kept
+        return None
 
     def judge_all(self, many: Sequence[Evidence]) -> list[Tensor]:
         """Return the score that each member gives each head, `[members, heads]`, for each of several models."""
@@ -154,7 +178,8 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # The mixin writes what the constructor was given; these may have been set since.
-        now = {"members": len(self.members), "prior": self.prior, "matching": self.matching}
+        sizes = [list(cast("KnownModel", model).kept.shape[::-1]) for model in self.known]
+        now = {"members": len(self.members), "prior": self.prior, "matching": self.matching, "remembered": sizes}
         self._hub_mixin_config = {**cast("dict[str, Any]", self._hub_mixin_config), **now}
         super()._save_pretrained(save_directory)
 
@@ -164,11 +189,6 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         # fit in part, as those of earlier versions would.
         with contextlib.redirect_stdout(io.StringIO()):
             return super()._from_pretrained(**{**options, "strict": True})
-
-
-def contribution_scores(evidence: Evidence) -> Tensor:
-    """Return the log of every head's contribution norm, `[heads]`, less its mean over the model's sites."""
-    return evidence.features[:, SIZE] + evidence.features[:, LEVEL]
 
 
 def trust(members: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ from secateur.data import Task
 from secateur.errors import CheckpointError, InvalidInputError, invalid
 from secateur.files import is_taken, read_json, replaced_folder, write_text
 from secateur.heads import HeadScores
-from secateur.meta.evidence import gather_evidence
-from secateur.meta.joint import JointPruner, contribution_scores
+from secateur.meta.evidence import contribution_scores, gather_evidence
+from secateur.meta.joint import JointPruner
 from secateur.meta.joint_training import FitConfig, Sample, TrialConfig, collect, fit
 from secateur.meta.objective import RELATED
 from secateur.meta.runs import held_run

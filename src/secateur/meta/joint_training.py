@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +26,9 @@ from transformers import PreTrainedModel
 from secateur.errors import CheckpointError, InvalidInputError, invalid
 from secateur.files import write_bytes
 from secateur.heads import HeadMask, HeadScores
-from secateur.meta.evidence import FEATURES, Evidence, gather_evidence
-from secateur.meta.joint import JointPruner, contribution_scores, standardised
+from secateur.meta.evidence import FEATURES, Evidence, contribution_scores, gather_evidence
+from secateur.meta.joint import JointPruner, standardised
+from secateur.meta.known_models import KnownModel
 from secateur.meta.search import MaskLoss, MeanLoss, search
 from secateur.model.layout import AttentionSite
 from secateur.model.state import evaluation_mode
@@ -331,6 +333,29 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
         history.append(statistics.mean(losses))
     pruner.eval()
     return history
+
+
+def remember(pruner: JointPruner, samples: Sequence[Sample], fingerprints: Mapping[str, Tensor]) -> None:
+    """Have the pruner remember, of each subject of the samples, which heads the masks keep that searches found.
+
+    `fingerprints`, `[heads, FINGERPRINT]` by subject, tell its heads from others. Raises `InvalidInputError` for
+    samples without found masks over the whole model.
+    """
+    by_subject: dict[str, list[tuple[Evidence, Tensor]]] = defaultdict(list)
+    for sample in samples:
+        by_subject[sample.subject].append((sample.evidence, kept_share(sample)))
+    for subject, own in by_subject.items():
+        pruner.known.append(KnownModel.of(fingerprints[subject], own))
+
+
+def kept_share(sample: Sample) -> Tensor:
+    """Return how many of the masks that searches found over the whole model keep each head, `[heads]` in [0, 1].
+
+    Masks that had to keep as many heads at every site say less of what each is worth to the model.
+    """
+    if sample.found is None or sample.by_site is None or bool(sample.by_site.all()):
+        raise invalid("samples", "hold masks that a search found over the whole model", sample.task)
+    return sample.found[~sample.by_site].float().mean(dim=0)
 
 
 def _jittered(evidence: Evidence, spread: float, random: torch.Generator) -> Evidence:
