@@ -46,22 +46,26 @@ def other_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dev: 
     return MaskLoss(model, forward_arguments(model, batches(tokenizer, others, 32, LENGTH)), dev.is_pair)
 
 
-def judge_draw(glue: Path, fits: Path, task: str, seed: int) -> list[dict[str, Any]]:
-    """Return a row for the mask of each scorer, scope and ratio, chosen on as many of the texts of one draw."""
+def judge_task(glue: Path, fits: Path, task: str) -> list[dict[str, Any]]:
+    """Return a row for the mask of each scorer, scope and ratio, chosen on as many of the texts of each draw."""
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     loss = other_loss(model, tokenizer, load_task(glue / task, "dev"))
     judged = sum(len(batch["input_ids"]) for batch in loss.batches)
     train = load_task(glue / task, "train")
-    rows = []
-    for count, scorer in itertools.product(COUNTS, SCORERS):
+    rows, known = [], {}  # draws often choose the same
+    for seed, count, scorer in itertools.product(DRAWS, COUNTS, SCORERS):
         texts = train.head(count, seed=seed).texts
         extra = {"pruner": str(fits / task)} if scorer == "smp-plus" else {}
         scores = score_heads(model, texts, scorer, tokenizer, max_length=LENGTH, seed=seed, progress=False, **extra)
         for scope, ratio in itertools.product(("site", "global"), RATIOS):
+            mask = select_heads(scores, ratio, scope)
+            name = json.dumps(mask.to_json())
+            if name not in known:
+                known[name] = loss(mask)
             cell = {
                 "task": task, "scorer": scorer, "scored": count, "scope": scope, "ratio": ratio, "seed": seed
             }  # fmt: skip
-            rows.append({**cell, "judged": judged, "kl": loss(select_heads(scores, ratio, scope))})
+            rows.append({**cell, "judged": judged, "kl": known[name]})
     return rows
 
 
@@ -71,9 +75,9 @@ def main() -> None:
     parser.add_argument("--fits", required=True, type=Path)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    calls = [(options.glue, options.fits, task, seed) for seed, task in itertools.product(DRAWS, TASKS)]
+    calls = [(options.glue, options.fits, task) for task in TASKS]
     with workers(options.jobs, 1, "cpu") as pool:
-        rows = [row for found in each(pool, judge_draw, calls, "judging", True) for row in found]
+        rows = [row for found in each(pool, judge_task, calls, "judging", True) for row in found]
     rows.sort(key=lambda row: (TASKS.index(row["task"]), row["seed"]))
     result = {
         "command": "python benchmarks/other_texts.py --glue GLUE --fits DIR",
