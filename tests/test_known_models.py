@@ -15,7 +15,7 @@ from secateur.meta.known_models import KnownModel
 from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
 from secateur.scoring import score_heads
-from tests.test_joint import batches_of, column, evidence_of, learned
+from tests.test_joint import batches_of, column, evidence_of, learned, permuted
 from tests.tiny import tiny_model, uneven_mask
 
 SHARES = torch.stack([torch.linspace(0, 1, 12), torch.linspace(1, 0, 12)])
@@ -76,6 +76,16 @@ def test_a_model_is_known_again_after_training_in_low_precision_and_with_heads_r
     assert not kept.all()
     remove_heads_(model, mask)
     torch.testing.assert_close(pruner.recall(evidence_of(model)), shares[0][kept])
+
+
+def test_heads_of_a_known_site_may_come_in_any_order():
+    evidence = evidence_of(tiny_model("bert"))
+    pruner = knowing(evidence, torch.rand(2, 12))
+    order = torch.cat([torch.tensor([2, 0, 3, 1]) + 4 * site for site in range(3)])
+    moved = replace(permuted(evidence, order), fingerprints=evidence.fingerprints[order])
+    with torch.no_grad():
+        torch.testing.assert_close(pruner.recall(moved), pruner.recall(evidence)[order])
+        torch.testing.assert_close(pruner(moved), pruner(evidence)[order], atol=1e-5, rtol=1e-5)
 
 
 def test_another_model_of_the_same_shape_is_not_known():

