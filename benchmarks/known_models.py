@@ -2,6 +2,7 @@
 
     python benchmarks/joint_pruner.py unseen --samples benchmarks/results/{joint,found}_samples \\
         --remembered benchmarks/results/deep_samples --out DIR
+    python benchmarks/known_models.py recognise
     python benchmarks/known_models.py parts --glue GLUE --fits DIR [--jobs N]
     OMP_NUM_THREADS=1 python benchmarks/known_models.py finetune --glue GLUE --fits DIR [--jobs N]
 
@@ -11,6 +12,8 @@ together, for single texts also with all samples counting alike; masks over the 
 those of representations.py, by which it was decided how to remember. Writes results/known_models.json. `finetune`: half
 of the heads gone, by layer and over the whole model, the texts, training and seeds of results/rivals.jsonl; a mask that
 is there is not trained again. Writes results/known_models_finetuning.jsonl after every run, and goes on from there.
+`recognise`: the mean correlation of the heads' fingerprints with the closest of all-MiniLM-L6-v2 and of rxnfp, for the
+models of the fits and two that were fine-tuned from rxnfp. Writes results/known_models_recognised.json.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any
 import torch
 
 from finetuning_runs import SCORED, finetune_mask, key, score_texts
+from joint_pruner import fingerprints
 from representations import JUDGED, LENGTH, RATIOS, TASKS
 from secateur.data import batches, load_task
 from secateur.demo import CALIBRATION_TEXTS, demo_model
@@ -34,6 +38,7 @@ from secateur.files import append_line, read_lines, write_text
 from secateur.heads import HeadScores
 from secateur.meta.evidence import contribution_scores, gather_evidence
 from secateur.meta.joint import JointPruner, matching_scores, standardised
+from secateur.meta.known_models import correlations
 from secateur.meta.search import MaskLoss
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
@@ -54,6 +59,8 @@ CONTRIBUTION, NETWORKS, ALONE, ALIKE, BOTH = (
     "both, all samples counting alike",
     "both (smp-plus)",
 )
+REMEMBERED = ("minilm", "rxnfp")
+COMPARED = ("minilm", "rxnfp", "rxnfp-bert_ft", "rxnfp-bert_ft_10k_25s", "antiberty", "sapiens-heavy", "smollm2")
 FINETUNED = ("sst2", "stsb", "qqp", "mrpc")
 
 
@@ -158,9 +165,20 @@ def finetune(options: argparse.Namespace) -> None:
         print(f"| {scope} | {name} | " + " | ".join(cells) + f" | {kept:.1%} |")
 
 
+def recognise(options: argparse.Namespace) -> None:
+    rows = []
+    for known, other in itertools.product(REMEMBERED, COMPARED):
+        alike = correlations(fingerprints(other), fingerprints(known)).amax(dim=1).mean()
+        rows.append({"known": known, "model": other, "mean correlation of the closest heads": float(alike)})
+        print(f"| {known} | {other} | {alike:.2f} |")
+    result = {"command": "python benchmarks/known_models.py recognise", "versions": environment(), "rows": rows}
+    write_text(RESULTS / "known_models_recognised.json", json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("recognise").set_defaults(run=recognise)
     for name, command in (("parts", parts), ("finetune", finetune)):
         one = commands.add_parser(name)
         one.add_argument("--glue", required=True, type=Path)

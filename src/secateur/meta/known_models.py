@@ -64,14 +64,14 @@ class KnownModel(nn.Module):
         if _is_pair(evidence):
             return kept.mean(dim=0)
         here = contribution_scores(evidence).to(kept)
-        likeness = _unit(self.contributions[alike][:, heads]) @ _unit(here)
-        return (SHARPNESS * likeness).softmax(dim=0) @ kept
+        likeness = correlations(here.unsqueeze(0), self.contributions[alike][:, heads])
+        return ((SHARPNESS * likeness).softmax(dim=1) @ kept).squeeze(0)
 
     def _find(self, fingerprints: Tensor | None) -> Tensor | None:
         """Return which of the known heads each head is; None where they are not the same model's."""
         if fingerprints is None:
             return None
-        closest = (_unit(fingerprints.to(self.fingerprints)) @ _unit(self.fingerprints).T).max(dim=1)
+        closest = correlations(fingerprints.to(self.fingerprints), self.fingerprints).max(dim=1)
         is_known = closest.values.mean() >= KNOWN and len(closest.indices.unique()) == len(fingerprints)
         return closest.indices if is_known else None
 
@@ -80,6 +80,7 @@ def _is_pair(evidence: Evidence) -> bool:
     return bool(evidence.features[0, FEATURES.index("is pair")])
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """Shift and scale rows, so that their products are correlations."""
-    return nn.functional.normalize(rows - rows.mean(dim=-1, keepdim=True), dim=-1)
+def correlations(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the correlation of each row `[n, numbers]` with each of the others `[m, numbers]`, `[n, m]`."""
+    one, other = (nn.functional.normalize(x - x.mean(dim=1, keepdim=True), dim=1) for x in (rows, others))
+    return one @ other.T
