@@ -1,17 +1,17 @@
-"""What it is worth that the joint pruner remembers a model: before fine-tuning, part by part, and after it.
+"""What it is worth that the joint pruner remembers a model, part by part, before fine-tuning.
 
     python benchmarks/joint_pruner.py unseen --samples benchmarks/results/{joint,found}_samples \\
         --remembered benchmarks/results/deep_samples --out DIR
     python benchmarks/known_models.py recognise
     python benchmarks/known_models.py parts --glue GLUE --fits DIR [--jobs N]
-    OMP_NUM_THREADS=1 python benchmarks/known_models.py finetune --glue GLUE --fits DIR [--jobs N]
+    python benchmarks/known_models.py matching --glue GLUE --fits DIR [--jobs N]
 
 DIR holds a fit without each task, which remembers no mask that was found for it. `parts`: heads are scored on as many
 training texts as `prune` takes unless told, two draws, by the networks alone, by what is remembered alone, and by both
 together, for single texts also with all samples counting alike; masks over the whole model are judged on 128 dev texts,
-those of representations.py, by which it was decided how to remember. Writes results/known_models.json. `finetune`: half
-of the heads gone, by layer and over the whole model, the texts, training and seeds of results/rivals.jsonl; a mask that
-is there is not trained again. Writes results/known_models_finetuning.jsonl after every run, and goes on from there.
+those of representations.py, by which it was decided how to remember. Writes results/known_models.json. `matching`: how
+many of the two heads that match words most stay, on pairs, at either scope, and with more weight on matching. Writes
+results/known_models_matching.json.
 `recognise`: the mean correlation of the heads' fingerprints with the closest of all-MiniLM-L6-v2 and of rxnfp, for the
 models of the fits and two that were fine-tuned from rxnfp. Writes results/known_models_recognised.json.
 """
@@ -24,19 +24,20 @@ import itertools
 import json
 import platform
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from finetuning_runs import SCORED, finetune_mask, key, score_texts
 from joint_pruner import fingerprints
 from representations import JUDGED, LENGTH, RATIOS, TASKS
-from secateur.data import batches, load_task
+from secateur.data import Task, batches, load_task
 from secateur.demo import CALIBRATION_TEXTS, demo_model
-from secateur.files import append_line, read_lines, write_text
+from secateur.files import write_text
 from secateur.heads import HeadScores
-from secateur.meta.evidence import contribution_scores, gather_evidence
+from secateur.meta.evidence import Evidence, contribution_scores, gather_evidence
 from secateur.meta.joint import JointPruner, matching_scores, standardised
 from secateur.meta.known_models import correlations
 from secateur.meta.search import MaskLoss
@@ -49,8 +50,7 @@ from secateur.versions import environment
 from secateur.workers import each, workers
 
 RESULTS = Path(__file__).parent / "results"
-TUNED = RESULTS / "known_models_finetuning.jsonl"
-DRAWS, SEEDS = (0, 1), (0, 1, 2)
+DRAWS = (0, 1)
 SCOPES: tuple[Scope, ...] = ("site", "global")
 CONTRIBUTION, NETWORKS, ALONE, ALIKE, BOTH = (
     "contribution",
@@ -59,9 +59,23 @@ CONTRIBUTION, NETWORKS, ALONE, ALIKE, BOTH = (
     "both, all samples counting alike",
     "both (smp-plus)",
 )
+MORE = "both, matching=2"
+SINGLE = ("sst2", "cola")
 REMEMBERED = ("minilm", "rxnfp")
 COMPARED = ("minilm", "rxnfp", "rxnfp-bert_ft", "rxnfp-bert_ft_10k_25s", "antiberty", "sapiens-heavy", "smollm2")
-FINETUNED = ("sst2", "stsb", "qqp", "mrpc")
+
+
+@torch.no_grad()
+def draws_of(model: Any, tokenizer: Any, train: Task, pruner: JointPruner) -> list[tuple[Evidence, Tensor]]:
+    """Return the evidence of each draw of texts, and what the members make of it."""
+    found = []
+    for draw in DRAWS:
+        texts = train.head(CALIBRATION_TEXTS, seed=draw).texts
+        made = forward_arguments(model, batches(tokenizer, texts, 32, LENGTH))
+        special = special_ids_of(tokenizer) if train.is_pair else None
+        evidence = gather_evidence(model, find_sites(model), made, train.is_pair, special_ids=special, maps=False)
+        found.append((evidence, pruner.judge_all([evidence])[0]))
+    return found
 
 
 @torch.no_grad()
@@ -69,19 +83,12 @@ def parts_of(glue: Path, fits: Path, task: str) -> list[dict[str, Any]]:
     """Return a row for the mask of each part, ratio and draw on a task."""
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     train, dev = (load_task(glue / task, split) for split in ("train", "dev"))
-
-    def made(texts: list[Any]) -> list[Any]:
-        return forward_arguments(model, batches(tokenizer, texts, 32, LENGTH))
-
-    loss = MaskLoss(model, made(dev.head(JUDGED, seed=0).texts), dev.is_pair)
+    judged_by = forward_arguments(model, batches(tokenizer, dev.head(JUDGED, seed=0).texts, 32, LENGTH))
+    loss = MaskLoss(model, judged_by, dev.is_pair)
     pruner = JointPruner.from_pretrained(str(fits / task)).eval()
     (known,) = pruner.known
     rows, seen = [], {}  # parts and draws often choose the same
-    for draw in DRAWS:
-        texts = made(train.head(CALIBRATION_TEXTS, seed=draw).texts)
-        special = special_ids_of(tokenizer) if dev.is_pair else None
-        evidence = gather_evidence(model, find_sites(model), texts, dev.is_pair, special_ids=special, maps=False)
-        (judged,) = pruner.judge_all([evidence])
+    for draw, (evidence, judged) in enumerate(draws_of(model, tokenizer, train, pruner)):
         matched = pruner.matching * matching_scores(evidence)
         networks = standardised(standardised(judged).mean(dim=0))
         alike = standardised(known.kept[known.pairs == dev.is_pair].mean(dim=0))
@@ -101,19 +108,46 @@ def parts_of(glue: Path, fits: Path, task: str) -> list[dict[str, Any]]:
     return rows
 
 
-def parts(options: argparse.Namespace) -> None:
-    with workers(options.jobs, 1, "cpu") as pool:
-        calls = [(options.glue, options.fits, task) for task in TASKS]
-        rows = [row for found in each(pool, parts_of, calls, "judging", True) for row in found]
-    rows.sort(key=lambda row: TASKS.index(row["task"]))
+@torch.no_grad()
+def matching_of(glue: Path, fits: Path, task: str) -> list[dict[str, Any]]:
+    """Return a row for each mask of a task of pairs: how many of the two heads that match most it keeps."""
+    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
+    pruner = JointPruner.from_pretrained(str(fits / task)).eval()
+    known, weight, rows = pruner.known, pruner.matching, []
+    for draw, (evidence, judged) in enumerate(draws_of(model, tokenizer, load_task(glue / task, "train"), pruner)):
+        most = evidence.matching.topk(2).indices
+        for name, pruner.known, pruner.matching in (
+            (NETWORKS, torch.nn.ModuleList(), weight), (BOTH, known, weight), (MORE, known, 2.0)
+        ):  # fmt: skip
+            scores = HeadScores(evidence.split(pruner.combine(evidence, judged).double()))
+            for scope, ratio in itertools.product(SCOPES, RATIOS):
+                kept = torch.cat(list(select_heads(scores, ratio, scope).values()))[most]
+                row = {"task": task, "scores": name, "scope": scope, "ratio": ratio, "draw": draw}
+                rows.append({**row, "kept": int(kept.sum())})
+    return rows
+
+
+def write(name: str, command: str, rows: list[dict[str, Any]]) -> None:
     result = {
-        "command": "python benchmarks/known_models.py parts --glue GLUE --fits DIR",
+        "command": f"python benchmarks/known_models.py {command}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, 2 cores, no GPU",
         "versions": environment(),
         "rows": rows,
     }
-    write_text(RESULTS / "known_models.json", json.dumps(result, indent=1) + "\n")
+    write_text(RESULTS / name, json.dumps(result, indent=1) + "\n")
+
+
+def measured(options: argparse.Namespace, measure: Callable[..., list[dict[str, Any]]], tasks: list[str]) -> list[Any]:
+    with workers(options.jobs, 1, "cpu") as pool:
+        calls = [(options.glue, options.fits, task) for task in tasks]
+        rows = [row for found in each(pool, measure, calls, "tasks", True) for row in found]
+    return sorted(rows, key=lambda row: tasks.index(row["task"]))
+
+
+def parts(options: argparse.Namespace) -> None:
+    rows = measured(options, parts_of, TASKS)
+    write("known_models.json", "parts --glue GLUE --fits DIR", rows)
     print("| heads removed | scored by | " + " | ".join(TASKS) + " |", "|---" * (2 + len(TASKS)) + "|", sep="\n")
     for ratio, name in itertools.product(RATIOS, (CONTRIBUTION, NETWORKS, ALONE, ALIKE, BOTH)):
         cells = []
@@ -123,46 +157,18 @@ def parts(options: argparse.Namespace) -> None:
         print(f"| {ratio:.0%} | {name} | " + " | ".join(cells) + " |")
 
 
-@torch.no_grad()
-def choose(glue: Path, fits: Path) -> list[dict[str, Any]]:
-    """Return the masks to fine-tune, by the networks alone and together with what is remembered."""
-    model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
-    rows = []
-    for task, seed, name in itertools.product(FINETUNED, SEEDS, (NETWORKS, BOTH)):
-        pruner = JointPruner.from_pretrained(str(fits / task))
-        if name == NETWORKS:
-            pruner.known = torch.nn.ModuleList()
-        texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
-        scores = score_texts(model, tokenizer, texts, "smp-plus", seed, pruner=pruner)
-        for scope in SCOPES:
-            kept = select_heads(scores, 0.5, scope).kept_heads
-            rows.append({"task": task, "scores": name, "scope": scope, "seed": seed, "kept_heads": kept})
-    return sorted(rows, key=lambda row: SCOPES.index(row["scope"]))
-
-
-def finetune(options: argparse.Namespace) -> None:
-    rivals = read_lines(RESULTS / "rivals.jsonl")
-    dense = {(row["task"], row["seed"]): row["value"] for row in rivals if not row["kept_heads"]}
-    there = {key(row): {"value": row["value"], "as_in": "rivals.jsonl"} for row in rivals if row["kept_heads"]}
-    rows = choose(options.glue, options.fits)
-    there |= {key(row): row for row in read_lines(TUNED) if "as_in" not in row}
-    runs = {key(row): (options.glue, row["task"], row["seed"], row["kept_heads"]) for row in rows}
-    with workers(options.jobs, 1, "cpu") as pool:
-        missing = [call for name, call in runs.items() if name not in there]
-        for run in each(pool, finetune_mask, missing, "fine-tuning", True):
-            append_line(TUNED, run)
-            there[key(run)] = run
-    found = [{**row, **there[key(row)], "scores": row["scores"], "scope": row["scope"]} for row in rows]
-    write_text(TUNED, "".join(json.dumps(row) + "\n" for row in found))
-    print("| scope | scored by | " + " | ".join(FINETUNED) + " | kept |", "|---" * (3 + len(FINETUNED)) + "|", sep="\n")
-    for scope, name in itertools.product(SCOPES, (NETWORKS, BOTH)):
-        own = [row for row in found if (row["scope"], row["scores"]) == (scope, name)]
-        cells = []
-        for task in FINETUNED:
-            values = [row["value"] for row in own if row["task"] == task]
-            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
-        kept = statistics.mean(row["value"] / dense[row["task"], row["seed"]] for row in own)
-        print(f"| {scope} | {name} | " + " | ".join(cells) + f" | {kept:.1%} |")
+def matching(options: argparse.Namespace) -> None:
+    tasks = [task for task in TASKS if task not in SINGLE]
+    rows = measured(options, matching_of, tasks)
+    write("known_models_matching.json", "matching --glue GLUE --fits DIR", rows)
+    print(
+        "| heads removed | scope | scored by | " + " | ".join(tasks) + " |", "|---" * (3 + len(tasks)) + "|", sep="\n"
+    )
+    for ratio, scope, name in itertools.product(RATIOS, SCOPES, (NETWORKS, BOTH, MORE)):
+        cell = (ratio, scope, name)
+        own = [row for row in rows if (row["ratio"], row["scope"], row["scores"]) == cell]
+        cells = [", ".join(str(row["kept"]) for row in own if row["task"] == task) for task in tasks]
+        print(f"| {ratio:.0%} | {scope} | {name} | " + " | ".join(cells) + " |")
 
 
 def recognise(options: argparse.Namespace) -> None:
@@ -171,15 +177,14 @@ def recognise(options: argparse.Namespace) -> None:
         alike = correlations(fingerprints(other), fingerprints(known)).amax(dim=1).mean()
         rows.append({"known": known, "model": other, "mean correlation of the closest heads": float(alike)})
         print(f"| {known} | {other} | {alike:.2f} |")
-    result = {"command": "python benchmarks/known_models.py recognise", "versions": environment(), "rows": rows}
-    write_text(RESULTS / "known_models_recognised.json", json.dumps(result, indent=1) + "\n")
+    write("known_models_recognised.json", "recognise", rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("recognise").set_defaults(run=recognise)
-    for name, command in (("parts", parts), ("finetune", finetune)):
+    for name, command in (("parts", parts), ("matching", matching)):
         one = commands.add_parser(name)
         one.add_argument("--glue", required=True, type=Path)
         one.add_argument("--fits", required=True, type=Path)
