@@ -94,6 +94,7 @@ CALLS = {
         "attention_heads": [0, "4", None, 10**9], "joint": FLAG, "without": [3, None, "maps", ["none"]],
         "members": [0, "4", None, 10**9], "prior": [-1, "1", None, float("nan"), True],
         "matching": [-1, "1", None, float("nan"), True],
+        "remembered": [None, 3, "ab", [3], [(1, 2, 3)], ["ab"], [(0, 1)], [(12, None)], [(10**9, 10**9)]],
     },
 }  # fmt: skip
 METHODS = {

@@ -91,11 +91,7 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
             ("width", width), ("layers", layers), ("attention_heads", attention_heads), ("members", members)
         ):  # fmt: skip
             check_whole(name, value, 1, 4096)
-        for sizes in remembered:
-            if not isinstance(sizes, Sequence) or len(sizes) != 2:
-                raise invalid("remembered", "hold each model's numbers of heads and of samples", sizes)
-            for number in sizes:
-                check_whole("remembered", number, 1)
+        _check_remembered(remembered)
         if width % attention_heads:
             raise invalid("width", f"be a multiple of the {attention_heads} attention heads", width)
         check_flag("joint", joint)
@@ -189,6 +185,17 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         # fit in part, as those of earlier versions would.
         with contextlib.redirect_stdout(io.StringIO()):
             return super()._from_pretrained(**{**options, "strict": True})
+
+
+def _check_remembered(remembered: Any) -> None:
+    rule = "be a list of each model's numbers of heads and of samples"
+    if isinstance(remembered, str) or not isinstance(remembered, Sequence):
+        raise invalid("remembered", rule, remembered)
+    for sizes in remembered:
+        if isinstance(sizes, str) or not isinstance(sizes, Sequence) or len(sizes) != 2:
+            raise invalid("remembered", rule, remembered)
+        for number in sizes:
+            check_whole("remembered", number, 1, 16384)
 
 
 def trust(members: Tensor) -> Tensor:
