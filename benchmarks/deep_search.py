@@ -10,8 +10,9 @@ The first command searches with 100 exchanges led by 256 training texts, from th
 each scope and ratio; it was ended after seven minutes, and read weights that were rounded to float16. Here the masks
 that it found over the whole model are judged on the dev texts of other_texts.py, each search's and that of the heads
 which most searches keep; and those of fits that they taught, without the task, with heads scored on the draws there,
-of as many texts as `prune` takes unless told. What the contribution and what ships come to on the same texts is in
-results/other_texts.json. Prints 1000 times the relational KL and writes results/deep_search.json.
+of as many texts as `prune` takes unless told. What the contribution and smp-plus with the fits of other_texts.py, which
+remember these masks, come to on the same texts is in results/other_texts.json. Prints 1000 times the relational KL and
+writes results/deep_search.json.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from secateur.data import load_task
 from secateur.demo import CALIBRATION_TEXTS, demo_model
 from secateur.files import read_json, write_text
 from secateur.heads import HeadMask, HeadScores
-from secateur.meta.joint_training import Sample
+from secateur.meta.joint_training import Sample, found_over_the_whole_model
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.scoring import score_heads
 from secateur.selection import Scope, select_heads
@@ -52,7 +53,7 @@ def judge_task(glue: Path, fits: Path, task: str) -> list[dict[str, Any]]:
     loss, rows = other_loss(model, tokenizer, load_task(glue / task, "dev")), []
     samples = [Sample.load(path) for path in sorted(SAMPLES.glob(f"minilm-{task}-*"))]
     evidence = samples[0].evidence
-    found = torch.stack([_over_the_whole_model(sample) for sample in samples])  # [searches, ratios, heads]
+    found = torch.stack([found_over_the_whole_model(sample) for sample in samples])  # [searches, ratios, heads]
     for number, ratio in enumerate(RATIOS):
         masks = [(FOUND, draw, HeadMask(evidence.split(mask))) for draw, mask in enumerate(found[:, number])]
         # Where as many searches keep two heads, the one that they keep at more ratios stays.
@@ -70,13 +71,6 @@ def judge_task(glue: Path, fits: Path, task: str) -> list[dict[str, Any]]:
 
 def row(task: str, ratio: float, masks: str, draw: int, kl: float) -> dict[str, Any]:
     return {"task": task, "scope": SCOPE, "ratio": ratio, "masks": masks, "draw": draw, "kl": kl}
-
-
-def _over_the_whole_model(sample: Sample) -> torch.Tensor:
-    """Return the masks of every ratio, `[ratios, heads]`."""
-    if sample.found is None or sample.by_site is None:
-        raise ValueError(f"a sample of {sample.task} holds no masks that a search found")
-    return sample.found[~sample.by_site]
 
 
 def main() -> None:

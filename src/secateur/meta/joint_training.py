@@ -343,19 +343,21 @@ def remember(pruner: JointPruner, samples: Sequence[Sample], fingerprints: Mappi
     """
     by_subject: dict[str, list[tuple[Evidence, Tensor]]] = defaultdict(list)
     for sample in samples:
-        by_subject[sample.subject].append((sample.evidence, kept_share(sample)))
+        # Masks that had to keep as many heads at every site say less of what each is worth to the model.
+        kept = found_over_the_whole_model(sample).float().mean(dim=0)
+        by_subject[sample.subject].append((sample.evidence, kept))
     for subject, own in by_subject.items():
         pruner.known.append(KnownModel.of(fingerprints[subject], own))
 
 
-def kept_share(sample: Sample) -> Tensor:
-    """Return how many of the masks that searches found over the whole model keep each head, `[heads]` in [0, 1].
+def found_over_the_whole_model(sample: Sample) -> Tensor:
+    """Return the masks that searches found with heads ranked over the whole model, bool `[ratios, heads]`.
 
-    Masks that had to keep as many heads at every site say less of what each is worth to the model.
+    Raises `InvalidInputError` where there are none.
     """
     if sample.found is None or sample.by_site is None or bool(sample.by_site.all()):
         raise invalid("samples", "hold masks that a search found over the whole model", sample.task)
-    return sample.found[~sample.by_site].float().mean(dim=0)
+    return sample.found[~sample.by_site]
 
 
 def _jittered(evidence: Evidence, spread: float, random: torch.Generator) -> Evidence:
