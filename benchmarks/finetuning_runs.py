@@ -49,11 +49,13 @@ def finetune_mask(
     device: str = "cpu",
     reconstruct: int = 0,
     distill: int = 0,
+    bf16: bool = True,
 ) -> dict[str, Any]:
-    """Fine-tune all-MiniLM-L6-v2 with these heads alone (None: with all of them) in bfloat16 autocast.
+    """Fine-tune all-MiniLM-L6-v2 with these heads alone (None: with all of them).
 
     `reconstruct`: how many of the training texts the output projections are refitted on before. `distill`: in how many
-    steps the dense model teaches the pruned one then, on the texts of the whole train split.
+    steps the dense model teaches the pruned one then, on the texts of the whole train split. `bf16`: train in bfloat16
+    autocast, else in float32, for processors that compute bfloat16 many times as slowly.
     """
     train, dev = (load_task(glue / task, split, need_labels=True) for split in ("train", "dev"))
     unlabelled = train.texts
@@ -76,12 +78,12 @@ def finetune_mask(
         if distill:
             losses = distill_(
                 model.to(device), load_model(demo_model(), device), unlabelled, tokenizer, steps=distill,
-                batch_size=training.batch_size, max_length=training.max_length, seed=seed, bf16=True,
+                batch_size=training.batch_size, max_length=training.max_length, seed=seed, bf16=bf16,
             )  # fmt: skip
             restored |= {"distill": distill, "distillation": losses}
     _, result = finetune(
         model, train, dev, tokenizer=tokenizer, epochs=training.epochs, learning_rate=training.learning_rate,
-        batch_size=training.batch_size, max_length=training.max_length, seed=seed, bf16=True, device=device,
+        batch_size=training.batch_size, max_length=training.max_length, seed=seed, bf16=bf16, device=device,
         progress=False,
     )  # fmt: skip
     chip = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
@@ -90,6 +92,7 @@ def finetune_mask(
         "seed": seed,
         "kept_heads": kept,
         **restored,
+        "bf16": bf16,
         "metric": main_metric(dev),
         "value": result.metrics[main_metric(dev)],
         "training_seconds": result.seconds,

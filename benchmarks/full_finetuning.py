@@ -1,6 +1,6 @@
 """What fine-tuning on all training texts keeps of the dense model's quality, on eight GLUE tasks: for a GPU.
 
-    python benchmarks/full_finetuning.py choose --glue GLUE --fits unseen --masks masks.jsonl
+    python benchmarks/full_finetuning.py choose --glue GLUE --fits unseen --masks masks.jsonl [--best]
     python benchmarks/full_finetuning.py train --glue GLUE --masks masks.jsonl --out runs.jsonl [--jobs N] [--seconds N]
     python benchmarks/full_finetuning.py table --masks masks.jsonl --runs runs.jsonl
 
@@ -10,6 +10,10 @@ what each scorer keeps of every layer and of the whole model. `train` fine-tunes
 (one that two scorers choose counts for both), the first wanted first, and starts none after --seconds; start again to
 go on. `table` writes results/full_finetuning.jsonl, a row for each mask that has been trained, and prints what they
 keep.
+
+`--best` chooses the dense model and what keeps most alone, `smp-plus` over the whole model, reconstructed and
+distilled. `train --device cpu --float32` is for processors without bfloat16; its `table` is
+results/full_finetuning_float32.jsonl.
 """
 
 from __future__ import annotations
@@ -39,9 +43,10 @@ SEEDS = (0, 1, 2)
 MAIN = ("contribution", "matching", "smp-plus", "confidence")
 RECONSTRUCTED = 1000  # training texts that output projections are refitted on
 DISTILLED = 300  # steps, the default
+Wanted = tuple[str, str, float, int, int]  # scope, scorer, ratio, texts that refit, steps of distillation
 # What is wanted first: half of the heads, the same share of every layer and over the whole model, as they are, with
 # output projections refitted, and then distilled.
-WANTED = list(
+WANTED: list[Wanted] = list(
     dict.fromkeys(
         [("site", scorer, 0.5, 0, 0) for scorer in MAIN]
         + [
@@ -58,9 +63,10 @@ WANTED = list(
         + [("site", scorer, 0.5, RECONSTRUCTED, DISTILLED) for scorer in MAIN]
     )
 )
+BEST: list[Wanted] = [("global", "smp-plus", 0.5, RECONSTRUCTED, DISTILLED)]
 
 
-def choose(glue: Path, fits: Path, masks: Path) -> None:
+def choose(glue: Path, fits: Path, masks: Path, wanted: list[Wanted]) -> None:
     """Write a line for each mask, in the order in which they are wanted."""
     rivals = [row for name in ("rivals", "rivals_mnli_qnli") for row in read_lines(RESULTS / f"{name}.jsonl")]
     found = {
@@ -71,10 +77,10 @@ def choose(glue: Path, fits: Path, masks: Path) -> None:
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     for task, seed in tqdm(list(itertools.product(TASKS, SEEDS)), desc="scoring"):
         texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
-        for scorer in dict.fromkeys(scorer for _, scorer, *_ in WANTED):
+        for scorer in dict.fromkeys(scorer for _, scorer, *_ in wanted):
             missing = {
                 (scope, ratio)
-                for scope, name, ratio, *_ in WANTED
+                for scope, name, ratio, *_ in wanted
                 if name == scorer and (task, seed, scope, scorer, ratio) not in found
             }
             if missing:
@@ -87,7 +93,7 @@ def choose(glue: Path, fits: Path, masks: Path) -> None:
         for s in SEEDS
         for t in TASKS
     ]
-    for (scope, scorer, ratio, texts, steps), seed, task in itertools.product(WANTED, SEEDS, TASKS):
+    for (scope, scorer, ratio, texts, steps), seed, task in itertools.product(wanted, SEEDS, TASKS):
         row = {"task": task, "seed": seed, "scope": scope, "scorer": scorer, "ratio": ratio}
         row["kept_heads"] = found[task, seed, scope, scorer, ratio]
         row |= {"reconstruct": texts} if texts else {}
@@ -95,13 +101,13 @@ def choose(glue: Path, fits: Path, masks: Path) -> None:
     write_text(masks, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train(glue: Path, masks: Path, out: Path, jobs: int, device: str, seconds: float) -> None:
+def train(glue: Path, masks: Path, out: Path, jobs: int, device: str, bf16: bool, seconds: float) -> None:
     """Fine-tune every mask that `out` does not have."""
     end = time.monotonic() + seconds
     done = {key(row) for row in read_lines(out)}
     cells = list({key(row): row for row in reversed(read_lines(masks))}.values())[::-1]
     calls = [
-        (glue, row["task"], row["seed"], row["kept_heads"], FULL, device, *restoring(row), end)
+        (glue, row["task"], row["seed"], row["kept_heads"], FULL, device, *restoring(row), bf16, end)
         for row in cells
         if key(row) not in done
     ]
@@ -117,11 +123,11 @@ def train_until(*call: Any) -> dict[str, Any] | None:
     return None if time.monotonic() > end else finetune_mask(*arguments)
 
 
-def table(masks: Path, runs: Path) -> None:
+def table(masks: Path, runs: Path, name: str) -> None:
     """Write a row for each scorer's mask that has been trained, and print what is kept, mean over tasks and seeds."""
     done = {key(row): row for row in read_lines(runs)}
     rows = [{**row, **done[key(row)]} for row in read_lines(masks) if key(row) in done]
-    write_text(RESULTS / "full_finetuning.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(RESULTS / name, "".join(json.dumps(row) + "\n" for row in rows))
     named = [{**row, "scorer": label(row)} for row in rows]
     found = {(s.task, s.scorer, s.ratio): s for s in summarise(named)}
     print(
@@ -168,13 +174,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=14)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--best", action="store_true")
+    parser.add_argument("--float32", action="store_true")
     options = parser.parse_args()
+    bf16 = not options.float32
     if options.step == "choose":
-        choose(options.glue, options.fits, options.masks)
+        choose(options.glue, options.fits, options.masks, BEST if options.best else WANTED)
     elif options.step == "train":
-        train(options.glue, options.masks, options.runs, options.jobs, options.device, options.seconds)
+        train(options.glue, options.masks, options.runs, options.jobs, options.device, bf16, options.seconds)
     else:
-        table(options.masks, options.runs)
+        table(options.masks, options.runs, "full_finetuning.jsonl" if bf16 else "full_finetuning_float32.jsonl")
 
 
 if __name__ == "__main__":

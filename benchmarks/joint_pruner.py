@@ -24,7 +24,7 @@ import copy
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from secateur.data import load_task
 from secateur.meta.evidence import fingerprints_of
 from secateur.meta.joint import JointPruner
 from secateur.meta.joint_training import (
+    BESIDE_FOUND,
     FitConfig,
     Sample,
     TrialConfig,
@@ -55,12 +56,6 @@ SINGLES = [f"{task}{side}" for side in (FIRST, SECOND) for task in ("mnli", "qqp
 SCORED, JUDGES, BATCH, LENGTH = 96, 8, 32, 64  # texts that give the evidence; batches that judge masks; tokens
 ALONE_JUDGES = 2  # batches that judge each head dropped alone, all of them every head
 OWN = "own"  # the task name of a model that reads inputs of its own domain
-BESIDE_FOUND = {"prior": 0.0, "matching": 1.3}
-"""What stands beside networks that found masks taught.
-
-They do not need the contribution, which makes a third of the score of those that trials alone teach; so matching's
-weight, 2 beside both, is two thirds too.
-"""
 
 
 def task_of(kind: str) -> str:
@@ -186,6 +181,11 @@ def fingerprints(subject: str) -> torch.Tensor:
     return torch.cat([fingerprints_of(output_weights(model, site)) for site in find_sites(model).values()])
 
 
+def recognisable(sample: Sample) -> Sample:
+    """Return a sample with its model's fingerprints, which those of earlier versions lack."""
+    return replace(sample, evidence=replace(sample.evidence, fingerprints=fingerprints(sample.subject)))
+
+
 def make(
     out: Path, samples: list[Path], remembered: list[Path], seed: int, tasks: Sequence[str], families: Sequence[str]
 ) -> int:
@@ -194,7 +194,7 @@ def make(
     kept, _ = load(samples, *left_out)
     pruner = fitted(kept, seed)
     known, _ = load(remembered, *left_out)
-    remember(pruner, known, {name: fingerprints(name) for name in {sample.subject for sample in known}})
+    remember(pruner, [recognisable(sample) for sample in known])
     pruner.save_pretrained(out)
     return len(kept)
 

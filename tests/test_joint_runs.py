@@ -132,6 +132,42 @@ def test_a_task_with_few_texts_has_fewer_judges(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "few").exists()
 
 
+def test_what_searches_find_is_taught_and_remembered(tmp_path):
+    subjects = [Subject(tiny_model(kind, seed), tiny_tokenizer()) for kind, seed in (("bert", 0), ("llama", 0))]
+    out = tmp_path / "run"
+    config = JointTrainingConfig(**SMALL, search=2)
+    pruner = train_joint_pruner(subjects, TASKS, out, config, progress=False)
+    assert (pruner.prior, pruner.matching) == (0.0, 1.3)
+    found = samples(out)
+    for number, known in enumerate(pruner.known):
+        own = [sample for name, sample in found.items() if name.startswith(f"{number}-")]
+        own.sort(key=lambda sample: sample.task, reverse=True)  # "singles" comes first, and has two samples
+        assert known.pairs.sum() == 2
+        for is_pair in (False, True):
+            wanted = [s.found[~s.by_site].float().mean(dim=0) for s in own if s.task == TASKS[is_pair].name]
+            assert known.kept[known.pairs == is_pair].tolist() == [row.tolist() for row in wanted]
+    assert same(JointPruner.from_pretrained(str(out / "pruner")), pruner)
+    for subject, known in zip(subjects, pruner.known, strict=True):
+        sample = next(s for s in found.values() if torch.equal(s.evidence.fingerprints, known.fingerprints))
+        assert pruner.recall(sample.evidence) is not None
+        assert len(known.fingerprints) == sum(subject.heads.values())
+    with pytest.raises(CheckpointError, match="was made with search = 2, not 0"):
+        train_joint_pruner(subjects, TASKS, out, JointTrainingConfig(**SMALL), resume=True, progress=False)
+    again = train_joint_pruner(subjects, TASKS, out, config, resume=True, progress=False)
+    assert same(again, pruner)
+
+
+def test_runs_of_versions_without_a_search_go_on(whole, tmp_path):
+    train(tmp_path / "run", samples=1)
+    settings = tmp_path / "run" / "settings.json"
+    old = json.loads(settings.read_text())
+    assert old.pop("search") == 0
+    settings.write_text(json.dumps(old))
+    with pytest.raises(CheckpointError, match="was made with search = 0, not 3"):
+        train(tmp_path / "run", resume=True, search=3)
+    assert same(train(tmp_path / "run", resume=True), whole[1])
+
+
 @pytest.mark.parametrize("kind", ["llama", "albert", "bart"])
 def test_other_kinds_are_taught_and_left_as_they_were(kind, tmp_path):
     model = tiny_model(kind)
@@ -242,6 +278,7 @@ def test_the_mode_of_the_model_changes_nothing(whole, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"search": -1}, "`search` must be a whole number from 0, got -1"),
         ({"samples": 0}, "`samples` must be a whole number from 1, got 0"),
         ({"num_texts": 3}, "`num_texts` must be a whole number from 4, got 3"),
         ({"judges": 0}, "`judges` must be a whole number from 1, got 0"),

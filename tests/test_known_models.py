@@ -25,7 +25,7 @@ def knowing(evidence, shares=SHARES, **options):
     """A pruner that has seen a sample of single texts, and one of pairs, of the evidence's model."""
     pruner = learned(**options)
     of = [(replace(evidence, features=of_form(evidence, is_pair)), shares[is_pair]) for is_pair in (0, 1)]
-    pruner.known.append(KnownModel.of(evidence.fingerprints, of))
+    pruner.known.append(KnownModel.of(of))
     return pruner
 
 
@@ -112,7 +112,7 @@ def test_several_models_are_remembered_and_saved(tmp_path):
     pruner = learned()
     for evidence in (small, large):
         kept = torch.rand(3, len(evidence.features))
-        pruner.known.append(KnownModel.of(evidence.fingerprints, [(evidence, row) for row in kept]))
+        pruner.known.append(KnownModel.of([(evidence, row) for row in kept]))
     pruner.save_pretrained(tmp_path / "p")
     again = JointPruner.from_pretrained(str(tmp_path / "p")).eval()
     assert [len(model.kept) for model in again.known] == [3, 3]
@@ -124,10 +124,26 @@ def test_several_models_are_remembered_and_saved(tmp_path):
     assert again.recall(replace(small, fingerprints=mixed)) is None
 
 
+def test_of_relatives_the_closest_is_remembered():
+    model = tiny_model("bert")
+    tuned = copy.deepcopy(model)
+    for parameter in tuned.parameters():
+        parameter.data += 0.02 * parameter.data.std() * torch.randn_like(parameter)
+    shares = torch.rand(2, 12)
+    for order in ((0, 1), (1, 0)):
+        pruner = learned()
+        for number in order:
+            pruner.known.append(KnownModel.of([(evidence_of((model, tuned)[number]), shares[number])]))
+        for number, one in enumerate((model, tuned)):
+            evidence = evidence_of(one)
+            assert all(known.recall(evidence) is not None for known in pruner.known)
+            torch.testing.assert_close(pruner.recall(evidence), shares[number])
+
+
 def test_of_a_form_that_was_never_seen_nothing_is_remembered():
     evidence, pairs = (evidence_of(tiny_model("bert"), is_pair=is_pair) for is_pair in (False, True))
     pruner = learned()
-    pruner.known.append(KnownModel.of(evidence.fingerprints, [(evidence, SHARES[0])]))
+    pruner.known.append(KnownModel.of([(evidence, SHARES[0])]))
     assert pruner.recall(evidence) is not None
     assert pruner.recall(pairs) is None
     with torch.no_grad():
@@ -146,11 +162,11 @@ def test_for_single_texts_samples_on_which_heads_write_alike_count_more_by_hand(
     correlations = torch.corrcoef(torch.cat([contribution_scores(evidence)[None], written]))[0, 1:]
     weights = (40 * correlations).exp() / (40 * correlations).exp().sum()
     assert 0.34 < float(weights[0]) < 0.99, weights
-    known = KnownModel.of(evidence.fingerprints, samples)
+    known = KnownModel.of(samples)
     expected = sum(float(weight) * share for weight, (_, share) in zip(weights, samples, strict=True))
     torch.testing.assert_close(known.recall(evidence), expected)
     of_pairs = [(replace(one, features=of_form(one, 1)), share) for one, share in samples]
-    known = KnownModel.of(evidence.fingerprints, [*samples, *of_pairs[:2]])
+    known = KnownModel.of([*samples, *of_pairs[:2]])
     torch.testing.assert_close(known.recall(of_pairs[0][0]), torch.full((12,), 0.5))
 
 
@@ -178,15 +194,19 @@ def test_shares_of_found_masks_by_hand():
         sample_of(evidence, [low, high, high], [True, False, False]),
         sample_of(evidence, [low, high], [False] * 2),
     ]
-    remember(pruner, every, {"m": evidence.fingerprints})
-    (known,) = pruner.known
+    other = replace(evidence, fingerprints=torch.rand_like(evidence.fingerprints))
+    remember(pruner, [every[0], sample_of(other, [low], [False]), every[1]])
+    known, of_the_other = pruner.known
+    assert torch.equal(known.fingerprints, evidence.fingerprints)
+    assert torch.equal(of_the_other.fingerprints, other.fingerprints)
     assert known.kept.tolist() == [high, [0.5] * 12]
     assert known.pairs.tolist() == [False, False]
-    remember(pruner, [replace(every[0], subject="n")], {"n": torch.rand_like(evidence.fingerprints)})
-    assert len(pruner.known) == 2
+    assert of_the_other.kept.tolist() == [low]
     for useless in (sample_of(evidence, [low], [True]), Sample("m", "t", evidence, *[torch.zeros(0)] * 3)):
         with pytest.raises(InvalidInputError, match="`samples` must hold masks that a search found"):
-            remember(learned(), [useless], {"m": evidence.fingerprints})
+            remember(learned(), [useless])
+    with pytest.raises(InvalidInputError, match="`samples` must hold fingerprints"):
+        remember(learned(), [sample_of(replace(evidence, fingerprints=None), [low], [False])])
 
 
 def test_wrong_arguments_are_named():

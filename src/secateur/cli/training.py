@@ -221,6 +221,10 @@ def meta_train(
 @click.option("--resume", is_flag=True, help="Go on with the samples in `--out`; more `--samples` may be asked for.")
 @click.option("--samples", default=2, show_default=True, type=click.IntRange(1), help="Samples of each task and model.")
 @click.option("--texts", "num_texts", default=96, show_default=True, type=click.IntRange(4), help="Texts a sample.")
+@click.option(
+    "--search", default=0, show_default=True, type=click.IntRange(0), metavar="N",
+    help="Search for the best masks by N exchanges of heads each, and remember them of the model.",
+)  # fmt: skip
 @click.option("--judges", default=8, show_default=True, type=click.IntRange(1), help="Batches that judge masks.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(3), help="Texts a batch.")
 @length_option
@@ -236,7 +240,8 @@ def joint_train(
     """Teach a joint pruner, for `--scorer smp-plus`, a model of yours on unlabelled texts of one or more tasks.
 
     Masks are tried on the frozen model, about 270 passes over a batch for each sample; the pruner learns which heads
-    cost what. Dev texts judge it, those of every task but a single file.
+    cost what. With --search 24 the best masks are searched for, about 500 passes and gradients, and the pruner
+    remembers which heads they keep of this model. Dev texts judge it, those of every task but a single file.
     """
     from accelerate import Accelerator
 

@@ -134,9 +134,13 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         return score + self.matching * matching_scores(evidence).to(judged)
 
     def recall(self, evidence: Evidence) -> Tensor | None:
-        """Return the share of good masks that keep each head, `[heads]`; None for a model that is not remembered."""
-        for model in self.known:
-            kept = cast("KnownModel", model).recall(evidence)
+        """Return the share of good masks that keep each head, `[heads]`; None for a model that is not remembered.
+
+        Of relatives, as a model and what it was fine-tuned to, the closest counts.
+        """
+        known = [cast("KnownModel", model) for model in self.known]
+        for model in sorted(known, key=lambda model: model.likeness(evidence), reverse=True):
+            kept = model.recall(evidence)
             if kept is not None:
                 return kept
         return None

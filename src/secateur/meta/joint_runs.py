@@ -31,7 +31,7 @@ from secateur.files import is_taken, read_json, replaced_folder, write_text
 from secateur.heads import HeadScores
 from secateur.meta.evidence import contribution_scores, gather_evidence
 from secateur.meta.joint import JointPruner
-from secateur.meta.joint_training import FitConfig, Sample, TrialConfig, collect, fit
+from secateur.meta.joint_training import BESIDE_FOUND, FitConfig, Sample, TrialConfig, collect, fit, remember
 from secateur.meta.objective import RELATED
 from secateur.meta.runs import held_run
 from secateur.meta.sampling import generator
@@ -54,12 +54,15 @@ class JointTrainingConfig:
     """Settings of teaching a joint pruner.
 
     samples: of each model and task; the masks of a later one lie near what the earlier ones have taught. num_texts:
-    texts that give a sample's evidence. judges: batches of other texts, of which each mask meets one; fewer where a
-    task has too few texts. batch_size: texts a batch. max_length: tokens a text. bf16: judge masks by a copy of the
-    model in bfloat16, which is faster where the device has it, and far slower on a CPU that has not.
+    texts that give a sample's evidence. search: exchanges of heads by which the best masks are searched for, in place
+    of masks at random and near what scores choose; the pruner learns them, and remembers them of the models. judges:
+    batches of other texts, of which each mask meets one, and the masks of a search two; fewer where a task has too few
+    texts. batch_size: texts a batch. max_length: tokens a text. bf16: judge masks by a copy of the model in bfloat16,
+    which is faster where the device has it, and far slower on a CPU that has not.
     """
 
     samples: int = 2
+    search: int = 0
     num_texts: int = 96
     judges: int = 8
     batch_size: int = 32
@@ -69,6 +72,7 @@ class JointTrainingConfig:
 
     def __post_init__(self) -> None:
         check_whole("samples", self.samples)
+        check_whole("search", self.search, 0)
         check_whole("num_texts", self.num_texts, _FEWEST_SCORED)
         check_whole("judges", self.judges)
         check_whole("batch_size", self.batch_size, RELATED)
@@ -154,7 +158,8 @@ def _settle(out: Path, subjects: Sequence[Subject], tasks: Sequence[Task], confi
     file = out / SETTINGS
     if file.is_file():
         found = read_json(file)
-        if not isinstance(found, dict) or not set(wanted) <= set(found):
+        found = {"search": 0, **found} if isinstance(found, dict) else {}  # earlier versions knew no search
+        if not set(wanted) <= set(found):
             raise CheckpointError(f"{file} is of no run of this kind; choose another folder")
         for name in sorted(set(wanted) - {"samples"}):
             if found[name] != wanted[name]:
@@ -198,7 +203,7 @@ def _collected(
     }
     mine = list(cells.items())[accelerator.process_index :: accelerator.num_processes]
     missing = [(path, cell) for path, cell in mine if not path.is_file()]
-    trials, rankings = TrialConfig(), 1 if earlier is None else 3
+    trials, rankings = TrialConfig(search=config.search), 1 if earlier is None else 3
     counts = [min(config.judges, (len(task) - config.num_texts) // config.batch_size) for task in tasks]
     total = sum(trials.passes(rankings, counts[j]) for _, (_, j) in missing)
     name = f"sample {number + 1} of {config.samples}"
@@ -254,8 +259,10 @@ class _Counted(MaskLoss):
 def _fitted(samples: Sequence[Sample], config: JointTrainingConfig) -> JointPruner:
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
-        pruner = JointPruner()
+        pruner = JointPruner(**(BESIDE_FOUND if config.search else {}))
     fit(pruner, samples, FitConfig(seed=config.seed))
+    if config.search:
+        remember(pruner, samples)
     return pruner
 
 

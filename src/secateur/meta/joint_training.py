@@ -37,6 +37,13 @@ from secateur.selection import Scope, select_heads
 LEAVE_ONE_OUT = 0
 """The group of trials that each drop a single head; the others are numbered from 1, one a scope and ratio."""
 
+BESIDE_FOUND: dict[str, Any] = {"prior": 0.0, "matching": 1.3}
+"""What stands beside networks that found masks taught, as `JointPruner` takes it.
+
+They do not need the contribution, which makes a third of the score of those that trials alone teach; so matching's
+weight, 2 beside both, is two thirds too.
+"""
+
 _LEAST_KL = 1e-6  # below what a judge in bfloat16 can tell from nothing
 
 
@@ -66,6 +73,8 @@ class Sample:
             "losses": self.losses,
             "groups": self.groups,
         }
+        if self.evidence.fingerprints is not None:
+            tensors["fingerprints"] = self.evidence.fingerprints
         if self.found is not None and self.by_site is not None:
             tensors |= {"found": self.found.to(torch.uint8), "by_site": self.by_site.to(torch.uint8)}
         about = {
@@ -86,7 +95,8 @@ class Sample:
             raise CheckpointError(f"{path} holds no sample: {error}; remove it, and it is collected again") from None
         if (about or {}).get("columns") != ",".join(FEATURES):
             raise CheckpointError(f"{path} holds evidence of another version; remove it, and it is collected again")
-        evidence = Evidence(tensors["features"], tensors["likeness"], json.loads(about["heads"]))
+        heads, fingerprints = json.loads(about["heads"]), tensors.get("fingerprints")
+        evidence = Evidence(tensors["features"], tensors["likeness"], heads, fingerprints=fingerprints)
         masks = tensors["masks"].bool()
         found, by_site = (tensors[name].bool() if name in tensors else None for name in ("found", "by_site"))
         of = about["subject"], about["task"]
@@ -335,19 +345,22 @@ def fit(pruner: JointPruner, samples: Sequence[Sample], config: FitConfig | None
     return history
 
 
-def remember(pruner: JointPruner, samples: Sequence[Sample], fingerprints: Mapping[str, Tensor]) -> None:
-    """Have the pruner remember, of each subject of the samples, which heads the masks keep that searches found.
+def remember(pruner: JointPruner, samples: Sequence[Sample]) -> None:
+    """Have the pruner remember, of each model of the samples, which heads the masks keep that searches found.
 
-    `fingerprints`, `[heads, FINGERPRINT]` by subject, tell its heads from others. Raises `InvalidInputError` for
-    samples without found masks over the whole model.
+    Samples of the same fingerprints are of one model. Raises `InvalidInputError` for samples without fingerprints or
+    without found masks over the whole model.
     """
-    by_subject: dict[str, list[tuple[Evidence, Tensor]]] = defaultdict(list)
+    by_model: dict[bytes, list[tuple[Evidence, Tensor]]] = defaultdict(list)
     for sample in samples:
+        fingerprints = sample.evidence.fingerprints
+        if fingerprints is None:
+            raise invalid("samples", "hold fingerprints of the model's heads", sample.task)
         # Masks that had to keep as many heads at every site say less of what each is worth to the model.
         kept = found_over_the_whole_model(sample).float().mean(dim=0)
-        by_subject[sample.subject].append((sample.evidence, kept))
-    for subject, own in by_subject.items():
-        pruner.known.append(KnownModel.of(fingerprints[subject], own))
+        by_model[fingerprints.numpy().tobytes()].append((sample.evidence, kept))
+    for own in by_model.values():
+        pruner.known.append(KnownModel.of(own))
 
 
 def found_over_the_whole_model(sample: Sample) -> Tensor:

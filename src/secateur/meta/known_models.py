@@ -8,6 +8,7 @@ others of the model are gone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,10 @@ class KnownModel(nn.Module):
         self.register_buffer("pairs", torch.zeros(samples, dtype=torch.bool))
 
     @classmethod
-    def of(cls, fingerprints: Tensor, samples: Sequence[tuple[Evidence, Tensor]]) -> KnownModel:
+    def of(cls, samples: Sequence[tuple[Evidence, Tensor]]) -> KnownModel:
         """Remember a model: `samples` holds the evidence of each, and what its good masks keep, `[heads]`."""
-        known = cls(len(fingerprints), len(samples))
-        known.fingerprints.copy_(fingerprints)
+        known = cls(len(samples[0][1]), len(samples))
+        known.fingerprints.copy_(cast("Tensor", samples[0][0].fingerprints))
         for number, (evidence, kept) in enumerate(samples):
             known.kept[number] = kept
             known.contributions[number] = contribution_scores(evidence)
@@ -67,13 +68,22 @@ class KnownModel(nn.Module):
         likeness = correlations(here.unsqueeze(0), self.contributions[alike][:, heads])
         return ((SHARPNESS * likeness).softmax(dim=1) @ kept).squeeze(0)
 
+    def likeness(self, evidence: Evidence) -> float:
+        """Return the mean correlation of each head with the closest that is known; -1 where it has no fingerprints."""
+        return -1.0 if evidence.fingerprints is None else float(self._closest(evidence.fingerprints)[0].mean())
+
     def _find(self, fingerprints: Tensor | None) -> Tensor | None:
         """Return which of the known heads each head is; None where they are not the same model's."""
         if fingerprints is None:
             return None
+        likeness, heads = self._closest(fingerprints)
+        is_known = likeness.mean() >= KNOWN and len(heads.unique()) == len(fingerprints)
+        return heads if is_known else None
+
+    def _closest(self, fingerprints: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each head's correlation with the closest of the known heads, and which that is."""
         closest = correlations(fingerprints.to(self.fingerprints), self.fingerprints).max(dim=1)
-        is_known = closest.values.mean() >= KNOWN and len(closest.indices.unique()) == len(fingerprints)
-        return closest.indices if is_known else None
+        return closest.values, closest.indices
 
 
 def _is_pair(evidence: Evidence) -> bool:
