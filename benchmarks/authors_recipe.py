@@ -17,9 +17,7 @@ go on. Writes results/authors_recipe.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import random
 import statistics
 import subprocess
@@ -33,6 +31,7 @@ import torch
 from torch import Tensor
 
 import secateur
+from provenance import provenance
 from secateur.data import Task, load_task
 from secateur.demo import demo_model
 from secateur.files import append_line, read_lines, write_text
@@ -41,7 +40,6 @@ from secateur.meta.network import PAIR, SINGLE, MetaPruner
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.probe import probe
 from secateur.scorers.smp import SHIPPED
-from secateur.versions import environment
 
 TASKS = ("sst2", "mnli")
 BATCH, LENGTH = 32, 128
@@ -204,10 +202,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     bench = Bench()
     result = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/authors_recipe.py --data FOLDER",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one thread of 2 cores shared with other work, no GPU",
-        "versions": environment(),
+        **provenance("OMP_NUM_THREADS=1 python benchmarks/authors_recipe.py --data FOLDER", "other work beside it"),
         "model": "all-MiniLM-L6-v2, smp with the pruner that ships",
         "batch": [BATCH, LENGTH],
         "seeds": list(range(ROUNDS)),

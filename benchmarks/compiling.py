@@ -14,7 +14,6 @@ dense pass alone: all that compiling could save of a scoring. Writes results/com
 from __future__ import annotations
 
 import copy
-import datetime
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 import click
 import torch
+from benchmarks.provenance import provenance
 
 import secateur
 from secateur.calibration import by_length, calibration_batches
@@ -34,7 +34,6 @@ from secateur.model.cost import forward_pass
 from secateur.model.inputs import example_inputs, forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.timing import Shape, quartiles, time_in_turn
-from secateur.versions import environment
 
 SHAPES = (Shape(1, 128), Shape(8, 128))
 TEXTS = 512
@@ -134,10 +133,7 @@ def main(rounds: int) -> None:
     models = {"dense": load_model(demo_model(), "cpu"), "half": half}
     rows = [at_shape(models, work, shape, rounds) for work in ("pass", "training step") for shape in SHAPES]
     result = {
-        "command": " ".join(["OMP_NUM_THREADS=1 python -m benchmarks.compiling", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{torch.get_num_threads()} thread of 2 cores, no GPU",
-        "versions": environment(),
+        **provenance(" ".join(["OMP_NUM_THREADS=1 python -m benchmarks.compiling", *sys.argv[1:]])),
         "rows": rows,
         "scoring": scoring(models["dense"], rounds),
         "load_average": [load, os.getloadavg()[0]],

@@ -18,10 +18,8 @@ writes results/deep_search.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from typing import Any
 import torch
 
 from other_texts import DRAWS, SCORERS, other_loss
+from provenance import provenance
 from representations import LENGTH, RATIOS, TASKS
 from secateur.data import load_task
 from secateur.demo import CALIBRATION_TEXTS, demo_model
@@ -38,7 +37,6 @@ from secateur.meta.joint_training import Sample, found_over_the_whole_model
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.scoring import score_heads
 from secateur.selection import Scope, select_heads
-from secateur.versions import environment
 from secateur.workers import each, workers
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,10 +82,10 @@ def main() -> None:
         rows = [row for found in each(pool, judge_task, calls, "judging", True) for row in found]
     rows.sort(key=lambda row: TASKS.index(row["task"]))
     result = {
-        "command": "python benchmarks/deep_search.py --glue GLUE --fits DIR",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, 2 cores, no GPU; searches: one NVIDIA H200 and 14 processes, seven minutes",
-        "versions": environment(),
+        **provenance(
+            "python benchmarks/deep_search.py --glue GLUE --fits DIR",
+            "searches: one NVIDIA H200 and 14 processes, seven minutes",
+        ),
         "rows": rows,
     }
     write_text(RESULTS / "deep_search.json", json.dumps(result, indent=1) + "\n")

@@ -11,14 +11,14 @@ benchmarks/results/finding_heads.json with every run and the machine's load at i
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from provenance import provenance
 
 OUT = Path(__file__).parent / "results" / "finding_heads.json"
 
@@ -67,8 +67,6 @@ def main() -> None:
     if options.inner:
         run(options.threads)
         return
-    import torch
-    import transformers
 
     rows = []
     command = [sys.executable, __file__, "--inner", "--threads", str(options.threads)]
@@ -77,11 +75,8 @@ def main() -> None:
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(rows[-1], flush=True)
     result = {
-        "command": "python benchmarks/finding_heads.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU, Python {platform.python_version()}",
+        **provenance("python benchmarks/finding_heads.py"),
         "threads": options.threads,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "model": "BERT-base, random: 12 layers of 12 heads",
         "fastest_seconds": min(row["seconds"] for row in rows),
         "largest_peak_over_weights": max(row["peak_over_weights"] for row in rows),

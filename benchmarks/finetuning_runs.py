@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 
+from provenance import machine, today
 from secateur.compare import Protocol
 from secateur.data import load_task
 from secateur.demo import demo_model
@@ -86,7 +84,6 @@ def finetune_mask(
         batch_size=training.batch_size, max_length=training.max_length, seed=seed, bf16=bf16, device=device,
         progress=False,
     )  # fmt: skip
-    chip = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
     return {
         "task": task,
         "seed": seed,
@@ -96,8 +93,8 @@ def finetune_mask(
         "metric": main_metric(dev),
         "value": result.metrics[main_metric(dev)],
         "training_seconds": result.seconds,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one of {os.cpu_count()} cores, {chip}",
+        "date": today(),
+        "machine": machine(),
         "environment": environment(),
     }
 

@@ -10,15 +10,14 @@ grow with the square of the tokens. Finding the heads, once a model, is not coun
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
+from provenance import provenance
 from secateur.demo import demo_model
 from secateur.files import write_text
 from secateur.model.cost import measure_cost
@@ -27,7 +26,6 @@ from secateur.model.loading import load_model
 from secateur.model.sites import find_sites
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
-from secateur.versions import environment
 
 SCORERS = ("contribution", "entropy")
 TEXTS, TOKENS = (32, 64, 128, 256, 512), (32, 64, 128, 256, 512)
@@ -65,10 +63,7 @@ def main() -> None:
             f"{row['scorer']:13s} {row['texts']:4d} x {row['tokens']:3d}: {statistics.median(row['cpu_seconds']):.3f} s"
         )
     result = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/growth.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one thread of 2 cores shared with other work, no GPU",
-        "versions": environment(),
+        **provenance("OMP_NUM_THREADS=1 python benchmarks/growth.py", "other work beside it"),
         "rounds": ROUNDS,
         "rows": rows,
     }

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import itertools
 import json
 import os
-import platform
 import statistics
 import tempfile
 from collections import defaultdict
@@ -32,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from joint_pruner import family, fitted, load
+from provenance import provenance
 from representations import JUDGED, LENGTH, SCORED, similarity
 from secateur.data import batches, load_task
 from secateur.demo import demo_model
@@ -46,7 +45,6 @@ from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.sites import find_sites
 from secateur.model.state import evaluation_mode
 from secateur.selection import Scope, select_heads
-from secateur.versions import environment
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = (("mnli", "qnli"), ("qqp", "mrpc"), ("sst2", "cola"), ("stsb", "rte"))
@@ -269,10 +267,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     rows = measure(Judge(options.glue), options.seeds, options.work)
     result = {
-        "command": "python benchmarks/joint_ablation.py --glue GLUE",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, 2 cores, no GPU",
-        "versions": environment(),
+        **provenance("python benchmarks/joint_ablation.py --glue GLUE"),
         "texts": {"scored": SCORED, "judged": JUDGED, "tokens": LENGTH, "judged_split": "dev"},
         "fit": asdict(FitConfig()),
         "variants": VARIANTS,

@@ -19,10 +19,8 @@ models of the fits and two that were fine-tuned from rxnfp. Writes results/known
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +30,7 @@ import torch
 from torch import Tensor
 
 from joint_pruner import fingerprints
+from provenance import provenance
 from representations import JUDGED, LENGTH, RATIOS, TASKS
 from secateur.data import Task, batches, load_task
 from secateur.demo import CALIBRATION_TEXTS, demo_model
@@ -46,7 +45,6 @@ from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.sites import find_sites
 from secateur.scorers.base import special_ids_of
 from secateur.selection import Scope, select_heads
-from secateur.versions import environment
 from secateur.workers import each, workers
 
 RESULTS = Path(__file__).parent / "results"
@@ -129,10 +127,7 @@ def matching_of(glue: Path, fits: Path, task: str) -> list[dict[str, Any]]:
 
 def write(name: str, command: str, rows: list[dict[str, Any]]) -> None:
     result = {
-        "command": f"python benchmarks/known_models.py {command}",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, 2 cores, no GPU",
-        "versions": environment(),
+        **provenance(f"python benchmarks/known_models.py {command}"),
         "rows": rows,
     }
     write_text(RESULTS / name, json.dumps(result, indent=1) + "\n")

@@ -10,7 +10,6 @@ has already is not measured again.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 from dataclasses import replace
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import torch
 
+from provenance import provenance
 from secateur.data import Task, load_task
 from secateur.demo import demo_model
 from secateur.files import read_json, write_text
 from secateur.finetune import finetune
-from secateur.versions import environment
 
 OUT = Path(__file__).parent / "results" / "learning_rates.json"
 TAUGHT, JUDGED, LENGTH = 1000, 500, 64
@@ -57,10 +56,7 @@ def main() -> None:
             metric = result.metrics[result.main_metric]
             rows.append({"task": name, "learning_rate": rate, "metric": result.main_metric, "value": metric})
             about = {
-                "command": "OMP_NUM_THREADS=1 python benchmarks/learning_rates.py --glue GLUE",
-                "date": datetime.date.today().isoformat(),
-                "machine": "2 cores, no GPU",
-                "versions": environment(),
+                **provenance("OMP_NUM_THREADS=1 python benchmarks/learning_rates.py --glue GLUE"),
             }
             write_text(OUT, json.dumps({**about, "rows": rows}, indent=1) + "\n")
     found = {(row["task"], row["learning_rate"]): row["value"] for row in rows}

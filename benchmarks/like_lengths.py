@@ -11,9 +11,7 @@ results/like_lengths.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -21,13 +19,13 @@ from typing import Any
 
 import torch
 
+from provenance import provenance
 from secateur.calibration import by_length
 from secateur.data import batches, load_task
 from secateur.demo import demo_model
 from secateur.files import write_text
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.scoring import score_heads
-from secateur.versions import environment
 
 TASKS = ("cola", "sst2", "stsb", "mrpc", "qqp", "mnli", "rte", "qnli")
 TEXTS, BATCH, LENGTH = 256, 32, 128
@@ -73,10 +71,9 @@ def main() -> None:
             flush=True,
         )
     result = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/like_lengths.py --glue GLUE",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one thread of 2 cores, other work beside it; CPU time",
-        "versions": environment(),
+        **provenance(
+            "OMP_NUM_THREADS=1 python benchmarks/like_lengths.py --glue GLUE", "other work beside it; CPU time"
+        ),
         "rows": rows,
     }
     write_text(Path(__file__).parent / "results" / "like_lengths.json", json.dumps(result, indent=1) + "\n")

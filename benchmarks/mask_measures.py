@@ -13,10 +13,8 @@ model's quality after fine-tuning (mean over seeds) is taken for each task and r
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 from collections import defaultdict
 from contextlib import nullcontext
@@ -28,6 +26,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
+from provenance import provenance
 from secateur.compare import DENSE
 from secateur.data import batches, load_task
 from secateur.demo import demo_model
@@ -39,7 +38,6 @@ from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.removal import gated_heads
 from secateur.model.sites import find_sites
 from secateur.scoring import score_heads
-from secateur.versions import environment
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS, BATCH, LENGTH = 128, 64, 64
@@ -150,10 +148,7 @@ def main() -> None:
     names = list(dict.fromkeys(name for row in rows for name in row["measures"]))
     found = correlations(rows, names)
     result = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/mask_measures.py --glue GLUE",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one thread of 2 cores, no GPU",
-        "versions": environment(),
+        **provenance("OMP_NUM_THREADS=1 python benchmarks/mask_measures.py --glue GLUE"),
         "texts": {"split": "train", "number": TEXTS, "tokens": LENGTH},
         "left_out_of_correlations": TRIVIAL,
         "correlations": found,

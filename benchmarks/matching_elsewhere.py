@@ -13,10 +13,8 @@ that match most and writes results/matching_elsewhere.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,12 @@ import torch
 from torch import Tensor
 from transformers import AlbertForMaskedLM, BertModel
 
+from provenance import provenance
 from secateur.data import load_task
 from secateur.files import write_text
 from secateur.model.probe import HeadReading, probe
 from secateur.model.state import base_of
 from secateur.scorers.matching import matching
-from secateur.versions import environment
 from subjects import reaction_model, reactions, smollm2
 
 RESULTS = Path(__file__).parent / "results"
@@ -100,10 +98,7 @@ def main() -> None:
         model, tokenizer = reaction_model(package, checkpoint, kind)
         rows.append(measure(f"{package}, {checkpoint}", base_of(model), tokenizer, made, read_reactions))
     result = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/matching_elsewhere.py --glue GLUE",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one thread of 2 cores, no GPU",
-        "versions": environment(),
+        **provenance("OMP_NUM_THREADS=1 python benchmarks/matching_elsewhere.py --glue GLUE"),
         "texts": {"split": "train", "number": TEXTS, "tokens": LENGTH},
         "rows": rows,
     }

@@ -13,11 +13,9 @@ results/matching_heads.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -25,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from provenance import provenance
 from secateur.compare import DENSE
 from secateur.data import batches, load_task
 from secateur.demo import demo_model
@@ -35,7 +34,6 @@ from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.sites import find_sites
 from secateur.scoring import score_heads
 from secateur.selection import select_heads
-from secateur.versions import environment
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS = ("stsb", "qqp", "mrpc", "mnli", "qnli", "rte")
@@ -98,10 +96,7 @@ def main() -> None:
             f"({min(values):.3f} to {max(values):.3f}), {len(values)} runs"
         )
     result = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/matching_heads.py --glue GLUE",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one thread of 2 cores, no GPU",
-        "versions": environment(),
+        **provenance("OMP_NUM_THREADS=1 python benchmarks/matching_heads.py --glue GLUE"),
         "texts": {"split": "train", "number": TEXTS, "tokens": LENGTH},
         "counts_as_matching_above": MATCHES,
         "heads": heads,

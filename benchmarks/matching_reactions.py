@@ -15,9 +15,7 @@ start again to go on.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
 import random
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from tokenizers import processors
 from transformers import BertForSequenceClassification, BertModel, set_seed
 
 from matching_elsewhere import measure, read_reactions
+from provenance import machine, today
 from secateur.data import Task
 from secateur.files import append_line, read_lines
 from secateur.finetune import finetune
@@ -123,8 +122,8 @@ def main() -> None:
                 "train_texts": TRAIN,
                 "dev_texts": DEV,
                 "kept_heads": None if mask is None else mask.kept_heads,
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {torch.get_num_threads()} of 2 cores, no GPU",
+                "date": today(),
+                "machine": machine(),
                 "environment": environment(),
             }
             append_line(RESULTS, row)

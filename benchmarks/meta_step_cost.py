@@ -8,7 +8,6 @@ Prints and writes the ratio step / sum of parts, round by round (benchmarks/resu
 
 from __future__ import annotations
 
-import datetime
 import json
 import statistics
 import time
@@ -18,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModel, AutoTokenizer
 
+from provenance import provenance
 from secateur.data import Task
 from secateur.demo import demo_model, demo_task
 from secateur.files import write_text
@@ -27,7 +27,6 @@ from secateur.meta.objective import relational_kl, represent
 from secateur.meta.subjects import Subject
 from secateur.meta.training import MetaTraining
 from secateur.model.probe import probe
-from secateur.versions import environment
 
 BATCH, LENGTH, ROUNDS = 60, 128, 7
 
@@ -72,10 +71,7 @@ def main() -> None:
     print({name: f"{value:.2f} s" for name, value in medians.items()})
     print(f"step / sum of parts: {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
     result = {
-        "command": "python benchmarks/meta_step_cost.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": "2 cores, no GPU",
-        "versions": environment(),
+        **provenance("python benchmarks/meta_step_cost.py"),
         "batch": [BATCH, batch["input_ids"].shape[1]],
         "seconds": seconds,
         "ratios": ratios,

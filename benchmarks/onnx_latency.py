@@ -10,7 +10,6 @@ Prints medians with the range over the rounds, and ratios of medians; writes eve
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -23,6 +22,7 @@ from typing import Any
 import onnxruntime
 import torch
 
+from provenance import provenance
 from secateur.demo import CALIBRATION_TEXTS, MAX_LENGTH, demo_model, demo_task
 from secateur.export import export_onnx
 from secateur.files import write_text
@@ -49,9 +49,7 @@ def main() -> None:
         for runtime in ("onnx", "torch"):
             print(f"{shape} tokens, {runtime}: pruned / dense {_ratio(seconds, runtime):.3f}")
     result = {
-        "command": "python benchmarks/onnx_latency.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, no GPU",
+        **provenance("python benchmarks/onnx_latency.py"),
         "versions": {**environment(), "onnxruntime": onnxruntime.__version__},
         "threads": threads,
         "rounds": arguments.rounds,

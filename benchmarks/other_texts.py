@@ -11,16 +11,15 @@ the relational KL, and in how many draws it is lower than the contribution's, an
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from provenance import provenance
 from representations import JUDGED, LENGTH, RATIOS, SCORED, TASKS
 from secateur.data import Task, batches, load_task
 from secateur.demo import CALIBRATION_TEXTS, demo_model
@@ -30,7 +29,6 @@ from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.scoring import score_heads
 from secateur.selection import select_heads
-from secateur.versions import environment
 from secateur.workers import each, workers
 
 COUNTS = (SCORED, CALIBRATION_TEXTS)
@@ -80,10 +78,7 @@ def main() -> None:
         rows = [row for found in each(pool, judge_task, calls, "judging", True) for row in found]
     rows.sort(key=lambda row: (TASKS.index(row["task"]), row["seed"]))
     result = {
-        "command": "python benchmarks/other_texts.py --glue GLUE --fits DIR",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, 2 cores, no GPU",
-        "versions": environment(),
+        **provenance("python benchmarks/other_texts.py --glue GLUE --fits DIR"),
         "rows": rows,
     }
     write_text(Path(__file__).parent / "results" / "other_texts.json", json.dumps(result, indent=1) + "\n")

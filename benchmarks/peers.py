@@ -13,7 +13,6 @@ secateur imported. Prints a table and writes results/peers.json.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import statistics
@@ -25,6 +24,7 @@ from typing import Any
 
 import click
 import torch
+from benchmarks.provenance import provenance
 from benchmarks.subjects import minilm_and_tokenizer
 
 import secateur
@@ -88,9 +88,9 @@ def main(transformers_4: str, rounds: int, only: tuple[str, ...]) -> None:
     scores = secateur.score_heads(model, texts[:128], "contribution", tokenizer)
     inputs = dict(tokenizer(texts[128:144], padding=True, truncation=True, max_length=64, return_tensors="pt"))
     result: dict[str, Any] = {
-        "command": " ".join(["OMP_NUM_THREADS=1 python -m benchmarks.peers", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"one thread of {os.cpu_count()} cores shared with other work, no GPU; CPU time",
+        **provenance(
+            " ".join(["OMP_NUM_THREADS=1 python -m benchmarks.peers", *sys.argv[1:]]), "other work beside it; CPU time"
+        ),
         "load_average": [os.getloadavg()[0]],
         "versions": environment() | versions(pythons),
         "model": "all-MiniLM-L6-v2, 6 layers of 12 heads",

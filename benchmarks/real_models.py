@@ -20,10 +20,8 @@ already is not measured again.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -34,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.representations import embeddings
+from benchmarks.embeddings import embeddings
+from benchmarks.provenance import provenance
 from benchmarks.subjects import minilm_and_tokenizer, reaction_model, smollm2_file, typed_reactions
 from torch import Tensor
 from transformers import AlbertForMaskedLM, AutoModelForCausalLM, BertForMaskedLM
@@ -47,7 +46,6 @@ from secateur.files import read_json, write_text
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.selection import Scope
-from secateur.versions import environment
 
 SCORERS = ("contribution", "smp-plus", "random")
 SCOPES: tuple[Scope, ...] = ("site", "global")
@@ -204,10 +202,7 @@ def main() -> None:
 
 def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "command": "python -m benchmarks.real_models --glue GLUE",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, 1 thread, no GPU, Python {platform.python_version()}",
-        "versions": environment(),
+        **provenance("python -m benchmarks.real_models --glue GLUE"),
         "texts": {"scored": SCORED, "tokens": LENGTH},
         "rows": rows,
     }

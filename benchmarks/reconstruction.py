@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import itertools
 import os
-import platform
 import random
 import statistics
 import time
@@ -31,6 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from provenance import machine, today
 from representations import JUDGED, LENGTH, SCORED, TASKS, similarity
 from secateur.data import batches, load_task
 from secateur.demo import demo_model, demo_task
@@ -98,8 +97,7 @@ def judge(
 
 def made() -> dict[str, Any]:
     """Return when, where and with what a row was measured."""
-    machine = f"{platform.machine()}, one of {os.cpu_count()} cores, no GPU"
-    return {"date": datetime.date.today().isoformat(), "machine": machine, "environment": environment()}
+    return {"date": today(), "machine": machine(), "environment": environment()}
 
 
 def measure_similarity(glue: Path, fits: Path) -> None:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import json
 import sys
 from typing import Any
 
 import torch
+from benchmarks.provenance import provenance
 from benchmarks.sweep import ROOT, build, first_line, in_child, uneven_mask
 from tests.tiny import tiny_texts, tiny_tokenizer
 
@@ -27,7 +27,6 @@ from secateur.model.removal import remove_heads_
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of
 from secateur.reconstruction import reconstruct_
-from secateur.versions import environment
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -76,10 +75,7 @@ def main() -> None:
     print(counts)
     if not options.only:
         report = {
-            "command": "python -m benchmarks.reconstruction_kinds",
-            "date": datetime.date.today().isoformat(),
-            "machine": "2 cores, no GPU",
-            "versions": environment(),
+            **provenance("python -m benchmarks.reconstruction_kinds"),
             "counts": counts,
             "types": rows,
         }

@@ -13,11 +13,9 @@ measured again.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
 from collections import defaultdict
@@ -27,6 +25,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from embeddings import embeddings
+from provenance import provenance
 from secateur.data import Task, batches, load_task
 from secateur.demo import demo_model
 from secateur.evaluate import regression_metrics
@@ -39,7 +39,6 @@ from secateur.model.probe import probe
 from secateur.refinement import refine_mask
 from secateur.scoring import score_heads
 from secateur.selection import select_heads
-from secateur.versions import environment
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
 RATIOS = [0.25, 0.5, 0.75]
@@ -76,19 +75,6 @@ def methods(options: argparse.Namespace) -> list[Method]:
         scorer, _, refine = scorer.partition("+")
         found.append(Method(name, scorer, seeds, folder or None, int(refine or 0)))
     return [m for m in found if not options.only or m.name in options.only]
-
-
-@torch.no_grad()
-def embeddings(model, tokenizer, sentences: list[str]) -> torch.Tensor:
-    """Return mean-pooled embeddings, `[sentences, width]`, in the order given."""
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-    made = forward_arguments(model, batches(tokenizer, [sentences[i] for i in order], 64, LENGTH))
-    rows = []
-    for batch in made:
-        weights = batch["attention_mask"].unsqueeze(-1).float()
-        rows.append((model(**batch).last_hidden_state * weights).sum(1) / weights.sum(1))
-    flat = torch.cat(rows)
-    return flat[torch.argsort(torch.tensor(order))]
 
 
 def similarity(model, tokenizer, task: Task, mask: HeadMask | None) -> float:
@@ -154,10 +140,7 @@ def main() -> None:
                     similarities.append({**cell, "spearman": similarity(model, tokenizer, test, mask)})
         times.update({method: statistics.median(values) for method, values in costs.items()})
         result = {
-            "command": "python benchmarks/representations.py --glue GLUE --seeds " + str(options.seeds),
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, 2 cores, no GPU, Python {platform.python_version()}",
-            "versions": environment(),
+            **provenance("python benchmarks/representations.py --glue GLUE --seeds " + str(options.seeds)),
             "model": "all-MiniLM-L6-v2",
             "texts": {"scored": SCORED, "judged": JUDGED, "tokens": LENGTH, "judged_split": "dev"},
             "scoring_seconds": {**times, **old["scoring_seconds"]},

@@ -12,10 +12,8 @@ Writes results/scale_constants.json.
 
 from __future__ import annotations
 
-import datetime
 import json
 import pickle
-import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from provenance import provenance
 from secateur.files import write_text
 from secateur.heads import HeadScores
 from secateur.selection import select_heads
 from secateur.stopping import Settling
-from secateur.versions import environment
 
 HEADS, GROUPS, TEXTS = 64, 8, 32
 SITES = (2, 5, 10, 20)
@@ -61,10 +59,7 @@ def main() -> None:
         for way, texts in (("all", False), ("auto", True))
     }
     result = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/scale_constants.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, 1 thread, no GPU",
-        "versions": environment(),
+        **provenance("OMP_NUM_THREADS=1 python benchmarks/scale_constants.py"),
         "round_bytes": {way: len(pickle.dumps(part)) for way, part in sent.items()},
         "looks": [look(sites) for sites in SITES],
     }

@@ -11,9 +11,7 @@ processor without bfloat16 instructions, where it costs, results/scoring_bf16_em
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from provenance import provenance
 from secateur.data import load_task
 from secateur.demo import demo_model
 from secateur.files import write_text
@@ -29,7 +28,6 @@ from secateur.heads import HeadScores
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.scoring import score_heads
 from secateur.selection import select_heads
-from secateur.versions import environment
 
 TASKS = ("cola", "sst2", "stsb", "mrpc", "qqp", "mnli", "rte", "qnli")
 SCORERS = ("contribution", "confidence", "entropy", "smp", "smp-plus", "relational_taylor")
@@ -68,11 +66,11 @@ def main() -> None:
     units = _bfloat16_units()
     told = "" if tuple(options.tasks) == TASKS else f" --tasks {' '.join(options.tasks)}"
     result = {
-        "command": f"OMP_NUM_THREADS=1 python benchmarks/scoring_bf16.py --glue GLUE --rounds {options.rounds}{told}",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one thread of 2 cores, other work beside it; CPU time",
-        "processor": {"vectors": torch.backends.cpu.get_cpu_capability(), **units},
-        "versions": environment(),
+        **provenance(
+            f"OMP_NUM_THREADS=1 python benchmarks/scoring_bf16.py --glue GLUE --rounds {options.rounds}{told}",
+            "other work beside it; CPU time",
+        ),
+        "processor": units,
         "rows": rows,
     }
     name = "scoring_bf16" if any(units.values()) else "scoring_bf16_emulated"

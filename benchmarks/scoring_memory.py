@@ -8,13 +8,13 @@ all-MiniLM-L6-v2 from the demo extra. Writes benchmarks/results/scoring_memory.j
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import resource
 import subprocess
 import sys
 from pathlib import Path
+
+from provenance import provenance
 
 BATCH, LENGTH = 32, 256
 
@@ -67,9 +67,7 @@ def main() -> None:
     one_site = BATCH * 12 * LENGTH * LENGTH * 4 / 2**20
     print(f"{'one site of maps':20s} {one_site:8.1f} MB by arithmetic, all six {6 * one_site:.1f} MB")
     result = {
-        "command": "python benchmarks/scoring_memory.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, 2 threads, Python {platform.python_version()}",
+        **provenance("python benchmarks/scoring_memory.py"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "model": "all-MiniLM-L6-v2",
         "batch": [BATCH, LENGTH],

@@ -12,7 +12,6 @@ results/scoring_profile.json.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import statistics
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.provenance import provenance
 from benchmarks.subjects import minilm_and_tokenizer
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +38,6 @@ from secateur.model.sites import find_sites
 from secateur.model.timing import quartiles, time_in_turn
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
-from secateur.versions import environment
 
 SCORERS = ["contribution", "smp", "smp-plus", "leave_one_out"]
 ROUNDS = 5
@@ -190,11 +189,8 @@ def main() -> None:
             for kind, share in kinds.items():
                 print(f"    {share:6.1%} {who}: {kind}")
     result = {
-        "command": "OMP_NUM_THREADS=1 python -m benchmarks.scoring_profile",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"one thread of {os.cpu_count()} cores, no GPU; CPU time",
+        **provenance("OMP_NUM_THREADS=1 python -m benchmarks.scoring_profile", "CPU time"),
         "load_average": os.getloadavg()[0],
-        "versions": environment(),
         "batches": shapes,
         "by_hand": hand,
         "counted_macs": counted,

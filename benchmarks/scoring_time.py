@@ -8,7 +8,6 @@ ratio to the dense pass, round by round (results/scoring_time.json). Finding the
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import statistics
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from provenance import provenance
 from secateur.data import batches
 from secateur.demo import demo_model, demo_task
 from secateur.files import write_text
@@ -25,7 +25,6 @@ from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.sites import find_sites
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
-from secateur.versions import environment
 
 SCORERS = ["contribution", "matching", "entropy", "smp", "smp-plus", "relational_taylor"]
 ROUNDS = 5
@@ -58,10 +57,7 @@ def main() -> None:
     for name, values in ratios.items():
         print(f"{name}: {statistics.median(values):.2f} dense passes (from {min(values):.2f} to {max(values):.2f})")
     result = {
-        "command": "python benchmarks/scoring_time.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": "2 cores, no GPU",
-        "versions": environment(),
+        **provenance("python benchmarks/scoring_time.py"),
         "threads": torch.get_num_threads(),
         "seconds": seconds,
         "ratios": ratios,

@@ -10,15 +10,14 @@ texts that judge are those of other_texts.py. Prints 1000 times the relational K
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
 
 from other_texts import DRAWS, SCORERS, other_loss
+from provenance import provenance
 from representations import LENGTH
 from secateur.data import load_task
 from secateur.demo import CALIBRATION_TEXTS, demo_model
@@ -27,7 +26,6 @@ from secateur.model.loading import load_model, load_tokenizer
 from secateur.refinement import refine_mask
 from secateur.scoring import score_heads
 from secateur.selection import select_heads
-from secateur.versions import environment
 from secateur.workers import each, workers
 
 RATIO = 0.5
@@ -67,11 +65,10 @@ def main() -> None:
         rows = list(each(pool, search_from, calls, "searching", True))
     rows.sort(key=lambda row: (SCORERS.index(row["scorer"]), row["seed"]))
     result = {
-        "command": "python benchmarks/search_limit.py --glue GLUE --fits DIR "
-        f"--task {options.task} --exchanges {options.exchanges}",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, 2 cores, no GPU",
-        "versions": environment(),
+        **provenance(
+            "python benchmarks/search_limit.py --glue GLUE --fits DIR "
+            f"--task {options.task} --exchanges {options.exchanges}"
+        ),
         "rows": rows,
     }
     write_text(Path(__file__).parent / "results" / "search_limit.json", json.dumps(result, indent=1) + "\n")

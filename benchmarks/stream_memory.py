@@ -11,10 +11,8 @@ Writes results/stream_memory.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
 import random
 import resource
 import subprocess
@@ -27,10 +25,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import secateur
+from provenance import provenance
 from secateur.data import load_task
 from secateur.files import write_text
 from secateur.streams import stream_texts
-from secateur.versions import environment
 
 COUNTS = (1_000, 4_000, 16_000)
 WORDS = [
@@ -94,10 +92,7 @@ def main() -> None:
                     f"{way:9s} {row['texts']:6d} texts, file {row['file_mb']:5.1f} MB: {row['grown_mb']:6.1f} MB more"
                 )
     result = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/stream_memory.py",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, 1 thread, Python {platform.python_version()}",
-        "versions": environment(),
+        **provenance("OMP_NUM_THREADS=1 python benchmarks/stream_memory.py"),
         "seed": 0,
         "rows": rows,
     }

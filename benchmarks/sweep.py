@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import copy
-import datetime
 import json
 import multiprocessing
 import os
@@ -26,6 +25,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks.provenance import provenance
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
@@ -454,9 +455,7 @@ def main() -> None:
     print(dict(counts), f"captured {sum(bool(r.get('sites')) for r in rows)}", f"{time.perf_counter() - start:.0f} s")
     if not options.only:
         report = {
-            "command": "python -m benchmarks.sweep",
-            "date": datetime.date.today().isoformat(),
-            "machine": "2 cores, no GPU",
+            **provenance("python -m benchmarks.sweep"),
             "versions": {**environment(), "transformers": transformers.__version__},
             "seconds": round(time.perf_counter() - start),
             "counts": dict(counts),

@@ -15,11 +15,9 @@ Markdown table and writes results/teaching.json after every subject; what the fi
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -31,6 +29,7 @@ from typing import Any
 import torch
 
 import subjects
+from provenance import machine, today
 from secateur.data import Task
 from secateur.files import read_json, write_text
 from secateur.meta.joint_runs import SCOPES, JointTrainingConfig, train_joint_pruner
@@ -73,7 +72,7 @@ def measure(name: str, seeds: int, settings: dict[str, Any]) -> list[dict[str, A
             for scope, ratio in itertools.product(SCOPES, RATIOS):
                 row = {"subject": name, "scorer": scorer, "seed": seed, "scope": scope, "ratio": ratio}
                 row["kl"] = loss(select_heads(scores, ratio, scope))
-                about = {**settings, "date": datetime.date.today().isoformat(), "teaching_seconds": seconds}
+                about = {**settings, "date": today(), "machine": machine(), "teaching_seconds": seconds}
                 rows.append({**row, **about} if scorer == taught else row)
     return rows
 
@@ -121,7 +120,6 @@ def main() -> None:
         taught_ones = dict.fromkeys(row["subject"] for row in rows)
         result = {
             "command": "OMP_NUM_THREADS=1 python benchmarks/teaching.py",
-            "machine": f"{platform.machine()}, 1 of 2 cores with other work on the second, no GPU",
             "versions": environment(),
             "config": {
                 **{name: value for name, value in asdict(JointTrainingConfig()).items() if name not in settings},

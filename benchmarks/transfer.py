@@ -12,7 +12,6 @@ results/transfer.json after every subject; what the file has already is not meas
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -23,12 +22,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from provenance import provenance
 from secateur.files import read_json, write_text
 from secateur.meta.objective import relational_kl
 from secateur.meta.signals import gated_representations
 from secateur.scoring import score_heads
 from secateur.selection import select_heads
-from secateur.versions import environment
 from subjects import SUBJECTS, Subject
 
 RATIOS = [0.25, 0.5, 0.75]
@@ -109,10 +108,7 @@ def main() -> None:
         if missing:
             rows = rows + measure(SUBJECTS[subject](), missing)
         result = {
-            "command": "python benchmarks/transfer.py",
-            "date": datetime.date.today().isoformat(),
-            "machine": "2 cores, no GPU",
-            "versions": environment(),
+            **provenance("python benchmarks/transfer.py"),
             "rows": rows,
         }
         write_text(OUT, json.dumps(result, indent=1) + "\n")

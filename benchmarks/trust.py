@@ -14,11 +14,9 @@ results/trust.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 
 from joint_pruner import LENGTH, SCORED, TASKS, family, load, task_of
+from provenance import provenance
 from secateur.data import batches, load_task
 from secateur.demo import demo_model
 from secateur.files import write_text
@@ -35,7 +34,6 @@ from secateur.meta.joint_training import Sample, trial_loss
 from secateur.model.inputs import forward_arguments
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.model.sites import find_sites
-from secateur.versions import environment
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "minilm"  # whose samples are of the tasks
@@ -88,10 +86,7 @@ def main() -> None:
             if known == name:
                 rows.append({"unseen": unseen, "name": name, "sample": sample.subject, **row(pruner, sample)})
     result = {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/trust.py --fits DIR --glue GLUE",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one thread of 2 cores, no GPU",
-        "versions": environment(),
+        **provenance("OMP_NUM_THREADS=1 python benchmarks/trust.py --fits DIR --glue GLUE"),
         "rows": rows,
         "trust_on_texts": trust_on_texts(options.fits, options.glue),
     }

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -135,24 +136,21 @@ def test_a_task_with_few_texts_has_fewer_judges(tmp_path, monkeypatch, capsys):
 def test_what_searches_find_is_taught_and_remembered(tmp_path):
     subjects = [Subject(tiny_model(kind, seed), tiny_tokenizer()) for kind, seed in (("bert", 0), ("llama", 0))]
     out = tmp_path / "run"
-    config = JointTrainingConfig(**SMALL, search=2)
+    config = JointTrainingConfig(**SMALL, samples=1, search=2)
     pruner = train_joint_pruner(subjects, TASKS, out, config, progress=False)
     assert (pruner.prior, pruner.matching) == (0.0, 1.3)
     found = samples(out)
     for number, known in enumerate(pruner.known):
-        own = [sample for name, sample in found.items() if name.startswith(f"{number}-")]
-        own.sort(key=lambda sample: sample.task, reverse=True)  # "singles" comes first, and has two samples
-        assert known.pairs.sum() == 2
-        for is_pair in (False, True):
-            wanted = [s.found[~s.by_site].float().mean(dim=0) for s in own if s.task == TASKS[is_pair].name]
-            assert known.kept[known.pairs == is_pair].tolist() == [row.tolist() for row in wanted]
+        own = [found[f"{number}-{task}-0.safetensors"] for task in range(2)]
+        assert known.pairs.tolist() == [False, True]
+        for sample, kept in zip(own, known.kept, strict=True):
+            assert torch.equal(sample.evidence.fingerprints, known.fingerprints)
+            assert len(known.fingerprints) == sum(subjects[number].heads.values())
+            assert torch.equal(kept, sample.found[~sample.by_site].float().mean(dim=0))
+            torch.testing.assert_close(pruner.recall(sample.evidence), kept)
     assert same(JointPruner.from_pretrained(str(out / "pruner")), pruner)
-    for subject, known in zip(subjects, pruner.known, strict=True):
-        sample = next(s for s in found.values() if torch.equal(s.evidence.fingerprints, known.fingerprints))
-        assert pruner.recall(sample.evidence) is not None
-        assert len(known.fingerprints) == sum(subject.heads.values())
     with pytest.raises(CheckpointError, match="was made with search = 2, not 0"):
-        train_joint_pruner(subjects, TASKS, out, JointTrainingConfig(**SMALL), resume=True, progress=False)
+        train_joint_pruner(subjects, TASKS, out, replace(config, search=0), resume=True, progress=False)
     again = train_joint_pruner(subjects, TASKS, out, config, resume=True, progress=False)
     assert same(again, pruner)
 
