@@ -195,6 +195,8 @@ def test_shares_of_found_masks_by_hand():
         sample_of(evidence, [low, high], [False] * 2),
     ]
     other = replace(evidence, fingerprints=torch.rand_like(evidence.fingerprints))
+    elsewhere = replace(evidence, fingerprints=evidence.fingerprints * 1.00001)  # another device rounds otherwise
+    every[1] = replace(every[1], evidence=elsewhere)
     remember(pruner, [every[0], sample_of(other, [low], [False]), every[1]])
     known, of_the_other = pruner.known
     assert torch.equal(known.fingerprints, evidence.fingerprints)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -351,16 +350,24 @@ def remember(pruner: JointPruner, samples: Sequence[Sample]) -> None:
     Samples of the same fingerprints are of one model. Raises `InvalidInputError` for samples without fingerprints or
     without found masks over the whole model.
     """
-    by_model: dict[bytes, list[tuple[Evidence, Tensor]]] = defaultdict(list)
+    by_model: list[tuple[Tensor, list[tuple[Evidence, Tensor]]]] = []
     for sample in samples:
         fingerprints = sample.evidence.fingerprints
         if fingerprints is None:
             raise invalid("samples", "hold fingerprints of the model's heads", sample.task)
         # Masks that had to keep as many heads at every site say less of what each is worth to the model.
         kept = found_over_the_whole_model(sample).float().mean(dim=0)
-        by_model[fingerprints.numpy().tobytes()].append((sample.evidence, kept))
-    for own in by_model.values():
+        own = next((own for of, own in by_model if _are_same(of, fingerprints)), None)
+        if own is None:
+            by_model.append((fingerprints, own := []))
+        own.append((sample.evidence, kept))
+    for _, own in by_model:
         pruner.known.append(KnownModel.of(own))
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Are these fingerprints of one model, whatever devices they were computed on?"""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=0)
 
 
 def found_over_the_whole_model(sample: Sample) -> Tensor:
