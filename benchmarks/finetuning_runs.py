@@ -94,7 +94,7 @@ def finetune_mask(
         "value": result.metrics[main_metric(dev)],
         "training_seconds": result.seconds,
         "date": today(),
-        "machine": machine(),
+        "machine": machine(f"on {device}"),
         "environment": environment(),
     }
 

@@ -54,9 +54,6 @@ def _peak() -> float:
 
 
 def main() -> None:
-    import torch
-    import transformers
-
     rows = []
     for way in ("dense pass", "contribution scores", "streamed maps", "all maps"):
         done = subprocess.run([sys.executable, __file__, way], capture_output=True, text=True, check=True)
@@ -68,7 +65,6 @@ def main() -> None:
     print(f"{'one site of maps':20s} {one_site:8.1f} MB by arithmetic, all six {6 * one_site:.1f} MB")
     result = {
         **provenance("python benchmarks/scoring_memory.py"),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "model": "all-MiniLM-L6-v2",
         "batch": [BATCH, LENGTH],
         "one_site_maps_mb": one_site,

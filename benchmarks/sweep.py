@@ -32,7 +32,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 
 import torch
-import transformers
 from benchmarks.tiny_configs import CANDIDATES, candidate
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
@@ -48,7 +47,6 @@ from secateur.model.probe import probe
 from secateur.model.removal import gated_heads, remove_heads_
 from secateur.model.sites import find_sites
 from secateur.model.state import base_of
-from secateur.versions import environment
 
 ROOT = Path(__file__).parents[1]
 MOST_PARAMETERS = 20_000_000
@@ -456,7 +454,6 @@ def main() -> None:
     if not options.only:
         report = {
             **provenance("python -m benchmarks.sweep"),
-            "versions": {**environment(), "transformers": transformers.__version__},
             "seconds": round(time.perf_counter() - start),
             "counts": dict(counts),
             "types": rows,
