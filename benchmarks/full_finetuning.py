@@ -2,7 +2,7 @@
 
     python benchmarks/full_finetuning.py choose --glue GLUE --fits unseen --masks masks.jsonl [--best]
     python benchmarks/full_finetuning.py train --glue GLUE --masks masks.jsonl --out runs.jsonl [--jobs N] [--seconds N]
-    python benchmarks/full_finetuning.py table --masks masks.jsonl --runs runs.jsonl
+    python benchmarks/full_finetuning.py table --masks masks.jsonl --runs runs.jsonl [--best]
 
 `choose` scores all-MiniLM-L6-v2's heads on 96 training texts of at most 64 tokens, as results/rivals.jsonl does, whose
 masks it takes where there are any (but for smp-plus: fitted without the task, `joint_pruner.py unseen`), and writes
@@ -12,8 +12,8 @@ go on. `table` writes results/full_finetuning.jsonl, a row for each mask that ha
 keep.
 
 `--best` chooses the dense model and what keeps most alone, `smp-plus` over the whole model, reconstructed and
-distilled. `train --device cpu --float32` is for processors without bfloat16; its `table` is
-results/full_finetuning_float32.jsonl.
+distilled; its `table` is results/full_finetuning_best.jsonl. `train --device cpu --float32` is for processors without
+bfloat16; its `table` is results/full_finetuning_float32.jsonl.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ def main() -> None:
     elif options.step == "train":
         train(options.glue, options.masks, options.runs, options.jobs, options.device, bf16, options.seconds)
     else:
-        table(options.masks, options.runs, "full_finetuning.jsonl" if bf16 else "full_finetuning_float32.jsonl")
+        kind = "_float32" if options.float32 else "_best" if options.best else ""
+        table(options.masks, options.runs, f"full_finetuning{kind}.jsonl")
 
 
 if __name__ == "__main__":
