@@ -8,6 +8,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+import secateur
 from secateur.errors import CheckpointError, SecateurWarning
 from secateur.heads import HeadMask
 from secateur.model.checkpoint import without_hook
@@ -561,3 +563,17 @@ def test_the_recipe_records_what_was_done(tmp_path):
         k: model.config.head_pruning[k] for k in record
     } == record  # an earlier pruning's, where nothing else is said
     assert model.config.head_pruning["pruning_ratio"] == 0.333333
+
+
+def test_a_package_that_is_not_installed_but_lies_on_the_path_prunes_and_says_its_version(monkeypatch):
+    found = metadata.Distribution.from_name
+
+    def not_installed(name):
+        if name == "secateur":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", not_installed)
+    pruned, report = secateur.prune(tiny_model("bert"), scorer="magnitude")
+    assert report.versions["secateur"] == pruned.config.head_pruning["secateur_version"] == secateur.__version__
+    assert report.versions["torch"] == torch.__version__

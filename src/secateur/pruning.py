@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +245,7 @@ def prune(
         "scorer": scores.scorer,
         "scope": scope,
         "base_model": name,
-        "secateur_version": version("secateur"),
+        "secateur_version": environment()["secateur"],
     }
     reconstruction: tuple[float, ...] = ()
     if reconstruct and first is not None:
