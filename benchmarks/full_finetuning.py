@@ -1,19 +1,18 @@
 """What fine-tuning on all training texts keeps of the dense model's quality, on eight GLUE tasks: for a GPU.
 
-    python benchmarks/full_finetuning.py choose --glue GLUE --fits unseen --masks masks.jsonl [--best]
+    python benchmarks/full_finetuning.py choose --glue GLUE --fits unseen --masks masks.jsonl [--best [--steps N]]
     python benchmarks/full_finetuning.py train --glue GLUE --masks masks.jsonl --out runs.jsonl [--jobs N] [--seconds N]
-    python benchmarks/full_finetuning.py table --masks masks.jsonl --runs runs.jsonl [--best]
+    python benchmarks/full_finetuning.py table --masks masks.jsonl --runs runs.jsonl [--name NAME]
 
 `choose` scores all-MiniLM-L6-v2's heads on 96 training texts of at most 64 tokens, as results/rivals.jsonl does, whose
 masks it takes where there are any (but for smp-plus: fitted without the task, `joint_pruner.py unseen`), and writes
 what each scorer keeps of every layer and of the whole model. `train` fine-tunes each mask once for each task and seed
 (one that two scorers choose counts for both), the first wanted first, and starts none after --seconds; start again to
-go on. `table` writes results/full_finetuning.jsonl, a row for each mask that has been trained, and prints what they
-keep.
+go on. `table` writes results/NAME.jsonl, full_finetuning unless told, a row for each mask that has been trained, and
+prints what they keep.
 
-`--best` chooses the dense model and what keeps most alone, `smp-plus` over the whole model, reconstructed and
-distilled; its `table` is results/full_finetuning_best.jsonl. `train --device cpu --float32` is for processors without
-bfloat16; its `table` is results/full_finetuning_float32.jsonl.
+`--best` chooses the dense model and what keeps most alone, `smp-plus` over the whole model, reconstructed and distilled
+in N steps. `train --device cpu --float32` is for processors without bfloat16.
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ WANTED: list[Wanted] = list(
         + [("site", scorer, 0.5, RECONSTRUCTED, DISTILLED) for scorer in MAIN]
     )
 )
-BEST: list[Wanted] = [("global", "smp-plus", 0.5, RECONSTRUCTED, DISTILLED)]
 
 
 def choose(glue: Path, fits: Path, masks: Path, wanted: list[Wanted]) -> None:
@@ -127,7 +125,7 @@ def table(masks: Path, runs: Path, name: str) -> None:
     """Write a row for each scorer's mask that has been trained, and print what is kept, mean over tasks and seeds."""
     done = {key(row): row for row in read_lines(runs)}
     rows = [{**row, **done[key(row)]} for row in read_lines(masks) if key(row) in done]
-    write_text(RESULTS / name, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(RESULTS / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     named = [{**row, "scorer": label(row)} for row in rows]
     found = {(s.task, s.scorer, s.ratio): s for s in summarise(named)}
     print(
@@ -175,16 +173,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--best", action="store_true")
-    parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--steps", type=int, default=DISTILLED)
+    parser.add_argument("--name", default="full_finetuning")
+    parser.add_argument("--float32", dest="bf16", action="store_false")
     options = parser.parse_args()
-    bf16 = not options.float32
     if options.step == "choose":
-        choose(options.glue, options.fits, options.masks, BEST if options.best else WANTED)
+        best: list[Wanted] = [("global", "smp-plus", 0.5, RECONSTRUCTED, options.steps)]
+        choose(options.glue, options.fits, options.masks, best if options.best else WANTED)
     elif options.step == "train":
-        train(options.glue, options.masks, options.runs, options.jobs, options.device, bf16, options.seconds)
+        train(options.glue, options.masks, options.runs, options.jobs, options.device, options.bf16, options.seconds)
     else:
-        kind = "_float32" if options.float32 else "_best" if options.best else ""
-        table(options.masks, options.runs, f"full_finetuning{kind}.jsonl")
+        table(options.masks, options.runs, options.name)
 
 
 if __name__ == "__main__":
