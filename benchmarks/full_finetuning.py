@@ -1,6 +1,6 @@
 """What fine-tuning on all training texts keeps of the dense model's quality, on eight GLUE tasks: for a GPU.
 
-    python benchmarks/full_finetuning.py choose --glue GLUE --fits unseen --masks masks.jsonl [--best [--steps N]]
+    python benchmarks/full_finetuning.py choose --glue GLUE --fits unseen --masks masks.jsonl [--best] [--seeds N]
     python benchmarks/full_finetuning.py train --glue GLUE --masks masks.jsonl --out runs.jsonl [--jobs N] [--seconds N]
     python benchmarks/full_finetuning.py table --masks masks.jsonl --runs runs.jsonl [--name NAME]
 
@@ -9,10 +9,11 @@ masks it takes where there are any (but for smp-plus: fitted without the task, `
 what each scorer keeps of every layer and of the whole model. `train` fine-tunes each mask once for each task and seed
 (one that two scorers choose counts for both), the first wanted first, and starts none after --seconds; start again to
 go on. `table` writes results/NAME.jsonl, full_finetuning unless told, a row for each mask that has been trained, and
-prints what they keep.
+prints what they keep: the mean over tasks of pruned / dense, mean over seeds; the same without CoLA, which the dense
+model hardly learns; and the mean over tasks of the quotient of the means over seeds.
 
 `--best` chooses the dense model and what keeps most alone, `smp-plus` over the whole model, reconstructed and distilled
-in N steps. `train --device cpu --float32` is for processors without bfloat16.
+in `--steps`, 300 unless told. `train --device cpu --float32` is for processors without bfloat16.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,10 @@ from secateur.demo import demo_model
 from secateur.files import append_line, read_lines, write_text
 from secateur.model.loading import load_model, load_tokenizer
 from secateur.selection import select_heads
-from secateur.summary import ALL_TASKS, summarise
+from secateur.summary import Summary, summarise
 from secateur.workers import each, workers
 
 TASKS = ("qnli", "mnli", "qqp", "mrpc", "rte", "cola", "sst2", "stsb")  # the longest runs first
-SEEDS = (0, 1, 2)
 MAIN = ("contribution", "matching", "smp-plus", "confidence")
 RECONSTRUCTED = 1000  # training texts that output projections are refitted on
 DISTILLED = 300  # steps, the default
@@ -64,7 +65,7 @@ WANTED: list[Wanted] = list(
 )
 
 
-def choose(glue: Path, fits: Path, masks: Path, wanted: list[Wanted]) -> None:
+def choose(glue: Path, fits: Path, masks: Path, wanted: list[Wanted], seeds: range) -> None:
     """Write a line for each mask, in the order in which they are wanted."""
     rivals = [row for name in ("rivals", "rivals_mnli_qnli") for row in read_lines(RESULTS / f"{name}.jsonl")]
     found = {
@@ -73,7 +74,7 @@ def choose(glue: Path, fits: Path, masks: Path, wanted: list[Wanted]) -> None:
         if row["scorer"] != "smp-plus"
     }
     model, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
-    for task, seed in tqdm(list(itertools.product(TASKS, SEEDS)), desc="scoring"):
+    for task, seed in tqdm(list(itertools.product(TASKS, seeds)), desc="scoring"):
         texts = load_task(glue / task, "train").head(SCORED, seed=seed).texts
         for scorer in dict.fromkeys(scorer for _, scorer, *_ in wanted):
             missing = {
@@ -88,10 +89,10 @@ def choose(glue: Path, fits: Path, masks: Path, wanted: list[Wanted]) -> None:
                 found[task, seed, scope, scorer, ratio] = select_heads(scores, ratio, scope).kept_heads
     rows = [
         {"task": t, "seed": s, "scope": "", "scorer": DENSE, "ratio": 0.0, "kept_heads": None}
-        for s in SEEDS
+        for s in seeds
         for t in TASKS
     ]
-    for (scope, scorer, ratio, texts, steps), seed, task in itertools.product(wanted, SEEDS, TASKS):
+    for (scope, scorer, ratio, texts, steps), seed, task in itertools.product(wanted, seeds, TASKS):
         row = {"task": task, "seed": seed, "scope": scope, "scorer": scorer, "ratio": ratio}
         row["kept_heads"] = found[task, seed, scope, scorer, ratio]
         row |= {"reconstruct": texts} if texts else {}
@@ -124,26 +125,33 @@ def train_until(*call: Any) -> dict[str, Any] | None:
 def table(masks: Path, runs: Path, name: str) -> None:
     """Write a row for each scorer's mask that has been trained, and print what is kept, mean over tasks and seeds."""
     done = {key(row): row for row in read_lines(runs)}
-    rows = [{**row, **done[key(row)]} for row in read_lines(masks) if key(row) in done]
+    rows = [row | done[key(row)] | row for row in read_lines(masks) if key(row) in done]
     write_text(RESULTS / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     named = [{**row, "scorer": label(row)} for row in rows]
     found = {(s.task, s.scorer, s.ratio): s for s in summarise(named)}
-    print(
-        "| removed | scope | scorer | "
-        + " | ".join(TASKS)
-        + " | retention | runs |\n"
-        + "|---" * (5 + len(TASKS))
-        + "|"
-    )
-    for ratio, name in dict.fromkeys((row["ratio"], row["scorer"]) for row in named):
-        cells = [found.get((task, name, ratio)) for task in TASKS]
-        whole = found.get((ALL_TASKS, name, ratio))
+    print("| removed | scope | scorer | " + " | ".join(TASKS) + " | retention | without CoLA | of means | runs |")
+    print("|---" * (7 + len(TASKS)) + "|")
+    for ratio, scorer in dict.fromkeys((row["ratio"], row["scorer"]) for row in named):
+        cells = {task: found[task, scorer, ratio] for task in TASKS if (task, scorer, ratio) in found}
         values = [
-            "" if c is None else f"{c.mean:.3f}" + (f" ± {c.std:.3f}" if c.std is not None else "") for c in cells
+            f"{c.mean:.3f}" + (f" ± {c.std:.3f}" if c.std is not None else "") if (c := cells.get(task)) else ""
+            for task in TASKS
         ]
-        kept = "" if whole is None or whole.retention is None else f"{whole.retention:.1%}"
-        who = name if " | " in name else f" | {name}"
-        print(f"| {ratio:.0%} | {who} | " + " | ".join(values) + f" | {kept} | {whole.runs if whole else 0} |")
+        runs = " to ".join(str(n) for n in sorted({c.runs for c in cells.values()}))
+        who = scorer if " | " in scorer else f" | {scorer}"
+        print(f"| {ratio:.0%} | {who} | " + " | ".join([*values, *kept(found, scorer, ratio), runs]) + " |")
+
+
+def kept(found: dict[tuple[str, str, float], Summary], scorer: str, ratio: float) -> list[str]:
+    """Return retention: over all tasks, without CoLA, and of means over seeds; empty where runs are missing."""
+    pairs = {task: (found.get((task, scorer, ratio)), found.get((task, DENSE, 0.0))) for task in TASKS}
+    whole = {task: (c, d) for task, (c, d) in pairs.items() if c and d and c.retention and c.runs == d.runs}
+    if len(whole) < len(TASKS):
+        return ["", "", ""]
+    shares = {task: c.retention or 0.0 for task, (c, _) in whole.items()}
+    without = [share for task, share in shares.items() if task != "cola"]
+    of_means = [c.mean / d.mean for c, d in whole.values()]
+    return [f"{statistics.mean(one):.1%}" for one in (shares.values(), without, of_means)]
 
 
 def restoring(row: dict[str, Any]) -> tuple[int, int]:
@@ -174,12 +182,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--best", action="store_true")
     parser.add_argument("--steps", type=int, default=DISTILLED)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--name", default="full_finetuning")
     parser.add_argument("--float32", dest="bf16", action="store_false")
     options = parser.parse_args()
     if options.step == "choose":
         best: list[Wanted] = [("global", "smp-plus", 0.5, RECONSTRUCTED, options.steps)]
-        choose(options.glue, options.fits, options.masks, best if options.best else WANTED)
+        choose(options.glue, options.fits, options.masks, best if options.best else WANTED, range(options.seeds))
     elif options.step == "train":
         train(options.glue, options.masks, options.runs, options.jobs, options.device, options.bf16, options.seconds)
     else:
