@@ -37,19 +37,19 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import set_seed
 
-from secateur.data import Task, load_task
 from secateur.demo import demo_model
-from secateur.files import write_text
-from secateur.finetune import load_classifier
-from secateur.heads import HeadScores
-from secateur.model.loading import load_tokenizer
+from secateur.finetuning.finetune import load_classifier
+from secateur.models.loading import load_tokenizer
 from secateur.scorers.dsp import relaxed_top_k
 from secateur.scorers.fisher import FisherScorer
 from secateur.scorers.l0 import TEMPERATURE, hard_concrete, open_probability
+from secateur.scorers.score import score_heads
 from secateur.scorers.taylor import TaylorScorer
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
-from secateur.versions import environment
+from secateur.support.files import write_text
+from secateur.support.versions import environment
+from secateur.texts.data import Task, load_task
+from secateur.units.select import select_heads
+from secateur.units.values import HeadScores
 
 TEXTS, LENGTH, SEED = 64, 64, 0
 RATIOS = (0.25, 0.5, 0.75)

@@ -32,14 +32,14 @@ from torch import Tensor
 
 import secateur
 from provenance import provenance
-from secateur.data import Task, load_task
 from secateur.demo import demo_model
-from secateur.files import append_line, read_lines, write_text
-from secateur.heads import HeadScores
-from secateur.meta.network import PAIR, SINGLE, MetaPruner
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.probe import probe
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.pruners.map_network import PAIR, SINGLE, MetaPruner
 from secateur.scorers.smp import SHIPPED
+from secateur.sites.gating import probe
+from secateur.support.files import append_line, read_lines, write_text
+from secateur.texts.data import Task, load_task
+from secateur.units.values import HeadScores
 
 TASKS = ("sst2", "mnli")
 BATCH, LENGTH = 32, 128

@@ -27,13 +27,13 @@ import torch
 from benchmarks.provenance import provenance
 
 import secateur
-from secateur.calibration import by_length, calibration_batches
 from secateur.demo import demo_model, demo_task
-from secateur.files import write_text
-from secateur.model.cost import forward_pass
-from secateur.model.inputs import example_inputs, forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.timing import Shape, quartiles, time_in_turn
+from secateur.measuring.cost import forward_pass
+from secateur.measuring.timing import Shape, quartiles, time_in_turn
+from secateur.models.inputs import example_inputs, forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.support.files import write_text
+from secateur.texts.calibration import by_length, calibration_batches
 
 SHAPES = (Shape(1, 128), Shape(8, 128))
 TEXTS = 512

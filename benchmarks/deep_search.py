@@ -29,15 +29,15 @@ import torch
 from other_texts import DRAWS, SCORERS, other_loss
 from provenance import provenance
 from representations import LENGTH, RATIOS, TASKS
-from secateur.data import load_task
+from secateur.comparing.workers import each, workers
 from secateur.demo import CALIBRATION_TEXTS, demo_model
-from secateur.files import read_json, write_text
-from secateur.heads import HeadMask, HeadScores
-from secateur.meta.joint_training import Sample, found_over_the_whole_model
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.scoring import score_heads
-from secateur.selection import Scope, select_heads
-from secateur.workers import each, workers
+from secateur.meta_training.joint import Sample, found_over_the_whole_model
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.scorers.score import score_heads
+from secateur.support.files import read_json, write_text
+from secateur.texts.data import load_task
+from secateur.units.select import Scope, select_heads
+from secateur.units.values import HeadMask, HeadScores
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES = RESULTS / "deep_samples"

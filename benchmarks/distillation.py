@@ -23,16 +23,16 @@ from tqdm import tqdm
 
 from reconstruction import made
 from representations import JUDGED, LENGTH, SCORED, TASKS, similarity
-from secateur.data import batches, load_task
+from secateur.choosing.search import MaskLoss
 from secateur.demo import demo_model
-from secateur.distillation import distill_
-from secateur.files import append_line, read_lines
-from secateur.meta.search import MaskLoss
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.removal import remove_heads_
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.removal.remove import remove_heads_
+from secateur.restoring.distillation import distill_
+from secateur.scorers.score import score_heads
+from secateur.support.files import append_line, read_lines
+from secateur.texts.data import batches, load_task
+from secateur.units.select import select_heads
 
 ROWS = Path(__file__).parent / "results" / "distillation.jsonl"
 STEPS = 300

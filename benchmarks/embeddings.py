@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from secateur.data import batches
-from secateur.model.inputs import forward_arguments
+from secateur.models.inputs import forward_arguments
+from secateur.texts.data import batches
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def run(threads: int) -> None:
     import torch
     from transformers import BertConfig, BertModel
 
-    from secateur.model.sites import find_sites
+    from secateur.sites.attention import find_sites
 
     torch.set_num_threads(threads)
     load, before = os.getloadavg()[0], _resident("VmRSS")

@@ -10,18 +10,18 @@ import torch
 from transformers import set_seed
 
 from provenance import machine, today
-from secateur.compare import Protocol
-from secateur.data import load_task
+from secateur.comparing.compare import Protocol
 from secateur.demo import demo_model
-from secateur.distillation import distill_
-from secateur.evaluate import main_metric
-from secateur.finetune import finetune, load_classifier
-from secateur.heads import HeadMask, HeadScores
-from secateur.model.loading import load_model, load_tokenizer, quiet_transformers
-from secateur.model.removal import remove_heads_
-from secateur.reconstruction import reconstruct_
-from secateur.scoring import score_heads
-from secateur.versions import environment
+from secateur.finetuning.evaluate import main_metric
+from secateur.finetuning.finetune import finetune, load_classifier
+from secateur.models.loading import load_model, load_tokenizer, quiet_transformers
+from secateur.removal.remove import remove_heads_
+from secateur.restoring.distillation import distill_
+from secateur.restoring.reconstruction import reconstruct_
+from secateur.scorers.score import score_heads
+from secateur.support.versions import environment
+from secateur.texts.data import load_task
+from secateur.units.values import HeadMask, HeadScores
 
 LITE = Protocol(max_train=1000, max_length=64, epochs=3, learning_rate=1e-4)
 """As in results/rivals.jsonl."""

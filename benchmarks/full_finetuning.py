@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 from finetuning_runs import FULL, SCORED, finetune_mask, key, score_texts
 from joint_ablation import RESULTS
-from secateur.compare import DENSE
-from secateur.data import load_task
+from secateur.comparing.compare import DENSE
+from secateur.comparing.summary import Summary, summarise
+from secateur.comparing.workers import each, workers
 from secateur.demo import demo_model
-from secateur.files import append_line, read_lines, write_text
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.selection import select_heads
-from secateur.summary import Summary, summarise
-from secateur.workers import each, workers
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.support.files import append_line, read_lines, write_text
+from secateur.texts.data import load_task
+from secateur.units.select import select_heads
 
 TASKS = ("qnli", "mnli", "qqp", "mrpc", "rte", "cola", "sst2", "stsb")  # the longest runs first
 MAIN = ("contribution", "matching", "smp-plus", "confidence")

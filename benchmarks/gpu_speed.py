@@ -22,10 +22,10 @@ import torch
 from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedConfig
 
 import secateur
-from secateur.bench import benchmark
-from secateur.files import write_text
-from secateur.model.timing import Shape, quartiles
-from secateur.versions import environment
+from secateur.measuring.bench import benchmark
+from secateur.measuring.timing import Shape, quartiles
+from secateur.support.files import write_text
+from secateur.support.versions import environment
 
 SHAPES = (Shape(1, 128), Shape(8, 128), Shape(1, 512), Shape(64, 128), Shape(32, 512))
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {

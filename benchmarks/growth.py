@@ -19,13 +19,13 @@ import torch
 
 from provenance import provenance
 from secateur.demo import demo_model
-from secateur.files import write_text
-from secateur.model.cost import measure_cost
-from secateur.model.inputs import example_inputs
-from secateur.model.loading import load_model
-from secateur.model.sites import find_sites
+from secateur.measuring.cost import measure_cost
+from secateur.models.inputs import example_inputs
+from secateur.models.loading import load_model
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
+from secateur.sites.attention import find_sites
+from secateur.support.files import write_text
 
 SCORERS = ("contribution", "entropy")
 TEXTS, TOKENS = (32, 64, 128, 256, 512), (32, 64, 128, 256, 512)

@@ -32,19 +32,19 @@ from tqdm import tqdm
 from joint_pruner import family, fitted, load
 from provenance import provenance
 from representations import JUDGED, LENGTH, SCORED, similarity
-from secateur.data import batches, load_task
+from secateur.choosing.search import MaskLoss
 from secateur.demo import demo_model
-from secateur.files import append_line, read_json, read_lines, write_text
-from secateur.heads import HeadMask, HeadScores
-from secateur.meta.evidence import Evidence, contribution_scores, gather_evidence
-from secateur.meta.joint import JointPruner
-from secateur.meta.joint_training import LEAVE_ONE_OUT, FitConfig
-from secateur.meta.search import MaskLoss
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.sites import find_sites
-from secateur.model.state import evaluation_mode
-from secateur.selection import Scope, select_heads
+from secateur.meta_training.joint import LEAVE_ONE_OUT, FitConfig
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.models.state import evaluation_mode
+from secateur.pruners.evidence import Evidence, contribution_scores, gather_evidence
+from secateur.pruners.joint_network import JointPruner
+from secateur.sites.attention import find_sites
+from secateur.support.files import append_line, read_json, read_lines, write_text
+from secateur.texts.data import batches, load_task
+from secateur.units.select import Scope, select_heads
+from secateur.units.values import HeadMask, HeadScores
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = (("mnli", "qnli"), ("qqp", "mrpc"), ("sst2", "cola"), ("stsb", "rte"))

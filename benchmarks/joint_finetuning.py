@@ -22,15 +22,15 @@ from tqdm import tqdm
 
 from finetuning_runs import SCORED, finetune_mask, key, score_texts
 from joint_ablation import FOLDS, MODEL, PARTS, RESULTS, UNSEEN, WHOLE, fit_variant, parts_of
-from secateur.compare import DENSE
-from secateur.data import load_task
+from secateur.comparing.compare import DENSE
+from secateur.comparing.summary import ALL_TASKS, summarise
+from secateur.comparing.workers import each, workers
 from secateur.demo import demo_model
-from secateur.files import append_line, read_lines, write_text
-from secateur.meta.joint import JointPruner
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.selection import select_heads
-from secateur.summary import ALL_TASKS, summarise
-from secateur.workers import each, workers
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.pruners.joint_network import JointPruner
+from secateur.support.files import append_line, read_lines, write_text
+from secateur.texts.data import load_task
+from secateur.units.select import select_heads
 
 TASKS = ("sst2", "stsb", "qqp", "mrpc")
 SEEDS = (0, 1, 2)

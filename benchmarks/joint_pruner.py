@@ -32,22 +32,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from secateur.data import load_task
-from secateur.meta.evidence import fingerprints_of
-from secateur.meta.joint import JointPruner
-from secateur.meta.joint_training import (
-    BESIDE_FOUND,
-    FitConfig,
-    Sample,
-    TrialConfig,
-    collect,
-    fit,
-    remember,
-)
-from secateur.meta.search import MaskLoss
-from secateur.model.sites import find_sites
-from secateur.scorers.contribution import output_weights
-from secateur.workers import each, workers
+from secateur.choosing.search import MaskLoss
+from secateur.comparing.workers import each, workers
+from secateur.meta_training.joint import BESIDE_FOUND, FitConfig, Sample, TrialConfig, collect, fit, remember
+from secateur.pruners.evidence import fingerprints_of
+from secateur.pruners.joint_network import JointPruner
+from secateur.pruners.writes import output_weights
+from secateur.sites.attention import find_sites
+from secateur.texts.data import load_task
 from subjects import READ_ENGLISH, SUBJECTS, Subject, tokenised
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]

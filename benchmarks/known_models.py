@@ -32,20 +32,20 @@ from torch import Tensor
 from joint_pruner import fingerprints
 from provenance import provenance
 from representations import JUDGED, LENGTH, RATIOS, TASKS
-from secateur.data import Task, batches, load_task
+from secateur.choosing.search import MaskLoss
+from secateur.comparing.workers import each, workers
 from secateur.demo import CALIBRATION_TEXTS, demo_model
-from secateur.files import write_text
-from secateur.heads import HeadScores
-from secateur.meta.evidence import Evidence, contribution_scores, gather_evidence
-from secateur.meta.joint import JointPruner, matching_scores, standardised
-from secateur.meta.known_models import correlations
-from secateur.meta.search import MaskLoss
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.sites import find_sites
-from secateur.scorers.base import special_ids_of
-from secateur.selection import Scope, select_heads
-from secateur.workers import each, workers
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.pruners.evidence import Evidence, contribution_scores, gather_evidence
+from secateur.pruners.joint_network import JointPruner, matching_scores, standardised
+from secateur.pruners.known_models import correlations
+from secateur.pruners.tokens import special_ids_of
+from secateur.sites.attention import find_sites
+from secateur.support.files import write_text
+from secateur.texts.data import Task, batches, load_task
+from secateur.units.select import Scope, select_heads
+from secateur.units.values import HeadScores
 
 RESULTS = Path(__file__).parent / "results"
 DRAWS = (0, 1)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from secateur.files import write_text
-from secateur.meta.runs import latest_checkpoint
+from secateur.meta_training.runs import latest_checkpoint
+from secateur.support.files import write_text
 
 ROOT = Path(__file__).parents[1]
 

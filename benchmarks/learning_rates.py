@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from provenance import provenance
-from secateur.data import Task, load_task
 from secateur.demo import demo_model
-from secateur.files import read_json, write_text
-from secateur.finetune import finetune
+from secateur.finetuning.finetune import finetune
+from secateur.support.files import read_json, write_text
+from secateur.texts.data import Task, load_task
 
 OUT = Path(__file__).parent / "results" / "learning_rates.json"
 TAUGHT, JUDGED, LENGTH = 1000, 500, 64

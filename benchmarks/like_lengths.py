@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from provenance import provenance
-from secateur.calibration import by_length
-from secateur.data import batches, load_task
 from secateur.demo import demo_model
-from secateur.files import write_text
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.scoring import score_heads
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.scorers.score import score_heads
+from secateur.support.files import write_text
+from secateur.texts.calibration import by_length
+from secateur.texts.data import batches, load_task
 
 TASKS = ("cola", "sst2", "stsb", "mrpc", "qqp", "mnli", "rte", "qnli")
 TEXTS, BATCH, LENGTH = 256, 32, 128

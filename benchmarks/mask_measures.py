@@ -27,17 +27,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from provenance import provenance
-from secateur.compare import DENSE
-from secateur.data import batches, load_task
+from secateur.comparing.compare import DENSE
 from secateur.demo import demo_model
-from secateur.files import read_lines, write_text
-from secateur.heads import HeadMask
-from secateur.meta.objective import relational_kl, represent
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.removal import gated_heads
-from secateur.model.sites import find_sites
-from secateur.scoring import score_heads
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.relations import relational_kl, represent
+from secateur.removal.remove import gated_heads
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
+from secateur.support.files import read_lines, write_text
+from secateur.texts.data import batches, load_task
+from secateur.units.values import HeadMask
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS, BATCH, LENGTH = 128, 64, 64

@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AlbertForMaskedLM, BertModel
 
 from provenance import provenance
-from secateur.data import load_task
-from secateur.files import write_text
-from secateur.model.probe import HeadReading, probe
-from secateur.model.state import base_of
-from secateur.scorers.matching import matching
+from secateur.models.state import base_of
+from secateur.pruners.word_matches import matching
+from secateur.sites.gating import HeadReading, probe
+from secateur.support.files import write_text
+from secateur.texts.data import load_task
 from subjects import reaction_model, reactions, smollm2
 
 RESULTS = Path(__file__).parent / "results"

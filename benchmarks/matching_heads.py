@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from provenance import provenance
-from secateur.compare import DENSE
-from secateur.data import batches, load_task
+from secateur.comparing.compare import DENSE
 from secateur.demo import demo_model
-from secateur.files import read_lines, write_text
-from secateur.meta.evidence import gather_evidence
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.sites import find_sites
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.pruners.evidence import gather_evidence
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
+from secateur.support.files import read_lines, write_text
+from secateur.texts.data import batches, load_task
+from secateur.units.select import select_heads
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS = ("stsb", "qqp", "mrpc", "mnli", "qnli", "rte")

@@ -26,14 +26,14 @@ from transformers import BertForSequenceClassification, BertModel, set_seed
 
 from matching_elsewhere import measure, read_reactions
 from provenance import machine, today
-from secateur.data import Task
-from secateur.files import append_line, read_lines
-from secateur.finetune import finetune
-from secateur.heads import HeadMask, HeadScores
-from secateur.model.removal import remove_heads_
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
-from secateur.versions import environment
+from secateur.finetuning.finetune import finetune
+from secateur.removal.remove import remove_heads_
+from secateur.scorers.score import score_heads
+from secateur.support.files import append_line, read_lines
+from secateur.support.versions import environment
+from secateur.texts.data import Task
+from secateur.units.select import select_heads
+from secateur.units.values import HeadMask, HeadScores
 from subjects import reaction_model, typed_reactions
 
 RESULTS = Path(__file__).parent / "results" / "matching_reactions.jsonl"

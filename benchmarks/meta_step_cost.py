@@ -18,15 +18,15 @@ from accelerate import Accelerator
 from transformers import AutoModel, AutoTokenizer
 
 from provenance import provenance
-from secateur.data import Task
 from secateur.demo import demo_model, demo_task
-from secateur.files import write_text
-from secateur.meta.config import MetaTrainingConfig
-from secateur.meta.network import to_network_size
-from secateur.meta.objective import relational_kl, represent
-from secateur.meta.subjects import Subject
-from secateur.meta.training import MetaTraining
-from secateur.model.probe import probe
+from secateur.meta_training.config import MetaTrainingConfig
+from secateur.meta_training.paper import MetaTraining
+from secateur.meta_training.subjects import Subject
+from secateur.pruners.map_network import to_network_size
+from secateur.relations import relational_kl, represent
+from secateur.sites.gating import probe
+from secateur.support.files import write_text
+from secateur.texts.data import Task
 
 BATCH, LENGTH, ROUNDS = 60, 128, 7
 

@@ -24,11 +24,11 @@ import torch
 
 from provenance import provenance
 from secateur.demo import CALIBRATION_TEXTS, MAX_LENGTH, demo_model, demo_task
-from secateur.export import export_onnx
-from secateur.files import write_text
-from secateur.model.loading import load_model
+from secateur.exporting.export import export_onnx
+from secateur.models.loading import load_model
 from secateur.pruning import prune
-from secateur.versions import environment
+from secateur.support.files import write_text
+from secateur.support.versions import environment
 
 SHAPES = ((1, 128), (8, 128))
 

@@ -21,15 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from provenance import provenance
 from representations import JUDGED, LENGTH, RATIOS, SCORED, TASKS
-from secateur.data import Task, batches, load_task
+from secateur.choosing.search import MaskLoss
+from secateur.comparing.workers import each, workers
 from secateur.demo import CALIBRATION_TEXTS, demo_model
-from secateur.files import write_text
-from secateur.meta.search import MaskLoss
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
-from secateur.workers import each, workers
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.scorers.score import score_heads
+from secateur.support.files import write_text
+from secateur.texts.data import Task, batches, load_task
+from secateur.units.select import select_heads
 
 COUNTS = (SCORED, CALIBRATION_TEXTS)
 DRAWS = (2, 3, 4, 5)  # 0 and 1 are those of representations.py

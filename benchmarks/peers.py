@@ -29,9 +29,9 @@ from benchmarks.subjects import minilm_and_tokenizer
 
 import secateur
 from secateur.demo import demo_model, demo_task
-from secateur.files import write_text
-from secateur.model.timing import quartiles
-from secateur.versions import environment
+from secateur.measuring.timing import quartiles
+from secateur.support.files import write_text
+from secateur.support.versions import environment
 
 WORKER = Path(__file__).parent / "peer_workers.py"
 RESULT = Path(__file__).parent / "results" / "peers.json"

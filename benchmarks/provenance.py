@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from secateur.versions import environment
+from secateur.support.versions import environment
 
 
 def provenance(command: str, note: str = "") -> dict[str, Any]:

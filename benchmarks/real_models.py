@@ -39,13 +39,13 @@ from torch import Tensor
 from transformers import AlbertForMaskedLM, AutoModelForCausalLM, BertForMaskedLM
 
 import secateur
-from secateur.data import batches, load_task
 from secateur.demo import demo_task
-from secateur.evaluate import regression_metrics
-from secateur.files import read_json, write_text
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.selection import Scope
+from secateur.finetuning.evaluate import regression_metrics
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.support.files import read_json, write_text
+from secateur.texts.data import batches, load_task
+from secateur.units.select import Scope
 
 SCORERS = ("contribution", "smp-plus", "random")
 SCOPES: tuple[Scope, ...] = ("site", "global")

@@ -31,17 +31,17 @@ from tqdm import tqdm
 
 from provenance import machine, today
 from representations import JUDGED, LENGTH, SCORED, TASKS, similarity
-from secateur.data import batches, load_task
+from secateur.choosing.search import MaskLoss
 from secateur.demo import demo_model, demo_task
-from secateur.files import append_line, read_lines
-from secateur.heads import HeadMask
-from secateur.meta.search import MaskLoss
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.reconstruction import reconstruct_
-from secateur.scoring import score_heads
-from secateur.selection import Scope, select_heads
-from secateur.versions import environment
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.restoring.reconstruction import reconstruct_
+from secateur.scorers.score import score_heads
+from secateur.support.files import append_line, read_lines
+from secateur.support.versions import environment
+from secateur.texts.data import batches, load_task
+from secateur.units.select import Scope, select_heads
+from secateur.units.values import HeadMask
 from subjects import ANTIBODY, SUBJECTS
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,11 +22,11 @@ from benchmarks.sweep import ROOT, build, first_line, in_child, uneven_mask
 from tests.tiny import tiny_texts, tiny_tokenizer
 
 from secateur.errors import SecateurError
-from secateur.files import read_json, write_text
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
-from secateur.model.state import base_of
-from secateur.reconstruction import reconstruct_
+from secateur.models.state import base_of
+from secateur.removal.remove import remove_heads_
+from secateur.restoring.reconstruction import reconstruct_
+from secateur.sites.attention import find_sites
+from secateur.support.files import read_json, write_text
 
 RESULTS = ROOT / "benchmarks" / "results"
 

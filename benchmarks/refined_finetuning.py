@@ -18,14 +18,14 @@ from typing import Any
 
 from finetuning_runs import LITE, SCORED, finetune_mask, score_texts
 from joint_finetuning import RESULTS, TASKS
-from secateur.compare import DENSE
-from secateur.data import load_task
+from secateur.choosing.refinement import refine_mask
+from secateur.comparing.compare import DENSE
+from secateur.comparing.workers import each, workers
 from secateur.demo import demo_model
-from secateur.files import append_line, read_lines
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.refinement import refine_mask
-from secateur.selection import select_heads
-from secateur.workers import each, workers
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.support.files import append_line, read_lines
+from secateur.texts.data import load_task
+from secateur.units.select import select_heads
 
 ROWS = RESULTS / "refined_finetuning.jsonl"
 RATIO, STEPS = 0.5, 40

@@ -27,18 +27,18 @@ from tqdm import tqdm
 
 from embeddings import embeddings
 from provenance import provenance
-from secateur.data import Task, batches, load_task
+from secateur.choosing.refinement import refine_mask
+from secateur.choosing.search import MaskLoss
 from secateur.demo import demo_model
-from secateur.evaluate import regression_metrics
-from secateur.files import read_json, write_text
-from secateur.heads import HeadMask
-from secateur.meta.search import MaskLoss
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.probe import probe
-from secateur.refinement import refine_mask
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
+from secateur.finetuning.evaluate import regression_metrics
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.scorers.score import score_heads
+from secateur.sites.gating import probe
+from secateur.support.files import read_json, write_text
+from secateur.texts.data import Task, batches, load_task
+from secateur.units.select import select_heads
+from secateur.units.values import HeadMask
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
 RATIOS = [0.25, 0.5, 0.75]

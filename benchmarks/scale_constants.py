@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from provenance import provenance
-from secateur.files import write_text
-from secateur.heads import HeadScores
-from secateur.selection import select_heads
-from secateur.stopping import Settling
+from secateur.support.files import write_text
+from secateur.texts.stopping import Settling
+from secateur.units.select import select_heads
+from secateur.units.values import HeadScores
 
 HEADS, GROUPS, TEXTS = 64, 8, 32
 SITES = (2, 5, 10, 20)

@@ -21,13 +21,13 @@ import torch
 from tqdm import tqdm
 
 from provenance import provenance
-from secateur.data import load_task
 from secateur.demo import demo_model
-from secateur.files import write_text
-from secateur.heads import HeadScores
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.scorers.score import score_heads
+from secateur.support.files import write_text
+from secateur.texts.data import load_task
+from secateur.units.select import select_heads
+from secateur.units.values import HeadScores
 
 TASKS = ("cola", "sst2", "stsb", "mrpc", "qqp", "mnli", "rte", "qnli")
 SCORERS = ("contribution", "confidence", "entropy", "smp", "smp-plus", "relational_taylor")

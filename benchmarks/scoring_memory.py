@@ -27,8 +27,8 @@ def run(way: str) -> None:
 
     import secateur
     from secateur.demo import demo_model
-    from secateur.model.inputs import example_inputs
-    from secateur.model.probe import probe
+    from secateur.models.inputs import example_inputs
+    from secateur.sites.gating import probe
 
     model = AutoModel.from_pretrained(demo_model(), attn_implementation="eager" if way == "all maps" else "sdpa").eval()
     batch = example_inputs(model, BATCH, LENGTH, padding=0)

@@ -27,17 +27,17 @@ from benchmarks.subjects import minilm_and_tokenizer
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur.data import batches
 from secateur.demo import demo_task
-from secateur.files import write_text
-from secateur.meta.evidence import _Site
-from secateur.model.inputs import forward_arguments
-from secateur.model.memory import cpu_allocations
-from secateur.model.probe import probe
-from secateur.model.sites import find_sites
-from secateur.model.timing import quartiles, time_in_turn
+from secateur.measuring.memory import cpu_allocations
+from secateur.measuring.timing import quartiles, time_in_turn
+from secateur.models.inputs import forward_arguments
+from secateur.pruners.evidence import _Site
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
+from secateur.sites.attention import find_sites
+from secateur.sites.gating import probe
+from secateur.support.files import write_text
+from secateur.texts.data import batches
 
 SCORERS = ["contribution", "smp", "smp-plus", "leave_one_out"]
 ROUNDS = 5

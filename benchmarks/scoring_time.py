@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from provenance import provenance
-from secateur.data import batches
 from secateur.demo import demo_model, demo_task
-from secateur.files import write_text
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.sites import find_sites
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
+from secateur.sites.attention import find_sites
+from secateur.support.files import write_text
+from secateur.texts.data import batches
 
 SCORERS = ["contribution", "matching", "entropy", "smp", "smp-plus", "relational_taylor"]
 ROUNDS = 5

@@ -19,14 +19,14 @@ from typing import Any
 from other_texts import DRAWS, SCORERS, other_loss
 from provenance import provenance
 from representations import LENGTH
-from secateur.data import load_task
+from secateur.choosing.refinement import refine_mask
+from secateur.comparing.workers import each, workers
 from secateur.demo import CALIBRATION_TEXTS, demo_model
-from secateur.files import write_text
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.refinement import refine_mask
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
-from secateur.workers import each, workers
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.scorers.score import score_heads
+from secateur.support.files import write_text
+from secateur.texts.data import load_task
+from secateur.units.select import select_heads
 
 RATIO = 0.5
 

@@ -21,15 +21,15 @@ import click
 import torch
 
 import secateur
-from secateur.bench import SHAPES, Measured, benchmark
 from secateur.demo import demo_model, demo_task
-from secateur.files import write_text
-from secateur.model.head_costs import HeadCosts
-from secateur.model.latency_table import measure_latency
-from secateur.model.loading import load_model
-from secateur.model.sites import find_sites
-from secateur.model.timing import Clock, Shape, quartiles
-from secateur.versions import environment
+from secateur.measuring.bench import SHAPES, Measured, benchmark
+from secateur.measuring.latency_table import measure_latency
+from secateur.measuring.timing import Clock, Shape, quartiles
+from secateur.measuring.unit_costs import HeadCosts
+from secateur.models.loading import load_model
+from secateur.sites.attention import find_sites
+from secateur.support.files import write_text
+from secateur.support.versions import environment
 
 
 def fastest(row: Measured, first: Measured) -> float:

@@ -26,9 +26,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import secateur
 from provenance import provenance
-from secateur.data import load_task
-from secateur.files import write_text
-from secateur.streams import stream_texts
+from secateur.support.files import write_text
+from secateur.texts.data import load_task
+from secateur.texts.streams import stream_texts
 
 COUNTS = (1_000, 4_000, 16_000)
 WORDS = [

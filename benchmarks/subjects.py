@@ -34,10 +34,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from secateur.data import batches
 from secateur.demo import demo_model, demo_task
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.texts.data import batches
 
 # This file is part of the package where a benchmark is run with -m, and lies beside it where it is run by its path.
 antibodies = importlib.import_module(f"{__package__}.antibodies" if __package__ else "antibodies")

@@ -39,14 +39,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
 
 from secateur.errors import SecateurError, UnsupportedModelError
-from secateur.files import write_text
-from secateur.heads import HeadMask
-from secateur.model.inputs import example_inputs
-from secateur.model.layout import AttentionSite
-from secateur.model.probe import probe
-from secateur.model.removal import gated_heads, remove_heads_
-from secateur.model.sites import find_sites
-from secateur.model.state import base_of
+from secateur.models.inputs import example_inputs
+from secateur.models.state import base_of
+from secateur.removal.remove import gated_heads, remove_heads_
+from secateur.sites.attention import find_sites
+from secateur.sites.gating import probe
+from secateur.sites.layout import AttentionSite
+from secateur.support.files import write_text
+from secateur.units.values import HeadMask
 
 ROOT = Path(__file__).parents[1]
 MOST_PARAMETERS = 20_000_000

@@ -30,14 +30,14 @@ import torch
 
 import subjects
 from provenance import machine, today
-from secateur.data import Task
-from secateur.files import read_json, write_text
-from secateur.meta.joint_runs import SCOPES, JointTrainingConfig, train_joint_pruner
-from secateur.meta.search import MaskLoss
-from secateur.meta.subjects import Subject
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
-from secateur.versions import environment
+from secateur.choosing.search import MaskLoss
+from secateur.meta_training.subjects import Subject
+from secateur.meta_training.trials import SCOPES, JointTrainingConfig, train_joint_pruner
+from secateur.scorers.score import score_heads
+from secateur.support.files import read_json, write_text
+from secateur.support.versions import environment
+from secateur.texts.data import Task
+from secateur.units.select import select_heads
 
 RESULTS = Path(__file__).parent / "results"
 OUT = RESULTS / "teaching.json"

@@ -23,11 +23,10 @@ import torch
 from tqdm import tqdm
 
 from provenance import provenance
-from secateur.files import read_json, write_text
-from secateur.meta.objective import relational_kl
-from secateur.meta.signals import gated_representations
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
+from secateur.relations import gated_representations, relational_kl
+from secateur.scorers.score import score_heads
+from secateur.support.files import read_json, write_text
+from secateur.units.select import select_heads
 from subjects import SUBJECTS, Subject
 
 RATIOS = [0.25, 0.5, 0.75]

@@ -25,15 +25,15 @@ import torch
 
 from joint_pruner import LENGTH, SCORED, TASKS, family, load, task_of
 from provenance import provenance
-from secateur.data import batches, load_task
 from secateur.demo import demo_model
-from secateur.files import write_text
-from secateur.meta.evidence import contribution_scores, gather_evidence
-from secateur.meta.joint import JointPruner, agreement, standardised, trust
-from secateur.meta.joint_training import Sample, trial_loss
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.sites import find_sites
+from secateur.meta_training.joint import Sample, trial_loss
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.pruners.evidence import contribution_scores, gather_evidence
+from secateur.pruners.joint_network import JointPruner, agreement, standardised, trust
+from secateur.sites.attention import find_sites
+from secateur.support.files import write_text
+from secateur.texts.data import batches, load_task
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "minilm"  # whose samples are of the tasks

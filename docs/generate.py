@@ -9,32 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import secateur
-from secateur.compare import DENSE
-from secateur.files import read_json, read_lines
+from secateur.comparing.compare import DENSE
+from secateur.comparing.summary import ALL_TASKS, summarise
 from secateur.scorers import DEFAULT_SCORER, SCORERS, scorer_class
-from secateur.summary import ALL_TASKS, summarise
+from secateur.support.files import read_json, read_lines
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 MODULES = [
-    "secateur.attention_maps",
-    "secateur.data",
-    "secateur.finetune",
-    "secateur.evaluate",
-    "secateur.compare",
-    "secateur.summary",
+    "secateur.sites.attention_maps",
+    "secateur.texts.data",
+    "secateur.finetuning.finetune",
+    "secateur.finetuning.evaluate",
+    "secateur.comparing.compare",
+    "secateur.comparing.summary",
     "secateur.report",
-    "secateur.report.runs",
+    "secateur.report.reading",
     "secateur.scorers",
     "secateur.scorers.base",
     "secateur.scorers.labelled",
     "secateur.scorers.learned",
-    "secateur.meta.config",
-    "secateur.meta.subjects",
-    "secateur.meta.training",
-    "secateur.meta.joint_runs",
-    "secateur.model.probe",
-    "secateur.model.cost",
+    "secateur.meta_training.config",
+    "secateur.meta_training.subjects",
+    "secateur.meta_training.paper",
+    "secateur.meta_training.trials",
+    "secateur.sites.gating",
+    "secateur.measuring.cost",
 ]
 """What is of use beyond the names of the package itself."""
 

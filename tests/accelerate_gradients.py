@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from secateur.data import Task
-from secateur.meta.config import MetaTrainingConfig
-from secateur.meta.subjects import Subject
-from secateur.meta.training import MetaTraining
+from secateur.meta_training.config import MetaTrainingConfig
+from secateur.meta_training.paper import MetaTraining
+from secateur.meta_training.subjects import Subject
+from secateur.texts.data import Task
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 

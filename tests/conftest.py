@@ -77,8 +77,8 @@ def shared() -> Path:
 def onnx_classifier(tmp_path_factory) -> Path:
     """A folder with `pruned`, a tiny classifier with an emptied site, and `onnx`, its export by the command."""
     from secateur import cli
-    from secateur.model.removal import remove_heads_
-    from secateur.model.sites import find_sites
+    from secateur.removal.remove import remove_heads_
+    from secateur.sites.attention import find_sites
     from tests.tiny import tiny_classifier, tiny_tokenizer, uneven_mask
 
     folder = tmp_path_factory.mktemp("onnx")

@@ -103,7 +103,7 @@ def _as_page() -> str:
 
 
 def _as_json(config: pytest.Config) -> str:
-    from secateur.versions import environment
+    from secateur.support.versions import environment
 
     facts = {
         "command": " ".join(["python -m pytest", *config.invocation_params.args]),

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from secateur.attention_maps import AttentionMaps
+from secateur.sites.attention_maps import AttentionMaps
 
 EVIL = "</script><script>alert('x')</script>\"'&"
 

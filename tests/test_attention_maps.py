@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from secateur import attention_maps
-from secateur.attention_maps import AttentionMaps, mean_maps
 from secateur.errors import UnsupportedModelError
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
 from secateur.pruning import prune
+from secateur.removal.remove import remove_heads_
+from secateur.sites import attention_maps
+from secateur.sites.attention import find_sites
+from secateur.sites.attention_maps import AttentionMaps, mean_maps
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import secateur
-from secateur.data import Task, batches, load_task
 from secateur.errors import InvalidInputError
-from secateur.finetune import finetune
+from secateur.finetuning.finetune import finetune
+from secateur.texts.data import Task, batches, load_task
 from tests.test_data import decoder_tokenizer
 from tests.tiny import tiny_classifier, tiny_model, tiny_tokenizer
 

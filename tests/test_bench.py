@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from secateur import cli
-from secateur.bench import Measured, _cut, benchmark
 from secateur.errors import InvalidInputError
-from secateur.model.cost import measure_cost
-from secateur.model.memory import peak_bytes
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
-from secateur.model.timing import Shape, parse_shape, quartiles, time_in_turn
+from secateur.measuring.bench import Measured, _cut, benchmark
+from secateur.measuring.cost import measure_cost
+from secateur.measuring.memory import peak_bytes
+from secateur.measuring.timing import Shape, parse_shape, quartiles, time_in_turn
+from secateur.removal.remove import remove_heads_
+from secateur.sites.attention import find_sites
 from tests.tiny import tiny_model, uneven_mask
 
 CPU = torch.device("cpu")

@@ -11,17 +11,17 @@ from transformers import AutoModel, CLIPConfig, LlamaConfig, RobertaConfig
 
 import secateur
 from secateur import cli
-from secateur.budget import Budget, BudgetedSelection, within_budget
+from secateur.choosing.budget import Budget, BudgetedSelection, within_budget
 from secateur.errors import InvalidInputError, UnsupportedModelError
-from secateur.heads import HeadMask, HeadScores
-from secateur.model.cost import compare_latency, max_length, measure_cost
-from secateur.model.head_costs import HeadCosts
-from secateur.model.inputs import example_inputs
-from secateur.model.latency_table import Kind, Level, measure_latency, shared_copy
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
-from secateur.model.timing import Shape
-from secateur.selection import select_heads
+from secateur.measuring.cost import compare_latency, measure_cost
+from secateur.measuring.latency_table import Kind, Level, measure_latency, shared_copy
+from secateur.measuring.timing import Shape
+from secateur.measuring.unit_costs import HeadCosts
+from secateur.models.inputs import example_inputs, max_length
+from secateur.removal.remove import remove_heads_
+from secateur.sites.attention import find_sites
+from secateur.units.select import select_heads
+from secateur.units.values import HeadMask, HeadScores
 from tests.tiny import CONFIGS, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -276,7 +276,7 @@ def test_sites_are_given_back_their_best_heads_where_that_is_faster(monkeypatch)
     # Three heads took longer than four.
     table = Kind(names, (Level(4, 0, [1.0]), Level(3, 1, [1.2]), Level(2, 2, [0.5]), Level(1, 3, [0.4])))
     monkeypatch.setattr(
-        "secateur.budget.measure_latency",
+        "secateur.choosing.budget.measure_latency",
         lambda base, costs, shape, progress: type("Table", (), {"kinds": (table,), "to_json": dict})(),
     )
     rows = {name: torch.tensor([4.0, 3.0, 2.0, 1.0]) for name in names}
@@ -297,7 +297,7 @@ def test_sites_without_scores_stay_whole_within_a_budget(budget, kept, scope, mo
     names = tuple(find_sites(model))
     levels = (Level(4, 0, [1.0]), Level(3, 1, [0.9]), Level(2, 2, [0.8]), Level(1, 3, [0.7]))
     monkeypatch.setattr(
-        "secateur.budget.measure_latency",
+        "secateur.choosing.budget.measure_latency",
         lambda base, costs, shape, progress: type("Table", (), {"kinds": (Kind(names, levels),)})(),
     )
     scores = HeadScores({names[1]: torch.tensor([1.0, 4.0, 3.0, 2.0])})
@@ -333,7 +333,7 @@ def test_a_copy_shares_what_no_head_owns_and_may_lose_heads():
 
 def test_prune_within_a_latency_budget(monkeypatch):
     for name, function in (("measure_latency", measure_latency), ("compare_latency", compare_latency)):
-        monkeypatch.setattr(f"secateur.budget.{name}", partial(function, rounds=1))
+        monkeypatch.setattr(f"secateur.choosing.budget.{name}", partial(function, rounds=1))
     model = tiny_model("bert")
     _, report = secateur.prune(model, scorer="magnitude", budget="latency=1.0x@1x4")
     assert report.after.heads == report.before.heads

@@ -35,14 +35,14 @@ from transformers import (
 
 import secateur
 from secateur.errors import CheckpointError, SecateurWarning
-from secateur.heads import HeadMask
-from secateur.model.checkpoint import without_hook
-from secateur.model.inputs import example_inputs
-from secateur.model.proof import hidden_states
-from secateur.model.recipe import Recipe, read_recipe
-from secateur.model.removal import remove_heads_
-from secateur.model.replay import missing_sites
-from secateur.model.sites import find_sites
+from secateur.models.inputs import example_inputs
+from secateur.removal.checkpoint import without_hook
+from secateur.removal.proof import hidden_states
+from secateur.removal.remove import remove_heads_
+from secateur.removal.replay import missing_sites
+from secateur.sites.attention import find_sites
+from secateur.sites.recipe import Recipe, read_recipe
+from secateur.units.values import HeadMask
 from tests.tiny import CONFIGS, tiny_model, uneven_mask
 
 
@@ -237,11 +237,11 @@ print(json.dumps([digest.hexdigest(), names, m.config.to_dict(), ours]))
     assert seen[0][:3] == seen[1][:3]
     assert seen[1][3] == []
     # With secateur imported, not even its model code is loaded for a model without a recipe.
-    assert seen[0][3] == ["secateur.model", "secateur.model.checkpoint"]
+    assert seen[0][3] == ["secateur.model", "secateur.removal.checkpoint"]
 
 
 def test_the_hook_is_installed_once():
-    from secateur.model.checkpoint import install
+    from secateur.removal.checkpoint import install
 
     wrapped = PreTrainedModel.post_init, PreTrainedModel.save_pretrained
     install()

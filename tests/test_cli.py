@@ -293,7 +293,7 @@ def test_ctrl_c_is_not_an_error_message(capsys, monkeypatch, texts):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("secateur.model.loading.load_model", interrupted)
+    monkeypatch.setattr("secateur.models.loading.load_model", interrupted)
     code, _, err = run(capsys, "info", "anything")
     assert code == 130
     assert "stopped" in err

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from secateur.errors import UnsupportedModelError
-from secateur.export import export_standalone
-from secateur.model.inputs import example_inputs
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
+from secateur.exporting.export import export_standalone
+from secateur.models.inputs import example_inputs
+from secateur.models.sentence_transformers import copy_modules
 from secateur.pruning import prune
-from secateur.sentence import copy_modules
+from secateur.removal.remove import remove_heads_
+from secateur.sites.attention import find_sites
 from tests.hub import REPOSITORY, Hub
 from tests.test_checkpoint import assert_equal
 from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_tokenizer, uneven_mask

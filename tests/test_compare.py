@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from secateur import cli
-from secateur import compare as comparison
-from secateur.compare import DENSE, PROTOCOLS, Protocol, Settings, compare, plan
+from secateur.cli.tables import comparison_table, markdown
+from secateur.comparing import compare as comparison
+from secateur.comparing.compare import DENSE, PROTOCOLS, Protocol, Settings, compare, plan
+from secateur.comparing.summary import ALL_TASKS, summarise
 from secateur.errors import InvalidInputError
-from secateur.files import append_line, read_lines
-from secateur.summary import ALL_TASKS, summarise
-from secateur.tables import comparison_table, markdown
+from secateur.support.files import append_line, read_lines
 from tests.processes import command
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
@@ -160,8 +160,8 @@ def test_scorers_that_need_labels_or_the_ratio_get_them(settings, tmp_path):
 
 def test_each_scorer_gets_its_own_pruner(folder, tmp_path, monkeypatch, capsys):
     """Scores differ from those of the shipped networks exactly where another one was given."""
-    from secateur.meta.joint import JointPruner
-    from secateur.meta.network import MetaPruner
+    from secateur.pruners.joint_network import JointPruner
+    from secateur.pruners.map_network import MetaPruner
 
     torch.manual_seed(0)
     MetaPruner().save_pretrained(tmp_path / "maps-only")

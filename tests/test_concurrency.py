@@ -7,12 +7,12 @@ import torch
 from transformers import BertModel
 
 from secateur.errors import RemovalError, SecateurError, UnsupportedModelError
-from secateur.heads import HeadMask
-from secateur.model.probe import probe
-from secateur.model.removal import gated_heads, remove_heads_
-from secateur.model.sites import find_sites
 from secateur.pruning import prune
-from secateur.scoring import score_heads
+from secateur.removal.remove import gated_heads, remove_heads_
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
+from secateur.sites.gating import probe
+from secateur.units.values import HeadMask
 from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from secateur import MetaPruner, cli
-from secateur.model.inputs import example_inputs
+from secateur.models.inputs import example_inputs
 from tests.test_legacy import v4_folder
 from tests.tiny import tiny_classifier, tiny_model, tiny_tokenizer
 

@@ -8,14 +8,14 @@ from torch import nn
 from transformers import AutoModel, ProphetNetConfig, SwinConfig, ViTConfig
 
 from secateur.errors import UnsupportedModelError
-from secateur.heads import HeadMask
-from secateur.model.direct import known_sites
-from secateur.model.inputs import example_inputs
-from secateur.model.probe import prepare, probe
-from secateur.model.proof import hidden_states, largest_difference
-from secateur.model.removal import gated_heads, remove_heads_
-from secateur.model.sites import find_sites
-from secateur.scoring import score_heads
+from secateur.models.inputs import example_inputs
+from secateur.removal.proof import hidden_states, largest_difference
+from secateur.removal.remove import gated_heads, remove_heads_
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
+from secateur.sites.direct import known_sites
+from secateur.sites.gating import prepare, probe
+from secateur.units.values import HeadMask
 from tests.tiny import tiny_model
 
 DIRECT = {
@@ -61,7 +61,7 @@ def test_closing_a_gate_is_zeros_in_the_output_projection(kind):
 
 
 def test_a_model_is_looked_at_once(monkeypatch):
-    from secateur.model import direct
+    from secateur.sites import direct
 
     model = tiny_model("mpnet")
     looks = []
@@ -171,7 +171,7 @@ def test_windows_are_gated_together_and_never_one_by_one():
 
 def test_a_model_that_needs_its_own_inputs_is_not_gated_blindly(monkeypatch):
     """Without a pass nobody knows where the heads are: an ignored gate would be silently wrong."""
-    from secateur.model import direct
+    from secateur.sites import direct
 
     def refuse(*args, **kwargs):
         raise UnsupportedModelError("no example can be made")

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from secateur import distillation
 from secateur.cli import main
-from secateur.compare import Settings, compare
+from secateur.comparing.compare import Settings, compare
 from secateur.demo import demo_model, demo_task
-from secateur.distillation import _share, distill_
 from secateur.errors import InvalidInputError, SecateurError, UnsupportedModelError
-from secateur.heads import HeadMask
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.removal.remove import remove_heads_
+from secateur.restoring import distillation
+from secateur.restoring.distillation import _share, distill_
+from secateur.sites.attention import find_sites
+from secateur.units.values import HeadMask
 from tests.test_memory_and_numbers import poisoned
 from tests.tiny import CONFIGS, tiny_model, tiny_texts, tiny_tokenizer
 
@@ -237,7 +237,8 @@ def test_the_command_teaches_a_pruned_folder(tmp_path, capsys):
 def test_a_comparison_distils_pruned_runs_on_all_texts_and_leaves_dense_ones(tmp_path, monkeypatch):
     taught = []
     monkeypatch.setattr(
-        "secateur.compare.distill_", lambda *args, **kwargs: taught.append(args[2]) or distill_(*args, **kwargs)
+        "secateur.comparing.compare.distill_",
+        lambda *args, **kwargs: taught.append(args[2]) or distill_(*args, **kwargs),
     )
     tiny_model("bert").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from secateur import cli, workers
+from secateur import cli
+from secateur.comparing import workers
 from secateur.errors import InvalidInputError, SecateurError, WriteError
-from secateur.files import append_line, check_new_folder, new_folder, read_lines, write_text
+from secateur.support.files import append_line, check_new_folder, new_folder, read_lines, write_text
 from tests.processes import command, touches
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 

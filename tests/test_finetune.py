@@ -21,16 +21,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from secateur.data import Task
 from secateur.errors import InvalidInputError, SecateurError
-from secateur.evaluate import (
+from secateur.finetuning.evaluate import (
     check_model_fits,
     classification_metrics,
     evaluate_model,
     main_metric,
     regression_metrics,
 )
-from secateur.finetune import FinetuneResult, finetune, load_classifier
+from secateur.finetuning.finetune import FinetuneResult, finetune, load_classifier
+from secateur.texts.data import Task
 
 FILLERS = [f"w{i}" for i in range(20)]
 WORDS = ["good", "bad", *FILLERS]
@@ -408,14 +408,14 @@ def test_the_head_has_room_for_the_classes_of_both_splits(base):
     ],
 )
 def test_bad_arguments_are_refused_before_the_training(tokenizer, changes, message, monkeypatch):
-    monkeypatch.setattr("secateur.trainer.Trainer", None)
+    monkeypatch.setattr("secateur.finetuning.trainer.Trainer", None)
     arguments = {"model_or_path": tiny_bert(), "task": toy_task(4, 0), "tokenizer": tokenizer} | changes
     with pytest.raises(InvalidInputError, match=message):
         finetune(**arguments)
 
 
 def test_a_used_folder_is_refused_before_the_training(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.trainer.Trainer", None)
+    monkeypatch.setattr("secateur.finetuning.trainer.Trainer", None)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InvalidInputError, match="`out` must be a new or empty folder"):
         finetune(tiny_bert(), toy_task(4, 0), tokenizer=tokenizer, out=tmp_path)

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoModel
 
 from secateur.errors import CheckpointError, InvalidInputError
-from secateur.heads import HeadMask, HeadScores
-from secateur.model.recipe import KEY, Recipe
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
-from secateur.selection import select_heads
+from secateur.removal.remove import remove_heads_
+from secateur.sites.attention import find_sites
+from secateur.sites.recipe import KEY, Recipe
+from secateur.units.select import select_heads
+from secateur.units.values import HeadMask, HeadScores
 from tests.damage import ODD, damaged
 from tests.tiny import CONFIGS, tiny_model, uneven_mask
 

@@ -9,12 +9,12 @@ from accelerate import dispatch_model
 
 import secateur
 from secateur import cli
-from secateur.meta.joint_runs import JointTrainingConfig, train_joint_pruner
-from secateur.meta.subjects import Subject
-from secateur.model.inputs import example_inputs
-from secateur.model.offload import is_offloaded
-from secateur.model.sites import find_sites
+from secateur.meta_training.subjects import Subject
+from secateur.meta_training.trials import JointTrainingConfig, train_joint_pruner
+from secateur.models.inputs import example_inputs
+from secateur.models.offload import is_offloaded
 from secateur.scorers import SCORERS
+from secateur.sites.attention import find_sites
 from tests.test_joint_runs import SMALL, TASKS
 from tests.test_scorers import LABELS, condition, inputs_of, model_for, options
 from tests.tiny import CONFIGS, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import InvalidInputError
-from secateur.heads import HeadMask, HeadScores
+from secateur.units.values import HeadMask, HeadScores
 
 
 def test_scores_round_trip_with_a_removed_head(tmp_path):

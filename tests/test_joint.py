@@ -11,19 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig
 
 import secateur
+from secateur.choosing.refinement import refine_mask
+from secateur.choosing.search import MaskLoss, exchanges, search
 from secateur.errors import CheckpointError, InvalidInputError, SecateurWarning
-from secateur.heads import HeadMask
-from secateur.meta.evidence import (
-    FEATURES,
-    MAP_FEATURES,
-    Evidence,
-    _map_statistics,
-    _second_moments,
-    gather_evidence,
-    unbiased_hsic,
-)
-from secateur.meta.joint import EVIDENCE_KINDS, JointPruner, trust
-from secateur.meta.joint_training import (
+from secateur.meta_training.joint import (
     LEAVE_ONE_OUT,
     FitConfig,
     Sample,
@@ -34,24 +25,32 @@ from secateur.meta.joint_training import (
     lesson,
     trial_loss,
 )
-from secateur.meta.objective import relational_kl
-from secateur.meta.search import MaskLoss, exchanges, search
-from secateur.meta.signals import gated_representations
-from secateur.model.inputs import example_inputs, forward_arguments
-from secateur.model.probe import probe
-from secateur.model.removal import gated_heads, remove_heads_
-from secateur.model.sites import find_sites
-from secateur.refinement import refine_mask
-from secateur.scorers.contribution import output_weights
+from secateur.models.inputs import example_inputs, forward_arguments
+from secateur.pruners.evidence import (
+    FEATURES,
+    MAP_FEATURES,
+    Evidence,
+    _map_statistics,
+    _second_moments,
+    gather_evidence,
+    unbiased_hsic,
+)
+from secateur.pruners.joint_network import EVIDENCE_KINDS, JointPruner, trust
+from secateur.pruners.writes import output_weights
+from secateur.relations import gated_representations, relational_kl
+from secateur.removal.remove import gated_heads, remove_heads_
+from secateur.scorers.score import score_heads
 from secateur.scorers.smp_plus import SmpPlusScorer
-from secateur.scoring import score_heads
+from secateur.sites.attention import find_sites
+from secateur.sites.gating import probe
+from secateur.units.values import HeadMask
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 RANDOM = torch.Generator().manual_seed(0)
 
 
 def batches_of(model, count=8, size=4, seed=0):
-    from secateur.data import batches
+    from secateur.texts.data import batches
 
     return forward_arguments(model, batches(tiny_tokenizer(), tiny_texts(count, seed), size, 16))
 
@@ -213,7 +212,7 @@ def test_padding_and_batching_and_order_change_nothing():
 
 @pytest.mark.parametrize("is_pair", [False, True])
 def test_the_side_of_the_padding_changes_nothing(is_pair):
-    from secateur.data import batches
+    from secateur.texts.data import batches
 
     model, tokenizer, found = tiny_model("llama"), tiny_tokenizer(), []
     for side in ("right", "left"):
@@ -353,7 +352,7 @@ def test_maps_are_made_only_for_networks_that_see_them():
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "secateur.meta.evidence.probe", lambda *a, weights: asked.append(weights) or probe(*a, weights=weights)
+            "secateur.pruners.evidence.probe", lambda *a, weights: asked.append(weights) or probe(*a, weights=weights)
         )
         for without in (("maps",), ()):
             score_heads(model, inputs=made, scorer=SmpPlusScorer(learned(without=without)))
@@ -679,7 +678,7 @@ def test_a_sample_holds_what_masks_cost_beside_one_mask_on_the_same_texts(tmp_pa
     assert torch.equal(again.masks, sample.masks)
     assert torch.equal(again.evidence.features, sample.evidence.features)
     assert again.evidence.heads == sample.evidence.heads
-    monkeypatch.setattr("secateur.meta.joint_training.FEATURES", (*FEATURES, "another"))
+    monkeypatch.setattr("secateur.meta_training.joint.FEATURES", (*FEATURES, "another"))
     message = "holds evidence of another version; remove it, and it is collected again"
     with pytest.raises(CheckpointError, match=message):
         Sample.load(tmp_path / "s.safetensors")

@@ -12,17 +12,17 @@ from transformers import AutoModel, BertConfig
 
 import secateur
 from secateur import cli
-from secateur.data import Task
+from secateur.choosing.search import MaskLoss
 from secateur.errors import CheckpointError, InvalidInputError, UnsupportedModelError
-from secateur.meta import joint_runs
-from secateur.meta.evidence import contribution_scores
-from secateur.meta.joint import JointPruner
-from secateur.meta.joint_runs import JointTrainingConfig, _Counted, held_out_losses, train_joint_pruner
-from secateur.meta.joint_training import FitConfig, Sample, TrialConfig, collect, trial_loss
-from secateur.meta.search import MaskLoss
-from secateur.meta.subjects import Subject
-from secateur.model.sites import find_sites
-from secateur.scoring import score_heads
+from secateur.meta_training import trials as joint_runs
+from secateur.meta_training.joint import FitConfig, Sample, TrialConfig, collect, trial_loss
+from secateur.meta_training.subjects import Subject
+from secateur.meta_training.trials import JointTrainingConfig, _Counted, held_out_losses, train_joint_pruner
+from secateur.pruners.evidence import contribution_scores
+from secateur.pruners.joint_network import JointPruner
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
+from secateur.texts.data import Task
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 TASKS = [Task("singles", tiny_texts(40)), Task("pairs", tiny_texts(24, seed=1, pairs=True))]

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from secateur.errors import InvalidInputError
-from secateur.meta.evidence import FEATURES, Evidence, contribution_scores
-from secateur.meta.joint import JointPruner
-from secateur.meta.joint_training import Sample, remember
-from secateur.meta.known_models import KnownModel
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
-from secateur.scoring import score_heads
+from secateur.meta_training.joint import Sample, remember
+from secateur.pruners.evidence import FEATURES, Evidence, contribution_scores
+from secateur.pruners.joint_network import JointPruner
+from secateur.pruners.known_models import KnownModel
+from secateur.removal.remove import remove_heads_
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
 from tests.test_joint import batches_of, column, evidence_of, learned, permuted
 from tests.tiny import tiny_model, uneven_mask
 

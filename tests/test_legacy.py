@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from secateur.errors import CheckpointError
-from secateur.heads import HeadMask
-from secateur.model import legacy
-from secateur.model.inputs import example_inputs
-from secateur.model.proof import hidden_states
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
+from secateur.models.inputs import example_inputs
+from secateur.removal import legacy
+from secateur.removal.proof import hidden_states
+from secateur.removal.remove import remove_heads_
+from secateur.sites.attention import find_sites
+from secateur.units.values import HeadMask
 from tests.tiny import CONFIGS, tiny_model
 
 

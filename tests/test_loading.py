@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from secateur import cli
 from secateur.errors import CheckpointError, InvalidInputError, SecateurWarning
-from secateur.model.loading import check_device, find_tokenizer, load_model, load_tokenizer
+from secateur.models.loading import check_device, find_tokenizer, load_model, load_tokenizer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

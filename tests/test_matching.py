@@ -9,21 +9,23 @@ import torch
 from transformers import AutoModel, Data2VecVisionConfig
 
 import secateur
-from secateur.data import batches
+from secateur.choosing.refinement import refine_mask
 from secateur.demo import demo_model
 from secateur.errors import InvalidInputError, UnsupportedModelError
-from secateur.heads import HeadMask
-from secateur.meta import evidence
-from secateur.meta.evidence import gather_evidence
-from secateur.meta.joint import JointPruner, matching_scores
-from secateur.model.inputs import example_inputs, forward_arguments
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.sites import find_sites
-from secateur.refinement import refine_mask
-from secateur.scorers.base import ScoringTask, special_ids_of
-from secateur.scorers.matching import MATCH_WEIGHT, MatchingScorer, heads_that_match, matching
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
+from secateur.models.inputs import example_inputs, forward_arguments
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.pruners import evidence
+from secateur.pruners.evidence import gather_evidence
+from secateur.pruners.joint_network import JointPruner, matching_scores
+from secateur.pruners.tokens import special_ids_of
+from secateur.pruners.word_matches import MATCH_WEIGHT, matching
+from secateur.scorers.base import ScoringTask
+from secateur.scorers.matching import MatchingScorer, heads_that_match
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
+from secateur.texts.data import batches
+from secateur.units.select import select_heads
+from secateur.units.values import HeadMask
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,7 +170,7 @@ def test_refining_keeps_the_heads_that_match(monkeypatch):
         asked.append(task.is_pair)
         return matching_heads
 
-    monkeypatch.setattr(secateur.refinement, "heads_that_match", those)
+    monkeypatch.setattr(secateur.choosing.refinement, "heads_that_match", those)
     for seed in range(4):
         mask, losses = refine_mask(model, start, PAIRS, tokenizer, steps=20, seed=seed)
         assert len(losses) == 21

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from secateur import cli
-from secateur.data import Task
+from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError, OutOfMemoryError, SecateurWarning
-from secateur.evaluate import evaluate_model
-from secateur.halving import halves_batches, is_out_of_memory
-from secateur.heads import HeadScores
-from secateur.model.proof import hidden_states, largest_difference
-from secateur.model.removal import gated_heads, remove_heads_
-from secateur.model.sites import find_sites
-from secateur.refinement import refine_mask
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
+from secateur.finetuning.evaluate import evaluate_model
+from secateur.removal.proof import hidden_states, largest_difference
+from secateur.removal.remove import gated_heads, remove_heads_
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
+from secateur.texts.data import Task
+from secateur.texts.halving import halves_batches, is_out_of_memory
+from secateur.units.select import select_heads
+from secateur.units.values import HeadScores
 from tests.processes import command
 from tests.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
@@ -252,7 +252,7 @@ def test_threads_change_rounding_and_nothing_else(minilm, tokenizer, outcome):
 
 
 def test_the_command_says_in_one_line_that_memory_is_short(tmp_path, monkeypatch, capsys, outcome):
-    from secateur.trainer import Trainer
+    from secateur.finetuning.trainer import Trainer
 
     def full(self):
         raise torch.OutOfMemoryError(GPU)

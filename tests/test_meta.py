@@ -13,10 +13,9 @@ from transformers import BloomConfig, BloomModel, CodeGenConfig, CodeGenModel, X
 
 import secateur
 from secateur.errors import CheckpointError, InvalidInputError
-from secateur.meta.network import PAIR, SINGLE, MetaPruner, to_network_size
-from secateur.meta.objective import by_first_token, relational_kl, relations, represent
-from secateur.meta.signals import gated_representations
-from secateur.model.inputs import example_inputs
+from secateur.models.inputs import example_inputs
+from secateur.pruners.map_network import PAIR, SINGLE, MetaPruner, to_network_size
+from secateur.relations import by_first_token, gated_representations, relational_kl, relations, represent
 from secateur.scorers.smp import load_pruner
 from tests.tiny import tiny_model
 

@@ -15,24 +15,18 @@ from accelerate import Accelerator
 from safetensors import safe_open
 
 from secateur import cli
-from secateur.data import Task
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError
-from secateur.meta.config import MetaTrainingConfig
-from secateur.meta.network import MetaPruner
-from secateur.meta.objective import relational_kl
-from secateur.meta.runs import Log, latest_checkpoint
-from secateur.meta.sampling import draw_heads, draw_whole_sites, drop_dimensions, task_weights
-from secateur.meta.signals import (
-    gated_representations,
-    leave_one_out_estimate,
-    num_kept,
-    random_masks_estimate,
-    ranking_loss,
-)
-from secateur.meta.subjects import Subject
-from secateur.meta.training import HeldOut, MetaTraining, train_meta_pruner
-from secateur.model.probe import HeadReading
-from secateur.scoring import score_heads
+from secateur.meta_training.config import MetaTrainingConfig
+from secateur.meta_training.paper import HeldOut, MetaTraining, train_meta_pruner
+from secateur.meta_training.runs import Log, latest_checkpoint
+from secateur.meta_training.sampling import draw_heads, draw_whole_sites, drop_dimensions, task_weights
+from secateur.meta_training.signals import leave_one_out_estimate, num_kept, random_masks_estimate, ranking_loss
+from secateur.meta_training.subjects import Subject
+from secateur.pruners.map_network import MetaPruner
+from secateur.relations import gated_representations, relational_kl
+from secateur.scorers.score import score_heads
+from secateur.sites.gating import HeadReading
+from secateur.texts.data import Task
 from tests.processes import command
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
@@ -170,7 +164,7 @@ def test_a_site_that_layers_share_is_read_in_each(monkeypatch):
 
 
 def test_the_loss_is_weighted_and_gates_are_half_of_the_cut_sites(monkeypatch):
-    from secateur.meta import signals
+    from secateur.meta_training import signals
 
     seen = []
     real = signals.gated_representations
@@ -471,12 +465,12 @@ def test_readings_reach_the_pruner_streamed():
     maps, streamed = {}, {}
 
     def see(reading: HeadReading):
-        from secateur.meta.network import to_network_size
+        from secateur.pruners.map_network import to_network_size
 
         maps[reading.site] = to_network_size(reading.weights, batch["attention_mask"])
         streamed[reading.site] = run.pruner.score_maps(reading.weights, batch["attention_mask"], False).mean(dim=0)
 
-    from secateur.model.probe import probe
+    from secateur.sites.gating import probe
 
     with torch.no_grad(), probe(who.model, see, weights=True):
         who.model(**batch)

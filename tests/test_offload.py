@@ -10,10 +10,10 @@ from transformers import AutoModel
 import secateur
 from secateur import cli
 from secateur.errors import UnsupportedModelError
-from secateur.model.inputs import example_inputs
-from secateur.model.offload import is_offloaded
-from secateur.model.sites import find_sites
-from secateur.selection import select_heads
+from secateur.models.inputs import example_inputs
+from secateur.models.offload import is_offloaded
+from secateur.sites.attention import find_sites
+from secateur.units.select import select_heads
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +68,7 @@ def test_half_precision_in_cpu_memory_or_spread_is_never_widened(monkeypatch):
     places = dict.fromkeys(DISK["llama"], "cpu")
     spread = dispatch_model(tiny_model("llama").to(torch.bfloat16), places, force_hooks=True)
     assert not is_offloaded(spread)
-    monkeypatch.setattr("secateur.model.sites.in_float32", lambda _: 1 / 0)  # a copy that might not fit
+    monkeypatch.setattr("secateur.sites.attention.in_float32", lambda _: 1 / 0)  # a copy that might not fit
     for model in (fetched, spread):
         assert find_sites(model) == sites
         found = secateur.score_heads(model, inputs=[batch])
@@ -78,7 +78,7 @@ def test_half_precision_in_cpu_memory_or_spread_is_never_widened(monkeypatch):
 def test_a_block_is_put_back_also_after_an_exception(tmp_path, monkeypatch):
     model = on_disk("bert", tmp_path)
     calls = {name: vars(module).get("forward") for name, module in model.named_modules()}
-    monkeypatch.setattr("secateur.model.ownership.Ownership.slices", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("secateur.sites.ownership.Ownership.slices", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         find_sites(model)
     assert {name: vars(module).get("forward") for name, module in model.named_modules()} == calls

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from secateur import cli
-from secateur.export import export_onnx
-from secateur.model import onnx as onnx_export
-from secateur.model.loading import load_model
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
+from secateur.exporting import onnx as onnx_export
+from secateur.exporting.export import export_onnx
+from secateur.models.loading import load_model
+from secateur.removal.remove import remove_heads_
+from secateur.sites.attention import find_sites
 from tests.tiny import CONFIGS, tiny_model, uneven_mask
 
 

@@ -7,10 +7,10 @@ import torch
 
 import secateur
 from secateur import cli
-from secateur.data import Task
-from secateur.heads import HeadMask, HeadScores
-from secateur.meta.network import MetaPruner
-from secateur.meta.subjects import Subject
+from secateur.meta_training.subjects import Subject
+from secateur.pruners.map_network import MetaPruner
+from secateur.texts.data import Task
+from secateur.units.values import HeadMask, HeadScores
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModel
 
 from secateur.errors import SecateurError
-from secateur.model import probe as probe_module
-from secateur.model.inputs import example_inputs
-from secateur.model.probe import count_heads, probe
-from secateur.model.proof import hidden_states, largest_difference
-from secateur.model.sites import find_sites
+from secateur.models.inputs import example_inputs
+from secateur.removal.proof import hidden_states, largest_difference
+from secateur.sites import gating as probe_module
+from secateur.sites.attention import find_sites
+from secateur.sites.gating import count_heads, probe
 from tests.tiny import CONFIGS, tiny_model
 
 

@@ -18,12 +18,12 @@ import torch
 
 import secateur
 from secateur import cli
-from secateur.data import Task
 from secateur.errors import InvalidInputError
-from secateur.meta import joint_runs
-from secateur.meta.joint_runs import JointTrainingConfig, train_joint_pruner
-from secateur.meta.joint_training import FitConfig, TrialConfig
-from secateur.meta.subjects import Subject
+from secateur.meta_training import trials as joint_runs
+from secateur.meta_training.joint import FitConfig, TrialConfig
+from secateur.meta_training.subjects import Subject
+from secateur.meta_training.trials import JointTrainingConfig, train_joint_pruner
+from secateur.texts.data import Task
 from tests.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import secateur
-from secateur.heads import HeadMask
-from secateur.meta.network import MetaPruner
-from secateur.meta.objective import relational_kl, represent
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.probe import probe
-from secateur.model.proof import hidden_states, largest_difference
-from secateur.model.sites import find_sites
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.pruners.map_network import MetaPruner
+from secateur.relations import relational_kl, represent
+from secateur.removal.proof import hidden_states, largest_difference
+from secateur.sites.attention import find_sites
+from secateur.sites.gating import probe
+from secateur.units.values import HeadMask
 from tests.conftest import SENTENCES
 
 pytestmark = pytest.mark.real
@@ -117,8 +117,8 @@ def test_sites_of_a_real_model(minilm):
 def test_the_shipped_meta_pruners_beat_random_heads(minilm, tokenizer):
     """On sentences that it was not trained on, judged on others than those scored."""
     from secateur.demo import demo_task
-    from secateur.meta.subjects import Subject
-    from secateur.meta.training import mask_kl
+    from secateur.meta_training.paper import mask_kl
+    from secateur.meta_training.subjects import Subject
 
     texts = demo_task()[0].texts
     judged = Subject(minilm, tokenizer).batches(texts[64:128], 32, 64)
@@ -136,9 +136,9 @@ def test_the_shipped_joint_pruner_knows_this_model_and_none_of_its_shape(minilm,
     from transformers import AutoModel
 
     from secateur.demo import demo_task
-    from secateur.meta.evidence import gather_evidence
-    from secateur.meta.joint import JointPruner
-    from secateur.meta.subjects import Subject
+    from secateur.meta_training.subjects import Subject
+    from secateur.pruners.evidence import gather_evidence
+    from secateur.pruners.joint_network import JointPruner
     from secateur.scorers.smp_plus import SHIPPED
 
     pruner, texts = JointPruner.from_pretrained(str(SHIPPED)).eval(), demo_task()[0].texts[:32]

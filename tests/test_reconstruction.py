@@ -11,17 +11,17 @@ import torch
 from transformers import BertConfig, BertModel
 
 import secateur
-from secateur import reconstruction
+from secateur.choosing.search import MaskLoss
 from secateur.cli import main
 from secateur.errors import InvalidInputError, SecateurWarning
-from secateur.heads import HeadMask
-from secateur.meta.search import MaskLoss
-from secateur.model.inputs import forward_arguments
-from secateur.model.proof import hidden_states, largest_difference
-from secateur.model.removal import gated_heads, remove_heads_
-from secateur.model.sites import find_sites
-from secateur.reconstruction import _Moments, reconstruct_
-from secateur.verify import verify_checkpoint
+from secateur.models.inputs import forward_arguments
+from secateur.removal.proof import hidden_states, largest_difference
+from secateur.removal.remove import gated_heads, remove_heads_
+from secateur.removal.verify import verify_checkpoint
+from secateur.restoring import reconstruction
+from secateur.restoring.reconstruction import _Moments, reconstruct_
+from secateur.sites.attention import find_sites
+from secateur.units.values import HeadMask
 from tests.test_memory_and_numbers import full_above, poisoned
 from tests.tiny import CONFIGS, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 

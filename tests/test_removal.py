@@ -17,13 +17,13 @@ from transformers import (
 )
 
 from secateur.errors import InvalidInputError, RemovalError
-from secateur.heads import HeadMask
-from secateur.model import removal
-from secateur.model.cost import count_parameters
-from secateur.model.inputs import example_inputs
-from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
-from secateur.model.removal import gated_heads, remove_heads_
-from secateur.model.sites import find_sites
+from secateur.measuring.cost import count_parameters
+from secateur.models.inputs import example_inputs
+from secateur.removal import remove as removal
+from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
+from secateur.removal.remove import gated_heads, remove_heads_
+from secateur.sites.attention import find_sites
+from secateur.units.values import HeadMask
 from tests.tiny import CONFIGS, tiny_model, uneven_mask
 
 
@@ -454,7 +454,7 @@ def test_a_pruned_model_is_pickled_and_copied_with_what_was_mixed_in(kind, empty
 
 def test_a_model_that_cannot_be_emptied_is_refused_and_whole(monkeypatch):
     """GPT-2 needs the way around its own code; without it the reason is given and nothing has changed."""
-    from secateur.model import emptied
+    from secateur.removal import emptied
 
     model = tiny_model("gpt2")
     sites = find_sites(model)

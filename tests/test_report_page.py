@@ -3,7 +3,7 @@
 import pytest
 
 from secateur.report import render_report
-from secateur.report.runs import read_runs
+from secateur.report.reading import read_runs
 from tests.browser import browser, chromium, opened
 from tests.report_data import EVIL, write_comparison, write_pruned
 

@@ -7,14 +7,14 @@ from itertools import pairwise
 import pytest
 
 from secateur import cli
+from secateur.comparing.summary import summarise
 from secateur.errors import InvalidInputError
-from secateur.heads import HeadScores
 from secateur.report import MAX_MAP_CHARACTERS, render_report
 from secateur.report.comparison import agreement, comparison_view, cost_charts, curves
 from secateur.report.numbers import DASH
-from secateur.report.pruning import pruning_view
-from secateur.report.runs import read_runs
-from secateur.summary import summarise
+from secateur.report.pruned import pruning_view
+from secateur.report.reading import read_runs
+from secateur.units.values import HeadScores
 from tests.report_data import EVIL, comparison_rows, maps_of, pruning_json, write_comparison, write_pruned
 from tests.test_report import Page
 

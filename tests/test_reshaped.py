@@ -8,14 +8,14 @@ import torch
 from transformers import AutoModel, CodeGenConfig, NystromformerConfig, TimesformerConfig
 
 from secateur.errors import CheckpointError, RemovalError
-from secateur.heads import HeadMask
-from secateur.model.failure import locate
-from secateur.model.inputs import example_inputs
-from secateur.model.proof import TOLERANCE, hidden_states, largest_difference
-from secateur.model.recipe import Recipe
-from secateur.model.removal import gated_heads, remove_heads_
-from secateur.model.reshaped import _FittingShapes
-from secateur.model.sites import find_sites
+from secateur.models.failure import locate
+from secateur.models.inputs import example_inputs
+from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
+from secateur.removal.remove import gated_heads, remove_heads_
+from secateur.removal.reshaped import _FittingShapes
+from secateur.sites.attention import find_sites
+from secateur.sites.recipe import Recipe
+from secateur.units.values import HeadMask
 from tests.tiny import _stirred, uneven_mask
 
 _COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}

@@ -12,20 +12,20 @@ from transformers import AutoModel, CLIPTextConfig
 
 import secateur
 from secateur.errors import InvalidInputError, SecateurError, UnsupportedModelError
-from secateur.heads import HeadScores
-from secateur.meta.objective import relations, represent
-from secateur.model.classifier import with_new_head
-from secateur.model.inputs import example_inputs
-from secateur.model.probe import HeadReading, probe
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
+from secateur.models.classifier import with_new_head
+from secateur.models.inputs import example_inputs
+from secateur.relations import relations, represent
+from secateur.removal.remove import remove_heads_
 from secateur.scorers import SCORERS, dsp, labelled, learned, make_scorer, scorer_class
 from secateur.scorers.dsp import relaxed_top_k
 from secateur.scorers.l0 import hard_concrete, open_probability
 from secateur.scorers.labelled import text_losses
 from secateur.scorers.relational_taylor import kl_sample
-from secateur.scoring import score_heads
-from secateur.selection import select_heads
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
+from secateur.sites.gating import HeadReading, probe
+from secateur.units.select import select_heads
+from secateur.units.values import HeadScores
 from tests.test_scorers import condition
 from tests.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from secateur import cli
+from secateur.cli.tables import print_table, scores_table
 from secateur.errors import SecateurError
-from secateur.heads import HeadScores
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
+from secateur.models.loading import load_model, load_tokenizer
+from secateur.removal.remove import remove_heads_
+from secateur.removal.verify import verify_checkpoint
 from secateur.report import render_report
 from secateur.report.plots import write_plots
-from secateur.report.runs import read_runs
+from secateur.report.reading import read_runs
 from secateur.scorers import make_scorer
-from secateur.tables import print_table, scores_table
-from secateur.verify import verify_checkpoint
+from secateur.sites.attention import find_sites
+from secateur.units.values import HeadScores
 from tests.report_data import EVIL, comparison_rows, pruning_json, write_comparison, write_pruned
 from tests.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 

@@ -10,20 +10,20 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, EncoderDecoderModel
 
 import secateur
-from secateur.data import batches
 from secateur.errors import CheckpointError, InvalidInputError
-from secateur.heads import HeadMask
-from secateur.meta.network import MetaPruner
-from secateur.meta.objective import relational_kl, represent
-from secateur.model.inputs import example_inputs, forward_arguments
-from secateur.model.layout import AttentionSite
-from secateur.model.probe import probe
-from secateur.model.removal import gated_heads, remove_heads_
-from secateur.model.sites import find_sites
+from secateur.models.inputs import example_inputs, forward_arguments
+from secateur.pruners.map_network import MetaPruner
+from secateur.pruners.writes import contribution_norms, gram_matrices, output_weights
+from secateur.relations import relational_kl, represent
+from secateur.removal.remove import gated_heads, remove_heads_
 from secateur.scorers import SCORERS, make_scorer, scorer_class
 from secateur.scorers.base import Scorer
-from secateur.scorers.contribution import contribution_norms, gram_matrices, output_weights
-from secateur.scoring import score_heads
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
+from secateur.sites.gating import probe
+from secateur.sites.layout import AttentionSite
+from secateur.texts.data import batches
+from secateur.units.values import HeadMask
 from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,7 +227,7 @@ def test_contributions_add_up_to_what_the_site_writes(kind):
         )
         for name, site in sites.items()
     ]
-    with torch.no_grad(), secateur.model.probe.probe(model, lambda r: outputs.setdefault(r.site, r.outputs)):
+    with torch.no_grad(), secateur.sites.gating.probe(model, lambda r: outputs.setdefault(r.site, r.outputs)):
         model(**inputs)
     for handle in handles:
         handle.remove()

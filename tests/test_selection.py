@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import InvalidInputError
-from secateur.heads import HeadScores
-from secateur.selection import select_heads
+from secateur.units.select import select_heads
+from secateur.units.values import HeadScores
 
 UNEQUAL = {"a": torch.tensor([0.1, 0.9, 0.5, 0.4]), "b": torch.tensor([5.0, 6.0, 7.0, 8.0])}
 

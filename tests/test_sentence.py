@@ -12,9 +12,9 @@ import torch
 
 from secateur import cli
 from secateur.errors import InvalidInputError
-from secateur.heads import HeadMask
-from secateur.model.removal import gated_heads
-from secateur.sentence import copy_modules, transformer_folder
+from secateur.models.sentence_transformers import copy_modules, transformer_folder
+from secateur.removal.remove import gated_heads
+from secateur.units.values import HeadMask
 from tests.conftest import SENTENCES
 from tests.test_standalone import BARE
 

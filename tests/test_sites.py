@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, Olmo2Config
 
 from secateur.errors import UnsupportedModelError
-from secateur.model.inputs import example_inputs
-from secateur.model.layout import NOBODY, AttentionSite
-from secateur.model.probe import probe
-from secateur.model.sites import find_sites
+from secateur.models.inputs import example_inputs
+from secateur.sites.attention import find_sites
+from secateur.sites.gating import probe
+from secateur.sites.layout import NOBODY, AttentionSite
 from tests.tiny import CONFIGS, tiny_model
 
 

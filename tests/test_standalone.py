@@ -21,14 +21,14 @@ from transformers import (
 
 import secateur
 from secateur import cli
-from secateur.bundle import bundle
-from secateur.export import export_standalone
-from secateur.model import standalone
-from secateur.model.checkpoint import without_hook
-from secateur.model.inputs import example_inputs
-from secateur.model.loading import load_model
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
+from secateur.exporting import standalone
+from secateur.exporting.bundle import bundle
+from secateur.exporting.export import export_standalone
+from secateur.models.inputs import example_inputs
+from secateur.models.loading import load_model
+from secateur.removal.checkpoint import without_hook
+from secateur.removal.remove import remove_heads_
+from secateur.sites.attention import find_sites
 from tests.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -264,7 +264,7 @@ def test_code_that_does_not_rebuild_the_model_is_not_left_behind(tmp_path, monke
 
 def test_bundles_are_what_the_modules_say():
     """The definitions are the sources' own text, and nothing that is not needed comes along."""
-    code = bundle("secateur.model.replay", ["Rebuilt"])
+    code = bundle("secateur.removal.replay", ["Rebuilt"])
     names = {n.name for n in ast.parse(code).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     assert {"rebuild_", "cut_site_", "EmptiedAttention", "NarrowedTable", "Recipe"} <= names
     assert not {"evaluation_mode", "RemovalError", "find_sites"} & names

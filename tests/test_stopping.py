@@ -8,7 +8,7 @@ import torch
 import secateur
 from secateur import cli
 from secateur.errors import InvalidInputError
-from secateur.stopping import Settling
+from secateur.texts.stopping import Settling
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WORDS = ["good", "bad", "film", "plot", "story", "music", "scene", "actor"]

@@ -19,9 +19,9 @@ import torch
 
 import secateur
 from secateur import cli
-from secateur.data import load_task
 from secateur.errors import InvalidInputError
-from secateur.streams import shuffled, stream_texts
+from secateur.texts.data import load_task
+from secateur.texts.streams import shuffled, stream_texts
 from tests.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

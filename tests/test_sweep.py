@@ -8,7 +8,8 @@ import transformers
 from benchmarks import sweep
 from transformers import AutoModel
 
-from secateur.model import layout, probe
+from secateur.sites import gating as probe
+from secateur.sites import layout
 from tests.tiny import tiny_model
 
 
@@ -63,7 +64,7 @@ def test_a_wrong_reading_is_noticed(monkeypatch):
 
 
 def test_a_wrong_removal_is_noticed_though_the_proof_is_blind(monkeypatch):
-    from secateur.model import removal
+    from secateur.removal import remove as removal
 
     honest = layout.AttentionSite.kept_indices
 

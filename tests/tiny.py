@@ -35,7 +35,7 @@ from transformers import (
     XGLMConfig,
 )
 
-from secateur.heads import HeadMask
+from secateur.units.values import HeadMask
 
 _COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 37}
 _TEXT = {**_COMMON, "vocab_size": 99}

@@ -11,58 +11,59 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from secateur.support.versions import __version__ as __version__
+
 if TYPE_CHECKING:
-    from secateur.budget import select_within_budget as select_within_budget
-    from secateur.distillation import distill_ as distill_
+    from secateur.choosing.budget import select_within_budget as select_within_budget
+    from secateur.choosing.refinement import refine_mask as refine_mask
     from secateur.errors import CheckpointError as CheckpointError
     from secateur.errors import InvalidInputError as InvalidInputError
     from secateur.errors import RemovalError as RemovalError
     from secateur.errors import SecateurError as SecateurError
     from secateur.errors import UnsupportedModelError as UnsupportedModelError
-    from secateur.heads import HeadMask as HeadMask
-    from secateur.heads import HeadScores as HeadScores
-    from secateur.meta.joint import JointPruner as JointPruner
-    from secateur.meta.joint_runs import train_joint_pruner as train_joint_pruner
-    from secateur.meta.network import MetaPruner as MetaPruner
-    from secateur.meta.training import train_meta_pruner as train_meta_pruner
-    from secateur.model.removal import gated_heads as gated_heads
-    from secateur.model.removal import remove_heads_ as remove_heads_
-    from secateur.model.sites import find_sites as find_sites
+    from secateur.meta_training.paper import train_meta_pruner as train_meta_pruner
+    from secateur.meta_training.trials import train_joint_pruner as train_joint_pruner
+    from secateur.pruners.joint_network import JointPruner as JointPruner
+    from secateur.pruners.map_network import MetaPruner as MetaPruner
     from secateur.pruning import PruningReport as PruningReport
     from secateur.pruning import prune as prune
-    from secateur.reconstruction import reconstruct_ as reconstruct_
-    from secateur.refinement import refine_mask as refine_mask
+    from secateur.removal.remove import gated_heads as gated_heads
+    from secateur.removal.remove import remove_heads_ as remove_heads_
+    from secateur.restoring.distillation import distill_ as distill_
+    from secateur.restoring.reconstruction import reconstruct_ as reconstruct_
     from secateur.scorers.base import Scorer as Scorer
-    from secateur.scoring import score_heads as score_heads
-    from secateur.selection import select_heads as select_heads
+    from secateur.scorers.score import score_heads as score_heads
+    from secateur.sites.attention import find_sites as find_sites
+    from secateur.units.select import select_heads as select_heads
+    from secateur.units.values import HeadMask as HeadMask
+    from secateur.units.values import HeadScores as HeadScores
 
-__version__ = "0.1.0"
 
 # Public name → the module that defines it, imported at first use: `secateur --help` must not wait for torch.
 _WHERE = {
     "CheckpointError": "secateur.errors",
-    "HeadMask": "secateur.heads",
-    "HeadScores": "secateur.heads",
+    "HeadMask": "secateur.units.values",
+    "HeadScores": "secateur.units.values",
     "InvalidInputError": "secateur.errors",
-    "JointPruner": "secateur.meta.joint",
-    "MetaPruner": "secateur.meta.network",
+    "JointPruner": "secateur.pruners.joint_network",
+    "MetaPruner": "secateur.pruners.map_network",
     "PruningReport": "secateur.pruning",
     "RemovalError": "secateur.errors",
     "Scorer": "secateur.scorers.base",
     "SecateurError": "secateur.errors",
     "UnsupportedModelError": "secateur.errors",
-    "distill_": "secateur.distillation",
-    "find_sites": "secateur.model.sites",
-    "gated_heads": "secateur.model.removal",
+    "distill_": "secateur.restoring.distillation",
+    "find_sites": "secateur.sites.attention",
+    "gated_heads": "secateur.removal.remove",
     "prune": "secateur.pruning",
-    "reconstruct_": "secateur.reconstruction",
-    "refine_mask": "secateur.refinement",
-    "remove_heads_": "secateur.model.removal",
-    "score_heads": "secateur.scoring",
-    "select_heads": "secateur.selection",
-    "select_within_budget": "secateur.budget",
-    "train_joint_pruner": "secateur.meta.joint_runs",
-    "train_meta_pruner": "secateur.meta.training",
+    "reconstruct_": "secateur.restoring.reconstruction",
+    "refine_mask": "secateur.choosing.refinement",
+    "remove_heads_": "secateur.removal.remove",
+    "score_heads": "secateur.scorers.score",
+    "select_heads": "secateur.units.select",
+    "select_within_budget": "secateur.choosing.budget",
+    "train_joint_pruner": "secateur.meta_training.trials",
+    "train_meta_pruner": "secateur.meta_training.paper",
 }
 __all__ = sorted(_WHERE)
 
@@ -79,6 +80,6 @@ def __dir__() -> list[str]:
 
 @wrapt.when_imported("transformers.modeling_utils")
 def _reload_pruned_models(module: Any) -> None:
-    from secateur.model.checkpoint import install
+    from secateur.removal.checkpoint import install
 
     install()

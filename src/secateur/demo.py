@@ -18,18 +18,18 @@ import click
 import torch
 from transformers import AutoModel
 
-from secateur.data import Task
 from secateur.errors import InvalidInputError
-from secateur.files import write_text
-from secateur.finetune import finetune
-from secateur.model.cost import compare_latency
-from secateur.model.loading import load_model, load_tokenizer
-from secateur.model.timing import median_ratio
+from secateur.finetuning.finetune import finetune
+from secateur.finetuning.trainer import training_device
+from secateur.measuring.cost import compare_latency
+from secateur.measuring.timing import median_ratio
+from secateur.models.loading import load_model, load_tokenizer
 from secateur.pruning import prune
+from secateur.removal.verify import verify_checkpoint
 from secateur.report import write_report
-from secateur.report.runs import ATTENTION_MAPS, PRUNING, RESULT, read_runs
-from secateur.trainer import training_device
-from secateur.verify import verify_checkpoint
+from secateur.report.reading import ATTENTION_MAPS, PRUNING, RESULT, read_runs
+from secateur.support.files import write_text
+from secateur.texts.data import Task
 
 RATIO = 0.5
 CALIBRATION_TEXTS = 256

@@ -17,32 +17,32 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
-from secateur.budget import Budget, BudgetedSelection, BudgetOutcome
-from secateur.calibration import calibration_batches, own_tokenizer, reading_order, texts_of
-from secateur.checks import check_accelerator, check_flag, check_whole
-from secateur.data import Text
+from secateur.choosing.budget import Budget, BudgetedSelection, BudgetOutcome
+from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError, invalid
-from secateur.files import write_text
-from secateur.heads import HeadMask, HeadScores
-from secateur.model.cost import ModelCost, check_heads, measure_cost
-from secateur.model.inputs import forward_arguments
-from secateur.model.loading import check_device, load_model, load_tokenizer
-from secateur.model.offload import check_loaded
-from secateur.model.proof import TOLERANCE
-from secateur.model.removal import remove_heads_
-from secateur.model.sites import find_sites
-from secateur.model.state import base_of, check_plain_weights
-from secateur.processes import is_shared
-from secateur.reconstruction import reconstruct_
-from secateur.refinement import refine_mask
+from secateur.measuring.cost import ModelCost, check_heads, measure_cost
+from secateur.models.inputs import forward_arguments
+from secateur.models.loading import check_device, load_model, load_tokenizer
+from secateur.models.offload import check_loaded
+from secateur.models.sentence_transformers import transformer_of
+from secateur.models.state import base_of, check_plain_weights
+from secateur.removal.proof import TOLERANCE
+from secateur.removal.remove import remove_heads_
+from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.base import Scorer
-from secateur.scoring import score_heads
-from secateur.selection import Scope, check_pruning_ratio, select_heads
-from secateur.sentence import transformer_of
-from secateur.stopping import Stop
-from secateur.versions import environment
+from secateur.scorers.score import score_heads
+from secateur.sites.attention import find_sites
+from secateur.sites.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
+from secateur.support.checks import check_accelerator, check_flag, check_whole
+from secateur.support.files import write_text
+from secateur.support.processes import is_shared
+from secateur.support.versions import environment
+from secateur.texts.calibration import calibration_batches, own_tokenizer, reading_order, texts_of
+from secateur.texts.data import Text
+from secateur.texts.stopping import Stop
+from secateur.units.select import Scope, check_pruning_ratio, select_heads
+from secateur.units.values import HeadMask, HeadScores
 
 _PROBE_TEXTS = 8
 
@@ -155,7 +155,7 @@ def prune(
     `model` is a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned and returned. A
     SentenceTransformer is returned as one, with the transformer in it pruned and its other modules as they were.
     `budget` says how much of the model may remain, such as "macs=0.85" or "latency=0.8x@8x128" (see
-    `secateur.budget.Budget.parse`); the smallest pruning ratio within it takes the place of `pruning_ratio`.
+    `secateur.choosing.budget.Budget.parse`); the smallest pruning ratio within it takes the place of `pruning_ratio`.
     `refine` is the number of exchanges that `refine_mask` tries on the scored texts. `reconstruct` refits the output
     projections of the heads that stay on these texts, as `reconstruct_` does. `maps` keeps the mean
     attention maps of the first few texts in the report; it takes a pass over them. The other arguments are those of

@@ -12,13 +12,13 @@ from typing import Any
 
 import click
 
-from secateur import __version__
-from secateur.cli.comparing import bench, compare
 from secateur.cli.exchange import convert, export
-from secateur.cli.heads import info, prune, score, verify
 from secateur.cli.pages import demo, report
+from secateur.cli.shrinking import info, prune, score, verify
+from secateur.cli.side_by_side import bench, compare
 from secateur.cli.training import distill, evaluate, finetune, joint_train, meta_train
 from secateur.errors import SecateurError, SecateurWarning
+from secateur.support.versions import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -64,7 +64,7 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
     except (SecateurError, OSError) as error:
         return 2, _error(str(error))
     except (RuntimeError, MemoryError) as error:
-        from secateur.halving import is_out_of_memory
+        from secateur.texts.halving import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -19,7 +19,7 @@ from secateur.cli.options import json_option, out_option, print_json
 @json_option
 def export(folder: str, form: str, out: Path, as_json: bool) -> None:
     """Write the model in FOLDER for places without secateur, proved equal to it."""
-    from secateur.export import export_onnx, export_standalone
+    from secateur.exporting.export import export_onnx, export_standalone
 
     result = export_onnx(folder, out) if form == "onnx" else export_standalone(folder, out)
     if as_json:
@@ -38,7 +38,7 @@ def export(folder: str, form: str, out: Path, as_json: bool) -> None:
 @json_option
 def convert(source: str, out: Path, as_json: bool) -> None:
     """Bring SOURCE into today's format: a pruned model of transformers 4, or the paper's authors' meta-pruner."""
-    from secateur.convert import convert as convert_source
+    from secateur.exporting.convert import convert as convert_source
 
     result = convert_source(source, out)
     if as_json:

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from secateur.checks import LARGEST_SEED
 from secateur.scorers import DEFAULT_SCORER, SCORERS
+from secateur.support.checks import LARGEST_SEED
 
 CALIBRATION_TEXTS = 256
 

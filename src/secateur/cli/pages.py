@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from secateur.cli.options import Place, command_line, device_option, json_option, out_option, print_json, seed_option
-from secateur.files import check_new_folder, new_folder
+from secateur.support.files import check_new_folder, new_folder
 
 
 @click.command()
@@ -24,7 +24,7 @@ from secateur.files import check_new_folder, new_folder
 def report(runs: tuple[Path, ...], out: Path, plots: Path | None, plot_format: str) -> None:
     """Make one HTML page of RUNs: pruned folders, scores files, and folders of comparisons and demos."""
     from secateur.report import write_report
-    from secateur.report.runs import read_runs
+    from secateur.report.reading import read_runs
 
     found = read_runs(runs)
     drawn: list[Path] = []
@@ -43,9 +43,9 @@ def report(runs: tuple[Path, ...], out: Path, plots: Path | None, plot_format: s
 @json_option
 def demo(out: Path, seed: int, device: str | None, as_json: bool) -> None:
     """Run the whole path on a real model and real texts from PyPI, and write DIR/report.html."""
+    from secateur.cli.tables import demo_table, print_table
     from secateur.demo import run_demo
-    from secateur.model.loading import check_device
-    from secateur.tables import demo_table, print_table
+    from secateur.models.loading import check_device
 
     check_new_folder(out)
     with new_folder(out) as folder:

@@ -22,7 +22,7 @@ from secateur.cli.options import (
     stoppable,
     training_options,
 )
-from secateur.files import check_new_folder, is_taken
+from secateur.support.files import check_new_folder, is_taken
 
 
 @click.command()
@@ -42,14 +42,14 @@ def distill(
     steps: int, learning_rate: float, num_texts: int | None, bf16: bool, seed: int, out: Path,
 ) -> None:  # fmt: skip
     """Teach the pruned MODEL what the unpruned one computes, on texts without labels, before it is fine-tuned."""
-    from secateur.data import load_task
-    from secateur.distillation import distill_
-    from secateur.files import new_folder, write_text
-    from secateur.model.loading import check_device, load_model, load_tokenizer
+    from secateur.models.loading import check_device, load_model, load_tokenizer
+    from secateur.models.sentence_transformers import copy_modules
+    from secateur.removal.verify import load_original
     from secateur.report import write_report
-    from secateur.report.runs import ATTENTION_MAPS, DISTILLATION, PRUNING, read_runs
-    from secateur.sentence import copy_modules
-    from secateur.verify import load_original
+    from secateur.report.reading import ATTENTION_MAPS, DISTILLATION, PRUNING, read_runs
+    from secateur.restoring.distillation import distill_
+    from secateur.support.files import new_folder, write_text
+    from secateur.texts.data import load_task
 
     check_new_folder(out)
     chosen = check_device(device)
@@ -98,9 +98,9 @@ def finetune(
     learning_rate: float, max_train: int | None, bf16: bool, seed: int, out: Path,
 ) -> None:  # fmt: skip
     """Fine-tune MODEL, dense or pruned alike, on labelled data with transformers' Trainer."""
-    from secateur.data import has_splits, load_task
-    from secateur.finetune import finetune as finetune_model
-    from secateur.model.loading import check_device
+    from secateur.finetuning.finetune import finetune as finetune_model
+    from secateur.models.loading import check_device
+    from secateur.texts.data import has_splits, load_task
 
     check_new_folder(out)
     chosen = check_device(device)
@@ -129,9 +129,9 @@ def evaluate(
     """Evaluate a fine-tuned MODEL, dense or pruned alike, with the task's standard metrics."""
     from transformers import AutoModelForSequenceClassification
 
-    from secateur.data import load_task
-    from secateur.evaluate import evaluate_model, main_metric
-    from secateur.model.loading import check_device, load_model, load_tokenizer
+    from secateur.finetuning.evaluate import evaluate_model, main_metric
+    from secateur.models.loading import check_device, load_model, load_tokenizer
+    from secateur.texts.data import load_task
 
     chosen = check_device(device)
     task = load_task(data, split, need_labels=True)
@@ -187,13 +187,13 @@ def meta_train(
     """
     from accelerate import Accelerator
 
-    from secateur.data import has_splits, load_task
     from secateur.errors import InvalidInputError, invalid
-    from secateur.meta.config import MetaTrainingConfig
-    from secateur.meta.runs import latest_checkpoint
-    from secateur.meta.subjects import Subject
-    from secateur.meta.training import HeldOut, train_meta_pruner
-    from secateur.model.loading import load_model, load_tokenizer
+    from secateur.meta_training.config import MetaTrainingConfig
+    from secateur.meta_training.paper import HeldOut, train_meta_pruner
+    from secateur.meta_training.runs import latest_checkpoint
+    from secateur.meta_training.subjects import Subject
+    from secateur.models.loading import load_model, load_tokenizer
+    from secateur.texts.data import has_splits, load_task
 
     config = MetaTrainingConfig(**settings)
     if resume and latest_checkpoint(out) is None and not (out / "log.jsonl").is_file():
@@ -245,18 +245,18 @@ def joint_train(
     """
     from accelerate import Accelerator
 
-    from secateur.data import has_splits, load_task
+    from secateur.cli.tables import held_out_table, print_table
     from secateur.errors import InvalidInputError, invalid
-    from secateur.meta.joint_runs import (
+    from secateur.meta_training.subjects import Subject
+    from secateur.meta_training.trials import (
         SETTINGS,
         JointTrainingConfig,
         check_held_out,
         held_out_losses,
         train_joint_pruner,
     )
-    from secateur.meta.subjects import Subject
-    from secateur.model.loading import load_model, load_tokenizer
-    from secateur.tables import held_out_table, print_table
+    from secateur.models.loading import load_model, load_tokenizer
+    from secateur.texts.data import has_splits, load_task
 
     config = JointTrainingConfig(**settings)
     if resume and not (out / SETTINGS).is_file():

@@ -12,11 +12,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from secateur import __version__
 from secateur.errors import invalid
-from secateur.files import write_text
 from secateur.report.comparison import comparison_view
-from secateur.report.pruning import pruning_view
+from secateur.report.pruned import pruning_view
+from secateur.support.files import write_text
+from secateur.support.versions import __version__
 
 MAX_MAP_CHARACTERS = 1_600_000
 """Attention maps on one page, all runs together; later runs go without, and say so."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
+from secateur.comparing.summary import ALL_TASKS, Summary, summarise
 from secateur.report.charts import DENSE_LOOK, RANDOM_LOOK, Chart, Point, Series, drawn, look_name, marker_name
-from secateur.report.heads import histogram
+from secateur.report.head_map import histogram
 from secateur.report.numbers import DASH, amount, change, place, signed
-from secateur.summary import ALL_TASKS, Summary, summarise
 
 DENSE, RANDOM = "dense", "random"
 

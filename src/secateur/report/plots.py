@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.comparing.summary import summarise
 from secateur.errors import InvalidInputError, invalid
-from secateur.files import write_bytes
 from secateur.report.charts import DENSE_LOOK, RANDOM_LOOK, Chart
 from secateur.report.comparison import agreement, cost_charts, curves
-from secateur.report.heads import check_sites, short_labels
-from secateur.report.pruning import refinement_chart
-from secateur.summary import summarise
+from secateur.report.head_map import check_sites, short_labels
+from secateur.report.pruned import refinement_chart
+from secateur.support.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

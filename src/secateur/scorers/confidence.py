@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from secateur.model.probe import HeadReading
-from secateur.scorers.base import Batch, ScoringTask, StreamingScorer, mean_over_tokens, words_of
+from secateur.pruners.tokens import mean_over_tokens, words_of
+from secateur.scorers.base import ScoringTask, StreamingScorer
+from secateur.sites.gating import HeadReading
+from secateur.texts.batches import Batch
 
 
 class ConfidenceScorer(StreamingScorer):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from secateur.model.layout import NOBODY, AttentionSite
-from secateur.model.offload import weight_of
-from secateur.model.probe import HeadReading
-from secateur.scorers.base import Batch, ScoringTask, StreamingScorer, mean_over_tokens
+from secateur.pruners.tokens import mean_over_tokens
+from secateur.pruners.writes import contribution_norms, gram_matrices
+from secateur.scorers.base import ScoringTask, StreamingScorer
+from secateur.sites.gating import HeadReading
+from secateur.texts.batches import Batch
 
 
 class ContributionScorer(StreamingScorer):
@@ -41,26 +39,3 @@ class ContributionScorer(StreamingScorer):
             return reading.outputs.new_zeros(len(reading.outputs), 0)
         norms = contribution_norms(reading.outputs, self._grams[reading.site])
         return mean_over_tokens(norms, batch.get("attention_mask"))
-
-
-def output_weights(model: Any, site: AttentionSite) -> Tensor:
-    """Return each head's part of the output projection, `[heads, width, model width]`, float32."""
-    piece = next(p for p in site.slices_of("output") if model.get_parameter(p.parameter).ndim == 2)
-    weight = weight_of(model, piece.parameter).float()
-    rows = weight if piece.axis == 0 else weight.T  # [heads · width, model width]
-    owners = torch.tensor(piece.owners)
-    order = torch.argsort(owners, stable=True)
-    return rows[order[owners[order] != NOBODY]].view(site.num_heads, -1, rows.shape[1])
-
-
-def gram_matrices(model: Any, site: AttentionSite) -> Tensor:
-    """Return W_O^h (W_O^h)ᵀ of every head: `[heads, width, width]`, float32."""
-    weights = output_weights(model, site)
-    return weights @ weights.transpose(1, 2)
-
-
-def contribution_norms(outputs: Tensor, grams: Tensor) -> Tensor:
-    """Return ‖outputs W_O‖: outputs `[batch, tokens, heads, width]` → norms `[batch, tokens, heads]`."""
-    x = outputs.float()
-    squared = (torch.einsum("bthi,hij->bthj", x, grams.to(x.device)) * x).sum(dim=-1)
-    return squared.clamp(min=0).sqrt()

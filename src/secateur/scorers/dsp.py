@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.checks import is_number
 from secateur.errors import invalid
 from secateur.scorers.base import ScoringTask
 from secateur.scorers.learned import GateLearningScorer
-from secateur.selection import removable
+from secateur.support.checks import is_number
+from secateur.units.select import removable
 
 
 class DspScorer(GateLearningScorer):

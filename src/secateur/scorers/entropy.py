@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.model.probe import HeadReading
-from secateur.scorers.base import Batch, ScoringTask, StreamingScorer, mean_over_tokens
+from secateur.pruners.tokens import mean_over_tokens
+from secateur.scorers.base import ScoringTask, StreamingScorer
+from secateur.sites.gating import HeadReading
+from secateur.texts.batches import Batch
 
 
 class EntropyScorer(StreamingScorer):

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from secateur.checks import is_number
 from secateur.errors import invalid
 from secateur.scorers.base import ScoringTask
 from secateur.scorers.learned import GateLearningScorer
+from secateur.support.checks import is_number
 
 # Louizos et al.: the concrete distribution's temperature, and the interval it is stretched to before it is clipped.
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from secateur.checks import is_number
 from secateur.errors import InvalidInputError, invalid
-from secateur.evaluate import check_model_fits, ready_to_evaluate
-from secateur.finetune import finetune
-from secateur.model.classifier import is_classifier, with_new_head
-from secateur.model.probe import probe
-from secateur.model.state import evaluation_mode
-from secateur.processes import is_shared
-from secateur.scorers.base import Batch, Scorer, ScoringTask, Supervision
+from secateur.finetuning.evaluate import check_model_fits, ready_to_evaluate
+from secateur.finetuning.finetune import finetune
+from secateur.models.classifier import is_classifier, with_new_head
+from secateur.models.state import evaluation_mode
+from secateur.scorers.base import Scorer, ScoringTask, Supervision
+from secateur.sites.gating import probe
+from secateur.support.checks import is_number
+from secateur.support.processes import is_shared
+from secateur.texts.batches import Batch
 
 WARMUP_EPOCHS = 3.0
 """How long a model without a classification head is fine-tuned before it is scored."""

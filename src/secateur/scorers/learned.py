@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
-from secateur.checks import is_number
-from secateur.data import batches
 from secateur.errors import SecateurError, invalid
-from secateur.model.inputs import forward_arguments
-from secateur.scorers.base import Batch, ScoringTask
+from secateur.models.inputs import forward_arguments
+from secateur.scorers.base import ScoringTask
 from secateur.scorers.labelled import LabelledScorer, supervision, text_losses
+from secateur.support.checks import is_number
+from secateur.texts.batches import Batch
+from secateur.texts.data import batches
 
 
 class GateLearningScorer(LabelledScorer):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.meta.objective import relational_kl, with_relations
-from secateur.meta.signals import gated_representations
-from secateur.scorers.base import Batch, Scorer, ScoringTask
+from secateur.relations import gated_representations, relational_kl, with_relations
+from secateur.scorers.base import Scorer, ScoringTask
+from secateur.texts.batches import Batch
 
 
 class LeaveOneOutScorer(Scorer):

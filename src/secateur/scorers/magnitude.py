@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.model.layout import AttentionSite, HeadSlice
-from secateur.model.offload import weight_of
+from secateur.models.offload import weight_of
 from secateur.scorers.base import Scorer, ScoringTask
+from secateur.sites.layout import AttentionSite, HeadSlice
 
 
 class MagnitudeScorer(Scorer):

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import invalid
-from secateur.meta.objective import relations, with_relations
-from secateur.meta.sampling import generator
-from secateur.meta.signals import gated_representations
+from secateur.relations import gated_representations, relations, with_relations
 from secateur.scorers.base import Scorer, ScoringTask
+from secateur.support.randomness import generator
 
 
 class RelationalTaylorScorer(Scorer):

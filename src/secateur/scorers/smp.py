@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
-from secateur.meta.network import MetaPruner
-from secateur.model.offload import device_of
-from secateur.model.probe import HeadReading
-from secateur.scorers.base import Batch, ScoringTask, StreamingScorer
+from secateur.models.offload import device_of
+from secateur.pruners.map_network import MetaPruner
+from secateur.scorers.base import ScoringTask, StreamingScorer
+from secateur.sites.gating import HeadReading
+from secateur.texts.batches import Batch
 
 Network = TypeVar("Network", bound=Any)
 

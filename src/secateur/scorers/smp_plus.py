@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.checks import is_number
 from secateur.errors import SecateurWarning, invalid
-from secateur.meta.evidence import gather_evidence
-from secateur.meta.joint import DISTRUSTED, JointPruner, agreement, standardised
+from secateur.pruners.evidence import gather_evidence
+from secateur.pruners.joint_network import DISTRUSTED, JointPruner, agreement, standardised
 from secateur.scorers.base import Scorer, ScoringTask
 from secateur.scorers.smp import read_pruner
+from secateur.support.checks import is_number
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "smp-plus"
 """The joint meta-pruner that ships with secateur; its card, README.md, says how it was trained."""

@@ -1,0 +1,1 @@
+"""From scores to the mask that is wanted: within a budget, and improved on texts."""

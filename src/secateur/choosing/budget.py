@@ -1,0 +1,245 @@
+"""Budgets in the user's terms: how much of a model's heads, parameters, work or time may stay, and the mask for it."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from secateur.errors import InvalidInputError, invalid
+from secateur.measuring.cost import ModelCost, check_heads, compare_latency, measure_cost
+from secateur.measuring.latency_table import LatencyTable, measure_latency, shared_copy
+from secateur.measuring.timing import Shape, median_ratio, parse_shape
+from secateur.measuring.unit_costs import HeadCosts
+from secateur.models.state import base_of
+from secateur.removal.remove import present_mask
+from secateur.sites.attention import find_sites
+from secateur.sites.layout import AttentionSite
+from secateur.support.checks import is_number
+from secateur.units.select import Scope, groups_of, select_heads
+from secateur.units.values import HeadMask, HeadScores
+
+Quantity = Literal["heads", "params", "macs", "latency"]
+_FORM = re.compile(r"(\w+)=([0-9.]+)x?(?:@(.+))?")
+_SHAPED = ("macs", "latency")
+_SHAPE = Shape(1, 128)
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a quantity of the given model may remain: `limit`, in (0, 1], at `shape` where it depends on one.
+
+    Raises `InvalidInputError` for anything else.
+    """
+
+    quantity: Quantity
+    limit: float
+    shape: Shape = _SHAPE
+
+    def __post_init__(self) -> None:
+        if not _can_be(self.quantity, self.limit) or not isinstance(self.shape, Shape):
+            raise _refused(self)
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read `heads=0.5`, `params=0.9`, `macs=0.85`, `macs=0.85@1x512` or `latency=0.8x@8x128`; the `x` is optional.
+
+        Multiply-accumulates are those of 1 x 128 tokens where no shape is named; latency needs one. Raises
+        `InvalidInputError` for anything else.
+        """
+        found = _FORM.fullmatch(text.strip()) if isinstance(text, str) else None
+        quantity, number, shape = found.groups() if found else ("", "", None)
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = -1.0
+        shaped = quantity in _SHAPED if shape is not None else quantity != "latency"
+        if not _can_be(quantity, limit) or not shaped:
+            raise _refused(text)
+        return cls(quantity, limit, _SHAPE if shape is None else parse_shape(shape))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """Return the form that `parse` reads."""
+        return f"{self.quantity}={self.limit:g}" + (f"@{self.shape}" if self.quantity in _SHAPED else "")
+
+
+def _can_be(quantity: Any, limit: Any) -> bool:
+    return quantity in get_args(Quantity) and is_number(limit, above=0) and limit <= 1
+
+
+def _refused(budget: object) -> InvalidInputError:
+    rule = "be heads=, params=, macs= or latency= with a number in (0, 1], and for latency a shape"
+    return invalid("budget", f"{rule}, such as latency=0.8x@8x128", budget)
+
+
+@dataclass(frozen=True)
+class BudgetOutcome:
+    """A budget, the share that its mask was expected to leave, and the share measured in the pruned model.
+
+    The two are equal but for latency, whose table is kept.
+    """
+
+    budget: Budget
+    expected: float
+    reached: float
+    table: LatencyTable | None = None
+
+    def __str__(self) -> str:
+        """Say in a few words what was reached."""
+        return f"{self.budget.quantity} {self.reached:.3f} of what they were (budget {self.budget})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        table = {} if self.table is None else {"latency_table": self.table.to_json()}
+        return {"asked": str(self.budget), "expected": self.expected, "reached": self.reached, **table}
+
+
+def within_budget(
+    scores: HeadScores,
+    limit: float,
+    share: Callable[[HeadMask], float],
+    scope: Scope = "site",
+    min_heads: int = 1,
+    rounded: Callable[[HeadMask], HeadMask] | None = None,
+) -> tuple[HeadMask, float] | None:
+    """Return the mask of the smallest pruning ratio that leaves at most `limit`, and that ratio; None where none does.
+
+    `share` says how much a mask leaves, `rounded` what becomes of a mask before it is judged. A ratio's mask is that of
+    `select_heads`. Every ratio is tried, from the smallest. They are bisected where a larger ratio drops all that a
+    smaller one does: at scope "global", where all groups of heads are of one size and masks are judged as they are.
+    """
+    ratios = _ratios(scores, scope)
+    sizes = {len(group) for site in scores for group in groups_of(scores, site)}
+
+    def mask_at(ratio: float) -> HeadMask:
+        mask = select_heads(scores, ratio, scope, min_heads)
+        return mask if rounded is None else rounded(mask)
+
+    def fits(ratio: float) -> bool:
+        return share(mask_at(ratio)) <= limit + _ROUNDING
+
+    if scope == "global" and len(sizes) == 1 and rounded is None:
+        place = bisect.bisect_left(ratios, True, key=fits)
+        found = ratios[place] if place < len(ratios) else None
+    else:
+        found = next((ratio for ratio in ratios if fits(ratio)), None)
+    return None if found is None else (mask_at(found), found)
+
+
+class BudgetedSelection:
+    """Finds for a model the smallest pruning ratio whose mask keeps within a budget, see `within_budget`.
+
+    `heads`, `params` and `macs` are counted, exactly. Latency is read from a table that is measured here, once, on this
+    machine; a site keeps more heads than its share where the table shows that to be faster. `expected_ratio` is the
+    ratio for equal scores, which is what any scores get where all sites are alike.
+
+    Raises `InvalidInputError` where even the largest ratio exceeds the budget, and says what that ratio reaches, and
+    `UnsupportedModelError` for a model that has no heads left.
+    """
+
+    def __init__(
+        self, model: nn.Module, budget: Budget, scope: Scope = "site", min_heads: int = 1, progress: bool = False
+    ) -> None:
+        self.budget, self.scope, self.min_heads = budget, scope, min_heads
+        base = base_of(model)
+        self.costs = HeadCosts(model, find_sites(base), *budget.shape)
+        check_heads(model, self.costs.dense.heads)
+        self.table: LatencyTable | None = None
+        self._dense: Any = None
+        if budget.quantity == "latency":
+            self.table = measure_latency(base, self.costs, budget.shape, progress=progress)
+            self._dense = shared_copy(base, self.costs.sites)
+        equal = _equal_scores(self.costs.sites)
+        found = within_budget(equal, budget.limit, self.share, scope, min_heads)
+        if found is None:
+            largest = _ratios(equal, scope)[-1]
+            least = self.share(select_heads(equal, largest, scope, min_heads))
+            raise invalid(
+                "budget",
+                f"be at least {budget.quantity}={math.ceil(1000 * least) / 1000:g}, the share that this model keeps at "
+                f"the largest pruning ratio, {largest:.3f}, every site with {min_heads} or more of its heads",
+                str(budget),
+            )
+        self.expected_ratio = found[1]
+
+    def select(self, scores: HeadScores) -> tuple[HeadMask, float]:
+        """Return the mask that these scores give within the budget, and the pruning ratio that it comes from."""
+        rounded = partial(self._rounded, scores) if self.table is not None else None
+        found = within_budget(scores, self.budget.limit, self.share, self.scope, self.min_heads, rounded)
+        if found is None:
+            raise invalid("budget", "be one that these scores can be selected for", str(self.budget))
+        return found
+
+    def share(self, mask: HeadMask) -> float:
+        """Return how much of the budget's quantity is left with `mask`, as counted or as the table says."""
+        if self.table is None:
+            return _left(self.budget.quantity, self.costs.dense, self.costs.after(mask))
+        kept = present_mask(mask, self.costs.sites)
+        saved = {name: self.costs.saved_macs(name, kept[name]) for kind in self.table.kinds for name in kind.sites}
+        return 1 - sum(kind.saved(saved[name]) for kind in self.table.kinds for name in kind.sites)
+
+    def outcome(self, mask: HeadMask, pruned: nn.Module) -> BudgetOutcome:
+        """Measure how much is left in the model pruned with `mask`: latency in turn with the model as it was."""
+        expected = self.share(mask)
+        if self._dense is None:
+            left = _left(self.budget.quantity, self.costs.dense, measure_cost(pruned, *self.budget.shape))
+            return BudgetOutcome(self.budget, expected, left)
+        seconds = compare_latency({"dense": self._dense, "pruned": base_of(pruned)}, *self.budget.shape)
+        left = median_ratio(seconds["pruned"], seconds["dense"])
+        return BudgetOutcome(self.budget, expected, left, self.table)
+
+    def _rounded(self, scores: HeadScores, mask: HeadMask) -> HeadMask:
+        """Give sites the best of their dropped heads back where more heads were measured to be faster."""
+        assert self.table is not None
+        rows = dict(mask)
+        for kind in self.table.kinds:
+            for name in kind.sites:
+                if name in mask and self.costs.sites[name].group == 1:  # a site without scores stays whole
+                    more = kind.rounded(int(mask[name].sum())) - int(mask[name].sum())
+                    dropped = torch.where(mask[name], -math.inf, scores[name])
+                    rows[name] = mask[name].clone()
+                    rows[name][dropped.argsort(descending=True, stable=True)[:more]] = True
+        return HeadMask(rows)
+
+
+def select_within_budget(
+    scores: HeadScores, budget: str | Budget, model: nn.Module, scope: Scope = "site", min_heads: int = 1
+) -> HeadMask:
+    """Return the mask of the smallest pruning ratio that keeps `model` within a budget, as `Budget.parse` reads it.
+
+    The other arguments are those of `select_heads`. Raises `InvalidInputError` for a budget that cannot be reached.
+    """
+    select_heads(scores, 0, scope, min_heads)  # checks them
+    wanted = budget if isinstance(budget, Budget) else Budget.parse(budget)
+    return BudgetedSelection(model, wanted, scope, min_heads).select(scores)[0]
+
+
+def _ratios(scores: HeadScores, scope: Scope) -> list[float]:
+    """Return the pruning ratios at which another mask begins."""
+    present = [int((vector > -math.inf).sum()) for vector in scores.values()]
+    sizes = {sum(present)} if scope == "global" else set(present)
+    return sorted({dropped / size for size in sizes for dropped in range(size)})
+
+
+def _equal_scores(sites: Mapping[str, AttentionSite]) -> HeadScores:
+    rows = {}
+    for name, site in sites.items():
+        rows[name] = torch.full((site.original_num_heads,), -math.inf)
+        rows[name][list(site.heads)] = 0.0
+    return HeadScores(rows, {name: site.original_num_key_value_heads for name, site in sites.items()})
+
+
+def _left(quantity: Quantity, dense: ModelCost, after: ModelCost) -> float:
+    if quantity == "heads":
+        return after.heads / dense.heads
+    if quantity == "params":
+        return after.parameters / dense.parameters
+    return after.macs / dense.macs

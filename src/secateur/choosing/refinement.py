@@ -1,0 +1,97 @@
+"""A mask, improved on a task's own texts without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from secateur.choosing.search import MaskLoss, search
+from secateur.errors import invalid
+from secateur.models.inputs import forward_arguments
+from secateur.models.state import base_of, evaluation_mode, held
+from secateur.pruners.tokens import special_ids_of
+from secateur.scorers.base import ScoringTask
+from secateur.scorers.matching import heads_that_match
+from secateur.sites.attention import find_sites
+from secateur.support.checks import check_accelerator, check_flag, check_seed, check_whole
+from secateur.texts.calibration import calibration_batches, own_tokenizer, texts_of
+from secateur.texts.data import Text, check_texts
+from secateur.texts.halving import halves_batches
+from secateur.units.select import Scope, select_heads
+from secateur.units.values import HeadMask, HeadScores
+
+
+@halves_batches
+def refine_mask(
+    model: nn.Module,
+    mask: HeadMask,
+    texts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    steps: int = 100,
+    scope: Scope = "site",
+    min_heads: int = 1,
+    batch_size: int = 32,
+    max_length: int = 128,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    progress: bool = False,
+) -> tuple[HeadMask, list[float]]:
+    """Improve a mask on a task's own texts: exchange heads and keep what lowers the relational KL to the dense model.
+
+    No labels. The gradient on the gates says which exchange to try next, and each of the `steps` costs a gated pass
+    over the texts; each gradient, one at the start and one after each exchange that helped, takes about as long as
+    three. Models without gradients (weights fetched layer by layer, some quantised ones) have their exchanges drawn. At
+    scope "site" every site keeps as many heads as in `mask`; at scope "global" the model does, and every site at least
+    `min_heads`. Heads that match words between the two texts of pairs stay where `mask` keeps them, which takes a pass
+    with attention maps: the loss hardly needs them, and fine-tuning does (docs/matching.md). Returns the best mask
+    found, never worse than `mask` on these texts, and the losses of all masks tried, `mask` first: fewer than `steps`
+    where none is left to try. The model is left as it was.
+
+    Raises `InvalidInputError` for fewer than three texts a batch, steps below 0, and a mask that does not fit.
+    """
+    check_whole("steps", steps, 0)
+    check_whole("batch_size", batch_size)
+    check_whole("max_length", max_length, 4)
+    check_seed(seed)
+    check_flag("progress", progress)
+    check_accelerator(accelerator)
+    if not isinstance(mask, HeadMask):
+        raise invalid("mask", "be a HeadMask", mask)
+    select_heads(HeadScores({"check": torch.zeros(1)}), 0, scope, min_heads)  # checks them
+    texts = cast(Sequence[Text], texts_of(texts))
+    check_texts(texts)
+    tokenizer = own_tokenizer(model) if tokenizer is None else tokenizer
+    base, sites = base_of(model), find_sites(model)
+    there = {name: list(site.heads) for name, site in sites.items() if site.num_heads}
+    for name, heads in there.items():
+        if name not in mask or mask[name].numel() != sites[name].original_num_heads:
+            raise invalid("mask", f"have {sites[name].original_num_heads} entries for site {name}", mask.shape)
+        if bool(mask[name].sum() > mask[name][heads].sum()):
+            raise invalid("mask", f"keep no head of site {name} that is gone already", mask[name].nonzero().flatten())
+    with held(base), evaluation_mode(base), torch.inference_mode(False):
+        made = forward_arguments(base, list(calibration_batches(model, texts, tokenizer, batch_size, max_length)))
+        is_pair = not isinstance(texts[0], str)
+        task = ScoringTask(base, sites, made, is_pair, special_ids=special_ids_of(tokenizer), accelerator=accelerator)
+        loss = MaskLoss(base, made, is_pair, accelerator)
+        trials = search(
+            loss,
+            HeadMask({name: mask[name][heads] for name, heads in there.items()}),
+            {name: sites[name].num_key_value_heads for name in there},
+            steps,
+            torch.Generator().manual_seed(seed),
+            scope,
+            min_heads,
+            progress,
+            heads_that_match(task) if steps else None,
+        )
+    best = min(trials, key=lambda trial: trial[1])[0]
+    rows = {name: row.clone() for name, row in mask.items()}
+    for name, heads in there.items():
+        rows[name][heads] = best[name]
+    return HeadMask(rows), [value for _, value in trials]

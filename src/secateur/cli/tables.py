@@ -1,0 +1,156 @@
+"""The tables that the commands print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from secateur.comparing.summary import Summary
+from secateur.measuring.bench import Benchmark
+from secateur.measuring.timing import quartiles
+from secateur.pruning import PruningReport
+from secateur.report.reading import cost_rows
+from secateur.units.values import HeadScores
+
+
+def print_table(table: Table) -> None:
+    """Print the title as plain lines and the table to stdout, as wide as the table needs where there is no terminal."""
+    # Names come from models and files: a bracket in one is a bracket, and no style or emoji.
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    title, table.title = table.title, None
+    if title:
+        console.print(title, soft_wrap=True)
+    if table.columns:
+        console.print(table)
+
+
+def info_table(facts: dict[str, Any]) -> Table:
+    """Return one row for each attention site of `secateur info`."""
+    title = f"{facts['model']}: {facts['class']}, {facts['parameters']:,} parameters"
+    if not facts["prunable"]:
+        return Table(title=f"{title}\nheads cannot be removed: {facts['reason']}")
+    cost = facts["cost"]
+    work = f"{cost['macs']:,} multiply-accumulates for {cost['batch']} x {cost['length']} tokens"
+    table = Table(Column("attention site", no_wrap=True), title=f"{title}, {cost['heads']} heads, {work}")
+    for column in ("heads", "key-value heads", "removed before"):
+        table.add_column(column, justify="right")
+    for site in facts["sites"]:
+        removed = site["original_heads"] - site["heads"]
+        table.add_row(site["name"], str(site["heads"]), str(site["key_value_heads"]), str(removed))
+    return table
+
+
+def scores_table(scores: HeadScores) -> Table:
+    """Return one row for each site, one column for each head; higher = keep."""
+    table = Table(Column("attention site", no_wrap=True), title=f"importance by {scores.scorer}, higher = keep")
+    widest = max(vector.numel() for vector in scores.values())
+    for head in range(widest):
+        table.add_column(str(head), justify="right")
+    for site, vector in scores.items():
+        table.add_row(site, *("-" if x == float("-inf") else f"{x:.3g}" for x in vector.tolist()))
+    return table
+
+
+def pruning_table(report: PruningReport) -> Table:
+    """Return what a pruning removed: heads, parameters, multiply-accumulates."""
+    table = Table(Column("", no_wrap=True), title=f"{report.model}, heads scored by {report.scorer}")
+    for column in ("before", "after", "ratio"):
+        table.add_column(column, justify="right")
+    for row in cost_rows(report.before.to_json(), report.after.to_json()):
+        table.add_row(row["name"], f"{row['dense']:,}", f"{row['pruned']:,}", f"{row['pruned'] / row['dense']:.3f}")
+    return table
+
+
+def benchmark_table(result: Benchmark) -> Table:
+    """Return one row for each shape, kind of work and model: time, speed-up, its limit, memory."""
+    machine = result.machine
+    title = f"{machine['device']}, {machine['threads']} threads, {machine['clock']} clock; medians of rounds in turn"
+    table = Table(*(Column(name, no_wrap=True) for name in ("work", "shape", "model")), title=title)
+    for column in ("ms", "texts/s", "speed-up", "quartiles", "limit", "efficiency", "weights MB", "peak MB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result.rows:
+        low, speed_up, high = row.speed_up
+        table.add_row(
+            row.work,
+            str(row.shape),
+            row.model,
+            f"{1000 * quartiles(row.seconds)[1]:.1f}",
+            f"{row.texts_per_second:.1f}",
+            f"{speed_up:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{row.limit:.3f}",
+            f"{row.efficiency:.3f}",
+            f"{result.weight_bytes[row.model] / 1e6:.1f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
+        )
+    return table
+
+
+def demo_table(result: dict[str, Any]) -> Table:
+    """Return the demo's one table: dense beside pruned."""
+    table = Table(Column("", no_wrap=True), title=f"{result['model']} on {result['data']}: {result['headline']}")
+    for column in ("dense", "pruned", "pruned / dense"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        dense, pruned = row["dense"], row["pruned"]
+        ratio = "" if not dense or pruned is None else f"{pruned / dense:.3f}"
+        table.add_row(row["name"], _shown(dense, row["unit"]), _shown(pruned, row["unit"]), ratio)
+    return table
+
+
+def comparison_table(summaries: list[Summary]) -> Table:
+    """Return one row for each ratio and scorer, one column for each task: mean ± std, and the difference to dense."""
+    by_cell = {(s.scorer, s.ratio, s.task): s for s in summaries}
+    tasks = list(dict.fromkeys(s.task for s in summaries))
+    title = "main metric over seeds (pruned - dense; * = unlikely to be chance, paired t-test, p < 0.05)"
+    table = Table(Column("heads removed", no_wrap=True), Column("scorer", no_wrap=True), title=title)
+    for task in [*tasks, "retention"]:
+        table.add_column(task, justify="right")
+    for scorer, ratio in dict.fromkeys((s.scorer, s.ratio) for s in summaries):
+        cells = [by_cell.get((scorer, ratio, task)) for task in tasks]
+        last = cells[-1]
+        retention = "" if last is None or last.retention is None else f"{last.retention:.1%}"
+        table.add_row(f"{ratio:.0%}", scorer, *map(_compared, cells), retention)
+    return table
+
+
+def markdown(table: Table) -> str:
+    """Return a table as Markdown, for pages that keep results."""
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    lines = ["| " + " | ".join(row) + " |" for row in zip(*columns, strict=True)]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
+
+
+def _compared(summary: Summary | None) -> str:
+    if summary is None:
+        return ""
+    spread = "" if summary.std is None else f" ± {summary.std:.3f}"
+    if summary.difference is None:
+        return f"{summary.mean:.3f}{spread}"
+    star = "*" if summary.is_noise is False else ""
+    return f"{summary.mean:.3f}{spread} ({summary.difference:+.3f}{star})"
+
+
+def _shown(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if not unit else f"{value:.3f} {unit}" if value < 10 else f"{value:.1f} {unit}"
+
+
+def held_out_table(rows: list[dict[str, Any]]) -> Table:
+    """Return what the masks of the contribution and of a joint pruner cost on texts that it was not taught on."""
+    title = "1000 times the relational KL on dev texts, half of the heads removed; lower is better"
+    table = Table(*(Column(name, no_wrap=True) for name in ("model", "task", "scope")), title=title)
+    judged = ("contribution", "joint_pruner")
+    for name in judged:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        values = (f"{1000 * row[name]:.1f}" for name in judged)
+        table.add_row(row["model"], row["task"], row["scope"], *values)
+    return table

@@ -1,0 +1,1 @@
+"""Scorers side by side after fine-tuning, resumable, and what the rows say."""

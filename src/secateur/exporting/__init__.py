@@ -1,0 +1,1 @@
+"""Out of here and in from elsewhere: standalone code, ONNX, older checkpoints."""

@@ -1,0 +1,136 @@
+"""A pruned model's folder that loads where secateur is not installed: the code that follows the recipe goes along.
+
+transformers runs a Python file in a model's folder when it is asked with `trust_remote_code=True` and the config's
+`auto_map` names the file's classes. Ours are the model's own classes with one step at the end of their constructor.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, invalid
+from secateur.exporting.bundle import bundle
+from secateur.models.inputs import example_inputs
+from secateur.models.loading import quiet_transformers
+from secateur.models.state import base_of
+from secateur.removal.checkpoint import without_hook
+from secateur.removal.proof import hidden_states
+from secateur.removal.replay import missing_sites
+from secateur.sites.recipe import Recipe, read_recipe
+from secateur.support.files import write_text
+from secateur.support.versions import __version__
+
+MODULE = "modeling_pruned"
+"""Name of the file in the folder, without `.py`."""
+
+_HEAD = '''# SPDX-License-Identifier: Apache-2.0
+# Written by secateur {version} from its own sources; changes belong there. Needs torch and transformers 5.
+"""{model} without the attention heads that `head_pruning` in config.json leaves out.
+
+`AutoModel.from_pretrained(folder, trust_remote_code=True)` builds the model, narrows it as `head_pruning` says, and
+then reads the weights. Nothing else is changed: the classes at the end are those of transformers.
+"""
+
+'''
+_CLASS = '''class {name}(Rebuilt, transformers.{name}):
+    """`transformers.{name}` with fewer heads."""'''
+
+
+def save_standalone(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Save a pruned model with the code that rebuilds it, and return the config's `auto_map`.
+
+    Every Auto class whose model of this config has the recipe's sites is served, `AutoModel` and the model's own among
+    them; the classes keep their names. The folder is then loaded by its own code alone: weights and outputs must be
+    those of `model` bit for bit, or `CheckpointError` is raised. Raises `InvalidInputError` for a model that is not
+    pruned, and `UnsupportedModelError` for a class that no Auto class stands for.
+    """
+    recipe = read_recipe(base_of(model).config)
+    if recipe is None:
+        raise invalid("model", "be pruned", type(model).__name__, "any other folder loads without secateur as it is")
+    classes = _auto_classes(model, recipe)
+    if type(model) not in classes.values():
+        raise UnsupportedModelError(f"no Auto class of transformers stands for {type(model).__name__}")
+    config = model.config
+    try:
+        model.config = copy.deepcopy(config)
+        model.config.auto_map = {auto: f"{MODULE}.{cls.__name__}" for auto, cls in classes.items()}
+        model.save_pretrained(folder)
+        auto_map: dict[str, str] = model.config.auto_map
+    finally:
+        model.config = config
+    write_text(folder / f"{MODULE}.py", _source(type(model), classes))
+    _check(model, folder)
+    return auto_map
+
+
+def _auto_classes(model: PreTrainedModel, recipe: Recipe) -> dict[str, type[PreTrainedModel]]:
+    """Return, by the Auto class's name, the classes of this config in which the recipe finds its sites."""
+    found = {}
+    autos: dict[str, Any] = vars(modeling_auto)
+    for name, auto in autos.items():
+        if not (name.startswith("AutoModel") and hasattr(auto, "_model_mapping")):
+            continue
+        known = auto._model_mapping.get(type(model.config), ())
+        known = known if isinstance(known, tuple) else (known,)
+        chosen = type(model) if type(model) in known else known[0] if known else None
+        if (
+            chosen is not None
+            and hasattr(transformers, chosen.__name__)
+            and (chosen is type(model) or _fits(chosen, model.config, recipe))
+        ):
+            found[name] = chosen
+    return found
+
+
+def _fits(model_class: type[PreTrainedModel], config: Any, recipe: Recipe) -> bool:
+    """Can the class be built without weights, and has it all sites? BART's decoder alone, for one, has not."""
+    try:
+        with torch.device("meta"), quiet_transformers(progress=False):
+            return not missing_sites(base_of(model_class(copy.deepcopy(config))), recipe)
+    except (SecateurError, ValueError, AttributeError):  # some classes refuse a config that was not made for them
+        return False
+
+
+def _source(own: type[PreTrainedModel], classes: dict[str, type[PreTrainedModel]]) -> str:
+    code = bundle("secateur.removal.replay", ["Rebuilt"], ["transformers"])
+    by_name = {cls.__name__: auto for auto, cls in classes.items()}
+    defined = [_CLASS.format(name=name) for name in sorted(by_name)]
+    # Without it transformers 5.0 does not copy the code when the model is saved again.
+    registered = "\n".join(f'{name}.register_for_auto_class("{by_name[name]}")' for name in sorted(by_name))
+    head = _HEAD.format(version=__version__, model=own.__name__)
+    return "\n\n\n".join([head + code.rstrip(), *defined, registered]) + "\n"
+
+
+def _check(model: PreTrainedModel, folder: Path) -> None:
+    """Load the folder by the code in it, as if secateur were not there, and compare."""
+    name = f"{MODULE}_{uuid.uuid4().hex}"
+    spec = importlib.util.spec_from_file_location(name, folder / f"{MODULE}.py")
+    assert spec is not None  # a .py file that exists
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look the module up
+    try:
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        with without_hook(), quiet_transformers(progress=False):
+            again = getattr(module, type(model).__name__).from_pretrained(folder, dtype=model.dtype).eval()
+    except Exception as error:  # whatever stops it here stops it where the folder is meant to be used
+        raise CheckpointError(f"the standalone folder of {type(model).__name__} does not load: {error}") from error
+    finally:
+        del sys.modules[name]
+    weights, expected = again.state_dict(), model.state_dict()
+    equal = weights.keys() == expected.keys() and all(
+        torch.equal(weights[n].cpu(), v.cpu()) for n, v in expected.items()
+    )
+    inputs = example_inputs(model)
+    outputs = zip(hidden_states(again.to(model.device), inputs), hidden_states(model, inputs), strict=True)
+    if not equal or not all(torch.equal(one, other) for one, other in outputs):
+        raise CheckpointError(f"{type(model).__name__} does not come back equal from the standalone folder")

@@ -1,0 +1,138 @@
+"""transformers' own `Trainer` as fine-tuning and distillation run it: one device, nothing printed, nothing saved."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from secateur.errors import SecateurError, invalid
+from secateur.models.loading import check_device
+
+
+def train(
+    model: nn.Module,
+    rows: Sequence[Any],
+    collate: Callable[[list[Any]], Any],
+    *,
+    title: str,
+    steps: int,
+    epochs: float | None = None,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    bf16: bool,
+    device: torch.device | None,
+    progress: bool,
+    every_column: bool = False,
+) -> tuple[float, int, float]:
+    """Train in place for `steps` updates, or, where given, for `epochs`, and return the seconds, updates and mean loss.
+
+    AdamW with a linear schedule whose first tenth of `steps` warms up. `every_column` hands the model what it does not
+    name as an argument too. Raises `SecateurError` where the loss does not stay finite, and `InvalidInputError` for a
+    device that this machine has not.
+    """
+    length: dict[str, Any] = {"max_steps": steps} if epochs is None else {"num_train_epochs": epochs}
+    with (
+        tempfile.TemporaryDirectory(prefix="secateur-") as folder,
+        _kept(getattr(model, "config", None), "use_cache"),
+        _kept(model, "forward", "_original_forward"),
+    ):
+        arguments = TrainingArguments(
+            output_dir=folder,
+            **length,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=batch_size,
+            warmup_steps=math.ceil(0.1 * steps),
+            lr_scheduler_type="linear",
+            **_group_by_length(),
+            seed=seed,
+            data_seed=seed,
+            remove_unused_columns=not every_column,
+            bf16=bf16,
+            use_cpu=check_device(device).type == "cpu",
+            dataloader_pin_memory=torch.cuda.is_available() and (device is None or device.type == "cuda"),
+            save_strategy="no",
+            eval_strategy="no",
+            logging_strategy="no",
+            # The filter would leave an infinite loss out of the mean.
+            logging_nan_inf_filter=False,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        if device is not None and arguments.device.type != device.type:
+            raise invalid("device", "be one that this machine has", str(device))
+        if arguments.n_gpu > 1:
+            # One device: DataParallel would multiply the batch size.
+            arguments._n_gpu = 1
+        bar = _Progress(title, progress)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[bar])
+        # It prints to stdout, which belongs to results.
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        try:
+            output = trainer.train()
+        finally:
+            bar.close()
+        seconds = time.perf_counter() - start
+    if not math.isfinite(output.training_loss):
+        raise SecateurError(f"the training loss became {output.training_loss}; try a lower `learning_rate`")
+    return seconds, output.global_step, output.training_loss
+
+
+class _Progress(TrainerCallback):
+    """A bar on stderr; the Trainer's own bar also writes its log to stdout."""
+
+    def __init__(self, title: str, shown: bool) -> None:
+        self.title, self.shown = title, shown
+        self.bar = tqdm(disable=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar once the number of steps is known."""
+        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", leave=False, disable=not self.shown)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count one optimizer step."""
+        self.bar.update(1)
+
+    def close(self) -> None:
+        """Close the bar, also where the training ended early."""
+        self.bar.close()
+
+
+def _group_by_length() -> dict[str, Any]:
+    """Return the option that puts texts of similar length into a batch; the first releases of 5 name it otherwise."""
+    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:
+        return {"train_sampling_strategy": "group_by_length"}
+    return {"group_by_length": True}
+
+
+@contextmanager
+def _kept(owner: Any, *names: str) -> Iterator[None]:
+    """Keep an object's own attributes: the Trainer overwrites a config's entry, and for bf16 wraps the forward."""
+    if owner is None:
+        yield
+        return
+    before = {name: vars(owner)[name] for name in names if name in vars(owner)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(owner).pop(name, None)
+        vars(owner).update(before)
+
+
+def training_device(device: str | torch.device | None) -> torch.device:
+    """Return the device to train on, the default for None; the `Trainer` knows no other than the first of its kind."""
+    chosen = check_device(device)
+    if chosen.index:
+        raise invalid("device", "name no other device than the first", str(device), "choose with CUDA_VISIBLE_DEVICES")
+    return chosen

@@ -1,0 +1,161 @@
+"""How much sooner a model is done with fewer heads at a site: measured on copies, in turn, by kind of site."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.isotonic import isotonic_regression
+from torch import Tensor, nn
+
+from secateur.measuring.cost import forward_pass
+from secateur.measuring.timing import Clock, Shape, quartiles, time_in_turn
+from secateur.measuring.unit_costs import HeadCosts
+from secateur.models.state import base_of, evaluation_mode
+from secateur.removal.remove import remove_heads_
+from secateur.sites.layout import AttentionSite
+from secateur.units.values import HeadMask
+
+MOST_LEVELS = 12
+"""Numbers of heads that are timed for one kind of site; the others lie on straight lines between them."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A kind of site with `heads` heads left: the multiply-accumulates that one site saves, and what the model takes.
+
+    `seconds` are those of the whole model with every site of the kind cut down to this, round by round.
+    """
+
+    heads: int
+    saved_macs: float
+    seconds: list[float]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Sites of one build that do the same work, and what was measured of them, from all heads down to the fewest."""
+
+    sites: tuple[str, ...]
+    levels: tuple[Level, ...]
+
+    def saved(self, saved_macs: float) -> float:
+        """Return the share of the dense model's time that one site saves, by the multiply-accumulates that it saves.
+
+        Medians over rounds, made not to fall as more is saved (isotonic regression): a search for the first level that
+        is fast enough would otherwise find the luckiest.
+        """
+        return float(np.interp(saved_macs, [level.saved_macs for level in self.levels], self._shares)) / len(self.sites)
+
+    @cached_property
+    def _shares(self) -> Any:
+        whole = self.levels[0].seconds
+        raw = [quartiles([1 - a / b for a, b in zip(level.seconds, whole, strict=True)])[1] for level in self.levels]
+        return isotonic_regression(raw, sample_weight=[1e6] + [1] * (len(raw) - 1), y_min=0)
+
+    def rounded(self, heads: int) -> int:
+        """Return the largest number of heads, `heads` or more, that was faster in three of four rounds."""
+        by_heads = {level.heads: level.seconds for level in reversed(self.levels)}
+        here = by_heads.get(heads)
+        if here is None:
+            return heads
+        faster = [
+            more
+            for more, seconds in by_heads.items()
+            if more > heads and quartiles([a / b for a, b in zip(seconds, here, strict=True)])[2] <= 1
+        ]
+        return max(faster, default=heads)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """The kinds of a model's sites at one shape."""
+
+    shape: Shape
+    kinds: tuple[Kind, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        kinds = [{"sites": list(k.sites), "levels": [asdict(level) for level in k.levels]} for k in self.kinds]
+        return {"shape": str(self.shape), "kinds": kinds}
+
+
+def measure_latency(
+    model: nn.Module,
+    costs: HeadCosts,
+    shape: Shape,
+    rounds: int = 8,
+    clock: Clock = "wall",
+    progress: bool = False,
+) -> LatencyTable:
+    """Time the base model whole, and with the sites of one kind at a time cut to fewer and fewer heads.
+
+    What heads do not own is shared with the copies that are cut, so they take the memory of the attention's weights.
+    """
+    base = base_of(model)
+    groups: dict[Any, list[AttentionSite]] = {}
+    for name, site in costs.sites.items():
+        if site.num_heads:
+            work = costs.saved_macs(name, torch.zeros(site.num_heads, dtype=torch.bool))
+            key = repr((site.to_json(), site.num_heads, site.num_key_value_heads, work))
+            groups.setdefault(key, []).append(site)
+    runs = {(-1, 0): forward_pass(base, *shape)}
+    levels: dict[int, list[tuple[int, float]]] = {}
+    with torch.no_grad(), ExitStack() as modes:
+        modes.enter_context(evaluation_mode(base))
+        for number, sites in enumerate(groups.values()):
+            levels[number] = [(sites[0].num_heads, 0.0)]
+            for kept in _thinned(list(_fewer(sites[0], costs))):
+                smaller = shared_copy(base, costs.sites)
+                remove_heads_(smaller, HeadMask({site.name: _original(site, kept) for site in sites}))
+                modes.enter_context(evaluation_mode(smaller))
+                runs[number, len(levels[number])] = forward_pass(smaller, *shape)
+                levels[number].append((int(kept.sum()), costs.saved_macs(sites[0].name, kept)))
+        names = {str(key): run for key, run in runs.items()}
+        seconds = time_in_turn(names, rounds, min_seconds=0.05, clock=clock, progress=progress)
+    kinds = []
+    for number, sites in enumerate(groups.values()):
+        measured = [
+            Level(heads, macs, seconds[str((number, i) if i else (-1, 0))])
+            for i, (heads, macs) in enumerate(levels[number])
+        ]
+        kinds.append(Kind(tuple(site.name for site in sites), tuple(measured)))
+    return LatencyTable(shape, tuple(kinds))
+
+
+def shared_copy(base: nn.Module, sites: Any) -> Any:
+    """Return a copy that may lose heads while `base` keeps them; parameters that no head owns are the same objects."""
+    owned = {piece.parameter for site in sites.values() for piece in site.slices}
+    shared = {id(p): p for name, p in base.named_parameters(remove_duplicate=False) if name not in owned}
+    return copy.deepcopy(base, shared)
+
+
+def _fewer(site: AttentionSite, costs: HeadCosts) -> Iterator[Tensor]:
+    """Yield masks of the heads there now, each saving more: fewer groups, and fewer heads in each."""
+    shapes = itertools.product(range(1, site.num_key_value_heads + 1), range(1, site.group + 1))
+    masks = {}
+    for groups, per_group in shapes:
+        kept = torch.zeros(site.num_key_value_heads, site.group, dtype=torch.bool)
+        kept[:groups, :per_group] = True
+        masks[costs.saved_macs(site.name, kept.flatten())] = kept.flatten()
+    yield from (masks[saved] for saved in sorted(masks) if saved > 0)
+
+
+def _thinned(masks: list[Tensor]) -> list[Tensor]:
+    """Return some of the masks, evenly spread, the last one among them."""
+    if len(masks) <= MOST_LEVELS:
+        return masks
+    return [masks[round(i * (len(masks) - 1) / (MOST_LEVELS - 1))] for i in range(MOST_LEVELS)]
+
+
+def _original(site: AttentionSite, kept: Tensor) -> Tensor:
+    vector = torch.zeros(site.original_num_heads, dtype=torch.bool)
+    vector[list(itertools.compress(site.heads, kept.tolist()))] = True
+    return vector

@@ -1,0 +1,71 @@
+"""What a model would cost without some of its heads, counted from one pass over the whole model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from secateur.measuring.cost import ModelCost, count_macs, count_parameters
+from secateur.models.state import base_of
+from secateur.removal.remove import present_mask
+from secateur.sites.layout import AttentionSite
+from secateur.units.values import HeadMask
+
+
+class HeadCosts:
+    """Tells for any mask the cost that `measure_cost` would measure after the removal; `dense` is the cost before it.
+
+    Weights shrink by the indices that heads own, products with a weight as the weight does, and the products that
+    attention makes without one (queries with keys, maps with values) as the number of query heads.
+    """
+
+    def __init__(self, model: nn.Module, sites: Mapping[str, AttentionSite], batch: int = 1, length: int = 128) -> None:
+        self.sites = sites
+        base = base_of(model)
+        macs, length = count_macs(base, batch, length)
+        heads = sum(site.num_heads for site in sites.values())
+        self.dense = ModelCost(heads, count_parameters(model), macs[""], batch, length)
+        owned = {piece.parameter for site in sites.values() for piece in site.slices}
+        self._shapes = {name: tuple(base.get_parameter(name).shape) for name in owned}
+        # Only matrices are multiplied with; a bias lies in the same module and must not count a second time.
+        self._by_weight = {
+            name: macs.get(name.rpartition(".")[0], 0) if len(shape) > 1 else 0 for name, shape in self._shapes.items()
+        }
+        self._by_heads = {name: _own(name, base.get_submodule(name), macs) for name in sites}
+
+    def after(self, mask: HeadMask) -> ModelCost:
+        """Return the cost without the heads that `mask`, in original numbering, drops."""
+        kept = present_mask(mask, self.sites)
+        heads = sum(int(vector.sum()) for vector in kept.values())
+        parameters, macs = 0, 0.0
+        for name, site in self.sites.items():
+            weights, work = self._saved(site, kept[name])
+            parameters += weights
+            macs += work
+        dense = self.dense
+        return ModelCost(heads, dense.parameters - parameters, dense.macs - round(macs), dense.batch, dense.length)
+
+    def saved_macs(self, site: str, kept: Tensor) -> float:
+        """Return the multiply-accumulates that one site saves with the heads in `kept` (bool `[heads there now]`)."""
+        return self._saved(self.sites[site], kept)[1]
+
+    def _saved(self, site: AttentionSite, kept: Tensor) -> tuple[int, float]:
+        """Return the parameters and the multiply-accumulates that a site saves."""
+        if bool(kept.all()):
+            return 0, 0.0
+        shapes = {piece.parameter: list(self._shapes[piece.parameter]) for piece in site.slices}
+        for (name, axis), indices in site.kept_indices(kept).items():
+            shapes[name][axis] = len(indices)
+        parameters, macs = 0, self._by_heads[site.name] * (1 - int(kept.sum()) / site.num_heads)
+        for name, shape in shapes.items():
+            before, after = math.prod(self._shapes[name]), math.prod(shape)
+            parameters += before - after
+            macs += self._by_weight[name] * (1 - after / before)
+        return parameters, macs
+
+
+def _own(name: str, module: nn.Module, macs: Mapping[str, int]) -> int:
+    """Return what a module multiplies itself, outside the modules in it."""
+    return macs.get(name, 0) - sum(macs.get(f"{name}.{child}", 0) for child, _ in module.named_children())

@@ -1,1 +1,0 @@
-"""The paper: network, objective and training of the meta-pruner."""

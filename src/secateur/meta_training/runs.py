@@ -1,0 +1,117 @@
+"""The folder of a meta-training run: a log of JSON lines, and checkpoints that are complete or not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.errors import CheckpointError
+from secateur.meta_training.config import MetaTrainingConfig
+from secateur.pruners.map_network import MetaPruner
+from secateur.support.files import (
+    LOCK,
+    append_line,
+    one_run,
+    read_json,
+    read_lines,
+    remove_folder,
+    remove_unfinished,
+    replaced_folder,
+    write_text,
+)
+
+_FREE = {"steps", "evaluate_every", "checkpoint_every"}  # settings that may change when a run goes on
+
+
+@contextmanager
+def held_run(out: Path) -> Iterator[None]:
+    """Hold a run's folder for this run alone, and tidy up behind one that was killed."""
+    with one_run(out / LOCK, out):
+        remove_unfinished(out)
+        yield
+
+
+class Log:
+    """JSON lines, written one by one; what lies beyond the step that a run resumes from is taken out first."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [row for row in read_lines(path) if row["step"] <= step] if step else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.path = path
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one line."""
+        append_line(self.path, row)
+
+
+def save_checkpoint(
+    out: Path, step: int, pruner: MetaPruner, optimizer: torch.optim.Optimizer, config: MetaTrainingConfig
+) -> None:
+    """Write the state after `step` updates as `checkpoint-STEP`; all but the two newest go once it is complete."""
+    tensors = {f"pruner.{name}": value.contiguous() for name, value in pruner.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {
+            f"optimizer.{number}.{key}": torch.as_tensor(value).contiguous()
+            for key, value in state.items()
+            if value is not None
+        }
+    with replaced_folder(out / f"checkpoint-{step}") as folder:
+        save_file(tensors, folder / "state.safetensors")
+        write_text(folder / "state.json", json.dumps({"step": step, "config": asdict(config)}, indent=1))
+    for old in _checkpoints(out)[:-2]:
+        remove_folder(old)
+
+
+def load_checkpoint(
+    folder: Path, pruner: MetaPruner, optimizer: torch.optim.Optimizer, config: MetaTrainingConfig
+) -> int:
+    """Put a checkpoint's state into the pruner and its optimiser, and return how many updates it has had.
+
+    Raises `CheckpointError` where it is damaged, of another architecture, or was made with other settings than
+    `config`; only the number of steps and how often to evaluate and save may differ.
+    """
+    try:
+        about = read_json(folder / "state.json")
+        tensors = load_file(folder / "state.safetensors", device=str(next(pruner.parameters()).device))
+        made_with = MetaTrainingConfig(**about["config"])
+        step = int(about["step"])
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} is no complete meta-training checkpoint: {error}; without it, a run goes on from the one before"
+        ) from None
+    for name in sorted({f.name for f in fields(config)} - _FREE):
+        if getattr(made_with, name) != getattr(config, name):
+            raise CheckpointError(
+                f"{folder} was made with {name} = {getattr(made_with, name)!r}, not {getattr(config, name)!r}"
+            )
+    weights = {k.removeprefix("pruner."): v for k, v in tensors.items() if k.startswith("pruner.")}
+    try:
+        pruner.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} holds another architecture: {str(error).splitlines()[-1].strip()}") from None
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".")
+            states.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    return step
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None."""
+    found = _checkpoints(out)
+    return found[-1] if found else None
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    found = [p for p in out.glob("checkpoint-*") if (p / "state.json").is_file() and p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]))

@@ -1,0 +1,101 @@
+"""What tells the pruner which way to go: the paper's straight-through gradient, and estimates without one.
+
+Each works on one batch: `model` is the frozen base model, `dense` its representations `[texts, width]` of the batch,
+`scores` the pruner's for each site's heads, with gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.meta_training.config import MetaTrainingConfig
+from secateur.meta_training.sampling import draw_heads, draw_whole_sites, drop_dimensions
+from secateur.relations import gated_representations, relational_kl
+from secateur.texts.batches import Batch
+
+
+def straight_through_loss(
+    model: PreTrainedModel,
+    batch: Batch,
+    dense: Tensor,
+    scores: Mapping[str, Tensor],
+    is_pair: bool,
+    config: MetaTrainingConfig,
+    random: torch.Generator,
+) -> Tensor:
+    """Gate the heads that the scores draw and return the relational loss (paper, steps 3 to 5)."""
+    whole = draw_whole_sites(len(scores), config.whole_sites, random)
+    gates = {
+        site: draw_heads(row, num_kept(len(row), config.pruning_ratio), random, config.temperature)
+        for number, (site, row) in enumerate(scores.items())
+        if number not in whole
+    }
+    kept = drop_dimensions(dense.shape[1], config.dropped_dimensions, random).to(dense)
+    pruned = gated_representations(model, batch, gates, is_pair)
+    return relational_kl(dense * kept, pruned * kept) * (1.0 if is_pair else config.single_weight)
+
+
+@torch.no_grad()
+def leave_one_out_estimate(
+    model: PreTrainedModel, batch: Batch, dense: Tensor, heads: Mapping[str, int], is_pair: bool
+) -> dict[str, Tensor]:
+    """Return, for each head, the relational KL when it alone is gated: `[heads]` a site, ≥ 0, one pass a head."""
+    found = {site: torch.zeros(count) for site, count in heads.items()}
+    for site, count in heads.items():
+        for head in range(count):
+            gate = torch.ones(count)
+            gate[head] = 0
+            found[site][head] = relational_kl(dense, gated_representations(model, batch, {site: gate}, is_pair))
+    return found
+
+
+@torch.no_grad()
+def random_masks_estimate(
+    model: PreTrainedModel,
+    batch: Batch,
+    dense: Tensor,
+    heads: Mapping[str, int],
+    is_pair: bool,
+    config: MetaTrainingConfig,
+    random: torch.Generator,
+) -> dict[str, Tensor]:
+    """Return, for each head, the mean KL of random masks that drop it less that of masks that keep it: `[heads]`.
+
+    Masks come in pairs, one and its complement, so that every head is dropped as often as it is kept, and they drop
+    half of every site: unlike leaving one out, this sees what a head is worth when many others are gone.
+    """
+    sums = {site: torch.zeros(2, count) for site, count in heads.items()}
+    for _ in range(config.random_masks // 2):
+        half = {site: torch.randperm(count, generator=random) < count // 2 for site, count in heads.items()}
+        for mask in (half, {site: ~row for site, row in half.items()}):
+            gates = {site: row.float() for site, row in mask.items()}
+            loss = float(relational_kl(dense, gated_representations(model, batch, gates, is_pair)))
+            for site, row in mask.items():
+                sums[site][0][~row] += loss
+                sums[site][1][row] += loss
+    pairs = config.random_masks // 2
+    return {site: (dropped - kept) / pairs for site, (dropped, kept) in sums.items()}
+
+
+def ranking_loss(scores: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+    """Return 1 - correlation of scores and targets over the heads of a site, averaged over sites: in [0, 2].
+
+    Only the order and spacing within a site count, as in the paper's selection; a site of one head counts nothing.
+    """
+    losses = []
+    for site, row in scores.items():
+        target = targets[site].to(row)
+        if len(row) > 1:
+            a, b = row - row.mean(), target - target.mean()
+            losses.append(1 - (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12))
+    return torch.stack(losses).mean()
+
+
+def num_kept(heads: int, pruning_ratio: float) -> int:
+    """Return how many of a site's heads stay: all but floor(ratio · heads)."""
+    return heads - math.floor(pruning_ratio * heads + 1e-9)

@@ -1,0 +1,60 @@
+"""What a meta-pruner learns on: frozen models, and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.errors import UnsupportedModelError, invalid
+from secateur.models.inputs import forward_arguments
+from secateur.models.state import base_of
+from secateur.sites.gating import count_heads
+from secateur.texts.data import Task, batches
+
+Batch = dict[str, Any]
+
+
+class Subject:
+    """A frozen model that the pruner learns on, with its tokenizer and each site's number of heads.
+
+    The model is put into eval mode and its weights are frozen; nothing else about it changes. Raises
+    `UnsupportedModelError` for a model that reads no texts.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model: PreTrainedModel = base_of(model).eval().requires_grad_(False)
+        if self.model.main_input_name != "input_ids":
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} reads {self.model.main_input_name}; a meta-pruner learns on models "
+                "that read texts"
+            )
+        self.tokenizer = tokenizer
+        sample = self.batch(["a", "b"], max_length=8)
+        self.heads = {site: heads for site, (heads, _) in count_heads(self.model, sample).items()}
+
+    def batch(self, texts: Sequence[Any], max_length: int) -> Batch:
+        """Return one batch of keyword arguments for the model."""
+        return self.batches(texts, len(texts), max_length)[0]
+
+    def batches(self, texts: Sequence[Any], batch_size: int, max_length: int) -> list[Batch]:
+        """Return consecutive batches of keyword arguments for the model."""
+        made = batches(self.tokenizer, texts, batch_size, max_length, device=self.model.device)
+        return forward_arguments(self.model, made)
+
+
+def check_subjects(subjects: Any) -> None:
+    """Raise `InvalidInputError` unless there is at least one model to learn on, and nothing else."""
+    _check_list("subjects", subjects, Subject)
+
+
+def check_tasks(tasks: Any) -> None:
+    """Raise `InvalidInputError` unless there is at least one task, and nothing else."""
+    _check_list("tasks", tasks, Task)
+
+
+def _check_list(name: str, values: Any, kind: type) -> None:
+    if not isinstance(values, list | tuple) or not values or not all(isinstance(value, kind) for value in values):
+        raise invalid(name, f"be a list of at least one {kind.__name__}", values)

@@ -1,0 +1,175 @@
+"""Models and tokenizers from a folder or the Hub, with one-line errors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid
+from secateur.models.sentence_transformers import transformer_folder
+
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
+_SMALL = 300_000_000  # bytes that load in about a second, for which a progress bar is noise
+
+
+def load_model(
+    model: str | Path,
+    device: str | torch.device | None = None,
+    model_class: Any = None,
+    *,
+    whole: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a folder or Hub id with the class that its config names, so that a task head is not lost on the way.
+
+    `model_class` (an Auto class, say) overrides that class; `options` go to its `from_pretrained`. A path of a `.gguf`
+    file is read too: its weights are widened to float32, after which the model is one like any other. The model arrives
+    in eval mode, on `device` unless the options have a `device_map`. Code that lies beside a model is run only where
+    `options` has `trust_remote_code=True`, and a folder is read without asking the Hub, whatever its files name. Raises
+    `InvalidInputError` where there is no model, and `CheckpointError` where a pruned one cannot be rebuilt.
+
+    Weights that the files lack are random. With `whole` that is a `CheckpointError`; else a `SecateurWarning`, but for
+    another class than the config names: who asks for one, such as one with a new head, knows what is new in it.
+    """
+    _check_exists(model)
+    own_class = model_class is None
+    source, from_file = _source(model)
+    options = {**_access(model), **options}
+    small = Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) < _SMALL
+    try:
+        with quiet_transformers(progress=not small):
+            if model_class is None:
+                access = {name: options[name] for name in _access(model)}
+                model_class = _named_class(AutoConfig.from_pretrained(source, **access, **from_file))
+            if from_file:
+                options = {"dtype": torch.float32, **options, **from_file}
+            loaded, loading = model_class.from_pretrained(source, output_loading_info=True, **options)
+    except SecateurError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError and more here
+        raise InvalidInputError(f"{model} cannot be loaded as a model: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]) if whole or own_class else []:
+        lost = f"{model} lacks weights of {type(loaded).__name__}, such as {missing[0]}"
+        if whole:
+            raise CheckpointError(f"{lost}; get its files again or, where it has a new head, fine-tune it first")
+        warnings.warn(f"{lost}: {len(missing)} are random here", SecateurWarning, stacklevel=2)
+    if from_file:
+        # What is left of the quantiser would be saved, and the folder would ask for it when it is loaded.
+        loaded.hf_quantizer, loaded.is_quantized = None, False
+        del loaded.config.quantization_config
+    if not type(loaded).__module__.startswith("transformers_modules"):
+        # The class is transformers' own: saved again, a standalone export would lack the code that `auto_map` names.
+        vars(loaded.config).pop("auto_map", None)
+    return (loaded if "device_map" in options else loaded.to(device or default_device())).eval()
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id. Raises `InvalidInputError` where there is none."""
+    _check_exists(model)
+    source, from_file = _source(model)
+    try:
+        return AutoTokenizer.from_pretrained(source, **_access(model), **from_file)
+    except Exception as error:
+        raise InvalidInputError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
+
+
+def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a folder or Hub id, or return None where it has none.
+
+    Raises `InvalidInputError` for a tokenizer in a folder that is there but cannot be loaded.
+    """
+    path = Path(model)
+    if path.is_dir() and not any(f.name.startswith(_TOKENIZER_FILES) for f in transformer_folder(path).iterdir()):
+        return None
+    try:
+        return load_tokenizer(model)
+    except InvalidInputError:
+        if path.exists():
+            raise
+        return None
+
+
+@contextmanager
+def quiet_transformers(progress: bool) -> Iterator[None]:
+    """Hide what transformers logs below errors and, without `progress`, its bars; errors are still raised."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    if not progress:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+def default_device() -> torch.device:
+    """Return the first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """Return the device meant by a name such as "cpu" or "cuda:0". Raises `InvalidInputError` for others."""
+    if device is None:
+        return default_device()
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).item()  # the meta device holds nothing
+    except (RuntimeError, AssertionError, TypeError):
+        raise invalid("device", "be a device that this machine has, such as 'cpu'", str(device)) from None
+    return chosen
+
+
+def _source(model: str | Path) -> tuple[str | Path, dict[str, str]]:
+    """Return what transformers is asked for: a folder or Hub id, or a `.gguf` file's folder and name."""
+    path = Path(model)
+    if _is_gguf(path):
+        return path.parent, {"gguf_file": path.name}
+    return (transformer_folder(path) if path.is_dir() else model), {}
+
+
+def _access(model: str | Path) -> dict[str, bool]:
+    """Return what transformers may do: run no code from a model's files, and for a local one not ask the Hub."""
+    # Files of a folder can name Hub repositories, such as an adapter its base model.
+    return {"trust_remote_code": False, "local_files_only": Path(model).exists()}
+
+
+def _named_class(config: Any) -> Any:
+    """Return the class that a config names, where it is a model of transformers, else `AutoModel`."""
+    named = next(iter(getattr(config, "architectures", None) or []), None)
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def _check_exists(model: str | Path) -> None:
+    path = Path(model)
+    if _is_gguf(path):
+        return
+    if path.suffix == ".gguf":
+        raise invalid("model", "be a .gguf file that exists", str(model))
+    if path.exists():
+        if not path.is_dir() or not (transformer_folder(path) / "config.json").is_file():
+            raise invalid("model", "be a folder with a config.json, or a Hub id", str(model))
+    elif isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        # What has another shape than a Hub id can only have been meant as a folder.
+        raise invalid("model", "be a folder that exists, or a Hub id", str(model))
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    text = str(error).strip()
+    return " ".join(text.split())[:200] if text else type(error).__name__

@@ -1,0 +1,191 @@
+"""Borrowing a model: every change made for a measurement is undone, also after an exception."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import convert_to_fp32
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
+
+from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.models.offload import check_loaded, device_of
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """Return the encoder or decoder inside a task model (`BertModel` inside `BertForSequenceClassification`).
+
+    Sites are named relative to it, so that scores and masks carry over between a base model and its task models.
+    Raises `TypeError` for anything that is no transformers model, with the way to get one.
+    """
+    if not isinstance(model, PreTrainedModel):
+        hint = "pass the transformers model inside it (PEFT: `get_base_model()`, SentenceTransformer: `[0].auto_model`)"
+        raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}; {hint}")
+    base: PreTrainedModel = model.base_model
+    while base.base_model is not base:  # DPR wraps twice
+        base = base.base_model
+    return base
+
+
+_holders: dict[int, tuple[int, int]] = {}  # id of a model or config → the thread that holds it, and how often
+_lock = threading.Lock()
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Keep a model, and others that share a config with it, for this thread meanwhile; it may do so again inside.
+
+    What a measurement switches is put back at its end, which two threads at a time would do in the wrong order. Raises
+    `SecateurError` where another thread holds it.
+    """
+    base, thread = base_of(model), threading.get_ident()
+    configs = (getattr(module, "config", None) for module in base.modules())
+    keys = {id(base), *(id(config) for config in configs if config is not None)}
+    with _lock:
+        if any(_holders.get(key, (thread, 0))[0] != thread for key in keys):
+            raise SecateurError("the model is in use in another thread; give each thread a copy of it, or wait")
+        _holders.update({key: (thread, _holders.get(key, (thread, 0))[1] + 1) for key in keys})
+    try:
+        yield
+    finally:
+        with _lock:
+            for key in keys:
+                times = _holders.pop(key)[1]
+                if times > 1:
+                    _holders[key] = (thread, times - 1)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and running statistics off, and give every module its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def gradients_for_all(model: nn.Module) -> Iterator[None]:
+    """Let gradients reach every floating-point parameter, whatever the caller froze; `.grad` is never written.
+
+    Raises `UnsupportedModelError` for weights made within `torch.inference_mode`, which gradients never reach.
+    """
+    check_takes_gradients(model)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for gradients meanwhile, and record none."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def bfloat16_passes(base: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
+    """Let every pass of `base` compute its matrix products in bfloat16 meanwhile (torch.autocast); weights stay.
+
+    It returns float32. What a `probe` reads is handed over outside of it, so that sums over texts are float32 too.
+    """
+    if not wanted:
+        yield
+        return
+    kind = device_of(base).type
+    running: list[torch.autocast] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        running.append(torch.autocast(kind, torch.bfloat16))
+        running[-1].__enter__()
+
+    def leave(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        running.pop().__exit__(None, None, None)
+        return convert_to_fp32(outputs)
+
+    hooks = [base.register_forward_pre_hook(enter), base.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Compute in the dtype of the tensors meanwhile."""
+    known = torch.amp.is_autocast_available(device.type)
+    with torch.autocast(device.type, enabled=False) if known else nullcontext():
+        yield
+
+
+def check_takes_gradients(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for weights made within `torch.inference_mode`, which gradients never reach."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModelError("the model was loaded within `torch.inference_mode`; load it outside of it")
+
+
+def check_plain_weights(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for weights on the meta device, which are no numbers, and for quantised ones."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise UnsupportedModelError("the model's weights are on the meta device; load them before pruning")
+    if (
+        getattr(model, "is_quantized", False)
+        or getattr(model, "hf_quantizer", None) is not None
+        # What torchao and torch leave behind where they are called by hand; a DTensor is a plain one in pieces.
+        or any(is_traceable_wrapper_subclass(t) and not _is_of(t, "torch.distributed") for t in tensors)
+        or any(_is_of(module, "torch.ao.nn.quantized") for module in model.modules())
+    ):
+        raise UnsupportedModelError("the model is quantised; prune the full-precision model, then quantise the result")
+
+
+def _is_of(thing: object, package: str) -> bool:
+    return f"{type(thing).__module__}.".startswith(f"{package}.")
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Hold half-precision weights in float32 meanwhile; widening and narrowing back is exact, so nothing changes.
+
+    Their gradients are put aside, as a parameter takes none of another dtype, and come back where shapes still agree.
+    Raises what `check_loaded` and `check_plain_weights` raise, as such weights have no copy in float32.
+    """
+    check_loaded(model, "this")
+    check_plain_weights(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    narrow = [(t, t.dtype, t.grad) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    try:
+        for tensor, _, _ in narrow:
+            tensor.grad = None
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype, gradient in narrow:
+            tensor.data = tensor.data.to(dtype)
+            if gradient is not None and gradient.shape == tensor.shape:
+                tensor.grad = gradient

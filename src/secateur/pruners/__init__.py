@@ -1,0 +1,1 @@
+"""Networks that score heads, and what they look at."""

@@ -1,0 +1,177 @@
+"""Reloading: after `import secateur`, `from_pretrained` rebuilds a pruned model before its weights are read.
+
+`PreTrainedModel.post_init` runs at the end of every model's constructor, while the weights are still random or absent.
+It is wrapped once: a model whose config carries a `head_pruning` recipe is narrowed there; any other goes through the
+original function alone. The `pruned_heads` of a transformers-4 config are turned into a recipe on the way. Saving needs
+nothing where the config of the model that is saved carries the recipe. `save_pretrained` is wrapped for the others,
+which lost heads from a model inside them.
+
+`PreTrainedModel` gets a `__call__` of its own as well, which warns of `head_mask`: transformers 5 ignores it silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def install() -> None:
+    """Wrap `PreTrainedModel.post_init`, `save_pretrained` and `__call__`; a second call does nothing.
+
+    This runs while transformers is being imported, so everything else is imported when the first recipe turns up.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    original = PreTrainedModel.post_init
+    if getattr(original, "_secateur", False):
+        return
+
+    @functools.wraps(original)
+    def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if getattr(self.config, "pruned_heads", None):
+            from secateur.removal.legacy import adopt_v4_
+
+            adopt_v4_(self)
+        if getattr(self.config, "head_pruning", None) is not None:
+            _narrow(self)
+        return result
+
+    post_init._secateur = True  # type: ignore[attr-defined]
+    PreTrainedModel.post_init = post_init
+
+    save = PreTrainedModel.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        adapter_alone = getattr(self, "_hf_peft_config_loaded", False)  # then no config is written
+        if not adapter_alone and any(getattr(config, "head_pruning", None) is not None for config in _configs(self)):
+            _complete_config_(self)
+        return save(self, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained
+
+    def __call__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("head_mask") is not None:
+            from secateur.removal.legacy import warn_of_head_mask
+
+            warn_of_head_mask(self)
+        return super(PreTrainedModel, self).__call__(*args, **kwargs)
+
+    PreTrainedModel.__call__ = __call__
+
+
+@contextmanager
+def without_hook() -> Iterator[None]:
+    """Let transformers build models as if secateur were not there."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    hooked = PreTrainedModel.post_init
+    PreTrainedModel.post_init = getattr(hooked, "__wrapped__", hooked)
+    try:
+        yield
+    finally:
+        PreTrainedModel.post_init = hooked
+
+
+def _narrow(model: PreTrainedModel) -> None:
+    """Follow the recipe in the model's config, unless this is a part of a model that is still under construction.
+
+    Constructors nest: the parts of an encoder-decoder share its config but hold only some of the sites, and wait for
+    the whole; a task model finds its base model narrowed already. A model of the user's own may hold transformers'
+    models as parts, in a row or beside its base model, with recipes that name their sites as its own.
+    """
+    from secateur.models.state import base_of
+    from secateur.removal.replay import missing_sites, rebuild_
+    from secateur.sites.recipe import read_recipe
+
+    recipe = read_recipe(model.config)
+    if recipe is None:
+        return
+    builder = _builder(model)
+    if builder is not None and builder.base_model is not builder and type(model) is type(builder.base_model):
+        return  # another beside its base model, whose recipe it is; one of another class takes that one's place
+    if (builder is None and _is_whole(model)) or not missing_sites(base_of(model), recipe):
+        rebuild_(model)
+
+
+def _builder(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Return the model whose constructor builds `model` as a part of it and whose config has the same recipe, if any.
+
+    A constructor is the only one to know, since the part is handed over when it is finished. What it reads by
+    `from_pretrained` is no such part, but a model of its own.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "from_pretrained":
+        outer = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
+        if isinstance(outer, PreTrainedModel) and outer is not model:
+            config = getattr(outer, "config", None)
+            if getattr(config, "head_pruning", None) == model.config.head_pruning:
+                return outer
+        frame = frame.f_back
+    return None
+
+
+def _is_whole(model: PreTrainedModel) -> bool:
+    """Is this the model that was asked for, rather than a part of it, such as the encoder alone?"""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    whole = MODEL_MAPPING.get(type(model.config), None)
+    classes = whole if isinstance(whole, tuple) else (whole,)
+    return (
+        model.base_model is not model
+        or type(model) in classes
+        or type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+    )
+
+
+def _configs(model: PreTrainedModel) -> Iterator[Any]:
+    """Yield the configs that the model and the modules in it hold."""
+    return (getattr(module, "config", None) for module in model.modules())
+
+
+def _complete_config_(model: PreTrainedModel) -> None:
+    """Let the config of a model that is about to be saved tell of the heads that were removed inside the model.
+
+    A recipe of the base model alone is carried over. One of any other part is not, as the sites that it names are not
+    the model's: where the config does not have it in another place a `SecateurWarning` is issued.
+    """
+    from secateur.errors import SecateurWarning
+    from secateur.models.state import base_of
+    from secateur.removal.remove import give_own_configs_
+    from secateur.sites.recipe import KEY, REMOVED
+
+    base = base_of(model)
+    recipe = getattr(base.config, KEY, None)
+    if recipe is not None and recipe != getattr(model.config, KEY, None):
+        give_own_configs_(model)
+        setattr(model.config, KEY, recipe)
+    for name, part in model.named_modules():
+        if part is not base and REMOVED in vars(part) and getattr(part.config, KEY, None) not in _recipes(model.config):
+            warnings.warn(
+                f"heads were removed from `{name}` of this {type(model).__name__} alone, which its config does not "
+                "have, so that the folder may not load; remove them from the whole model, or save the part",
+                SecateurWarning,
+                stacklevel=4,
+            )
+
+
+def _recipes(config: PreTrainedConfig) -> Iterator[Any]:
+    """Yield the recipes of a config and of those within it, as an encoder-decoder has two; None where none is."""
+    from transformers import PreTrainedConfig
+
+    yield getattr(config, "head_pruning", None)
+    for inner in vars(config).values():
+        if isinstance(inner, PreTrainedConfig):
+            yield from _recipes(inner)
+        elif isinstance(inner, dict):  # a part's config as a user's own class may keep it
+            yield inner.get("head_pruning")

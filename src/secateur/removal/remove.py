@@ -1,0 +1,269 @@
+"""Deleting heads for real: smaller weights, proved equal to the gated model, or the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.errors import RemovalError, invalid
+from secateur.models.failure import locate
+from secateur.models.finite import check_finite
+from secateur.models.inputs import example_inputs
+from secateur.models.offload import check_loaded
+from secateur.models.state import base_of, check_plain_weights, held, in_float32
+from secateur.removal.adapted import ConfigView
+from secateur.removal.emptied import bypass_
+from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
+from secateur.removal.replay import check_groups, cut_site_
+from secateur.removal.reshaped import reshape_
+from secateur.sites.attention import find_sites
+from secateur.sites.gating import is_probed, probe
+from secateur.sites.layout import AttentionSite
+from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe, read_recipe
+from secateur.support.checks import check_mapping
+from secateur.units.values import HeadMask
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a removal did: the mask in original numbering, heads before and after, and the proof's difference."""
+
+    mask: HeadMask
+    heads_before: int
+    heads_after: int
+    max_difference: float
+
+
+def present_mask(mask: HeadMask, sites: Mapping[str, AttentionSite]) -> dict[str, Tensor]:
+    """Translate a mask from original numbering to the heads that are there now; sites it does not name stay whole.
+
+    Raises `InvalidInputError` for a site that the model lacks, a vector of another length, and a head that is marked
+    as kept though an earlier pruning removed it.
+    """
+    if not isinstance(mask, HeadMask):
+        raise invalid("mask", "be a HeadMask", mask)
+    for name, vector in mask.items():
+        if name not in sites:
+            raise invalid("mask", f"name sites of the model, such as {next(iter(sites))!r}", name)
+        site = sites[name]
+        if vector.numel() != site.original_num_heads:
+            raise invalid(f"mask[{name!r}]", f"have {site.original_num_heads} entries", vector.numel())
+        gone = [h for h in vector.nonzero().flatten().tolist() if h not in site.heads]
+        if gone:
+            raise invalid(f"mask[{name!r}]", "be False for heads that are already removed", gone)
+    return {
+        name: mask[name][list(site.heads)] if name in mask else torch.ones(site.num_heads, dtype=torch.bool)
+        for name, site in sites.items()
+    }
+
+
+@contextmanager
+def gated_heads(model: nn.Module, mask: HeadMask, sites: Mapping[str, AttentionSite] | None = None) -> Iterator[None]:
+    """Within this context the heads that `mask` drops write nothing: a preview of the removal that undoes itself.
+
+    With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and without the
+    gates their gradients are others.
+
+    Raises what `present_mask` and `find_sites` raise.
+    """
+    base_of(model)
+    if sites is not None:
+        check_mapping("sites", sites)
+    sites = find_sites(model) if sites is None else sites
+    gates = {name: kept.to(torch.float32) for name, kept in present_mask(mask, sites).items()}
+    with probe(model, gates=gates):
+        yield
+
+
+@torch.inference_mode(False)  # weights that are made in it could not be trained
+def remove_heads_(
+    model: nn.Module,
+    mask: HeadMask,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    sites: Mapping[str, AttentionSite] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Removal:
+    """Delete from `model`, in place, the weights of every head that `mask` drops.
+
+    The smaller model is compared with the gated one on `inputs` (keyword arguments of the base model's forward; made
+    up where absent), in float32. Where they differ by more than 1e-4, or the smaller model does not run, everything is
+    put back and `RemovalError` raised. Parameters keep their identity, but an optimiser that already holds state for
+    them must be made anew.
+
+    Heads go only where the proof looks: `InvalidInputError` names a site that loses heads and that `inputs` do not
+    reach.
+
+    Grouped queries: in each site either whole key-value groups go, or the same number of query heads in every group
+    that stays; `InvalidInputError` names a mask that does neither.
+
+    `record` is written to the config's `head_pruning` beside the kept heads.
+    """
+    base = base_of(model)
+    for argument, value in (("inputs", inputs), ("sites", sites), ("record", record)):
+        if value is not None:
+            check_mapping(argument, value)
+    _check_record(record or {})
+    check_loaded(base, "removing heads")
+    check_plain_weights(base)
+    sites = find_sites(base) if sites is None else sites
+    kept = present_mask(mask, sites)
+    for name, vector in kept.items():
+        check_groups(sites[name], vector)
+    if is_probed(base):
+        raise RemovalError("the model is being gated or probed; remove heads outside of that context")
+    inputs = example_inputs(base) if inputs is None else inputs
+    undo: list[Callable[[], None]] = []
+    reached: set[str] = set()
+    with held(base), in_float32(base):
+        with probe(base, lambda reading: reached.add(reading.site)), gated_heads(base, mask, sites):
+            wanted = hidden_states(base, inputs)
+            for tensor in wanted:
+                check_finite(tensor, base, partial(hidden_states, base, inputs))
+        for name, vector in kept.items():
+            if name not in reached and not vector.all():  # whatever were cut there, the outputs would be equal
+                raise invalid(
+                    "inputs", f"reach the site {name!r}, which loses heads", list(inputs), "pass `inputs` that reach it"
+                )
+        with ExitStack() as steps:  # it runs them backwards, and goes on where one fails
+            try:
+                for name, site in sites.items():
+                    cut_site_(base, site, kept[name], undo)
+                difference, special = _prove(base, inputs, wanted, sites, kept, undo)
+                if not difference <= TOLERANCE:
+                    raise RemovalError(
+                        f"{type(base).__name__} without the heads differs from the gated model by {difference:.2g} "
+                        f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
+                    )
+            except BaseException:
+                for step in undo:
+                    steps.callback(step)
+                raise
+    _write_recipe(model, sites, kept, special, record or {})
+    for holder in (model, base):
+        # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
+        vars(holder).pop("_cache", None)
+    before = sum(site.num_heads for site in sites.values())
+    after = sum(int(v.sum()) for v in kept.values())
+    return Removal(_original_mask(sites, kept), before, after, difference)
+
+
+@dataclass(frozen=True)
+class _Special:
+    """Sites that do not run as they are once heads are gone, by what is done about it."""
+
+    bypassed: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+
+
+def _prove(
+    base: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    wanted: list[Tensor],
+    sites: Mapping[str, AttentionSite],
+    kept: Mapping[str, Tensor],
+    undo: list[Callable[[], None]],
+) -> tuple[float, _Special]:
+    """Return the difference of the cut model to the gated one, and the sites that do not run as they are.
+
+    A model that raises is run again: with the code of emptied sites left out, or with the widths corrected that the
+    code of the site which raised asks for.
+    """
+    emptied = [sites[name] for name, vector in kept.items() if not vector.any()]
+    special = _Special()
+    while True:
+        try:
+            return largest_difference(wanted, hidden_states(base, inputs)), special
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            failure = locate(error, base, sites)
+            site = sites.get(failure.site or "")
+            can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_heads
+            if site is not None and can_reshape and site.name not in special.reshaped:
+                reshape_(base.get_submodule(site.name), site, int(kept[site.name].sum()), undo)
+                special.reshaped.append(site.name)
+            elif emptied and not special.bypassed:
+                for bare in emptied:
+                    bypass_(base, bare, undo)
+                    special.bypassed.append(bare.name)
+            else:
+                where = f" at site {site.name}" if site is not None else ""
+                raise RemovalError(
+                    f"{type(base).__name__} does not run with fewer heads{where}: its code counts on all of them "
+                    f"({failure.place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its heads "
+                    "with `secateur.gated_heads`, which works, as scoring does; the model is unchanged"
+                ) from error
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raise `InvalidInputError` unless the record is JSON and leaves what a recipe holds alone."""
+    if taken := sorted(OWN_NAMES & set(record)):
+        raise invalid("record", f"not have the names {', '.join(sorted(OWN_NAMES))}", taken)
+    try:
+        json.dumps(record)
+    except (TypeError, ValueError):
+        raise invalid("record", "hold what JSON can hold", dict(record)) from None
+
+
+def _original_mask(sites: Mapping[str, AttentionSite], kept: Mapping[str, Tensor]) -> HeadMask:
+    values = {}
+    for name, site in sites.items():
+        vector = torch.zeros(site.original_num_heads, dtype=torch.bool)
+        vector[list(itertools.compress(site.heads, kept[name].tolist()))] = True
+        values[name] = vector
+    return HeadMask(values)
+
+
+def _write_recipe(
+    model: nn.Module,
+    sites: Mapping[str, AttentionSite],
+    kept: Mapping[str, Tensor],
+    special: _Special,
+    record: Mapping[str, Any],
+) -> None:
+    """Put the recipe into the config of the model, and of its base model where that is another object.
+
+    Sites that an earlier recipe knows and this removal did not see stay in it as they are.
+    """
+    give_own_configs_(model)
+    base = base_of(model)
+    earlier = read_recipe(base.config) or Recipe({}, {})
+    kept_heads = {name: tuple(heads) for name, heads in _original_mask(sites, kept).kept_heads.items()}
+    kept_heads |= {name: heads for name, heads in earlier.kept_heads.items() if name not in kept_heads}
+    # What an earlier recipe says of a site is of the unpruned model; a site that none names is unpruned now.
+    originals = earlier.sites | {name: site for name, site in sites.items() if name not in earlier.sites}
+    ratio = 1 - sum(map(len, kept_heads.values())) / sum(site.original_num_heads for site in originals.values())
+    recipe = Recipe(
+        kept_heads,
+        originals,
+        bypassed=tuple(dict.fromkeys([*earlier.bypassed, *special.bypassed])),
+        reshaped=tuple(dict.fromkeys([*earlier.reshaped, *special.reshaped])),
+        record={**earlier.record, **record, "pruning_ratio": round(ratio, 6)},
+    )
+    for config in (model.config, base.config):
+        setattr(config, KEY, recipe.to_json())
+    setattr(base, REMOVED, True)
+
+
+def give_own_configs_(model: nn.Module) -> None:
+    """Replace the configs that the modules hold by copies: another model built from the same object stays unpruned."""
+    copies: dict[int, Any] = {}
+    originals = []  # kept alive meanwhile, since the copies are looked up by id
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            originals.append(config)
+            module.config = copies[id(config)] if id(config) in copies else copy.deepcopy(config, copies)
+    for module in model.modules():
+        view = getattr(module, "config", None)
+        if isinstance(view, ConfigView):
+            view.of = copies.get(id(view.of), view.of)

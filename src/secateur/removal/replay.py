@@ -1,0 +1,191 @@
+"""From a recipe to the smaller model: weights and attributes narrowed, site by site.
+
+A standalone export ships this file's definitions, and what they use, inside the model folder. So nothing here, nor in
+the modules imported here, may need anything but torch and transformers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, invalid, shown
+from secateur.models.state import base_of
+from secateur.removal.adapted import narrow_bias_, set_in_config_
+from secateur.removal.emptied import bypass_
+from secateur.removal.reshaped import reshape_
+from secateur.sites.forward import takes_bias
+from secateur.sites.layout import AttentionSite
+from secateur.sites.recipe import KEY, Recipe, read_recipe
+
+_DONE = "_secateur_narrowed"  # on a base model: its recipe has been followed
+
+
+class Rebuilt:
+    """Mixed into a model class that a standalone export ships: its constructor ends by following the config's recipe.
+
+    Where secateur is installed and has done so already, nothing is left to do.
+    """
+
+    def post_init(self) -> None:
+        """Finish as the model class does, then narrow."""
+        own: Any = super()
+        own.post_init()
+        model: Any = self
+        rebuild_(model)
+
+
+def rebuild_(model: PreTrainedModel) -> None:
+    """Follow the recipe in the model's config, where there is one, once for each base model.
+
+    Works on weights that are random or on the meta device, as they are inside a constructor. Raises `CheckpointError`
+    for a recipe that does not fit.
+    """
+    recipe, base = read_recipe(model.config), base_of(model)
+    if recipe is None or getattr(base, _DONE, False):
+        return
+    missing = missing_sites(base, recipe)
+    if missing:
+        raise CheckpointError(f"`{KEY}` names the site {shown(missing[0])}, which {type(base).__name__} does not have")
+    try:
+        # `from_pretrained` builds models on the meta device, where index vectors would have no values.
+        with torch.device("cpu"):
+            replay_(base, recipe)
+    except SecateurError as error:
+        raise CheckpointError(f"`{KEY}` in the config does not fit {type(base).__name__}: {error}") from None
+    setattr(base, _DONE, True)
+
+
+def missing_sites(base: PreTrainedModel, recipe: Recipe) -> list[str]:
+    """Return the sites of `recipe` that are no modules of `base`."""
+    modules = dict(base.named_modules(remove_duplicate=False))
+    return [site for site in recipe.sites if site not in modules]
+
+
+def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
+    """Narrow an unpruned, perhaps weightless, base model as `recipe` says. Raises where the two do not fit."""
+    for name, site in recipe.sites.items():
+        for piece in site.slices:
+            try:
+                shape = base.get_parameter(piece.parameter).shape
+            except AttributeError:
+                raise UnsupportedModelError(f"{type(base).__name__} has no weight {shown(piece.parameter)}") from None
+            if piece.axis >= len(shape) or shape[piece.axis] != len(piece.owners):
+                raise UnsupportedModelError(
+                    f"{piece.parameter} has the shape {tuple(shape)}, the recipe expects {len(piece.owners)} "
+                    f"along axis {piece.axis}"
+                )
+        for path in site.attributes:
+            if not _is_count(base, path):
+                raise UnsupportedModelError(f"{type(base).__name__} has no number {shown(path)}")
+        kept = torch.zeros(site.num_heads, dtype=torch.bool)
+        kept[list(recipe.kept_heads[name])] = True
+        check_groups(site, kept)
+        cut_site_(base, site, kept)
+        if name in recipe.bypassed:
+            bypass_(base, site)
+        if name in recipe.reshaped:
+            reshape_(base.get_submodule(name), site, len(recipe.kept_heads[name]))
+
+
+def cut_site_(
+    base: PreTrainedModel, site: AttentionSite, kept: Tensor, undo: list[Callable[[], None]] | None = None
+) -> None:
+    """Narrow the weights and attributes of one site to the heads in `kept` (bool `[heads]`); works on meta weights.
+
+    `undo` collects what puts them back, in order. Nothing is proved here: see `remove_heads_`.
+    """
+    if bool(kept.all()):
+        return
+    undo = [] if undo is None else undo
+    for (name, axis), indices in site.kept_indices(kept).items():
+        parameter = base.get_parameter(name)
+        undo.append(_setter(parameter, parameter.data, parameter.grad))
+        parameter.grad = None
+        narrowed = parameter.data.index_select(axis, indices.to(parameter.device))
+        # The Parameter stays the same object, so that a tied copy follows and an optimiser built before fails loudly
+        # instead of training weights that are no longer part of the model.
+        _set_data(parameter, narrowed)
+        holder = base.get_submodule(name.rpartition(".")[0])
+        if isinstance(holder, nn.Linear):
+            sizes = {"out_features": holder.weight.shape[0], "in_features": holder.weight.shape[1]}
+        elif isinstance(holder, Conv1D):
+            sizes = {"nx": holder.weight.shape[0], "nf": holder.weight.shape[1]}
+        elif isinstance(holder, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            # A filter for each head (Nyströmformer): where channels are kept apart, groups go with them.
+            groups = holder.groups * holder.weight.shape[0] // holder.out_channels
+            written, read = holder.weight.shape[:2]
+            sizes = {"groups": groups, "out_channels": written, "in_channels": groups * read}
+        else:
+            sizes = {}
+        for attribute, size in sizes.items():
+            _set_attribute(holder, attribute, size, undo)
+    counts = site.counts(kept)
+    for path, quantity in site.attributes.items():
+        holder_path, _, attribute = path.rpartition(".")
+        if holder_path.endswith(".config"):
+            set_in_config_(base, path, counts[quantity], undo)
+        else:
+            _set_attribute(base.get_submodule(holder_path), attribute, counts[quantity], undo)
+    module = base.get_submodule(site.name)
+    if takes_bias(module):
+        narrow_bias_(module, site, tuple(itertools.compress(site.heads, kept.tolist())), undo)
+
+
+def check_groups(site: AttentionSite, kept: Tensor) -> None:
+    """Raise `InvalidInputError` where grouped query heads would be left in unequal groups."""
+    if site.group == 1:
+        return
+    sizes = kept.view(site.num_key_value_heads, site.group).sum(dim=1).tolist()
+    if len(set(sizes) - {0}) > 1:
+        raise invalid(
+            f"mask[{site.name!r}]",
+            f"drop whole groups of {site.group} query heads, or as many heads in every group that stays",
+            sizes,
+            "`select_heads` makes such masks",
+        )
+
+
+def _is_count(base: PreTrainedModel, path: str) -> bool:
+    """Does `path` name a whole number that belongs to a module of `base`, or to the config that a module reads?"""
+    holder, _, name = path.rpartition(".")
+    try:
+        owner: Any = base.get_submodule(holder.removesuffix(".config"))
+    except AttributeError:
+        return False
+    if holder.endswith(".config"):
+        owner = getattr(owner, "config", None)
+    value = getattr(owner, name, None)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _setter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
+    def put_back() -> None:
+        parameter.grad = None
+        _set_data(parameter, data)
+        parameter.grad = grad
+
+    return put_back
+
+
+def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter values of another shape, also while an output that was computed with the old ones lives on.
+
+    Such an output keeps the node that collects the parameter's gradients, which the next pass would take over together
+    with the old shape. Only a change of dtype makes torch part with it.
+    """
+    other = torch.bfloat16 if data.dtype == torch.float16 else torch.float16
+    parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data
+
+
+def _set_attribute(module: nn.Module, name: str, value: int, undo: list[Callable[[], None]]) -> None:
+    old = getattr(module, name)
+    undo.append(lambda: setattr(module, name, old))
+    setattr(module, name, value)

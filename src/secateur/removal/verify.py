@@ -1,0 +1,115 @@
+"""Checking a saved model again: what lies on disk, reloaded, against the gated original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoModel, PreTrainedModel
+
+from secateur.errors import InvalidInputError, shown
+from secateur.models.inputs import example_inputs
+from secateur.models.loading import load_model
+from secateur.models.state import base_of
+from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
+from secateur.removal.remove import gated_heads
+from secateur.sites.attention import find_sites
+from secateur.sites.layout import NOBODY
+from secateur.sites.recipe import Recipe, read_recipe
+from secateur.units.values import HeadMask
+
+
+def verify_checkpoint(
+    folder: str | Path, against: str | Path | None = None, device: torch.device | str | None = None
+) -> dict[str, Any]:
+    """Reload a pruned model and its original, gate the original, and compare their outputs in float32.
+
+    `against` is the original; without it, the one that the checkpoint's recipe names, if that is on this machine: what
+    a checkpoint names is not fetched. The result has `equal`, `max_difference`, `tolerance`, `against`, and the numbers
+    of heads `kept` and `dropped`. A model that was fine-tuned or `distilled` after pruning differs, as it should. Where
+    output projections were `reconstructed`, the original is compared with those of the pruned model in the place of its
+    own.
+
+    Raises `InvalidInputError` for a model that is not pruned, and where the original cannot be found.
+    """
+    pruned = load_model(folder, device, AutoModel)
+    original, recipe, original_name = load_original(pruned, folder, against, device)
+    vectors = {}
+    for name, kept in recipe.kept_heads.items():
+        vectors[name] = torch.zeros(recipe.sites[name].num_heads, dtype=torch.bool)
+        vectors[name][list(kept)] = True
+    mask = HeadMask(vectors)
+    reconstructed, distilled = (bool(recipe.record.get(name)) for name in ("reconstructed", "distilled"))
+    inputs = example_inputs(original)
+    with gated_heads(original, mask):
+        if reconstructed:
+            take_output_projections_(base_of(original), base_of(pruned), recipe)
+        wanted = hidden_states(original.float(), inputs)
+    difference = largest_difference(wanted, hidden_states(pruned.float(), inputs))
+    return {
+        "folder": str(folder),
+        "against": original_name,
+        "equal": difference <= TOLERANCE,
+        "max_difference": difference,
+        "tolerance": TOLERANCE,
+        "kept": mask.num_kept,
+        "dropped": mask.num_heads - mask.num_kept,
+        "reconstructed": reconstructed,
+        "distilled": distilled,
+    }
+
+
+def load_original(
+    pruned: PreTrainedModel,
+    folder: str | Path,
+    against: str | Path | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[PreTrainedModel, Recipe, str]:
+    """Return what the model loaded from `folder` was pruned from, its recipe, and the original's name.
+
+    Raises what `verify_checkpoint` raises.
+    """
+    recipe = read_recipe(base_of(pruned).config)
+    if recipe is None:
+        raise InvalidInputError(f"{folder} is not pruned: its config has no head_pruning entry")
+    name = recipe.record.get("base_model") if against is None else against
+    if not isinstance(name, str | Path) or not str(name):
+        raise InvalidInputError(f"{folder} does not say what it was pruned from; give the original with `--against`")
+    original = load_model(name if against is not None else _on_this_machine(name, folder), device, AutoModel)
+    sizes = [getattr(base_of(model).config, "vocab_size", None) for model in (pruned, original)]
+    if sizes[0] != sizes[1]:
+        raise InvalidInputError(f"{folder} was not pruned from {name}: their vocabularies have {sizes} tokens")
+    return original, recipe, str(name)
+
+
+@torch.no_grad()
+def take_output_projections_(original: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe) -> None:
+    """Copy what the kept heads write with from the pruned model to the original; other weights stay.
+
+    What does not fit, as in a model that is not the original, stays too: then the comparison tells.
+    """
+    sources = pruned.state_dict()
+    for name, site in find_sites(original).items():
+        stays = set(recipe.kept_heads.get(name, site.heads))
+        kept = {NOBODY, *(number for number, head in enumerate(site.heads) if head in stays)}
+        for piece in site.slices_of("output"):
+            there = torch.tensor([owner in kept for owner in piece.owners])
+            rows = original.get_parameter(piece.parameter).movedim(piece.axis, 0)
+            source = sources.get(piece.parameter)
+            if source is not None and source.movedim(piece.axis, 0).shape == rows[there].shape:
+                rows[there] = source.movedim(piece.axis, 0).to(rows)
+
+
+def _on_this_machine(name: str | Path, folder: str | Path) -> str | Path:
+    """Return where the model is that a checkpoint names, in its own folder or the cache of the Hub's files."""
+    if Path(name).exists():
+        return name
+    try:
+        return snapshot_download(str(name), local_files_only=True)
+    except (OSError, ValueError):
+        raise InvalidInputError(
+            f"{folder} was pruned from {shown(name)}, which is not on this machine; what a checkpoint names is not "
+            "fetched, so give the original with `--against`"
+        ) from None

@@ -1,0 +1,116 @@
+"""The head map and the distribution of scores: a cell for each head, and how many heads have which score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secateur.errors import invalid
+from secateur.report.numbers import place, ticks
+from secateur.support.checks import is_number
+
+BINS = 32
+
+
+def check_sites(sites: object) -> list[dict[str, Any]]:
+    """Return the sites with `scores` always a list, or raise `InvalidInputError`."""
+    if not isinstance(sites, list) or not sites:
+        raise invalid("sites", "be a list with at least one attention site", sites)
+    checked: dict[str, dict[str, Any]] = {}
+    for index, site in enumerate(sites):
+        where = f"sites[{index}]"
+        if not isinstance(site, dict) or not isinstance(site.get("name"), str) or not site["name"]:
+            raise invalid(where, "be a mapping with a name, scores and kept", site)
+        name, kept, scores = site["name"], site.get("kept"), site.get("scores")
+        if name in checked:
+            raise invalid(f"{where}.name", "differ from every other site's name", name)
+        if not isinstance(kept, list) or not kept or not all(isinstance(entry, bool) for entry in kept):
+            raise invalid(f"{where}.kept", "be a list with true or false for each head", kept)
+        if scores is None:
+            scores = [None] * len(kept)
+        elif not isinstance(scores, list) or len(scores) != len(kept):
+            raise invalid(f"{where}.scores", f"be null or a list of {len(kept)} scores, as many as `kept` has", scores)
+        if not all(score is None or is_number(score) for score in scores):
+            raise invalid(f"{where}.scores", "hold finite numbers or null", scores)
+        checked[name] = {"name": name, "scores": scores, "kept": kept, "scored": site.get("scores") is not None}
+    return list(checked.values())
+
+
+def gone_before(site: dict[str, Any]) -> list[bool]:
+    """Return which heads of a checked site an earlier pruning had removed.
+
+    The scorers give such a head no score; a site without any was never scored.
+    """
+    return [site["scored"] and score is None and not k for score, k in zip(site["scores"], site["kept"], strict=True)]
+
+
+def head_map(
+    sites: list[dict[str, Any]], bounds: tuple[float, float] | None, decided: bool = True
+) -> list[dict[str, Any]]:
+    """Return a row for each site with a cell for each head: colours from 0 to 1 and the facts in words.
+
+    `decided` says whether heads are kept or removed, or only scored.
+    """
+    rows = []
+    for site, label in zip(sites, short_labels([site["name"] for site in sites]), strict=True):
+        known = [score for score in site["scores"] if score is not None]
+        cells = []
+        for head, (score, kept, gone) in enumerate(zip(site["scores"], site["kept"], gone_before(site), strict=True)):
+            verdict = "kept" if kept else "removed"
+            if score is None:
+                facts = "removed by an earlier pruning" if gone else f"{verdict}, no score"
+            else:
+                rank = 1 + sum(other > score for other in known)
+                facts = f"{verdict}, " if decided else ""
+                facts += f"score {score:.4g}, rank {rank} of {len(known)} in its site"
+            cells.append(
+                {
+                    "head": head,
+                    "verdict": verdict,
+                    "look": "gone" if gone else "blank" if score is None else "scored",
+                    "facts": facts,
+                    "in_model": f"{place(score, *bounds):.3f}" if bounds and score is not None else "0",
+                    "in_site": f"{place(score, min(known), max(known)):.3f}" if score is not None else "0",
+                }
+            )
+        rows.append({"name": site["name"], "label": label, "cells": cells, "kept": sum(site["kept"])})
+    return rows
+
+
+def short_labels(names: list[str]) -> list[str]:
+    """Return labels such as `layer 0`, or longer ones where those would not tell the sites apart."""
+    parts = [name.split(".") for name in names]
+    numbers = [[part for part in split if part.isdecimal()] for split in parts]
+    if not all(numbers):
+        return names
+    if len({len(row) for row in numbers}) == 1 and len(names) > 1:
+        # A number that is the same in every name says nothing, such as the second one of `block.3.layer.0`.
+        varying = [len(set(column)) > 1 for column in zip(*numbers, strict=True)]
+        numbers = [[n for n, varies in zip(row, varying, strict=True) if varies] or row for row in numbers]
+    labels = [f"layer {'.'.join(row)}" for row in numbers]
+    if len(set(labels)) == len(names):
+        return labels
+    shared = 0
+    while len({split[shared] for split in parts if len(split) > shared}) == 1:
+        shared += 1
+    stacks = [split[min(shared, len(split) - 1)] for split in parts]
+    labels = [f"{stack} {'.'.join(row)} {split[-1]}" for stack, row, split in zip(stacks, numbers, parts, strict=True)]
+    return labels if len(set(labels)) == len(names) else names
+
+
+def histogram(sites: list[dict[str, Any]], low: float, high: float) -> dict[str, Any]:
+    """Count the scores in equal bins: kept heads above the axis, removed ones below it."""
+    counts = {"kept": [0] * BINS, "removed": [0] * BINS}
+    for site in sites:
+        for score, kept in zip(site["scores"], site["kept"], strict=True):
+            if score is not None:
+                counts["kept" if kept else "removed"][min(int(place(score, low, high) * BINS), BINS - 1)] += 1
+    top = max(max(row) for row in counts.values())
+    bars = [
+        {"side": side, "x": 100 * index / BINS, "share": count / top, "count": count}
+        for side, row in counts.items()
+        for index, count in enumerate(row)
+        if count
+    ]
+    totals = {side: sum(row) for side, row in counts.items()}
+    places = [{"x": 100 * part, "label": label} for part, label in ticks(low, high)]
+    return {"bars": bars, "width": 100 / BINS, "top": top, "totals": totals, "ticks": places}

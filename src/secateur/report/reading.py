@@ -1,0 +1,228 @@
+"""From the folders and files that the commands write to the data of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import InvalidInputError, invalid, shown
+from secateur.support.checks import is_number
+from secateur.support.files import read_json, read_lines
+from secateur.units.values import HeadScores
+
+ATTENTION_MAPS, DISTILLATION, PRUNING, RESULT, ROWS, SETTINGS = (
+    "attention_maps.json",
+    "distillation.json",
+    "pruning_report.json",
+    "result.json",
+    "runs.jsonl",
+    "settings.json",
+)
+_SHARED = (
+    "model", "protocol", "scope", "num_texts", "threads", "pruners", "max_train", "learning_rate", "epochs",
+    "bf16", "reconstruct", "distill",
+)  # fmt: skip
+"""Settings that comparisons must share for their rows to be set side by side."""
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Return data of each run, in order; comparisons that differ in tasks, scorers, ratios or seeds alone are joined.
+
+    A path is a pruned folder, a scores file, a comparison's folder or its rows alone (`.jsonl`), or a demo's folder.
+    Raises `InvalidInputError` for anything else and for files of another form.
+    """
+    if not paths:
+        raise invalid("runs", "name at least one run", list(paths))
+    found: list[dict[str, Any]] = []
+    for path in paths:
+        run = _read(Path(path))
+        known = next((other for other in found if run["kind"] == "comparison" and _joins(other, run)), None)
+        if known is None:
+            found.append(run)
+        else:
+            known["rows"] += [row for row in run["rows"] if _cell(row) not in {_cell(r) for r in known["rows"]}]
+            known["scores"] = {**run["scores"], **known["scores"]}
+    return found
+
+
+def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
+    """Return the data of a page for what `PruningReport.to_json` returned."""
+    try:
+        before, after, texts = report["before"], report["after"], report["num_texts"]
+        names = list(report["scores"])
+        sites = [
+            {
+                "name": name,
+                "scores": report["scores"][name],
+                "kept": [head in report["kept_heads"][name] for head in range(len(report["scores"][name]))],
+            }
+            for name in names
+        ]
+        return {
+            "kind": "pruning",
+            "title": "secateur prune",
+            "model": report["model"],
+            "created": report.get("created"),
+            "scorer": report["scorer"],
+            "scope": report["scope"],
+            "requested_ratio": report["requested_ratio"],
+            "budget": _budget(report.get("budget")),
+            "sites": sites,
+            "cost": cost_rows(before, after)[1:],
+            "times": [{"name": "scoring", "seconds": report["scoring_seconds"]}],
+            "proof": {
+                "max_difference": report["max_difference"],
+                "tolerance": report["tolerance"],
+                "probe": "the first texts" if texts else "random tokens",
+            },
+            "refinement": report.get("refinement"),
+            "attention_maps": maps,
+            "maps_note": maps.get("reason") if isinstance(maps, dict) else "No attention maps were stored.",
+            "command": report.get("command"),
+            "environment": report.get("versions"),
+            "notes": _reconstruction(report.get("reconstruction")),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError(f"{PRUNING} has another form: {type(error).__name__} {error}") from None
+
+
+def _reconstruction(losses: Any) -> list[str]:
+    """Say what refitting the output projections did, where it was asked for."""
+    if not losses:
+        return []
+    if not isinstance(losses, list) or len(losses) != 2 or not all(map(is_number, losses)):
+        raise invalid("reconstruction", "hold two numbers, without it and with it", losses)
+    without, after = losses
+    if not after < without:
+        return [f"Reconstruction did not lower the relational KL, {without:.4f}: the weights are those of the model."]
+    return [f"Output projections were refitted on these texts: relational KL {without:.4f} without, {after:.4f} with."]
+
+
+def _distillation(about: Any) -> list[str]:
+    """Say what the dense model taught the pruned one, as `secateur distill` wrote it down."""
+    try:
+        (before, after), steps, texts = about["relational_kl"], about["steps"], about["texts"]
+        if not after < before:
+            return [f"Distillation did not lower the relational KL, {before:.4f}: the weights are those before it."]
+        return [
+            f"Distilled after the proof, in {steps:,} steps on {texts:,} texts: relational KL on texts held out "
+            f"{before:.4f} before, {after:.4f} after."
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInputError(f"{DISTILLATION} has another form: {type(error).__name__} {error}") from None
+
+
+def cost_rows(before: dict[str, int], after: dict[str, int]) -> list[dict[str, Any]]:
+    """Return heads, parameters and multiply-accumulates as rows; the arguments are `ModelCost.to_json`'s."""
+    rows = [{"name": name, "dense": before[name], "pruned": after[name]} for name in ("heads", "parameters")]
+    note = f"{before['batch']} x {before['length']} tokens"
+    return [*rows, {"name": "multiply-accumulates", "dense": before["macs"], "pruned": after["macs"], "note": note}]
+
+
+def demo_data(result: Any, maps: Any = None) -> dict[str, Any]:
+    """Return the data of a page for the demo's result."""
+    try:
+        data = pruning_data(result["pruning"], maps)
+        rows = {row["name"]: row for row in result["rows"]}
+        data["cost"] += [rows["latency, 8 x 128"], rows["fine-tuning"]]
+        data["quality"] = [{**rows["accuracy"], "note": f"held-out sentences, one seed ({result['seed']})"}]
+        data["times"] += [{"name": name, "seconds": value} for name, value in result["step_seconds"].items()]
+        title = {"title": "secateur demo", "model": result["model"], "command": result.get("command")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError(f"{RESULT} has another form: {type(error).__name__} {error}") from None
+    notes = [
+        "Fine-tuned on the same sentences, in the same order, with the same seed.",
+        "One seed on a small set: a difference of a point is noise.",
+    ]
+    return {**data, **title, "notes": notes}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if (path / ROWS).is_file():
+        settings = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else {}
+        return _comparison(path.resolve().name, read_lines(path / ROWS), settings, path / "scores")
+    if path.suffix == ".jsonl" and path.is_file():
+        return _comparison(path.stem, read_lines(path), {}, None)
+    if (path / RESULT).is_file():
+        return demo_data(read_json(path / RESULT), _maps_of(path / "pruned"))
+    if (path / PRUNING).is_file():
+        page = pruning_data(read_json(path / PRUNING), _maps_of(path))
+        page["notes"] += _distillation(read_json(path / DISTILLATION)) if (path / DISTILLATION).is_file() else []
+        return page
+    data = read_json(path) if path.is_file() else None
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind == "pruning_report":
+        return pruning_data(data, _maps_of(path.parent))
+    if kind == "head_scores":
+        return _scores(data)
+    rule = "be a pruned folder, a scores file, a comparison's folder or a demo's folder"
+    raise invalid("run", rule, str(path), "" if path.exists() else "there is no such file or folder")
+
+
+def _budget(found: Any) -> str | None:
+    return None if found is None else f"{found['asked']}, reached {found['reached']:.3f}"
+
+
+def _maps_of(folder: Path) -> Any:
+    return read_json(folder / ATTENTION_MAPS) if (folder / ATTENTION_MAPS).is_file() else None
+
+
+def _scores(data: Any) -> dict[str, Any]:
+    rows = HeadScores.from_json(data).to_json()["scores"]
+    sites = [{"name": name, "scores": row, "kept": [x is not None for x in row]} for name, row in rows.items()]
+    return {"kind": "scores", "title": "secateur score", "scorer": data.get("scorer"), "sites": sites}
+
+
+def _comparison(name: str, rows: list[Any], settings: Any, folder: Path | None) -> dict[str, Any]:
+    for number, row in enumerate(rows, 1):
+        _check_row(row, f"{name}: row {number} of {ROWS}")
+    if not isinstance(settings, dict):
+        raise invalid("settings", "map names to values", settings)
+    scores = {}
+    for file in sorted(folder.glob("*.json")) if folder is not None and folder.is_dir() else []:
+        scores[file.stem] = HeadScores.from_json(read_json(file)).to_json()["scores"]
+    if not rows:
+        raise invalid("run", "have at least one finished run", name)
+    return {"kind": "comparison", "name": name, "rows": rows, "settings": settings, "scores": scores}
+
+
+def _check_row(row: Any, where: str) -> None:
+    """Raise `InvalidInputError` unless a row of a comparison holds what the page and the plots are made of."""
+    words, numbers = ("data", "task", "scorer", "metric"), ("ratio", "seed", "value")
+    if missing := [key for key in (*words, *numbers, "cost") if not isinstance(row, dict) or key not in row]:
+        raise InvalidInputError(f"{where} has no {', '.join(missing)}")
+    for key in words:
+        if not isinstance(row[key], str):
+            raise InvalidInputError(f"{where}: `{key}` must be a text, got {shown(row[key])}")
+    for key in numbers:
+        if not is_number(row[key]):
+            raise InvalidInputError(f"{where}: `{key}` must be a finite number, got {shown(row[key])}")
+    if not 0 <= row["ratio"] < 1:
+        raise InvalidInputError(f"{where}: `ratio` must be in [0, 1), got {row['ratio']}")
+    cost, kept, made_with = row["cost"], row.get("kept_heads"), row.get("environment")
+    if not isinstance(cost, dict) or not all(value is None or is_number(value) for value in cost.values()):
+        raise InvalidInputError(f"{where}: `cost` must map names to numbers, got {shown(cost)}")
+    heads = kept.values() if isinstance(kept, dict) else [] if kept is None else [kept]
+    if not all(isinstance(row, list) and all(isinstance(head, int) for head in row) for row in heads):
+        raise InvalidInputError(f"{where}: `kept_heads` must map sites to head numbers, got {shown(kept)}")
+    if made_with is not None and not isinstance(made_with, dict):
+        raise InvalidInputError(f"{where}: `environment` must map names to values, got {shown(made_with)}")
+
+
+def _joins(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two comparisons are parts of one: the same settings, and the same data behind tasks of one name."""
+    if one["kind"] != "comparison" or not one["settings"] or not other["settings"]:
+        return False
+    data = {row["task"]: row["data"] for row in one["rows"]}
+    return all(_setting(one, name) == _setting(other, name) for name in _SHARED) and all(
+        data.get(row["task"], row["data"]) == row["data"] for row in other["rows"]
+    )
+
+
+def _setting(run: dict[str, Any], name: str) -> Any:
+    return run["settings"].get(name) or None  # a folder from before a setting was known was made without it
+
+
+def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["scorer"], row["ratio"], row["seed"]

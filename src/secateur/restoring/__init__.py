@@ -1,0 +1,1 @@
+"""Making up for what was removed: reconstruction and distillation."""

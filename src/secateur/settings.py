@@ -1,0 +1,1 @@
+"""What travels together: how texts are read, and what may go."""

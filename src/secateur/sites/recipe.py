@@ -1,0 +1,107 @@
+"""The `head_pruning` entry of a `config.json`: what a pruned checkpoint tells its reader.
+
+It holds `format_version`, `kept_heads` (site → original indices), `layouts` (what each head owned in the unpruned
+model, once for each kind of site), and for the record `scorer`, `pruning_ratio`, `scope`, `base_model` and
+`secateur_version`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from secateur.errors import CheckpointError, shown
+from secateur.sites.layout import AttentionSite
+
+KEY = "head_pruning"
+REMOVED = "_secateur_removed"  # on a base model: heads were removed from it, which its own config tells
+FORMAT_VERSION = 1
+OWN_NAMES = frozenset({"format_version", "kept_heads", "layouts", "bypassed", "reshaped"})
+"""What a recipe is made of; every other name in it is for the record."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make the pruned model out of the unpruned one.
+
+    `kept_heads` maps each site to the original indices of its heads that stay; `sites` describes the unpruned sites;
+    `bypassed` names emptied sites whose own code is left out, since it needs a head to run, and
+    `reshaped` sites whose code asks for the width of all heads (reshaped.py); `record` is what a reader may want to
+    know and no code depends on.
+    """
+
+    kept_heads: dict[str, tuple[int, ...]]
+    sites: dict[str, AttentionSite]
+    bypassed: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the config entry."""
+        layouts: list[dict[str, Any]] = []
+        for name, site in self.sites.items():
+            layout = site.to_json()
+            for known in layouts:
+                if {k: v for k, v in known.items() if k != "sites"} == layout:
+                    known["sites"].append(name)
+                    break
+            else:
+                layouts.append({"sites": [name], **layout})
+        return {
+            "format_version": FORMAT_VERSION,
+            "kept_heads": {site: list(heads) for site, heads in self.kept_heads.items()},
+            **({"bypassed": list(self.bypassed)} if self.bypassed else {}),
+            **({"reshaped": list(self.reshaped)} if self.reshaped else {}),
+            **self.record,
+            "layouts": layouts,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Recipe:
+        """Rebuild from `to_json`'s data. Raises `CheckpointError` for an unknown version and for impossible content."""
+        if not isinstance(data, dict):
+            raise CheckpointError(f"`{KEY}` in the config must be an object, got {type(data).__name__}")
+        version = data.get("format_version")
+        if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
+            raise CheckpointError(
+                f"`{KEY}.format_version` must be a number from 1 to {FORMAT_VERSION}, got {shown(version)}; "
+                "a newer secateur may read it"
+            )
+        try:
+            sites = {
+                str(name): AttentionSite.from_json(str(name), layout)
+                for layout in data["layouts"]
+                for name in layout["sites"]
+            }
+            kept = {str(site): tuple(indices) for site, indices in data["kept_heads"].items()}
+            bypassed, reshaped = (tuple(map(str, data.get(key, []))) for key in ("bypassed", "reshaped"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error)[:200].split())
+            raise CheckpointError(f"`{KEY}` in the config is damaged: {type(error).__name__}: {reason}") from None
+        if not kept or set(kept) != set(sites):
+            raise CheckpointError(
+                f"`{KEY}` must give kept heads and a layout for the same sites, got {shown(sorted(kept)[:3])}"
+            )
+        for site, indices in kept.items():
+            total = sites[site].num_heads
+            whole = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < total for i in indices)
+            if not whole or list(indices) != sorted(set(indices)):
+                raise CheckpointError(
+                    f"`{KEY}.kept_heads[{shown(site)}]` must be increasing head indices below {total}, got "
+                    f"{shown(list(indices))}"
+                )
+        for site in bypassed:
+            if kept.get(site, (0,)):
+                raise CheckpointError(f"`{KEY}.bypassed` must name sites without heads, got {shown(site)}")
+        for site in reshaped:
+            if site not in kept:
+                raise CheckpointError(f"`{KEY}.reshaped` must name sites of the recipe, got {shown(site)}")
+        return cls(kept, sites, bypassed, reshaped, {k: v for k, v in data.items() if k not in OWN_NAMES})
+
+
+def read_recipe(config: PreTrainedConfig) -> Recipe | None:
+    """Return the recipe that a config carries, or None. Raises `CheckpointError` where it cannot be followed."""
+    data = getattr(config, KEY, None)
+    return None if data is None else Recipe.from_json(data)

@@ -1,0 +1,1 @@
+"""What everything stands on: whole files, checked arguments, processes, seeded generators, versions."""

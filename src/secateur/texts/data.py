@@ -1,0 +1,407 @@
+"""Tasks from local files or the Hub as plain Python lists, and texts as batches of token tensors."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from secateur.errors import InvalidInputError, invalid, shown
+from secateur.support.checks import check_tokenizer, check_whole, is_number
+from secateur.texts.rows import FILE_FORMATS, one_line, read_columns, stem_and_format
+
+Text: TypeAlias = str | tuple[str, str]
+
+# The file names that stand for a split, in the order in which they are looked for; the Hub's split names too.
+SPLIT_NAMES = {
+    "train": ("train",),
+    "dev": ("dev", "validation", "valid", "dev_matched", "validation_matched"),
+    "test": ("test", "test_matched"),
+}
+# Pairs come first because QNLI's columns are `question` and `sentence`.
+TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+)
+MOST_CLASSES = 100_000
+"""A model needs an output for each class up to the highest; a larger number was not meant as one."""
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class Task:
+    """The texts of one split of a task, all single strings or all pairs, with their labels if there are any.
+
+    `labels` holds whole numbers from 0 up for a classification and floats for a regression. `name` chooses the main
+    metric (see `secateur.finetuning.evaluate.main_metric`) and appears in reports.
+
+    Raises `InvalidInputError` for no texts, for a mixture of single texts and pairs, and for labels that are not one
+    finite number for each text.
+    """
+
+    name: str
+    texts: list[Text]
+    labels: list[int] | list[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_texts(self.texts)
+        if self.labels is None:
+            return
+        if len(self.labels) != len(self.texts):
+            raise invalid("labels", f"hold one label for each of the {len(self.texts)} texts", len(self.labels))
+        regression = self.is_regression
+        for index, label in enumerate(self.labels):
+            if not is_number(label):
+                raise invalid(f"labels[{index}]", "be a finite number", label)
+            if not regression and not 0 <= label < MOST_CLASSES:
+                raise invalid(f"labels[{index}]", f"be a class from 0 up, below {MOST_CLASSES:,}", label)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether each text is a pair of strings."""
+        return isinstance(self.texts[0], tuple)
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are floats; False where there are no labels."""
+        return self.labels is not None and any(isinstance(label, float) for label in self.labels)
+
+    @property
+    def num_labels(self) -> int:
+        """The outputs that a model needs: 1 for a regression, else the highest class + 1 and at least 2.
+
+        Raises `InvalidInputError` where the task has no labels.
+        """
+        if self.labels is None:
+            raise invalid("task", "have labels", self.name, "give data with a `label` column")
+        if self.is_regression:
+            return 1
+        # One class is still a classification: transformers takes a model with one output for a regression.
+        return max(2, int(max(self.labels)) + 1)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def head(self, n: int, seed: int | None = None) -> Task:
+        """Return a task with the first `n` rows or, given a `seed`, with `n` random ones; all rows if there are fewer.
+
+        Raises `InvalidInputError` where `n` is below 1.
+        """
+        if n < 1:
+            raise invalid("n", "be at least 1", n)
+        count = min(n, len(self))
+        rows = range(count) if seed is None else random.Random(seed).sample(range(len(self)), count)
+        labels: Any = None if self.labels is None else [self.labels[i] for i in rows]
+        return Task(self.name, [self.texts[i] for i in rows], labels)
+
+
+def load_task(
+    data: str | Path,
+    split: Literal["train", "dev", "test"] = "train",
+    *,
+    need_labels: bool = False,
+    max_rows: int | None = None,
+) -> Task:
+    """Read one split of a task from a file, a folder or the Hugging Face Hub.
+
+    `data` is one of
+
+    - a file .csv, .tsv (without quoting), .jsonl, .json (one object a line, or a list of objects) or .parquet, the
+      text formats also with .gz behind; its rows serve as whichever split is asked for;
+    - a folder with such files named train, dev (or validation, valid) and test (or test_matched);
+    - where no such path exists, a Hub id: `glue/sst2`, `owner/name` or `owner/name:config`.
+
+    Columns: `sentence` or `text`, or a pair `sentence1` and `sentence2` (or GLUE's own names), and `label`; others are
+    ignored. Labels are whole numbers from 0 up (classes) or numbers with a decimal point (regression); one label with
+    a decimal point makes the task a regression. Where every label is -1, as in GLUE's hidden test sets, the task has
+    none. `max_rows` keeps the first rows only. The task is named after the folder or the file.
+
+    Raises `InvalidInputError` for whatever is missing or unreadable, naming the file and the row (counted from 1, the
+    header left out).
+    """
+    if split not in SPLIT_NAMES:
+        raise invalid("split", "be train, dev or test", split)
+    if max_rows is not None:
+        check_whole("max_rows", max_rows)
+    if not isinstance(data, str | Path) or not str(data).strip():
+        raise invalid("data", "name a file, a folder or a Hub id", data)
+    path = Path(data).expanduser()
+    if path.exists():
+        file = _split_file(path, split) if path.is_dir() else path
+        source, columns = str(file), _read_file(file)
+        stem = stem_and_format(file)[0]
+        is_split_name = any(stem in names for names in SPLIT_NAMES.values())
+        name = file.absolute().parent.name if is_split_name else stem
+    else:
+        repository, config = hub_id(data)
+        source, columns = str(data), _read_hub(str(data), repository, config, split)
+        name = config if repository == "nyu-mll/glue" and config else str(data)
+
+    texts = _texts(columns, source)
+    labels = _labels(columns["label"], source) if "label" in columns else None
+    if labels is None and need_labels:
+        raise InvalidInputError(f"{source} has no labels; this step needs a `label` column with known labels")
+    kept_labels: Any = None if labels is None else labels[:max_rows]
+    return Task(name, texts[:max_rows], kept_labels)
+
+
+def has_splits(data: str | Path) -> bool:
+    """Whether `data` can give one split apart from another: anything but a single file, whose rows serve as any."""
+    return not Path(data).expanduser().is_file()
+
+
+def check_texts(texts: Sequence[Text]) -> None:
+    """Raise `InvalidInputError` unless `texts` is a sequence of only strings or only pairs of strings, not empty."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise invalid("texts", "be a list of strings or of pairs of strings", texts)
+    if not texts:
+        raise invalid("texts", "hold at least one text", texts)
+    for index, text in enumerate(texts):
+        is_pair = isinstance(text, tuple) and len(text) == 2 and all(map(_is_text, text))
+        if not _is_text(text) and not is_pair:
+            raise invalid(f"texts[{index}]", "be a string or a tuple of two strings, without lone surrogates", text)
+        if isinstance(text, str) != isinstance(texts[0], str):
+            raise invalid(f"texts[{index}]", "be of the kind of the first text: all single or all pairs", text)
+
+
+def _is_text(value: Any) -> bool:
+    """Is it a string that UTF-8 can write, as tokenizers take it?"""
+    try:
+        return isinstance(value, str) and (value.isascii() or bool(value.encode("utf-8")))
+    except UnicodeEncodeError:
+        return False
+
+
+def tokenize(tokenizer: Any, texts: Sequence[Text], max_length: int = 128) -> Any:
+    """Return the tokenizer's `BatchEncoding` of `texts`: a list for each text, truncated and not padded.
+
+    A text keeps at most `max_length` tokens, or the tokenizer's own limit if that is lower. Where a tokenizer makes
+    nothing of a text, as some do of an empty one, it gets one token of padding: no model takes a batch without a token.
+
+    Raises `InvalidInputError` for texts that `check_texts` refuses, for `max_length` below 4, and for a text without a
+    token where the tokenizer has none to pad with.
+    """
+    check_texts(texts)
+    check_tokenizer(tokenizer)
+    check_whole("max_length", max_length, 4)
+    made = _encode(tokenizer, texts, max_length)
+    empty = [number for number, ids in enumerate(made["input_ids"]) if not ids]
+    if empty:
+        with padding_token(tokenizer):
+            padded = _encode(tokenizer, texts[empty[0] : empty[0] + 1], 1, padding="max_length")
+        for name, rows in padded.items():
+            for number in empty:
+                made[name][number] = list(rows[0])
+    return made
+
+
+def batches(
+    tokenizer: Any,
+    texts: Sequence[Text],
+    batch_size: int = 32,
+    max_length: int = 128,
+    device: str | torch.device = "cpu",
+) -> list[dict[str, Tensor]]:
+    """Return the model's inputs for `texts` in the order given: dictionaries of int64 tensors `[batch, tokens]`.
+
+    Every batch is padded to its longest text. A tokenizer without a padding token pads with its end-of-sequence token
+    and comes back as it was.
+
+    Raises `InvalidInputError` for what `tokenize` refuses, for `batch_size` below 1, and for a tokenizer with neither
+    token.
+    """
+    return list(StreamedBatches(tokenizer, texts, batch_size, max_length, device))
+
+
+class StreamedBatches(Sequence[dict[str, Tensor]]):
+    """The list that `batches` returns, but each batch is tokenised when it is asked for: memory is that of one."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        texts: Sequence[Text],
+        batch_size: int = 32,
+        max_length: int = 128,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        check_texts(texts)
+        check_tokenizer(tokenizer)
+        check_whole("batch_size", batch_size)
+        check_whole("max_length", max_length, 4)
+        self.tokenizer, self.texts, self.batch_size = tokenizer, texts, batch_size
+        self.max_length, self.device = max_length, device
+
+    def __len__(self) -> int:
+        return -(-len(self.texts) // self.batch_size)
+
+    def __getitem__(self, number: Any) -> Any:
+        """Return the batch of that number, or the list of those of a slice."""
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        start = range(len(self))[number] * self.batch_size
+        texts = self.texts[start : start + self.batch_size]
+        with padding_token(self.tokenizer):
+            made = _encode(self.tokenizer, texts, self.max_length, padding="longest", return_tensors="pt")
+            if not made["input_ids"].shape[1]:
+                # Some tokenizers make nothing of an empty text; no model takes a batch without a token.
+                made = _encode(self.tokenizer, texts, 1, padding="max_length", return_tensors="pt")
+        return dict(made.to(self.device))
+
+
+@contextmanager
+def padding_token(tokenizer: Any) -> Iterator[None]:
+    """Let a tokenizer without a padding token pad with its end-of-sequence token until the block ends.
+
+    Raises `InvalidInputError` where it has neither token.
+    """
+    if tokenizer.pad_token is not None:
+        yield
+        return
+    if tokenizer.eos_token is None:
+        raise invalid("tokenizer", "have a padding or an end-of-sequence token", type(tokenizer).__name__)
+    tokenizer.pad_token = tokenizer.eos_token
+    try:
+        yield
+    finally:
+        tokenizer.pad_token = None
+
+
+def _encode(tokenizer: Any, texts: Sequence[Text], max_length: int, **options: Any) -> Any:
+    is_pair = isinstance(texts[0], tuple)
+    return tokenizer(
+        [text[0] if is_pair else text for text in texts],
+        [text[1] for text in texts] if is_pair else None,
+        truncation=True,
+        max_length=min(max_length, tokenizer.model_max_length),
+        **options,
+    )
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    """Find the one file of a folder that holds the split."""
+    files = [path for path in sorted(folder.iterdir()) if stem_and_format(path)[1] in FILE_FORMATS]
+    for name in SPLIT_NAMES[split]:
+        found = [path for path in files if stem_and_format(path)[0] == name]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise InvalidInputError(f"{folder} holds more than one {split} file ({names}); name the file itself")
+        if found:
+            return found[0]
+    raise InvalidInputError(
+        f"{folder} holds no {split} file: expected {' or '.join(SPLIT_NAMES[split])} with one of the endings "
+        f"{', '.join(FILE_FORMATS)}"
+    )
+
+
+def hub_id(data: str | Path) -> tuple[str, str | None]:
+    """Split a Hub id into repository and configuration, or raise for what can only be a path."""
+    text = str(data)
+    is_path = (
+        isinstance(data, Path) or text.startswith((".", "/", "~")) or stem_and_format(Path(text))[1] in FILE_FORMATS
+    )
+    match = _HUB_ID.fullmatch(text)
+    if is_path or match is None:
+        remedy = "" if is_path else "a Hub id looks like glue/sst2, owner/name or owner/name:config"
+        raise invalid("data", "name a file or a folder that exists", text, remedy)
+    if text.startswith("glue/"):
+        return "nyu-mll/glue", text.removeprefix("glue/")
+    return match[1], match[2]
+
+
+def _read_hub(source: str, repository: str, config: str | None, split: str) -> dict[str, list[Any]]:
+    """Load a split of a Hub data set into the columns that a task needs."""
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(repository, config)
+    except Exception as error:  # the Hub, the network and each file format fail with types of their own
+        raise InvalidInputError(
+            f"{source!r} is no local file or folder, and the Hub did not give it ({one_line(error)}); "
+            "give a local file instead"
+        ) from error
+    name = next((name for name in SPLIT_NAMES[split] if name in splits), None)
+    if name is None:
+        raise InvalidInputError(f"{source} has no {split} split: found {', '.join(splits)}")
+    rows = splits[name]
+    return rows.select_columns(needed_columns(rows.column_names, source))[:]
+
+
+def _read_file(path: Path) -> dict[str, list[Any]]:
+    """Load a local file into the columns that a task needs."""
+    if not path.is_file() or stem_and_format(path)[1] not in FILE_FORMATS:
+        raise invalid("data", f"be a file with one of the endings {', '.join(FILE_FORMATS)}", str(path))
+    return read_columns(path, needed_columns)
+
+
+def needed_columns(found: Sequence[str], source: str) -> list[str]:
+    """Return the text columns and, where there is one, `label`."""
+    texts = next((names for names in TEXT_COLUMNS if all(name in found for name in names)), None)
+    if texts is None:
+        shown = ", ".join(repr(name) for name in found)
+        raise InvalidInputError(
+            f"{source} has no text columns: expected `sentence`, `text`, or `sentence1` and `sentence2`, found {shown}"
+        )
+    needed = [*texts, "label"] if "label" in found else list(texts)
+    for name in needed:
+        if list(found).count(name) > 1:
+            raise InvalidInputError(f"{source} has more than one column {name!r}")
+    return needed
+
+
+def _texts(columns: dict[str, list[Any]], source: str) -> list[Text]:
+    names = [name for name in columns if name != "label"]
+    for name in names:
+        for row, value in enumerate(columns[name], start=1):
+            if not _is_text(value):
+                raise InvalidInputError(f"{source}: `{name}` in row {row} must be text, got {shown(value)}")
+    if not columns[names[0]]:
+        raise InvalidInputError(f"{source} holds no rows")
+    if not any(any(columns[name]) for name in names):
+        raise InvalidInputError(f"{source}: every text is empty")
+    if len(names) == 1:
+        return list(columns[names[0]])
+    return list(zip(columns[names[0]], columns[names[1]], strict=True))
+
+
+def _labels(values: list[Any], source: str) -> list[int] | list[float] | None:
+    numbers = [_number(value, row, source) for row, value in enumerate(values, start=1)]
+    if all(number == -1 for number in numbers):
+        return None
+    if any(isinstance(number, float) for number in numbers):
+        return [float(number) for number in numbers]
+    for row, number in enumerate(numbers, start=1):
+        if not 0 <= number < MOST_CLASSES:
+            rule = f"must be a class from 0 up, below {MOST_CLASSES:,}"
+            raise InvalidInputError(f"{source}: `label` in row {row} {rule}, got {number}")
+    return [int(number) for number in numbers]
+
+
+def _number(value: Any, row: int, source: str) -> int | float:
+    """Read a label; text files give strings, the other formats numbers."""
+    where = f"{source}: `label` in row {row}"
+    if value is None or value == "" or value != value:
+        raise InvalidInputError(f"{where} is missing")
+    number = value
+    if isinstance(value, str) and "_" not in value:  # Python reads 1_0 as 10
+        for kind in (int, float):
+            try:
+                number = kind(value)
+                break
+            except ValueError:
+                continue
+    if not is_number(number):
+        raise InvalidInputError(
+            f"{where} must be a number, 0 to n - 1 for classes or a float for a regression, got {shown(value)}"
+        )
+    return number

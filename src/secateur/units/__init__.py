@@ -1,0 +1,1 @@
+"""The values that join the steps, scores and masks, and selection from one to the other."""

@@ -1,0 +1,132 @@
+"""From scores to a mask at a ratio. Lowest scores go first; of equal heads the one with the lower index stays."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from secateur.errors import invalid
+from secateur.units.values import HeadMask, HeadScores
+
+Scope = Literal["site", "global"]
+
+
+def select_heads(scores: HeadScores, pruning_ratio: float = 0.5, scope: Scope = "site", min_heads: int = 1) -> HeadMask:
+    """Return the mask that removes `pruning_ratio` of the heads that `scores` says are there.
+
+    Args:
+        scores: importance of every head, higher = keep; removed heads (-inf) stay removed.
+        pruning_ratio: fraction of heads to remove, in [0, 1). Never more than this are removed; where heads come in
+            groups that must go together it can be fewer.
+        scope: "site" removes the same fraction at every site (the paper's way), "global" ranks all heads together.
+        min_heads: heads that every site keeps at least, ≥ 0; where heads are grouped, it counts whole groups' heads.
+
+    Grouped queries: at scope "site" a site keeps some of its groups and the same number of heads in each, whichever
+    choice has the highest sum of scores among those nearest to the budget; at scope "global" whole groups go, ranked
+    by their mean score.
+
+    Where `scores` has interactions, heads of a site without groups are then rearranged (Kwon et al. 2022, arXiv
+    2204.09656): kept heads, from the lowest score up, are swapped for the dropped one with which that lowers the cost
+    of all dropped heads together most, if any does. Every site keeps as many heads as before.
+
+    Raises `InvalidInputError` for values outside their ranges.
+    """
+    check_pruning_ratio(pruning_ratio)
+    if scope not in get_args(Scope):
+        raise invalid("scope", "be 'site' or 'global'", scope)
+    if isinstance(min_heads, bool) or not isinstance(min_heads, int) or min_heads < 0:
+        raise invalid("min_heads", "be a whole number from 0", min_heads)
+    if not isinstance(scores, HeadScores):
+        raise invalid("scores", "be HeadScores", type(scores).__name__)
+    if scope == "site":
+        mask = HeadMask({site: _select_in_site(scores, site, pruning_ratio, min_heads) for site in scores})
+    else:
+        mask = _select_globally(scores, pruning_ratio, min_heads)
+    ungrouped = [site for site in scores.interactions if scores.key_value_heads[site] == scores[site].numel()]
+    better = {site: _rearranged(mask[site], scores[site], scores.interactions[site]) for site in ungrouped}
+    return HeadMask({**mask, **better})
+
+
+def check_pruning_ratio(pruning_ratio: float) -> None:
+    """Raise `InvalidInputError` unless the ratio is a number in [0, 1)."""
+    if isinstance(pruning_ratio, bool) or not isinstance(pruning_ratio, int | float) or not 0 <= pruning_ratio < 1:
+        raise invalid("pruning_ratio", "be in [0, 1)", pruning_ratio)
+
+
+def removable(heads: int, pruning_ratio: float) -> int:
+    """Return how many of `heads` may go; the small term undoes rounding, as in 0.29 * 100 = 28.999…"""
+    return math.floor(pruning_ratio * heads + 1e-9)
+
+
+def _ranked(vector: Tensor) -> list[int]:
+    """Return indices from the highest score to the lowest, earlier heads first among equals."""
+    return torch.argsort(vector, descending=True, stable=True).tolist()
+
+
+def groups_of(scores: HeadScores, site: str) -> list[list[int]]:
+    """Return, for each key-value head that is there, its query heads that are there."""
+    rows = torch.arange(scores[site].numel()).view(scores.key_value_heads[site], -1).tolist()
+    there = (scores[site] > -math.inf).tolist()
+    present = [[h for h in row if there[h]] for row in rows]
+    return [row for row in present if row]
+
+
+def _select_in_site(scores: HeadScores, site: str, pruning_ratio: float, min_heads: int) -> Tensor:
+    vector, groups = scores[site], groups_of(scores, site)
+    kept = torch.zeros(vector.numel(), dtype=torch.bool)
+    present = sum(len(g) for g in groups)
+    target = max(present - removable(present, pruning_ratio), min(min_heads, present))
+    if not target:
+        return kept
+    shapes = list(itertools.product(range(1, len(groups) + 1), range(1, max(map(len, groups)) + 1)))
+    nearest = min(g * m for g, m in shapes if g * m >= target)
+    choices = [_best_of_shape(vector, groups, g, m) for g, m in shapes if g * m == nearest]
+    kept[max(choices, key=lambda chosen: float(vector[chosen].sum()))] = True
+    return kept
+
+
+def _best_of_shape(vector: Tensor, groups: list[list[int]], num_groups: int, per_group: int) -> list[int]:
+    """Return the best `per_group` heads of the `num_groups` groups where they add up to most."""
+    best = [sorted(group, key=lambda h: (-float(vector[h]), h))[:per_group] for group in groups]
+    order = _ranked(torch.stack([vector[heads].sum() for heads in best]))
+    return [h for g in order[:num_groups] for h in best[g]]
+
+
+def _select_globally(scores: HeadScores, pruning_ratio: float, min_heads: int) -> HeadMask:
+    units = [(site, group) for site in scores for group in groups_of(scores, site)]
+    left = {site: sum(len(g) for g in groups_of(scores, site)) for site in scores}
+    allowed = removable(sum(left.values()), pruning_ratio)
+    values = {site: vector > -math.inf for site, vector in scores.items()}
+    if not units:  # every head is gone already
+        return HeadMask(values)
+    means = torch.stack([scores[site][group].mean() for site, group in units])
+    for number in reversed(_ranked(means)):
+        site, group = units[number]
+        if len(group) <= allowed and left[site] - len(group) >= min_heads:
+            values[site][group] = False
+            allowed -= len(group)
+            left[site] -= len(group)
+    return HeadMask(values)
+
+
+def _rearranged(kept: Tensor, vector: Tensor, matrix: Tensor) -> Tensor:
+    """Swap kept heads of a site against dropped ones while the sum of `matrix` over the dropped ones falls."""
+    kept = kept.clone()
+    for head in reversed(_ranked(torch.where(kept, vector, -math.inf))[: int(kept.sum())]):
+        dropped = (~kept & (vector > -math.inf)).nonzero().flatten()
+        if not len(dropped):
+            break
+        sums = matrix[:, dropped].sum(dim=1)
+        # What the sum over the dropped heads gains when `head` joins them and one of them, in turn, leaves.
+        gains = (
+            matrix[head, head] + 2 * (sums[head] - matrix[head, dropped])
+            - 2 * sums[dropped] + matrix[dropped, dropped]
+        )  # fmt: skip
+        best = int(gains.argmin())
+        if float(gains[best]) < 0:
+            kept[head], kept[dropped[best]] = False, True
+    return kept
