@@ -122,12 +122,12 @@ def all_texts_table() -> str:
 
     def label(row: dict[str, Any]) -> str:
         restored = [word for key, word in (("reconstruct", "reconstructed"), ("distill", "distilled")) if key in row]
-        return f"{row['scope']} | `{row['scorer']}`{''.join(f', {word}' for word in restored)}"
+        return f"{row['allocation']} | `{row['scorer']}`{''.join(f', {word}' for word in restored)}"
 
-    named = [{**row, "scorer": label(row) if row["scope"] else DENSE} for row in rows]
+    named = [{**row, "scorer": label(row) if row["allocation"] else DENSE} for row in rows]
     found = {(s.scorer, s.task): s for s in summarise(named)}
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    lines = ["| scope | scorer | " + " | ".join(tasks) + " | retention |", "|---" * (len(tasks) + 3) + "|"]
+    lines = ["| allocation | scorer | " + " | ".join(tasks) + " | retention |", "|---" * (len(tasks) + 3) + "|"]
     whole = [s for s in found.values() if s.task == ALL_TASKS and s.runs == 3]
     for one in sorted(whole, key=lambda s: -(s.retention or math.inf)):
         values = [f"{found[one.scorer, task].mean:.3f} ± {found[one.scorer, task].std:.3f}" for task in tasks]

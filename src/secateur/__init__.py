@@ -14,7 +14,7 @@ import wrapt
 from secateur.support.versions import __version__ as __version__
 
 if TYPE_CHECKING:
-    from secateur.choosing.budget import select_within_budget as select_within_budget
+    from secateur.choosing.budget import allocate as allocate
     from secateur.choosing.refinement import refine_mask as refine_mask
     from secateur.errors import CheckpointError as CheckpointError
     from secateur.errors import InvalidInputError as InvalidInputError
@@ -27,41 +27,40 @@ if TYPE_CHECKING:
     from secateur.pruners.map_network import MetaPruner as MetaPruner
     from secateur.pruning import PruningReport as PruningReport
     from secateur.pruning import prune as prune
-    from secateur.removal.remove import gated_heads as gated_heads
-    from secateur.removal.remove import remove_heads_ as remove_heads_
+    from secateur.removal.remove import gated as gated
+    from secateur.removal.remove import remove_ as remove_
     from secateur.restoring.distillation import distill_ as distill_
     from secateur.restoring.reconstruction import reconstruct_ as reconstruct_
     from secateur.scorers.base import Scorer as Scorer
-    from secateur.scorers.score import score_heads as score_heads
+    from secateur.scorers.score import score as score
     from secateur.sites.attention import find_sites as find_sites
-    from secateur.units.select import select_heads as select_heads
-    from secateur.units.values import HeadMask as HeadMask
-    from secateur.units.values import HeadScores as HeadScores
-
+    from secateur.units.masks import Mask as Mask
+    from secateur.units.scores import Scores as Scores
+    from secateur.units.select import select as select
 
 # Public name → the module that defines it, imported at first use: `secateur --help` must not wait for torch.
 _WHERE = {
     "CheckpointError": "secateur.errors",
-    "HeadMask": "secateur.units.values",
-    "HeadScores": "secateur.units.values",
     "InvalidInputError": "secateur.errors",
     "JointPruner": "secateur.pruners.joint_network",
+    "Mask": "secateur.units.masks",
     "MetaPruner": "secateur.pruners.map_network",
     "PruningReport": "secateur.pruning",
     "RemovalError": "secateur.errors",
     "Scorer": "secateur.scorers.base",
+    "Scores": "secateur.units.scores",
     "SecateurError": "secateur.errors",
     "UnsupportedModelError": "secateur.errors",
+    "allocate": "secateur.choosing.budget",
     "distill_": "secateur.restoring.distillation",
     "find_sites": "secateur.sites.attention",
-    "gated_heads": "secateur.removal.remove",
+    "gated": "secateur.removal.remove",
     "prune": "secateur.pruning",
     "reconstruct_": "secateur.restoring.reconstruction",
     "refine_mask": "secateur.choosing.refinement",
-    "remove_heads_": "secateur.removal.remove",
-    "score_heads": "secateur.scorers.score",
-    "select_heads": "secateur.units.select",
-    "select_within_budget": "secateur.choosing.budget",
+    "remove_": "secateur.removal.remove",
+    "score": "secateur.scorers.score",
+    "select": "secateur.units.select",
     "train_joint_pruner": "secateur.meta_training.trials",
     "train_meta_pruner": "secateur.meta_training.paper",
 }

@@ -27,11 +27,11 @@ from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import base_of, check_plain_weights
 from secateur.removal.proof import TOLERANCE
-from secateur.removal.remove import remove_heads_
+from secateur.removal.remove import remove_
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.base import Scorer
-from secateur.scorers.score import score_heads
+from secateur.scorers.score import score
 from secateur.sites.attention import find_sites
 from secateur.sites.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
 from secateur.support.checks import check_accelerator, check_flag, check_whole
@@ -41,8 +41,9 @@ from secateur.support.versions import environment
 from secateur.texts.calibration import calibration_batches, own_tokenizer, reading_order, texts_of
 from secateur.texts.data import Text
 from secateur.texts.stopping import Stop
-from secateur.units.select import Scope, check_pruning_ratio, select_heads
-from secateur.units.values import HeadMask, HeadScores
+from secateur.units.masks import Mask
+from secateur.units.scores import Scores
+from secateur.units.select import Allocation, check_pruning_ratio, select
 
 _PROBE_TEXTS = 8
 
@@ -63,12 +64,12 @@ class PruningReport:
 
     model: str
     scorer: str
-    scope: str
+    allocation: str
     requested_ratio: float
     seed: int
     num_texts: int
-    mask: HeadMask
-    scores: HeadScores
+    mask: Mask
+    scores: Scores
     before: ModelCost
     after: ModelCost
     max_difference: float
@@ -99,7 +100,7 @@ class PruningReport:
             "kind": "pruning_report",
             "model": self.model,
             "scorer": self.scorer,
-            "scope": self.scope,
+            "allocation": self.allocation,
             "requested_ratio": self.requested_ratio,
             "pruning_ratio": self.pruning_ratio,
             "seed": self.seed,
@@ -114,7 +115,7 @@ class PruningReport:
             "refinement": list(self.refinement),
             "reconstruction": list(self.reconstruction),
             "scores": self.scores.to_json()["scores"],
-            "kept_heads": self.mask.kept_heads,
+            "kept_heads": self.mask.kept,
             "versions": self.versions,
             "created": self.created,
             "command": self.command,
@@ -133,8 +134,8 @@ def prune(
     *,
     budget: str | Budget | None = None,
     scorer: str | Scorer = DEFAULT_SCORER,
-    scope: Scope = "site",
-    min_heads: int = 1,
+    allocation: Allocation = "uniform",
+    floor: int = 1,
     stop: Stop = "all",
     refine: int = 0,
     reconstruct: bool = False,
@@ -159,7 +160,7 @@ def prune(
     `refine` is the number of exchanges that `refine_mask` tries on the scored texts. `reconstruct` refits the output
     projections of the heads that stay on these texts, as `reconstruct_` does. `maps` keeps the mean
     attention maps of the first few texts in the report; it takes a pass over them. The other arguments are those of
-    `score_heads` and `select_heads`. The proof runs on the first few of the texts.
+    `score` and `select`. The proof runs on the first few of the texts.
     """
     check_whole("refine", refine, 0)
     check_flag("reconstruct", reconstruct)
@@ -169,7 +170,7 @@ def prune(
         check_device(device)
     check_accelerator(accelerator)
     texts = texts_of(texts)
-    wanted = budget if budget is None or isinstance(budget, Budget) else Budget.parse(budget)
+    wanted = None if budget is None else Budget.of(budget)
     if isinstance(model, str | Path):
         name = str(model)
         tokenizer = load_tokenizer(model) if tokenizer is None and texts is not None else tokenizer
@@ -189,11 +190,11 @@ def prune(
     if (refine or reconstruct) and not isinstance(texts, Sequence):
         needs = "`refine` needs `texts` to judge masks by" if refine else "`reconstruct` needs `texts` to fit on"
         raise InvalidInputError(f"{needs}, in a list, as it reads them again")
-    if refine and scope == "global" and wanted is not None and wanted.quantity != "heads":
-        raise invalid("refine", f"be 0 at scope 'global' with the budget {wanted}, which exchanges may exceed", refine)
+    if refine and allocation == "ranking" and wanted is not None and wanted.quantity != "heads":
+        raise invalid("refine", f"be 0 with allocation 'ranking' with the budget {wanted}, which exchanges may exceed", refine)
     if wanted is not None and wanted.quantity == "latency" and is_shared(accelerator):
         raise invalid("budget", "be of another kind under a launcher, whose processes would time each other", wanted)
-    within = None if wanted is None else BudgetedSelection(pruned, wanted, scope, min_heads, progress)
+    within = None if wanted is None else BudgetedSelection(pruned, wanted, allocation, floor, progress)
     if within is not None:
         pruning_ratio = within.expected_ratio
     first: Sequence[Text] | None = None
@@ -202,7 +203,7 @@ def prune(
         first = list(itertools.islice(left, MAX_TEXTS))
         texts = itertools.chain(first, left)
     start = time.perf_counter()
-    scores = score_heads(
+    scores = score(
         pruned,
         texts,
         scorer,
@@ -212,8 +213,8 @@ def prune(
         max_length=max_length,
         seed=seed,
         pruning_ratio=pruning_ratio,
-        scope=scope,
-        min_heads=min_heads,
+        allocation=allocation,
+        floor=floor,
         stop=stop,
         bf16=bf16,
         accelerator=accelerator,
@@ -222,7 +223,7 @@ def prune(
     )
     seconds = time.perf_counter() - start
     if within is None:
-        mask = select_heads(scores, pruning_ratio, scope, min_heads)
+        mask = select(scores, pruning_ratio, allocation, floor)
     else:
         mask, pruning_ratio = within.select(scores)
     refinement: list[float] = []
@@ -230,7 +231,7 @@ def prune(
         first = [texts[i] for i in reading_order(texts, stop, seed)[: scores.num_texts]]
     if refine and first is not None:
         mask, refinement = refine_mask(
-            pruned, mask, first, tokenizer, steps=refine, scope=scope, min_heads=min_heads, batch_size=batch_size,
+            pruned, mask, first, tokenizer, steps=refine, allocation=allocation, floor=floor, batch_size=batch_size,
             max_length=max_length, seed=seed, accelerator=accelerator, progress=progress,
         )  # fmt: skip
     attention = None
@@ -243,7 +244,7 @@ def prune(
         inputs = forward_arguments(base_of(pruned), made)[0]
     record: dict[str, Any] = {
         "scorer": scores.scorer,
-        "scope": scope,
+        "allocation": allocation,
         "base_model": name,
         "secateur_version": environment()["secateur"],
     }
@@ -255,11 +256,11 @@ def prune(
         )  # fmt: skip
         if reconstruction[1] < reconstruction[0]:
             record["reconstructed"] = True
-    removal = remove_heads_(pruned, mask, inputs=inputs, record=record)
+    removal = remove_(pruned, mask, inputs=inputs, record=record)
     report = PruningReport(
         model=name,
         scorer=scores.scorer,
-        scope=scope,
+        allocation=allocation,
         requested_ratio=pruning_ratio,
         seed=seed,
         num_texts=scores.num_texts or 0,

@@ -17,14 +17,14 @@ from secateur.errors import InvalidInputError, invalid
 from secateur.measuring.cost import ModelCost, check_heads, compare_latency, measure_cost
 from secateur.measuring.latency_table import LatencyTable, measure_latency, shared_copy
 from secateur.measuring.timing import Shape, median_ratio, parse_shape
-from secateur.measuring.unit_costs import HeadCosts
+from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.state import base_of
-from secateur.removal.remove import present_mask
 from secateur.sites.attention import find_sites
-from secateur.sites.layout import AttentionSite
+from secateur.sites.layout import Site
 from secateur.support.checks import is_number
-from secateur.units.select import Scope, groups_of, select_heads
-from secateur.units.values import HeadMask, HeadScores
+from secateur.units.masks import Mask
+from secateur.units.scores import PresentScores, Scores
+from secateur.units.select import Allocation, check_selection, groups_of, select
 
 Quantity = Literal["heads", "params", "macs", "latency"]
 _FORM = re.compile(r"(\w+)=([0-9.]+)x?(?:@(.+))?")
@@ -66,6 +66,11 @@ class Budget:
             raise _refused(text)
         return cls(quantity, limit, _SHAPE if shape is None else parse_shape(shape))  # type: ignore[arg-type]
 
+    @classmethod
+    def of(cls, budget: str | Budget) -> Budget:
+        """Return a budget as it is, and read one that is a text."""
+        return budget if isinstance(budget, Budget) else cls.parse(budget)
+
     def __str__(self) -> str:
         """Return the form that `parse` reads."""
         return f"{self.quantity}={self.limit:g}" + (f"@{self.shape}" if self.quantity in _SHAPED else "")
@@ -103,30 +108,30 @@ class BudgetOutcome:
 
 
 def within_budget(
-    scores: HeadScores,
+    scores: Scores,
     limit: float,
-    share: Callable[[HeadMask], float],
-    scope: Scope = "site",
-    min_heads: int = 1,
-    rounded: Callable[[HeadMask], HeadMask] | None = None,
-) -> tuple[HeadMask, float] | None:
+    share: Callable[[Mask], float],
+    allocation: Allocation = "uniform",
+    floor: int = 1,
+    rounded: Callable[[Mask], Mask] | None = None,
+) -> tuple[Mask, float] | None:
     """Return the mask of the smallest pruning ratio that leaves at most `limit`, and that ratio; None where none does.
 
     `share` says how much a mask leaves, `rounded` what becomes of a mask before it is judged. A ratio's mask is that of
-    `select_heads`. Every ratio is tried, from the smallest. They are bisected where a larger ratio drops all that a
-    smaller one does: at scope "global", where all groups of heads are of one size and masks are judged as they are.
+    `select`. Every ratio is tried, from the smallest. They are bisected where a larger ratio drops all that a
+    smaller one does: with allocation "ranking", where all groups of heads are of one size and masks are judged as they are.
     """
-    ratios = _ratios(scores, scope)
+    ratios = _ratios(scores, allocation)
     sizes = {len(group) for site in scores for group in groups_of(scores, site)}
 
-    def mask_at(ratio: float) -> HeadMask:
-        mask = select_heads(scores, ratio, scope, min_heads)
+    def mask_at(ratio: float) -> Mask:
+        mask = select(scores, ratio, allocation, floor)
         return mask if rounded is None else rounded(mask)
 
     def fits(ratio: float) -> bool:
         return share(mask_at(ratio)) <= limit + _ROUNDING
 
-    if scope == "global" and len(sizes) == 1 and rounded is None:
+    if allocation == "ranking" and len(sizes) == 1 and rounded is None:
         place = bisect.bisect_left(ratios, True, key=fits)
         found = ratios[place] if place < len(ratios) else None
     else:
@@ -146,11 +151,11 @@ class BudgetedSelection:
     """
 
     def __init__(
-        self, model: nn.Module, budget: Budget, scope: Scope = "site", min_heads: int = 1, progress: bool = False
+        self, model: nn.Module, budget: Budget, allocation: Allocation = "uniform", floor: int = 1, progress: bool = False
     ) -> None:
-        self.budget, self.scope, self.min_heads = budget, scope, min_heads
+        self.budget, self.allocation, self.floor = budget, allocation, floor
         base = base_of(model)
-        self.costs = HeadCosts(model, find_sites(base), *budget.shape)
+        self.costs = UnitCosts(model, find_sites(base), *budget.shape)
         check_heads(model, self.costs.dense.heads)
         self.table: LatencyTable | None = None
         self._dense: Any = None
@@ -158,35 +163,35 @@ class BudgetedSelection:
             self.table = measure_latency(base, self.costs, budget.shape, progress=progress)
             self._dense = shared_copy(base, self.costs.sites)
         equal = _equal_scores(self.costs.sites)
-        found = within_budget(equal, budget.limit, self.share, scope, min_heads)
+        found = within_budget(equal, budget.limit, self.share, allocation, floor)
         if found is None:
-            largest = _ratios(equal, scope)[-1]
-            least = self.share(select_heads(equal, largest, scope, min_heads))
+            largest = _ratios(equal, allocation)[-1]
+            least = self.share(select(equal, largest, allocation, floor))
             raise invalid(
                 "budget",
                 f"be at least {budget.quantity}={math.ceil(1000 * least) / 1000:g}, the share that this model keeps at "
-                f"the largest pruning ratio, {largest:.3f}, every site with {min_heads} or more of its heads",
+                f"the largest pruning ratio, {largest:.3f}, every site with {floor} or more of its heads",
                 str(budget),
             )
         self.expected_ratio = found[1]
 
-    def select(self, scores: HeadScores) -> tuple[HeadMask, float]:
+    def select(self, scores: Scores) -> tuple[Mask, float]:
         """Return the mask that these scores give within the budget, and the pruning ratio that it comes from."""
         rounded = partial(self._rounded, scores) if self.table is not None else None
-        found = within_budget(scores, self.budget.limit, self.share, self.scope, self.min_heads, rounded)
+        found = within_budget(scores, self.budget.limit, self.share, self.allocation, self.floor, rounded)
         if found is None:
             raise invalid("budget", "be one that these scores can be selected for", str(self.budget))
         return found
 
-    def share(self, mask: HeadMask) -> float:
+    def share(self, mask: Mask) -> float:
         """Return how much of the budget's quantity is left with `mask`, as counted or as the table says."""
         if self.table is None:
             return _left(self.budget.quantity, self.costs.dense, self.costs.after(mask))
-        kept = present_mask(mask, self.costs.sites)
+        kept = mask.present(self.costs.sites)
         saved = {name: self.costs.saved_macs(name, kept[name]) for kind in self.table.kinds for name in kind.sites}
         return 1 - sum(kind.saved(saved[name]) for kind in self.table.kinds for name in kind.sites)
 
-    def outcome(self, mask: HeadMask, pruned: nn.Module) -> BudgetOutcome:
+    def outcome(self, mask: Mask, pruned: nn.Module) -> BudgetOutcome:
         """Measure how much is left in the model pruned with `mask`: latency in turn with the model as it was."""
         expected = self.share(mask)
         if self._dense is None:
@@ -196,45 +201,45 @@ class BudgetedSelection:
         left = median_ratio(seconds["pruned"], seconds["dense"])
         return BudgetOutcome(self.budget, expected, left, self.table)
 
-    def _rounded(self, scores: HeadScores, mask: HeadMask) -> HeadMask:
+    def _rounded(self, scores: Scores, mask: Mask) -> Mask:
         """Give sites the best of their dropped heads back where more heads were measured to be faster."""
         assert self.table is not None
         rows = dict(mask)
         for kind in self.table.kinds:
             for name in kind.sites:
-                if name in mask and self.costs.sites[name].group == 1:  # a site without scores stays whole
+                if name in mask and self.costs.sites[name].group_size == 1:  # a site without scores stays whole
                     more = kind.rounded(int(mask[name].sum())) - int(mask[name].sum())
                     dropped = torch.where(mask[name], -math.inf, scores[name])
                     rows[name] = mask[name].clone()
                     rows[name][dropped.argsort(descending=True, stable=True)[:more]] = True
-        return HeadMask(rows)
+        return Mask(rows)
 
 
-def select_within_budget(
-    scores: HeadScores, budget: str | Budget, model: nn.Module, scope: Scope = "site", min_heads: int = 1
-) -> HeadMask:
+def allocate(
+    model: nn.Module,
+    scores: Scores,
+    *,
+    budget: str | Budget,
+    allocation: Allocation = "uniform",
+    floor: int = 1,
+) -> Mask:
     """Return the mask of the smallest pruning ratio that keeps `model` within a budget, as `Budget.parse` reads it.
 
-    The other arguments are those of `select_heads`. Raises `InvalidInputError` for a budget that cannot be reached.
+    The other arguments are those of `select`. Raises `InvalidInputError` for a budget that cannot be reached.
     """
-    select_heads(scores, 0, scope, min_heads)  # checks them
-    wanted = budget if isinstance(budget, Budget) else Budget.parse(budget)
-    return BudgetedSelection(model, wanted, scope, min_heads).select(scores)[0]
+    check_selection(allocation=allocation, floor=floor)
+    return BudgetedSelection(model, Budget.of(budget), allocation, floor).select(scores)[0]
 
 
-def _ratios(scores: HeadScores, scope: Scope) -> list[float]:
+def _ratios(scores: Scores, allocation: Allocation) -> list[float]:
     """Return the pruning ratios at which another mask begins."""
     present = [int((vector > -math.inf).sum()) for vector in scores.values()]
-    sizes = {sum(present)} if scope == "global" else set(present)
+    sizes = {sum(present)} if allocation == "ranking" else set(present)
     return sorted({dropped / size for size in sizes for dropped in range(size)})
 
 
-def _equal_scores(sites: Mapping[str, AttentionSite]) -> HeadScores:
-    rows = {}
-    for name, site in sites.items():
-        rows[name] = torch.full((site.original_num_heads,), -math.inf)
-        rows[name][list(site.heads)] = 0.0
-    return HeadScores(rows, {name: site.original_num_key_value_heads for name, site in sites.items()})
+def _equal_scores(sites: Mapping[str, Site]) -> Scores:
+    return PresentScores.of({name: torch.zeros(site.num_units) for name, site in sites.items()}, sites).original(sites)
 
 
 def _left(quantity: Quantity, dense: ModelCost, after: ModelCost) -> float:

@@ -22,33 +22,33 @@ from secateur.support.checks import check_accelerator, check_flag, check_seed, c
 from secateur.texts.calibration import calibration_batches, own_tokenizer, texts_of
 from secateur.texts.data import Text, check_texts
 from secateur.texts.halving import halves_batches
-from secateur.units.select import Scope, select_heads
-from secateur.units.values import HeadMask, HeadScores
+from secateur.units.masks import Mask, PresentMask
+from secateur.units.select import Allocation, check_selection
 
 
 @halves_batches
 def refine_mask(
     model: nn.Module,
-    mask: HeadMask,
+    mask: Mask,
     texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     steps: int = 100,
-    scope: Scope = "site",
-    min_heads: int = 1,
+    allocation: Allocation = "uniform",
+    floor: int = 1,
     batch_size: int = 32,
     max_length: int = 128,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     progress: bool = False,
-) -> tuple[HeadMask, list[float]]:
+) -> tuple[Mask, list[float]]:
     """Improve a mask on a task's own texts: exchange heads and keep what lowers the relational KL to the dense model.
 
     No labels. The gradient on the gates says which exchange to try next, and each of the `steps` costs a gated pass
     over the texts; each gradient, one at the start and one after each exchange that helped, takes about as long as
     three. Models without gradients (weights fetched layer by layer, some quantised ones) have their exchanges drawn. At
-    scope "site" every site keeps as many heads as in `mask`; at scope "global" the model does, and every site at least
-    `min_heads`. Heads that match words between the two texts of pairs stay where `mask` keeps them, which takes a pass
+    allocation "uniform" every site keeps as many heads as in `mask`; with allocation "ranking" the model does, and every site at least
+    `floor`. Heads that match words between the two texts of pairs stay where `mask` keeps them, which takes a pass
     with attention maps: the loss hardly needs them, and fine-tuning does (docs/matching.md). Returns the best mask
     found, never worse than `mask` on these texts, and the losses of all masks tried, `mask` first: fewer than `steps`
     where none is left to try. The model is left as it was.
@@ -61,19 +61,18 @@ def refine_mask(
     check_seed(seed)
     check_flag("progress", progress)
     check_accelerator(accelerator)
-    if not isinstance(mask, HeadMask):
-        raise invalid("mask", "be a HeadMask", mask)
-    select_heads(HeadScores({"check": torch.zeros(1)}), 0, scope, min_heads)  # checks them
+    if not isinstance(mask, Mask):
+        raise invalid("mask", "be a Mask", mask)
+    check_selection(allocation=allocation, floor=floor)
     texts = cast(Sequence[Text], texts_of(texts))
     check_texts(texts)
     tokenizer = own_tokenizer(model) if tokenizer is None else tokenizer
     base, sites = base_of(model), find_sites(model)
-    there = {name: list(site.heads) for name, site in sites.items() if site.num_heads}
-    for name, heads in there.items():
-        if name not in mask or mask[name].numel() != sites[name].original_num_heads:
-            raise invalid("mask", f"have {sites[name].original_num_heads} entries for site {name}", mask.shape)
-        if bool(mask[name].sum() > mask[name][heads].sum()):
-            raise invalid("mask", f"keep no head of site {name} that is gone already", mask[name].nonzero().flatten())
+    for name, site in sites.items():
+        if name not in mask:
+            raise invalid("mask", f"have {site.original_num_units} entries for site {name}", mask.shape)
+    kept = mask.present(sites)
+    start = PresentMask({name: row for name, row in kept.items() if len(row)})
     with held(base), evaluation_mode(base), torch.inference_mode(False):
         made = forward_arguments(base, list(calibration_batches(model, texts, tokenizer, batch_size, max_length)))
         is_pair = not isinstance(texts[0], str)
@@ -81,17 +80,14 @@ def refine_mask(
         loss = MaskLoss(base, made, is_pair, accelerator)
         trials = search(
             loss,
-            HeadMask({name: mask[name][heads] for name, heads in there.items()}),
-            {name: sites[name].num_key_value_heads for name in there},
+            start,
+            {name: sites[name].num_groups for name in start},
             steps,
             torch.Generator().manual_seed(seed),
-            scope,
-            min_heads,
+            allocation,
+            floor,
             progress,
             heads_that_match(task) if steps else None,
         )
     best = min(trials, key=lambda trial: trial[1])[0]
-    rows = {name: row.clone() for name, row in mask.items()}
-    for name, heads in there.items():
-        rows[name][heads] = best[name]
-    return HeadMask(rows), [value for _, value in trials]
+    return PresentMask({**kept, **best}).original(sites), [value for _, value in trials]

@@ -21,8 +21,8 @@ from secateur.models.offload import is_offloaded
 from secateur.relations import gated_representations, relational_kl, with_relations
 from secateur.support.processes import in_order
 from secateur.texts.halving import is_out_of_memory
-from secateur.units.select import Scope
-from secateur.units.values import HeadMask
+from secateur.units.masks import PresentMask
+from secateur.units.select import Allocation
 
 
 class MaskLoss:
@@ -44,7 +44,7 @@ class MaskLoss:
         self.dense: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, mask: Mapping[str, Tensor]) -> float:
+    def __call__(self, mask: PresentMask) -> float:
         """Return the mean over batches of KL(dense ‖ gated), ≥ 0; lower is better."""
         gates = {site: row.float() for site, row in mask.items()}
 
@@ -56,7 +56,7 @@ class MaskLoss:
         values = list(in_order(judge, range(len(self.batches)), self.accelerator))
         return sum(values) / len(values)
 
-    def slopes(self, mask: Mapping[str, Tensor]) -> Tensor:
+    def slopes(self, mask: PresentMask) -> Tensor:
         """Return the loss's derivative on every gate of a judged mask, `[heads]` over all sites.
 
         Zeros where the model has no gradients to give: weights that are fetched layer by layer, kernels without a
@@ -91,26 +91,26 @@ class MeanLoss:
     def __init__(self, losses: Sequence[MaskLoss]) -> None:
         self.losses = losses
 
-    def __call__(self, mask: Mapping[str, Tensor]) -> float:
+    def __call__(self, mask: PresentMask) -> float:
         """Return the mean of what the mask costs."""
         return statistics.fmean(loss(mask) for loss in self.losses)
 
-    def slopes(self, mask: Mapping[str, Tensor]) -> Tensor:
+    def slopes(self, mask: PresentMask) -> Tensor:
         """Return the mean of the derivatives on every gate of a judged mask, `[heads]` over all sites."""
         return torch.stack([loss.slopes(mask) for loss in self.losses]).mean(dim=0)
 
 
-Trial = tuple[HeadMask, float]
+Trial = tuple[PresentMask, float]
 
 
 def search(
     loss: MaskLoss | MeanLoss,
-    start: HeadMask,
+    start: PresentMask,
     groups: Mapping[str, int],
     steps: int,
     random: torch.Generator,
-    scope: Scope = "site",
-    min_heads: int = 1,
+    allocation: Allocation = "uniform",
+    floor: int = 1,
     progress: bool = False,
     staying: Mapping[str, Tensor] | None = None,
 ) -> list[Trial]:
@@ -127,7 +127,7 @@ def search(
     guesses: _Guesses | None = None
     for _ in tqdm(range(steps), desc="refining", disable=not progress, leave=False):
         if guesses is None:
-            moves = exchanges(best, groups, scope, min_heads, staying)
+            moves = exchanges(best, groups, allocation, floor, staying)
             flat = torch.cat(list(best.values()))
             guesses = _Guesses(moves, torch.where(flat, -1.0, 1.0) * loss.slopes(best), random)
         move = guesses.next()
@@ -170,17 +170,17 @@ class _Guesses:
 
 
 def exchanges(
-    mask: HeadMask,
+    mask: PresentMask,
     groups: Mapping[str, int],
-    scope: Scope = "site",
-    min_heads: int = 1,
+    allocation: Allocation = "uniform",
+    floor: int = 1,
     staying: Mapping[str, Tensor] | None = None,
 ) -> list[tuple[int, ...]]:
     """Return every exchange that leaves as many heads: the heads whose verdict changes, numbered over all sites.
 
     `groups` gives each site's number of key-value heads. An exchange swaps a kept and a dropped head of a group, or the
-    patterns of two groups of heads: at scope "site" of one site, so that every site keeps as many heads in as many
-    groups; at scope "global" of any two sites, of which none falls below `min_heads` that has more. Heads in `staying`
+    patterns of two groups of heads: with allocation "uniform" of one site, so that every site keeps as many heads in as many
+    groups; with allocation "ranking" of any two sites, of which none falls below `floor` that has more. Heads in `staying`
     (bool, by site), where `mask` keeps them, are never dropped.
     """
     rows: list[tuple[str, int, list[bool], list[bool]]] = []  # a group's site, first head, and which are kept, and stay
@@ -197,19 +197,19 @@ def exchanges(
             if kept[a] and not kept[b] and not stays[a]:
                 found.append((first + a, first + b))
     for (site, first, kept, stays), (other, second, others, others_stay) in itertools.combinations(rows, 2):
-        if len(kept) != len(others) or (site != other and scope == "site"):
+        if len(kept) != len(others) or (site != other and allocation == "uniform"):
             continue
         differ = [i for i, (a, b) in enumerate(zip(kept, others, strict=True)) if a != b]
         gain = sum(others) - sum(kept)
         changes = ((heads[site], gain), (heads[other], -gain)) if site != other else ()
-        if any(change < 0 and number + change < min_heads for number, change in changes):
+        if any(change < 0 and number + change < floor for number, change in changes):
             continue
         if differ and not any(stays[i] or others_stay[i] for i in differ):
             found.append((*(first + i for i in differ), *(second + i for i in differ)))
     return found
 
 
-def _exchanged(mask: HeadMask, move: tuple[int, ...]) -> HeadMask:
+def _exchanged(mask: PresentMask, move: tuple[int, ...]) -> PresentMask:
     flat = torch.cat(list(mask.values()))
     flat[list(move)] = ~flat[list(move)]
-    return HeadMask(dict(zip(mask, flat.split([len(row) for row in mask.values()]), strict=True)))
+    return PresentMask(dict(zip(mask, flat.split([len(row) for row in mask.values()]), strict=True)))

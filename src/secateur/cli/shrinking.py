@@ -55,9 +55,9 @@ def info(model: str, device: str | None, as_json: bool) -> None:
         facts["sites"] = [
             {
                 "name": site.name,
-                "heads": site.num_heads,
-                "key_value_heads": site.num_key_value_heads,
-                "original_heads": site.original_num_heads,
+                "heads": site.num_units,
+                "key_value_heads": site.num_groups,
+                "original_heads": site.original_num_units,
             }
             for site in sites.values()
         ]
@@ -85,7 +85,7 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
     from secateur.cli.tables import print_table, scores_table
     from secateur.errors import invalid
     from secateur.models.loading import load_model, load_tokenizer
-    from secateur.scorers.score import score_heads
+    from secateur.scorers.score import score
 
     if out is not None and out.parent != Path() and not out.parent.is_dir():
         raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
@@ -98,7 +98,7 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
     scorer = _scorer(options)
     texts, labels = _calibration(data, options)
     placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
-    scores = score_heads(
+    scores = score(
         load_model(model, device, **placed),
         texts,
         scorer,
@@ -136,10 +136,10 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
     help="Instead of a ratio, what may remain: heads=0.5, params=0.95, macs=0.85, latency=0.8x@8x128.",
 )
 @click.option(
-    "--scope", default="site", show_default=True, type=click.Choice(["site", "global"]),
+    "--allocation", default="uniform", show_default=True, type=click.Choice(["uniform", "ranking"]),
     help="The same ratio at every site, or one ranking over the model.",
 )  # fmt: skip
-@click.option("--min-heads", default=1, show_default=True, type=click.IntRange(0), help="Heads a site keeps at least.")
+@click.option("--floor", default=1, show_default=True, type=click.IntRange(0), help="Heads a site keeps at least.")
 @click.option(
     "--refine",
     default=0,
@@ -159,7 +159,7 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
 @json_option
 @click.pass_context
 def prune(
-    context: click.Context, model: str, data: str, ratio: float, budget: str | None, scope: Any, min_heads: int,
+    context: click.Context, model: str, data: str, ratio: float, budget: str | None, allocation: Any, floor: int,
     refine: int, reconstruct: bool, maps: bool, bf16: bool, out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder.
@@ -193,8 +193,8 @@ def prune(
             ratio,
             budget=wanted,
             scorer=scorer,
-            scope=scope,
-            min_heads=min_heads,
+            allocation=allocation,
+            floor=floor,
             stop=options["stop"],
             refine=refine,
             reconstruct=reconstruct,

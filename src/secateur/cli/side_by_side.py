@@ -87,7 +87,7 @@ def _read_pruners(context: click.Context, parameter: click.Parameter, items: tup
     type=click.Choice(["lite", "full"]),
     help="lite: 2,000 training texts of 64 tokens; full: all texts, 128 tokens.",
 )
-@click.option("--scope", default="site", show_default=True, type=click.Choice(["site", "global"]))
+@click.option("--allocation", default="uniform", show_default=True, type=click.Choice(["uniform", "ranking"]))
 @click.option("--texts", "num_texts", default=96, show_default=True, type=click.IntRange(1), help="Calibration texts.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one run.")
 @click.option(

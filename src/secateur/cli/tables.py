@@ -12,7 +12,7 @@ from secateur.measuring.bench import Benchmark
 from secateur.measuring.timing import quartiles
 from secateur.pruning import PruningReport
 from secateur.report.reading import cost_rows
-from secateur.units.values import HeadScores
+from secateur.units.scores import Scores
 
 
 def print_table(table: Table) -> None:
@@ -44,7 +44,7 @@ def info_table(facts: dict[str, Any]) -> Table:
     return table
 
 
-def scores_table(scores: HeadScores) -> Table:
+def scores_table(scores: Scores) -> Table:
     """Return one row for each site, one column for each head; higher = keep."""
     table = Table(Column("attention site", no_wrap=True), title=f"importance by {scores.scorer}, higher = keep")
     widest = max(vector.numel() for vector in scores.values())
@@ -146,11 +146,11 @@ def _shown(value: float | None, unit: str) -> str:
 def held_out_table(rows: list[dict[str, Any]]) -> Table:
     """Return what the masks of the contribution and of a joint pruner cost on texts that it was not taught on."""
     title = "1000 times the relational KL on dev texts, half of the heads removed; lower is better"
-    table = Table(*(Column(name, no_wrap=True) for name in ("model", "task", "scope")), title=title)
+    table = Table(*(Column(name, no_wrap=True) for name in ("model", "task", "allocation")), title=title)
     judged = ("contribution", "joint_pruner")
     for name in judged:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
         values = (f"{1000 * row[name]:.1f}" for name in judged)
-        table.add_row(row["model"], row["task"], row["scope"], *values)
+        table.add_row(row["model"], row["task"], row["allocation"], *values)
     return table

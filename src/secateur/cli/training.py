@@ -274,10 +274,10 @@ def joint_train(
         if not accelerator.is_main_process:
             return
         rows = [
-            {"model": name, "task": task.name, "scope": scope, **losses}
+            {"model": name, "task": task.name, "allocation": allocation, **losses}
             for name, subject in zip(models, subjects, strict=True)
             for task in held_out
-            for scope, losses in held_out_losses(subject, task, pruner, config).items()
+            for allocation, losses in held_out_losses(subject, task, pruner, config).items()
         ]
     if as_json:
         print_json({"pruner": str(out / "pruner"), "held_out": rows})

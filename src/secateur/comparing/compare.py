@@ -31,11 +31,11 @@ from secateur.finetuning.evaluate import main_metric
 from secateur.finetuning.finetune import finetune, load_classifier
 from secateur.finetuning.trainer import training_device
 from secateur.models.loading import load_model, load_tokenizer, quiet_transformers
-from secateur.removal.remove import remove_heads_
+from secateur.removal.remove import remove_
 from secateur.restoring.distillation import distill_
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers import SCORERS, scorer_class
-from secateur.scorers.score import score_heads
+from secateur.scorers.score import score
 from secateur.support.checks import check_whole
 from secateur.support.files import (
     LOCK,
@@ -49,8 +49,8 @@ from secateur.support.files import (
 )
 from secateur.support.versions import environment
 from secateur.texts.data import Task, has_splits, load_task
-from secateur.units.select import Scope, select_heads
-from secateur.units.values import HeadScores
+from secateur.units.scores import Scores
+from secateur.units.select import Allocation, select
 
 DENSE = "dense"
 
@@ -97,7 +97,7 @@ class Settings:
     ratios: tuple[float, ...] = (0.5,)
     seeds: int = 3
     protocol: str = "lite"
-    scope: Scope = "site"
+    allocation: Allocation = "uniform"
     num_texts: int = 96
     threads: int = 1
     pruners: dict[str, str] = field(default_factory=dict)
@@ -287,7 +287,7 @@ def _score(settings: Settings, run: Run, out: Path, device: str) -> None:
     with quiet_transformers(False):
         model, tokenizer = load_model(settings.model, device), load_tokenizer(settings.model)
     start = time.perf_counter()
-    scores = score_heads(
+    scores = score(
         model,
         train.texts,
         run.scorer,
@@ -315,14 +315,14 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
     kept, restored = None, {}
     if run.scorer != DENSE:
         data = read_json(_scores_file(out, run))
-        mask = select_heads(HeadScores.from_json(data), run.ratio, settings.scope)
-        kept, cost = mask.kept_heads, dict(data["cost"])
+        mask = select(Scores.from_json(data), run.ratio, settings.allocation)
+        kept, cost = mask.kept, dict(data["cost"])
         if settings.reconstruct:
             texts = _splits(run.data)[0].head(settings.num_texts, seed=run.seed).texts
             start = time.perf_counter()
             losses = reconstruct_(model.to(device), mask, texts, tokenizer, max_length=protocol.max_length)
             restored, cost["reconstruction_seconds"] = {"reconstruction": list(losses)}, time.perf_counter() - start
-        remove_heads_(model, mask)
+        remove_(model, mask)
         if settings.distill:
             start = time.perf_counter()
             with quiet_transformers(False):

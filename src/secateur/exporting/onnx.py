@@ -28,7 +28,7 @@ from secateur.models.loading import quiet_transformers
 from secateur.models.state import base_of
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, largest_difference
-from secateur.sites.layout import AttentionSite
+from secateur.sites.layout import Site
 from secateur.sites.recipe import read_recipe
 
 OPSET = 20
@@ -138,13 +138,13 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
         config.use_cache = config.output_hidden_states = config.output_attentions = False
         config.return_dict = True
     recipe = read_recipe(base.config)
-    for name, kept in (recipe.kept_heads if recipe else {}).items():
+    for name, kept in (recipe.kept if recipe else {}).items():
         if recipe is not None and not kept and name not in recipe.bypassed:
             _fill_(base, recipe.sites[name])
     return model
 
 
-def _fill_(base: PreTrainedModel, site: AttentionSite) -> None:
+def _fill_(base: PreTrainedModel, site: Site) -> None:
     """Make an emptied site one that ONNX Runtime runs: its shape inference takes a size of 0 for "as before".
 
     Its own code is left out. Where the output projection is part of it, the bias is all that it writes; elsewhere the

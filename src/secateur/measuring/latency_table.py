@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from secateur.measuring.cost import forward_pass
 from secateur.measuring.timing import Clock, Shape, quartiles, time_in_turn
-from secateur.measuring.unit_costs import HeadCosts
+from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.state import base_of, evaluation_mode
-from secateur.removal.remove import remove_heads_
-from secateur.sites.layout import AttentionSite
-from secateur.units.values import HeadMask
+from secateur.removal.remove import remove_
+from secateur.sites.layout import Site
+from secateur.units.masks import Mask, original_vector
 
 MOST_LEVELS = 12
 """Numbers of heads that are timed for one kind of site; the others lie on straight lines between them."""
@@ -89,7 +89,7 @@ class LatencyTable:
 
 def measure_latency(
     model: nn.Module,
-    costs: HeadCosts,
+    costs: UnitCosts,
     shape: Shape,
     rounds: int = 8,
     clock: Clock = "wall",
@@ -100,21 +100,21 @@ def measure_latency(
     What heads do not own is shared with the copies that are cut, so they take the memory of the attention's weights.
     """
     base = base_of(model)
-    groups: dict[Any, list[AttentionSite]] = {}
+    groups: dict[Any, list[Site]] = {}
     for name, site in costs.sites.items():
-        if site.num_heads:
-            work = costs.saved_macs(name, torch.zeros(site.num_heads, dtype=torch.bool))
-            key = repr((site.to_json(), site.num_heads, site.num_key_value_heads, work))
+        if site.num_units:
+            work = costs.saved_macs(name, torch.zeros(site.num_units, dtype=torch.bool))
+            key = repr((site.to_json(), site.num_units, site.num_groups, work))
             groups.setdefault(key, []).append(site)
     runs = {(-1, 0): forward_pass(base, *shape)}
     levels: dict[int, list[tuple[int, float]]] = {}
     with torch.no_grad(), ExitStack() as modes:
         modes.enter_context(evaluation_mode(base))
         for number, sites in enumerate(groups.values()):
-            levels[number] = [(sites[0].num_heads, 0.0)]
+            levels[number] = [(sites[0].num_units, 0.0)]
             for kept in _thinned(list(_fewer(sites[0], costs))):
                 smaller = shared_copy(base, costs.sites)
-                remove_heads_(smaller, HeadMask({site.name: _original(site, kept) for site in sites}))
+                remove_(smaller, Mask({site.name: original_vector(site, kept) for site in sites}))
                 modes.enter_context(evaluation_mode(smaller))
                 runs[number, len(levels[number])] = forward_pass(smaller, *shape)
                 levels[number].append((int(kept.sum()), costs.saved_macs(sites[0].name, kept)))
@@ -137,12 +137,12 @@ def shared_copy(base: nn.Module, sites: Any) -> Any:
     return copy.deepcopy(base, shared)
 
 
-def _fewer(site: AttentionSite, costs: HeadCosts) -> Iterator[Tensor]:
+def _fewer(site: Site, costs: UnitCosts) -> Iterator[Tensor]:
     """Yield masks of the heads there now, each saving more: fewer groups, and fewer heads in each."""
-    shapes = itertools.product(range(1, site.num_key_value_heads + 1), range(1, site.group + 1))
+    shapes = itertools.product(range(1, site.num_groups + 1), range(1, site.group_size + 1))
     masks = {}
     for groups, per_group in shapes:
-        kept = torch.zeros(site.num_key_value_heads, site.group, dtype=torch.bool)
+        kept = torch.zeros(site.num_groups, site.group_size, dtype=torch.bool)
         kept[:groups, :per_group] = True
         masks[costs.saved_macs(site.name, kept.flatten())] = kept.flatten()
     yield from (masks[saved] for saved in sorted(masks) if saved > 0)
@@ -154,8 +154,3 @@ def _thinned(masks: list[Tensor]) -> list[Tensor]:
         return masks
     return [masks[round(i * (len(masks) - 1) / (MOST_LEVELS - 1))] for i in range(MOST_LEVELS)]
 
-
-def _original(site: AttentionSite, kept: Tensor) -> Tensor:
-    vector = torch.zeros(site.original_num_heads, dtype=torch.bool)
-    vector[list(itertools.compress(site.heads, kept.tolist()))] = True
-    return vector

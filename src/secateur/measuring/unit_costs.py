@@ -1,4 +1,4 @@
-"""What a model would cost without some of its heads, counted from one pass over the whole model."""
+"""What a model would cost without some of its units, counted from one pass over the whole model."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from torch import Tensor, nn
 
 from secateur.measuring.cost import ModelCost, count_macs, count_parameters
 from secateur.models.state import base_of
-from secateur.removal.remove import present_mask
-from secateur.sites.layout import AttentionSite
-from secateur.units.values import HeadMask
+from secateur.sites.layout import Site
+from secateur.units.masks import Mask
 
 
-class HeadCosts:
+class UnitCosts:
     """Tells for any mask the cost that `measure_cost` would measure after the removal; `dense` is the cost before it.
 
-    Weights shrink by the indices that heads own, products with a weight as the weight does, and the products that
+    Weights shrink by the indices that units own, products with a weight as the weight does, and the products that
     attention makes without one (queries with keys, maps with values) as the number of query heads.
     """
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, AttentionSite], batch: int = 1, length: int = 128) -> None:
+    def __init__(self, model: nn.Module, sites: Mapping[str, Site], batch: int = 1, length: int = 128) -> None:
         self.sites = sites
         base = base_of(model)
         macs, length = count_macs(base, batch, length)
-        heads = sum(site.num_heads for site in sites.values())
+        heads = sum(site.num_units for site in sites.values())
         self.dense = ModelCost(heads, count_parameters(model), macs[""], batch, length)
         owned = {piece.parameter for site in sites.values() for piece in site.slices}
         self._shapes = {name: tuple(base.get_parameter(name).shape) for name in owned}
@@ -35,9 +34,9 @@ class HeadCosts:
         }
         self._by_heads = {name: _own(name, base.get_submodule(name), macs) for name in sites}
 
-    def after(self, mask: HeadMask) -> ModelCost:
-        """Return the cost without the heads that `mask`, in original numbering, drops."""
-        kept = present_mask(mask, self.sites)
+    def after(self, mask: Mask) -> ModelCost:
+        """Return the cost without the units that `mask` drops."""
+        kept = mask.present(self.sites)
         heads = sum(int(vector.sum()) for vector in kept.values())
         parameters, macs = 0, 0.0
         for name, site in self.sites.items():
@@ -48,17 +47,17 @@ class HeadCosts:
         return ModelCost(heads, dense.parameters - parameters, dense.macs - round(macs), dense.batch, dense.length)
 
     def saved_macs(self, site: str, kept: Tensor) -> float:
-        """Return the multiply-accumulates that one site saves with the heads in `kept` (bool `[heads there now]`)."""
+        """Return the multiply-accumulates that one site saves with the units in `kept` (bool `[units there now]`)."""
         return self._saved(self.sites[site], kept)[1]
 
-    def _saved(self, site: AttentionSite, kept: Tensor) -> tuple[int, float]:
+    def _saved(self, site: Site, kept: Tensor) -> tuple[int, float]:
         """Return the parameters and the multiply-accumulates that a site saves."""
         if bool(kept.all()):
             return 0, 0.0
         shapes = {piece.parameter: list(self._shapes[piece.parameter]) for piece in site.slices}
         for (name, axis), indices in site.kept_indices(kept).items():
             shapes[name][axis] = len(indices)
-        parameters, macs = 0, self._by_heads[site.name] * (1 - int(kept.sum()) / site.num_heads)
+        parameters, macs = 0, self._by_heads[site.name] * (1 - int(kept.sum()) / site.num_units)
         for name, shape in shapes.items():
             before, after = math.prod(self._shapes[name]), math.prod(shape)
             parameters += before - after

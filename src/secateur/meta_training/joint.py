@@ -30,11 +30,12 @@ from secateur.pruners.joint_network import JointPruner, standardised
 from secateur.pruners.known_models import KnownModel
 from secateur.sites.layout import AttentionSite
 from secateur.support.files import write_bytes
-from secateur.units.select import Scope, select_heads
-from secateur.units.values import HeadMask, HeadScores
+from secateur.units.masks import PresentMask
+from secateur.units.scores import PresentScores
+from secateur.units.select import Allocation, select
 
 LEAVE_ONE_OUT = 0
-"""The group of trials that each drop a single head; the others are numbered from 1, one a scope and ratio."""
+"""The group of trials that each drop a single head; the others are numbered from 1, one a allocation and ratio."""
 
 BESIDE_FOUND: dict[str, Any] = {"prior": 0.0, "matching": 1.3}
 """What stands beside networks that found masks taught, as `JointPruner` takes it.
@@ -104,7 +105,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """Which masks are tried, for each scope and ratio.
+    """Which masks are tried, for each allocation and ratio.
 
     The scores are the log of the contributions, those of a pruner where there is one, and the mean of both. `search`:
     exchanges that a search tries, led by `guides` of the judges, from what the pruner chooses, or where there is none,
@@ -115,7 +116,7 @@ class TrialConfig:
     """
 
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
-    scopes: tuple[Scope, ...] = ("site", "global")
+    allocations: tuple[Allocation, ...] = ("uniform", "ranking")
     search: int = 0
     guides: int = 2
     own: int = 2
@@ -137,10 +138,10 @@ class TrialConfig:
         return len(self.groups) * (guides * (self.search + 1) + rankings + self.search + (judges - guides or judges))
 
     @property
-    def groups(self) -> list[tuple[int, Scope, float]]:
-        """Every group's number, scope and ratio."""
-        cells = itertools.product(("site", "global"), self.ratios)
-        return [(n, scope, ratio) for n, (scope, ratio) in enumerate(cells, LEAVE_ONE_OUT + 1) if scope in self.scopes]
+    def groups(self) -> list[tuple[int, Allocation, float]]:
+        """Every group's number, allocation and ratio."""
+        cells = itertools.product(("uniform", "ranking"), self.ratios)
+        return [(n, allocation, ratio) for n, (allocation, ratio) in enumerate(cells, LEAVE_ONE_OUT + 1) if allocation in self.allocations]
 
 
 @torch.no_grad()
@@ -175,7 +176,7 @@ def collect(
     trials, found = _trials(judges, evidence, rankings, sites, config, random)
     if config.leave_one_out:
         heads = torch.arange(len(evidence.features))
-        alone = [HeadMask(evidence.split(heads != head)) for head in heads]
+        alone = [PresentMask(evidence.split(heads != head)) for head in heads]
         trials += [(mask, statistics.mean(judge(mask) for judge in judges), LEAVE_ONE_OUT) for mask in alone]
     if not trials:
         raise InvalidInputError(
@@ -186,11 +187,11 @@ def collect(
     sample = Sample(subject, task, evidence, masks, losses, groups)
     if not found:
         return sample
-    by_site = torch.tensor([scope == "site" for _, scope in found])
+    by_site = torch.tensor([allocation == "uniform" for _, allocation in found])
     return replace(sample, found=_stacked(evidence, [mask for mask, _ in found]), by_site=by_site)
 
 
-def _stacked(evidence: Evidence, masks: Sequence[HeadMask]) -> Tensor:
+def _stacked(evidence: Evidence, masks: Sequence[PresentMask]) -> Tensor:
     return torch.stack([torch.cat([mask[name] for name in evidence.heads]) for mask in masks])
 
 
@@ -201,27 +202,27 @@ def _trials(
     sites: Mapping[str, AttentionSite],
     config: TrialConfig,
     random: torch.Generator,
-) -> tuple[list[tuple[HeadMask, float, int]], list[tuple[HeadMask, Scope]]]:
+) -> tuple[list[tuple[PresentMask, float, int]], list[tuple[PresentMask, Allocation]]]:
     """Judge each group's masks, and return them, and the best that searches found."""
-    kv_heads = {name: sites[name].num_key_value_heads for name in evidence.heads}
+    kv_heads = {name: sites[name].num_groups for name in evidence.heads}
     level = torch.zeros(len(evidence.features), dtype=torch.float64)
     around = [rankings[i % len(rankings)] for i in range(config.near)]
     trials, found = [], []
-    for number, scope, ratio in config.groups:
-        own = [select_heads(HeadScores(evidence.split(scores), kv_heads), ratio, scope) for scores in rankings]
+    for number, allocation, ratio in config.groups:
+        own = [select(PresentScores(evidence.split(scores), kv_heads), ratio, allocation) for scores in rankings]
         if all(bool(row.all()) for row in own[-1].values()):
             continue  # too few heads, or groups of them too large, to remove so few
         guides: list[int] = []
         if config.search:
             guides = torch.randperm(len(judges), generator=random)[: config.guides].tolist()
             start = own[1] if len(own) > 1 else own[0]  # a pruner learns where its own choice falls short
-            way = search(MeanLoss([judges[i] for i in guides]), start, kv_heads, config.search, random, scope)
-            found.append((min(way, key=lambda trial: trial[1])[0], scope))
+            way = search(MeanLoss([judges[i] for i in guides]), start, kv_heads, config.search, random, allocation)
+            found.append((min(way, key=lambda trial: trial[1])[0], allocation))
             masks = own + [mask for mask, _ in way[1:]]
         else:
             masks = own * config.own
             masks += [
-                _near(scores, evidence, kv_heads, ratio, scope, config.spread, random)
+                _near(scores, evidence, kv_heads, ratio, allocation, config.spread, random)
                 for scores in [level] * config.at_random + around
             ]
         others = [judge for i, judge in enumerate(judges) if i not in guides] or judges
@@ -237,15 +238,15 @@ def _near(
     evidence: Evidence,
     groups: Mapping[str, int],
     ratio: float,
-    scope: Scope,
+    allocation: Allocation,
     spread: float,
     random: torch.Generator,
-) -> HeadMask:
+) -> PresentMask:
     """Select by the scores plus Gumbel noise of up to `spread` times their own spread; equal scores: at random."""
     noise = -torch.log(-torch.log(torch.rand(len(scores), generator=random, dtype=torch.float64)))
     scale = float(scores.std())
     noise = noise if scale == 0 else noise * scale * spread * float(torch.rand(1, generator=random))
-    return select_heads(HeadScores(evidence.split(scores + noise), dict(groups)), ratio, scope)
+    return select(PresentScores(evidence.split(scores + noise), dict(groups)), ratio, allocation)
 
 
 @dataclass(frozen=True)

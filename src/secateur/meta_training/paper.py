@@ -40,8 +40,9 @@ from secateur.support.checks import check_accelerator, check_flag, check_path, c
 from secateur.support.files import is_taken, replaced_folder
 from secateur.support.randomness import generator
 from secateur.texts.data import Task, check_texts
-from secateur.units.select import select_heads
-from secateur.units.values import HeadMask, HeadScores
+from secateur.units.masks import PresentMask
+from secateur.units.scores import PresentScores
+from secateur.units.select import select
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class MetaTraining:
                 sums = {site: torch.zeros(heads, dtype=torch.float64) for site, heads in subject.heads.items()}
                 for batch in subject.batches(texts[: part.calibration], 16, self.config.max_length):
                     self._add_scores(subject, batch, is_pair, sums)
-                mask = select_heads(HeadScores(sums), self.config.pruning_ratio)
+                mask = select(PresentScores(sums), self.config.pruning_ratio)
                 rest = texts[part.calibration : part.calibration + part.judged]
                 found[part.task.name] = mask_kl(
                     subject.model, mask, subject.batches(rest, 32, self.config.max_length), is_pair
@@ -277,7 +278,7 @@ def train_meta_pruner(
 
 
 @torch.no_grad()
-def mask_kl(model: PreTrainedModel, mask: HeadMask, made: Sequence[Batch], is_pair: bool) -> float:
+def mask_kl(model: PreTrainedModel, mask: PresentMask, made: Sequence[Batch], is_pair: bool) -> float:
     """Return the relational KL between a base model and itself under `mask`, the mean over batches of two or more."""
     gates = {site: row.float() for site, row in mask.items()}
     values = []

@@ -6,7 +6,6 @@ Each works on one batch: `model` is the frozen base model, `dense` its represent
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +16,7 @@ from secateur.meta_training.config import MetaTrainingConfig
 from secateur.meta_training.sampling import draw_heads, draw_whole_sites, drop_dimensions
 from secateur.relations import gated_representations, relational_kl
 from secateur.texts.batches import Batch
+from secateur.units.select import removable
 
 
 def straight_through_loss(
@@ -98,4 +98,4 @@ def ranking_loss(scores: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
 
 def num_kept(heads: int, pruning_ratio: float) -> int:
     """Return how many of a site's heads stay: all but floor(ratio · heads)."""
-    return heads - math.floor(pruning_ratio * heads + 1e-9)
+    return heads - removable(heads, pruning_ratio)

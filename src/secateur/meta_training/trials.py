@@ -39,10 +39,11 @@ from secateur.support.checks import check_accelerator, check_flag, check_path, c
 from secateur.support.files import is_taken, read_json, replaced_folder, write_text
 from secateur.support.randomness import generator
 from secateur.texts.data import Task
-from secateur.units.select import Scope, select_heads
-from secateur.units.values import HeadScores
+from secateur.units.masks import PresentMask
+from secateur.units.scores import PresentScores
+from secateur.units.select import Allocation, select
 
-SCOPES: tuple[Scope, ...] = ("site", "global")
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "ranking")
 SETTINGS = "settings.json"
 _FEWEST_SCORED = 4
 _ALIKE = 1e-3  # losses beside one mask's are around 1
@@ -94,7 +95,7 @@ def train_joint_pruner(
     """Teach a new joint pruner one or more frozen models on the texts of one or more tasks; labels play no part.
 
     `out` gets `samples/`, which a run that goes on with `resume` does not collect again, and at the end `pruner/`, for
-    `score_heads(…, scorer="smp-plus", pruner=…)`. A sample takes about 270 gated passes over a batch. More `samples`
+    `score(…, scorer="smp-plus", pruner=…)`. A sample takes about 270 gated passes over a batch. More `samples`
     may be asked for when a run goes on; other settings, models and tasks may not change. The processes of
     `accelerator`, if any, collect a share of the samples each.
 
@@ -251,7 +252,7 @@ class _Counted(MaskLoss):
         super().__init__(model, batches, is_pair)
         self.bar = bar
 
-    def __call__(self, mask: Mapping[str, Tensor]) -> float:
+    def __call__(self, mask: PresentMask) -> float:
         self.bar.update()
         return super().__call__(mask)
 
@@ -278,8 +279,8 @@ def check_held_out(task: Task) -> None:
 @torch.no_grad()
 def held_out_losses(
     subject: Subject, task: Task, pruner: JointPruner, config: JointTrainingConfig | None = None, ratio: float = 0.5
-) -> dict[Scope, dict[str, float]]:
-    """Return, for each scope, the relational KL of the masks that the contribution and the joint pruner choose.
+) -> dict[Allocation, dict[str, float]]:
+    """Return, for each allocation, the relational KL of the masks that the contribution and the joint pruner choose.
 
     `task` holds texts that the pruner was not taught on. Drawn with the seed, `num_texts` of them at most, and no more
     than half, give the evidence; up to 128 others judge the masks. Raises `InvalidInputError` for fewer than eight.
@@ -299,12 +300,12 @@ def held_out_losses(
             model, sites, made, task.is_pair, special_ids=special_ids_of(subject.tokenizer), maps=pruner.sees_maps
         )
         loss = MaskLoss(model, subject.batches(texts[scored:], config.batch_size, config.max_length), task.is_pair)
-        groups = {name: sites[name].num_key_value_heads for name in evidence.heads}
+        groups = {name: sites[name].num_groups for name in evidence.heads}
         rankings = {"contribution": contribution_scores(evidence), "joint_pruner": pruner.eval()(evidence)}
         return {
-            scope: {
-                name: loss(select_heads(HeadScores(evidence.split(scores.double()), groups), ratio, scope))
+            allocation: {
+                name: loss(select(PresentScores(evidence.split(scores.double()), groups), ratio, allocation))
                 for name, scores in rankings.items()
             }
-            for scope in SCOPES
+            for allocation in ALLOCATIONS
         }

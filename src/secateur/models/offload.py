@@ -35,7 +35,7 @@ def check_loaded(model: nn.Module, what: str) -> None:
         raise UnsupportedModelError(
             f"{what} needs all weights in memory, and `device_map` left some on CPU or disk; such a model can be "
             "scored, selected and gated: save its scores or mask, then load the model without `device_map` where it "
-            "fits (`dtype=torch.bfloat16` halves it) and give the mask to `remove_heads_`"
+            "fits (`dtype=torch.bfloat16` halves it) and give the mask to `remove_`"
         )
 
 

@@ -104,7 +104,7 @@ def gather_evidence(
     """
     first_token = by_first_token(model, is_pair)
     unmatched = {name for name in sites if not is_pair or in_decoder(model, name)}
-    gathered = {name: _Site(output_weights(model, site)) for name, site in sites.items() if site.num_heads}
+    gathered = {name: _Site(output_weights(model, site)) for name, site in sites.items() if site.num_units}
 
     def run(batch: Mapping[str, Any]) -> tuple[dict[str, list[_Sums]], Tensor]:
         found: dict[str, list[_Sums]] = defaultdict(list)

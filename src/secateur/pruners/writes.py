@@ -18,7 +18,7 @@ def output_weights(model: Any, site: AttentionSite) -> Tensor:
     rows = weight if piece.axis == 0 else weight.T  # [heads · width, model width]
     owners = torch.tensor(piece.owners)
     order = torch.argsort(owners, stable=True)
-    return rows[order[owners[order] != NOBODY]].view(site.num_heads, -1, rows.shape[1])
+    return rows[order[owners[order] != NOBODY]].view(site.num_units, -1, rows.shape[1])
 
 
 def gram_matrices(model: Any, site: AttentionSite) -> Tensor:

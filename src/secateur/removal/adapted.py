@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.sites.forward import BIASES, own_forward
-from secateur.sites.layout import AttentionSite
+from secateur.sites.layout import Site
 
 _MASK = "attention_mask"  # Falcon adds its bias to the mask before it hands both out
 _PARTS = "secateur_parts"  # on a class that `mix_in_` made: what was mixed in, and into what
@@ -130,7 +130,7 @@ class NarrowedTable(NarrowedBias):
         return part
 
 
-def narrow_bias_(module: nn.Module, site: AttentionSite, heads: tuple[int, ...], undo: Undo) -> None:
+def narrow_bias_(module: nn.Module, site: Site, heads: tuple[int, ...], undo: Undo) -> None:
     """Let `module` pick the original `heads` from the biases that it is given; `undo` collects what reverses that."""
     before = type(module)
     state = {k: v for k, v in vars(module).items() if k.startswith("secateur_")}
@@ -145,7 +145,7 @@ def narrow_bias_(module: nn.Module, site: AttentionSite, heads: tuple[int, ...],
     if not issubclass(before, NarrowedBias):
         mix_in_(module, NarrowedTable if hasattr(before, "compute_bias") else NarrowedBias)
     adapted: Any = module
-    adapted.secateur_heads, adapted.secateur_total = heads, site.original_num_heads
+    adapted.secateur_heads, adapted.secateur_total = heads, site.original_num_units
 
 
 class ConfigView:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from secateur.removal.adapted import Mixin, mix_in_
 from secateur.sites.forward import own_forward
-from secateur.sites.layout import AttentionSite
+from secateur.sites.layout import Site
 
 _CACHES = ("past_key_values", "layer_past")
 _OTHER_KEYS = ("encoder_hidden_states", "key_value_states")  # of cross-attention, whose keys are no past of its own
@@ -49,7 +49,7 @@ class EmptiedAttention(Mixin):
         return (written + given[_RESIDUAL] if isinstance(given.get(_RESIDUAL), Tensor) else written), None
 
 
-def bypass_(base: PreTrainedModel, site: AttentionSite, undo: list[Callable[[], None]] | None = None) -> None:
+def bypass_(base: PreTrainedModel, site: Site, undo: list[Callable[[], None]] | None = None) -> None:
     """Let the emptied `site` skip its own code; `undo` collects what reverses that."""
     module: Any = base.get_submodule(site.name)
     before = type(module)
@@ -58,7 +58,7 @@ def bypass_(base: PreTrainedModel, site: AttentionSite, undo: list[Callable[[], 
     mix_in_(module, EmptiedAttention)
     inside = site.output.startswith(site.name + ".")
     module.secateur_output = site.output.removeprefix(site.name + ".") if inside else ""
-    module.secateur_head_dim = site.head_dim
+    module.secateur_head_dim = site.width
     if undo is not None:
         undo.append(lambda: _restore(module, before))
 

@@ -46,17 +46,17 @@ def adopt_v4_(model: PreTrainedModel) -> None:
         return
     pruned = _read(getattr(config, V4_KEY))
     sites = _sites_by_layer(model)
-    kept = {site.name: tuple(range(site.num_heads)) for site in sites.values()}
+    kept = {site.name: tuple(range(site.num_units)) for site in sites.values()}
     for layer, heads in pruned.items():
         if layer not in sites:
             raise CheckpointError(f"`{V4_KEY}` names layer {layer}; {type(model).__name__} has {len(sites)}")
         site = sites[layer]
-        if heads and max(heads) >= site.num_heads:
-            raise CheckpointError(f"`{V4_KEY}[{layer}]` must be heads below {site.num_heads}, got {sorted(heads)}")
-        kept[site.name] = tuple(h for h in range(site.num_heads) if h not in heads)
+        if heads and max(heads) >= site.num_units:
+            raise CheckpointError(f"`{V4_KEY}[{layer}]` must be heads below {site.num_units}, got {sorted(heads)}")
+        kept[site.name] = tuple(h for h in range(site.num_units) if h not in heads)
         if not kept[site.name]:
-            raise CheckpointError(f"`{V4_KEY}[{layer}]` must leave a head in the layer, got all {site.num_heads}")
-    total = sum(site.num_heads for site in sites.values())
+            raise CheckpointError(f"`{V4_KEY}[{layer}]` must leave a head in the layer, got all {site.num_units}")
+    total = sum(site.num_units for site in sites.values())
     ratio = 1 - sum(map(len, kept.values())) / total
     recipe = Recipe(kept, {s.name: s for s in sites.values()}, record={"pruning_ratio": round(ratio, 6)})
     setattr(config, KEY, recipe.to_json())
@@ -112,6 +112,6 @@ def warn_of_head_mask(model: PreTrainedModel) -> None:
         _warned = True
         warnings.warn(
             f"{type(model).__name__} was called with `head_mask`, which transformers 5 ignores; "
-            "`secateur.gated_heads(model, mask)` gates heads",
+            "`secateur.gated(model, mask)` gates heads",
             stacklevel=3,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,74 +23,51 @@ from secateur.models.state import base_of, check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
-from secateur.removal.replay import check_groups, cut_site_
+from secateur.removal.replay import cut_site_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import is_probed, probe
-from secateur.sites.layout import AttentionSite
+from secateur.sites.layout import Site
 from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe, read_recipe
 from secateur.support.checks import check_mapping
-from secateur.units.values import HeadMask
+from secateur.units.masks import Mask, PresentMask
 
 
 @dataclass(frozen=True)
 class Removal:
     """What a removal did: the mask in original numbering, heads before and after, and the proof's difference."""
 
-    mask: HeadMask
+    mask: Mask
     heads_before: int
     heads_after: int
     max_difference: float
 
 
-def present_mask(mask: HeadMask, sites: Mapping[str, AttentionSite]) -> dict[str, Tensor]:
-    """Translate a mask from original numbering to the heads that are there now; sites it does not name stay whole.
-
-    Raises `InvalidInputError` for a site that the model lacks, a vector of another length, and a head that is marked
-    as kept though an earlier pruning removed it.
-    """
-    if not isinstance(mask, HeadMask):
-        raise invalid("mask", "be a HeadMask", mask)
-    for name, vector in mask.items():
-        if name not in sites:
-            raise invalid("mask", f"name sites of the model, such as {next(iter(sites))!r}", name)
-        site = sites[name]
-        if vector.numel() != site.original_num_heads:
-            raise invalid(f"mask[{name!r}]", f"have {site.original_num_heads} entries", vector.numel())
-        gone = [h for h in vector.nonzero().flatten().tolist() if h not in site.heads]
-        if gone:
-            raise invalid(f"mask[{name!r}]", "be False for heads that are already removed", gone)
-    return {
-        name: mask[name][list(site.heads)] if name in mask else torch.ones(site.num_heads, dtype=torch.bool)
-        for name, site in sites.items()
-    }
-
-
 @contextmanager
-def gated_heads(model: nn.Module, mask: HeadMask, sites: Mapping[str, AttentionSite] | None = None) -> Iterator[None]:
+def gated(model: nn.Module, mask: Mask, sites: Mapping[str, Site] | None = None) -> Iterator[None]:
     """Within this context the heads that `mask` drops write nothing: a preview of the removal that undoes itself.
 
     With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and without the
     gates their gradients are others.
 
-    Raises what `present_mask` and `find_sites` raise.
+    Raises what `Mask.present` and `find_sites` raise.
     """
     base_of(model)
     if sites is not None:
         check_mapping("sites", sites)
     sites = find_sites(model) if sites is None else sites
-    gates = {name: kept.to(torch.float32) for name, kept in present_mask(mask, sites).items()}
+    gates = {name: kept.to(torch.float32) for name, kept in mask.present(sites).items()}
     with probe(model, gates=gates):
         yield
 
 
 @torch.inference_mode(False)  # weights that are made in it could not be trained
-def remove_heads_(
+def remove_(
     model: nn.Module,
-    mask: HeadMask,
+    mask: Mask,
     *,
     inputs: Mapping[str, Any] | None = None,
-    sites: Mapping[str, AttentionSite] | None = None,
+    sites: Mapping[str, Site] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> Removal:
     """Delete from `model`, in place, the weights of every head that `mask` drops.
@@ -117,16 +93,16 @@ def remove_heads_(
     check_loaded(base, "removing heads")
     check_plain_weights(base)
     sites = find_sites(base) if sites is None else sites
-    kept = present_mask(mask, sites)
+    kept = mask.present(sites)
     for name, vector in kept.items():
-        check_groups(sites[name], vector)
+        sites[name].check(vector)
     if is_probed(base):
         raise RemovalError("the model is being gated or probed; remove heads outside of that context")
     inputs = example_inputs(base) if inputs is None else inputs
     undo: list[Callable[[], None]] = []
     reached: set[str] = set()
     with held(base), in_float32(base):
-        with probe(base, lambda reading: reached.add(reading.site)), gated_heads(base, mask, sites):
+        with probe(base, lambda reading: reached.add(reading.site)), gated(base, mask, sites):
             wanted = hidden_states(base, inputs)
             for tensor in wanted:
                 check_finite(tensor, base, partial(hidden_states, base, inputs))
@@ -153,9 +129,9 @@ def remove_heads_(
     for holder in (model, base):
         # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
         vars(holder).pop("_cache", None)
-    before = sum(site.num_heads for site in sites.values())
+    before = sum(site.num_units for site in sites.values())
     after = sum(int(v.sum()) for v in kept.values())
-    return Removal(_original_mask(sites, kept), before, after, difference)
+    return Removal(kept.original(sites), before, after, difference)
 
 
 @dataclass(frozen=True)
@@ -170,8 +146,8 @@ def _prove(
     base: PreTrainedModel,
     inputs: Mapping[str, Any],
     wanted: list[Tensor],
-    sites: Mapping[str, AttentionSite],
-    kept: Mapping[str, Tensor],
+    sites: Mapping[str, Site],
+    kept: PresentMask,
     undo: list[Callable[[], None]],
 ) -> tuple[float, _Special]:
     """Return the difference of the cut model to the gated one, and the sites that do not run as they are.
@@ -187,7 +163,7 @@ def _prove(
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             failure = locate(error, base, sites)
             site = sites.get(failure.site or "")
-            can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_heads
+            can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_units
             if site is not None and can_reshape and site.name not in special.reshaped:
                 reshape_(base.get_submodule(site.name), site, int(kept[site.name].sum()), undo)
                 special.reshaped.append(site.name)
@@ -200,7 +176,7 @@ def _prove(
                 raise RemovalError(
                     f"{type(base).__name__} does not run with fewer heads{where}: its code counts on all of them "
                     f"({failure.place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its heads "
-                    "with `secateur.gated_heads`, which works, as scoring does; the model is unchanged"
+                    "with `secateur.gated`, which works, as scoring does; the model is unchanged"
                 ) from error
 
 
@@ -214,19 +190,10 @@ def _check_record(record: Mapping[str, Any]) -> None:
         raise invalid("record", "hold what JSON can hold", dict(record)) from None
 
 
-def _original_mask(sites: Mapping[str, AttentionSite], kept: Mapping[str, Tensor]) -> HeadMask:
-    values = {}
-    for name, site in sites.items():
-        vector = torch.zeros(site.original_num_heads, dtype=torch.bool)
-        vector[list(itertools.compress(site.heads, kept[name].tolist()))] = True
-        values[name] = vector
-    return HeadMask(values)
-
-
 def _write_recipe(
     model: nn.Module,
-    sites: Mapping[str, AttentionSite],
-    kept: Mapping[str, Tensor],
+    sites: Mapping[str, Site],
+    kept: PresentMask,
     special: _Special,
     record: Mapping[str, Any],
 ) -> None:
@@ -237,13 +204,13 @@ def _write_recipe(
     give_own_configs_(model)
     base = base_of(model)
     earlier = read_recipe(base.config) or Recipe({}, {})
-    kept_heads = {name: tuple(heads) for name, heads in _original_mask(sites, kept).kept_heads.items()}
-    kept_heads |= {name: heads for name, heads in earlier.kept_heads.items() if name not in kept_heads}
+    kept_units = {name: tuple(units) for name, units in kept.original(sites).kept.items()}
+    kept_units |= {name: units for name, units in earlier.kept.items() if name not in kept_units}
     # What an earlier recipe says of a site is of the unpruned model; a site that none names is unpruned now.
     originals = earlier.sites | {name: site for name, site in sites.items() if name not in earlier.sites}
-    ratio = 1 - sum(map(len, kept_heads.values())) / sum(site.original_num_heads for site in originals.values())
+    ratio = 1 - sum(map(len, kept_units.values())) / sum(site.original_num_units for site in originals.values())
     recipe = Recipe(
-        kept_heads,
+        kept_units,
         originals,
         bypassed=tuple(dict.fromkeys([*earlier.bypassed, *special.bypassed])),
         reshaped=tuple(dict.fromkeys([*earlier.reshaped, *special.reshaped])),

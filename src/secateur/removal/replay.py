@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, invalid, shown
+from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, shown
 from secateur.models.state import base_of
 from secateur.removal.adapted import narrow_bias_, set_in_config_
 from secateur.removal.emptied import bypass_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.forward import takes_bias
-from secateur.sites.layout import AttentionSite
+from secateur.sites.layout import Site
 from secateur.sites.recipe import KEY, Recipe, read_recipe
 
 _DONE = "_secateur_narrowed"  # on a base model: its recipe has been followed
@@ -84,22 +84,22 @@ def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
         for path in site.attributes:
             if not _is_count(base, path):
                 raise UnsupportedModelError(f"{type(base).__name__} has no number {shown(path)}")
-        kept = torch.zeros(site.num_heads, dtype=torch.bool)
-        kept[list(recipe.kept_heads[name])] = True
-        check_groups(site, kept)
+        kept = torch.zeros(site.num_units, dtype=torch.bool)
+        kept[list(recipe.kept[name])] = True
+        site.check(kept)
         cut_site_(base, site, kept)
         if name in recipe.bypassed:
             bypass_(base, site)
         if name in recipe.reshaped:
-            reshape_(base.get_submodule(name), site, len(recipe.kept_heads[name]))
+            reshape_(base.get_submodule(name), site, len(recipe.kept[name]))
 
 
 def cut_site_(
-    base: PreTrainedModel, site: AttentionSite, kept: Tensor, undo: list[Callable[[], None]] | None = None
+    base: PreTrainedModel, site: Site, kept: Tensor, undo: list[Callable[[], None]] | None = None
 ) -> None:
     """Narrow the weights and attributes of one site to the heads in `kept` (bool `[heads]`); works on meta weights.
 
-    `undo` collects what puts them back, in order. Nothing is proved here: see `remove_heads_`.
+    `undo` collects what puts them back, in order. Nothing is proved here: see `remove_`.
     """
     if bool(kept.all()):
         return
@@ -135,21 +135,7 @@ def cut_site_(
             _set_attribute(base.get_submodule(holder_path), attribute, counts[quantity], undo)
     module = base.get_submodule(site.name)
     if takes_bias(module):
-        narrow_bias_(module, site, tuple(itertools.compress(site.heads, kept.tolist())), undo)
-
-
-def check_groups(site: AttentionSite, kept: Tensor) -> None:
-    """Raise `InvalidInputError` where grouped query heads would be left in unequal groups."""
-    if site.group == 1:
-        return
-    sizes = kept.view(site.num_key_value_heads, site.group).sum(dim=1).tolist()
-    if len(set(sizes) - {0}) > 1:
-        raise invalid(
-            f"mask[{site.name!r}]",
-            f"drop whole groups of {site.group} query heads, or as many heads in every group that stays",
-            sizes,
-            "`select_heads` makes such masks",
-        )
+        narrow_bias_(module, site, tuple(itertools.compress(site.units, kept.tolist())), undo)
 
 
 def _is_count(base: PreTrainedModel, path: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.removal.adapted import Mixin, mix_in_
-from secateur.sites.layout import AttentionSite
+from secateur.sites.layout import Site
 
 _RESHAPES = (Tensor.view, Tensor.reshape, torch.reshape)
 
@@ -68,7 +68,7 @@ class ReshapedAttention(Mixin):
             return own.forward(*args, **kwargs)
 
 
-def reshape_(module: nn.Module, site: AttentionSite, heads: int, undo: list[Callable[[], None]] | None = None) -> None:
+def reshape_(module: nn.Module, site: Site, heads: int, undo: list[Callable[[], None]] | None = None) -> None:
     """Let `module`, which has `heads` of the site's original heads left, run; `undo` collects what reverses that."""
     before, shape = type(module), vars(module).get("secateur_shape")
 
@@ -83,4 +83,4 @@ def reshape_(module: nn.Module, site: AttentionSite, heads: int, undo: list[Call
     if not issubclass(before, ReshapedAttention):
         mix_in_(module, ReshapedAttention)
     adapted: Any = module
-    adapted.secateur_shape = (heads, site.head_dim, site.original_num_heads * site.head_dim)
+    adapted.secateur_shape = (heads, site.width, site.original_num_units * site.width)

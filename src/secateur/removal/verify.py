@@ -14,11 +14,11 @@ from secateur.models.inputs import example_inputs
 from secateur.models.loading import load_model
 from secateur.models.state import base_of
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
-from secateur.removal.remove import gated_heads
+from secateur.removal.remove import gated
 from secateur.sites.attention import find_sites
 from secateur.sites.layout import NOBODY
 from secateur.sites.recipe import Recipe, read_recipe
-from secateur.units.values import HeadMask
+from secateur.units.masks import Mask
 
 
 def verify_checkpoint(
@@ -37,13 +37,13 @@ def verify_checkpoint(
     pruned = load_model(folder, device, AutoModel)
     original, recipe, original_name = load_original(pruned, folder, against, device)
     vectors = {}
-    for name, kept in recipe.kept_heads.items():
-        vectors[name] = torch.zeros(recipe.sites[name].num_heads, dtype=torch.bool)
+    for name, kept in recipe.kept.items():
+        vectors[name] = torch.zeros(recipe.sites[name].num_units, dtype=torch.bool)
         vectors[name][list(kept)] = True
-    mask = HeadMask(vectors)
+    mask = Mask(vectors)
     reconstructed, distilled = (bool(recipe.record.get(name)) for name in ("reconstructed", "distilled"))
     inputs = example_inputs(original)
-    with gated_heads(original, mask):
+    with gated(original, mask):
         if reconstructed:
             take_output_projections_(base_of(original), base_of(pruned), recipe)
         wanted = hidden_states(original.float(), inputs)
@@ -55,7 +55,7 @@ def verify_checkpoint(
         "max_difference": difference,
         "tolerance": TOLERANCE,
         "kept": mask.num_kept,
-        "dropped": mask.num_heads - mask.num_kept,
+        "dropped": mask.num_units - mask.num_kept,
         "reconstructed": reconstructed,
         "distilled": distilled,
     }
@@ -92,8 +92,8 @@ def take_output_projections_(original: PreTrainedModel, pruned: PreTrainedModel,
     """
     sources = pruned.state_dict()
     for name, site in find_sites(original).items():
-        stays = set(recipe.kept_heads.get(name, site.heads))
-        kept = {NOBODY, *(number for number, head in enumerate(site.heads) if head in stays)}
+        stays = set(recipe.kept.get(name, site.units))
+        kept = {NOBODY, *(number for number, head in enumerate(site.units) if head in stays)}
         for piece in site.slices_of("output"):
             there = torch.tensor([owner in kept for owner in piece.owners])
             rows = original.get_parameter(piece.parameter).movedim(piece.axis, 0)

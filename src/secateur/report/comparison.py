@@ -37,7 +37,7 @@ def comparison_view(data: dict[str, Any]) -> dict[str, Any]:
         if chosen is not None and chosen.retention is not None:
             note = f"{chosen.scorer}, {chosen.ratio:.0%} removed"
             tiles.append({"name": title, "value": f"{chosen.retention:.1%}", "note": note})
-    shared = {name: settings.get(name) for name in ("model", "protocol", "scope")}
+    shared = {name: settings.get(name) for name in ("model", "protocol", "allocation")}
     facts = [(name.capitalize(), value) for name, value in shared.items() if value]
     facts += [("Removed", ", ".join(f"{ratio:.0%}" for ratio in ratios)), ("Seeds", str(len(seeds)))]
     restored = ["output projections refitted"] if settings.get("reconstruct") else []

@@ -17,7 +17,7 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
     Only `sites` is required: a list of `{"name", "scores", "kept"}` in the order of the model, with one entry for each
     head, where `scores` or any of its entries may be null. The sections `cost`, `quality`, `times`, `proof`,
     `refinement`, `attention_maps`, `command`, `environment` and `notes` and the facts `title`, `model`, `created`,
-    `scorer`, `scope`, `budget` and `requested_ratio` are left out where they are absent. `kept`, `heads` and
+    `scorer`, `allocation`, `budget` and `requested_ratio` are left out where they are absent. `kept`, `heads` and
     `pruning_ratio` are counted from the sites, and checked where given. The tiles show the first two entries of `cost`
     and the first of `quality`.
 
@@ -41,7 +41,7 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
     quality = [_quality(row) for row in _check_rows(data, "quality", ("dense", "pruned"))]
     times = _check_rows(data, "times", ("seconds",))
     requested = data.get("requested_ratio")
-    facts = [(name.capitalize(), data.get(name)) for name in ("model", "scorer", "scope", "budget")]
+    facts = [(name.capitalize(), data.get(name)) for name in ("model", "scorer", "allocation", "budget")]
     facts += [("Requested ratio", None if requested is None else f"{requested:.2f}"), ("Created", data.get("created"))]
     kept_words = f"Kept {kept} of {heads} heads (pruning ratio {ratio:.2f})"
     tiles = [{"name": "attention heads", "value": f"{kept:,}", "note": f"of {heads:,}"}]

@@ -9,7 +9,7 @@ from typing import Any
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.support.checks import is_number
 from secateur.support.files import read_json, read_lines
-from secateur.units.values import HeadScores
+from secateur.units.scores import Scores
 
 ATTENTION_MAPS, DISTILLATION, PRUNING, RESULT, ROWS, SETTINGS = (
     "attention_maps.json",
@@ -20,7 +20,7 @@ ATTENTION_MAPS, DISTILLATION, PRUNING, RESULT, ROWS, SETTINGS = (
     "settings.json",
 )
 _SHARED = (
-    "model", "protocol", "scope", "num_texts", "threads", "pruners", "max_train", "learning_rate", "epochs",
+    "model", "protocol", "allocation", "num_texts", "threads", "pruners", "max_train", "learning_rate", "epochs",
     "bf16", "reconstruct", "distill",
 )  # fmt: skip
 """Settings that comparisons must share for their rows to be set side by side."""
@@ -65,7 +65,7 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "model": report["model"],
             "created": report.get("created"),
             "scorer": report["scorer"],
-            "scope": report["scope"],
+            "allocation": report["allocation"],
             "requested_ratio": report["requested_ratio"],
             "budget": _budget(report.get("budget")),
             "sites": sites,
@@ -154,7 +154,7 @@ def _read(path: Path) -> dict[str, Any]:
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind == "pruning_report":
         return pruning_data(data, _maps_of(path.parent))
-    if kind == "head_scores":
+    if kind == "scores":
         return _scores(data)
     rule = "be a pruned folder, a scores file, a comparison's folder or a demo's folder"
     raise invalid("run", rule, str(path), "" if path.exists() else "there is no such file or folder")
@@ -169,7 +169,7 @@ def _maps_of(folder: Path) -> Any:
 
 
 def _scores(data: Any) -> dict[str, Any]:
-    rows = HeadScores.from_json(data).to_json()["scores"]
+    rows = Scores.from_json(data).to_json()["scores"]
     sites = [{"name": name, "scores": row, "kept": [x is not None for x in row]} for name, row in rows.items()]
     return {"kind": "scores", "title": "secateur score", "scorer": data.get("scorer"), "sites": sites}
 
@@ -181,7 +181,7 @@ def _comparison(name: str, rows: list[Any], settings: Any, folder: Path | None) 
         raise invalid("settings", "map names to values", settings)
     scores = {}
     for file in sorted(folder.glob("*.json")) if folder is not None and folder.is_dir() else []:
-        scores[file.stem] = HeadScores.from_json(read_json(file)).to_json()["scores"]
+        scores[file.stem] = Scores.from_json(read_json(file)).to_json()["scores"]
     if not rows:
         raise invalid("run", "have at least one finished run", name)
     return {"kind": "comparison", "name": name, "rows": rows, "settings": settings, "scores": scores}

@@ -20,7 +20,6 @@ from secateur.models.inputs import forward_arguments
 from secateur.models.offload import check_loaded
 from secateur.models.state import base_of, check_plain_weights, evaluation_mode, held, without_autocast
 from secateur.relations import RELATED
-from secateur.removal.remove import present_mask
 from secateur.sites.attention import find_sites
 from secateur.sites.layout import NOBODY, AttentionSite
 from secateur.support.checks import check_accelerator, check_flag, check_whole
@@ -28,7 +27,7 @@ from secateur.support.processes import in_order
 from secateur.texts.calibration import calibration_batches, own_tokenizer, texts_of
 from secateur.texts.data import Text, check_texts
 from secateur.texts.halving import halves_batches
-from secateur.units.values import HeadMask
+from secateur.units.masks import Mask
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths of the ridge that are tried, in units of the mean second moment of what the projection is given."""
@@ -37,7 +36,7 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 @halves_batches
 def reconstruct_(
     model: nn.Module,
-    mask: HeadMask,
+    mask: Mask,
     texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -56,7 +55,7 @@ def reconstruct_(
     site is the one, among five, with which the fit on one half of the texts errs least on the other; where none errs
     less than the weights that were there, these stay. Hundreds of texts do most good. No labels.
 
-    The model still has all its heads then, and is of use without those that go alone: `remove_heads_` with the same
+    The model still has all its heads then, and is of use without those that go alone: `remove_` with the same
     mask takes them, and proves that it changed nothing else. Returns the relational KL on these texts without
     reconstruction and with it, each half of the texts by the fit on the other. Where that is no lower, or something
     fails, the weights are what they were; else they are those fitted on all texts.
@@ -74,7 +73,7 @@ def reconstruct_(
     base, sites = base_of(model), find_sites(model)
     check_loaded(base, "reconstruction")
     check_plain_weights(base)
-    kept = {name: row for name, row in present_mask(mask, sites).items() if len(row)}
+    kept = mask.present(sites)
     projections = {
         name: _Projection(base, sites[name], row) for name, row in kept.items() if row.any() and not row.all()
     }

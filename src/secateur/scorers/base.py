@@ -112,7 +112,7 @@ class Scorer(ABC):
         """Return, for each site, the importance of the heads that are there now: `[heads]`, finite, higher = keep.
 
         Or a symmetric matrix `[heads, heads]` whose diagonal is the importance and whose sum over the rows and columns
-        of several heads is what removing all of them costs: the `interactions` of `HeadScores`.
+        of several heads is what removing all of them costs: the `interactions` of `Scores`.
         """
 
 

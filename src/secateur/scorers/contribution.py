@@ -27,7 +27,7 @@ class ContributionScorer(StreamingScorer):
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Prepare each head's Gram matrix, then stream the batches."""
-        self._grams = {name: gram_matrices(task.model, site) for name, site in task.sites.items() if site.num_heads}
+        self._grams = {name: gram_matrices(task.model, site) for name, site in task.sites.items() if site.num_units}
         try:
             return super().score(task)
         finally:

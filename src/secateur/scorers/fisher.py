@@ -13,9 +13,9 @@ class FisherScorer(LabelledScorer):
     """Empirical Fisher information of the gates: mean over texts of (∂L/∂gate)², the gates being 1; ≥ 0.
 
     With `rearrange`, the scores come with each site's whole Fisher matrix, mean of ∂L/∂gate_i · ∂L/∂gate_j, as their
-    `interactions`. `select_heads` then picks heads by the diagonal first and swaps kept against dropped heads of a site
+    `interactions`. `select` then picks heads by the diagonal first and swaps kept against dropped heads of a site
     while that lowers the sum of the matrix over the dropped ones: the paper's mask search and mask rearrangement, at
-    whatever ratio and scope the selection is for. The paper's last step, gates tuned away from 0 and 1, has no
+    whatever ratio and allocation the selection is for. The paper's last step, gates tuned away from 0 and 1, has no
     counterpart, since heads are removed here. The other options are those of `LabelledScorer`.
     """
 
@@ -31,7 +31,7 @@ class FisherScorer(LabelledScorer):
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Run the batches forward and back once, after the fine-tuning that the model may need."""
-        sums = {n: torch.zeros(s.num_heads, s.num_heads, dtype=torch.float64) for n, s in task.sites.items()}
+        sums = {n: torch.zeros(s.num_units, s.num_units, dtype=torch.float64) for n, s in task.sites.items()}
         with self.classifier(task) as model:
             for rows in gate_gradients(task, model):
                 for name, row in rows.items():

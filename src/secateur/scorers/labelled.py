@@ -125,7 +125,7 @@ def gate_gradients(task: ScoringTask, model: PreTrainedModel) -> Iterable[dict[s
     def run(number: int) -> dict[str, Tensor]:
         labels = labelled[number]
         gates = {
-            name: torch.ones(len(labels), site.num_heads, device=model.device, requires_grad=True)
+            name: torch.ones(len(labels), site.num_units, device=model.device, requires_grad=True)
             for name, site in task.sites.items()
         }
         # Texts do not see each other, so the gradient of the sum holds each text's own.

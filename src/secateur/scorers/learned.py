@@ -63,7 +63,7 @@ class GateLearningScorer(LabelledScorer):
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Learn on a copy and return the heads' numbers."""
-        sizes = [site.num_heads for site in task.sites.values()]
+        sizes = [site.num_units for site in task.sites.values()]
         steps = max(1, math.ceil(self.epochs * len(task.batches)))
         with self.classifier(task, own=True) as model:
             model.train()

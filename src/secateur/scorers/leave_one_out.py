@@ -20,15 +20,15 @@ class LeaveOneOutScorer(Scorer):
     @torch.no_grad()
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Run every batch once dense and once for each head."""
-        heads = [(name, h) for name, site in task.sites.items() for h in range(site.num_heads)]
-        scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
+        heads = [(name, h) for name, site in task.sites.items() for h in range(site.num_units)]
+        scores = {name: torch.zeros(site.num_units, dtype=torch.float64) for name, site in task.sites.items()}
         batches = with_relations(task.batches)
 
         def run(batch: Batch) -> list[Tensor]:
             before = gated_representations(task.model, batch, {}, task.is_pair)
             found = []
             for name, head in heads:
-                gate = torch.ones(task.sites[name].num_heads)
+                gate = torch.ones(task.sites[name].num_units)
                 gate[head] = 0
                 after = gated_representations(task.model, batch, {name: gate}, task.is_pair)
                 found.append(relational_kl(before, after).double().cpu())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.models.offload import weight_of
 from secateur.scorers.base import Scorer, ScoringTask
-from secateur.sites.layout import AttentionSite, HeadSlice
+from secateur.sites.layout import AttentionSite, Slice
 
 
 class MagnitudeScorer(Scorer):
@@ -27,11 +27,11 @@ class MagnitudeScorer(Scorer):
 
     def _site(self, task: ScoringTask, site: AttentionSite) -> Tensor:
         # Where query, key and value cannot be told apart, all that a head computes from counts.
-        value = self._squares(task, site.slices_of("value") or site.slices_of("head"), site.num_key_value_heads)
-        output = self._squares(task, site.slices_of("output"), site.num_heads)
-        return (value.repeat_interleave(site.group) * output).sqrt()
+        value = self._squares(task, site.slices_of("value") or site.slices_of("head"), site.num_groups)
+        output = self._squares(task, site.slices_of("output"), site.num_units)
+        return (value.repeat_interleave(site.group_size) * output).sqrt()
 
-    def _squares(self, task: ScoringTask, pieces: list[HeadSlice], heads: int) -> Tensor:
+    def _squares(self, task: ScoringTask, pieces: list[Slice], heads: int) -> Tensor:
         """Return the sum of squares of each head's weights, `[heads]`; biases do not count."""
         total = torch.zeros(heads, dtype=torch.float64)
         for piece in pieces:

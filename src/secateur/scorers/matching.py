@@ -68,7 +68,7 @@ def heads_that_match(task: ScoringTask) -> dict[str, Tensor]:
 
     No head where the texts are no pairs, or where the model makes no attention maps.
     """
-    none = {name: torch.zeros(site.num_heads, dtype=torch.bool) for name, site in task.sites.items()}
+    none = {name: torch.zeros(site.num_units, dtype=torch.bool) for name, site in task.sites.items()}
     if not task.is_pair:
         return none
     try:

@@ -19,4 +19,4 @@ class RandomScorer(Scorer):
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Draw one number for each head, site by site."""
         random = torch.Generator().manual_seed(task.seed)
-        return {name: torch.rand(site.num_heads, generator=random) for name, site in task.sites.items()}
+        return {name: torch.rand(site.num_units, generator=random) for name, site in task.sites.items()}

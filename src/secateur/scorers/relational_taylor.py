@@ -40,12 +40,12 @@ class RelationalTaylorScorer(Scorer):
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Run every batch once with open gates and back-propagate `samples` times."""
         batches = with_relations(task.batches)
-        scores = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
+        scores = {name: torch.zeros(site.num_units, dtype=torch.float64) for name, site in task.sites.items()}
 
         def run(number: int) -> list[dict[str, Tensor]]:
             random = generator(task.seed, number)  # of the batch alone, whoever computes it
             gates = {
-                name: torch.ones(site.num_heads, device=task.model.device, requires_grad=True)
+                name: torch.ones(site.num_units, device=task.model.device, requires_grad=True)
                 for name, site in task.sites.items()
             }
             pairs = relations(gated_representations(task.model, batches[number], gates, task.is_pair).float())

@@ -40,12 +40,12 @@ from secateur.texts.calibration import (
 from secateur.texts.data import Task, Text
 from secateur.texts.halving import halves_batches
 from secateur.texts.stopping import AGREEMENT, Settling, Stop, check_stop
-from secateur.units.select import Scope, select_heads
-from secateur.units.values import HeadScores
+from secateur.units.scores import PresentScores, Scores
+from secateur.units.select import Allocation, check_selection, select
 
 
 @halves_batches
-def score_heads(
+def score(
     model: nn.Module,
     texts: Iterable[Text] | None = None,
     scorer: str | Scorer = DEFAULT_SCORER,
@@ -57,14 +57,14 @@ def score_heads(
     max_length: int = 128,
     seed: int = 0,
     pruning_ratio: float = 0.5,
-    scope: Scope = "site",
-    min_heads: int = 1,
+    allocation: Allocation = "uniform",
+    floor: int = 1,
     stop: Stop = "all",
     bf16: bool = False,
     accelerator: Accelerator | None = None,
     progress: bool = False,
     **options: Any,
-) -> HeadScores:
+) -> Scores:
     """Score every attention head of `model`, which is left as it was.
 
     Args:
@@ -83,7 +83,7 @@ def score_heads(
         seed: for scorers that draw random numbers.
         pruning_ratio: what the scores will be selected with, for scorers that learn a subset of that size (`dsp`), and
             for `stop="auto"`.
-        scope, min_heads: what the scores will be selected with, for `stop="auto"`.
+        allocation, floor: what the scores will be selected with, for `stop="auto"`.
         stop: "all" scores every text, a number that many, drawn with the seed; "auto" reads the texts in random order
             and stops when the heads to keep have settled (see `Settling`), which takes a scorer that
             streams: a mean over texts from one dense pass. Texts that are no sequence must come in random order for it.
@@ -118,8 +118,7 @@ def score_heads(
             raise invalid("labels", "be a list with a number for each text", labels) from None
     if inputs is not None:
         _check_inputs(inputs)
-    # A wrong ratio or scope must not cost a scoring pass: this dry run checks them.
-    select_heads(HeadScores({"check": torch.zeros(1)}), pruning_ratio, scope, min_heads)
+    check_selection(pruning_ratio, allocation, floor)
     if criterion.needs_gradients:
         check_loaded(base, f"scorer {criterion_name(criterion)}, which back-propagates,")
     check_stop(stop)
@@ -167,7 +166,7 @@ def score_heads(
             taught = _supervise(model, made, labels, listed if inputs is None else None, tokenizer, max_length)
         settling = None
         if stop == "auto":
-            selecting = _selecting(sites, pruning_ratio, scope, min_heads)
+            selecting = _selecting(sites, pruning_ratio, allocation, floor)
             settling = Settling(selecting, math.inf if listed is None else len(listed), seed, accelerator)
         task = ScoringTask(
             base, sites, arguments, is_pair, seed, progress, special_ids, taught, pruning_ratio, settling, accelerator,
@@ -178,7 +177,8 @@ def score_heads(
         if not all(bool(torch.isfinite(torch.as_tensor(row)).all()) for row in found.values()):
             for batch in arguments:
                 check_pass(base, partial(base, **batch))
-    scores = _in_original_numbering(found, sites, criterion_name(criterion))
+    _check_finite(found, criterion_name(criterion))
+    scores = PresentScores.of(found, sites, criterion_name(criterion)).original(sites)
     if settling is not None:
         # A stream that ended before was read whole, which nobody could know at the last look.
         agreement = settling.agreement if settling.agreement >= AGREEMENT else 1.0
@@ -201,22 +201,10 @@ def _check_inputs(inputs: Any) -> None:
         check_mapping(f"inputs[{number}]", batch)
 
 
-def _in_original_numbering(found: Mapping[str, Tensor], sites: Mapping[str, AttentionSite], scorer: str) -> HeadScores:
-    values, interactions = {}, {}
-    for name, site in sites.items():
-        count, heads = site.original_num_heads, torch.tensor(site.heads, dtype=torch.int64)
-        vector = torch.full((count,), -math.inf, dtype=torch.float64)
-        row = torch.as_tensor(found[name], dtype=torch.float64).detach().cpu()
-        if not bool(torch.isfinite(row).all()):
+def _check_finite(found: Mapping[str, Tensor], scorer: str) -> None:
+    for name, row in found.items():
+        if not bool(torch.isfinite(torch.as_tensor(row)).all()):
             raise InvalidInputError(f"scorer {scorer}: the scores of site {name} are not finite: {row.tolist()}")
-        if row.ndim == 2:
-            interactions[name] = torch.zeros(count, count, dtype=torch.float64)
-            interactions[name][heads[:, None], heads] = row
-            row = row.diagonal()
-        vector[heads] = row
-        values[name] = vector
-    kv_heads = {name: site.original_num_key_value_heads for name, site in sites.items()}
-    return HeadScores(values, kv_heads, scorer, interactions)
 
 
 def _supervise(
@@ -237,13 +225,13 @@ def _supervise(
 
 
 def _selecting(
-    sites: Mapping[str, AttentionSite], pruning_ratio: float, scope: Scope, min_heads: int
+    sites: Mapping[str, AttentionSite], pruning_ratio: float, allocation: Allocation, floor: int
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """Return what selects among means `[heads]` of the sites: the verdict on every head that is there."""
     empty = {name: torch.zeros(0) for name in sites}
 
-    def select(means: Mapping[str, Tensor]) -> Tensor:
-        mask = select_heads(_in_original_numbering({**empty, **means}, sites, ""), pruning_ratio, scope, min_heads)
-        return torch.cat([mask[name][list(site.heads)] for name, site in sites.items()])
+    def verdicts(means: Mapping[str, Tensor]) -> Tensor:
+        mask = select(PresentScores.of({**empty, **means}, sites), pruning_ratio, allocation, floor)
+        return torch.cat(list(mask.values()))
 
-    return select
+    return verdicts

@@ -13,7 +13,7 @@ class TaylorScorer(LabelledScorer):
     """Mean over texts of `|∂L/∂gate|`, the derivative of a text's loss on the head's gate at 1: ≥ 0.
 
     `normalize` divides the scores of a site by their l2 norm, as the paper does for every layer; it changes the choice
-    at scope "global" alone. The other options are those of `LabelledScorer`.
+    with allocation "ranking" alone. The other options are those of `LabelledScorer`.
     """
 
     description = "mean absolute gradient of the task's loss on the head's gate"
@@ -28,7 +28,7 @@ class TaylorScorer(LabelledScorer):
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Run the batches forward and back once, after the fine-tuning that the model may need."""
-        sums = {name: torch.zeros(site.num_heads, dtype=torch.float64) for name, site in task.sites.items()}
+        sums = {name: torch.zeros(site.num_units, dtype=torch.float64) for name, site in task.sites.items()}
         with self.classifier(task) as model:
             for rows in gate_gradients(task, model):
                 for name, row in rows.items():

@@ -22,7 +22,7 @@ from secateur.models.state import base_of, evaluation_mode, gradients_for_all, h
 from secateur.sites.direct import reads_heads
 from secateur.sites.forward import reads_config, takes_bias
 from secateur.sites.gating import HeadReading, count_heads, prepare, probe
-from secateur.sites.layout import NOBODY, AttentionSite, HeadSlice
+from secateur.sites.layout import NOBODY, AttentionSite, Slice
 from secateur.sites.ownership import Ownership
 from secateur.sites.recipe import read_recipe
 from secateur.support.checks import check_mapping
@@ -95,7 +95,7 @@ class _Finder:
         self.base = base
         self.ownership = Ownership(base)
         self.readings: dict[str, tuple[nn.Module, int, int, int]] = {}
-        self.slices: dict[str, list[HeadSlice]] = {}
+        self.slices: dict[str, list[Slice]] = {}
         self.outputs: dict[str, str] = {}
         self.pending: tuple[str, Tensor] | None = None
 
@@ -119,7 +119,7 @@ class _Finder:
                     f"site {site}: {kv_heads} key heads and {reading.value.shape[1]} value heads do not pair up"
                 )
             self.readings[site] = (module, heads, kv_heads, reading.outputs.shape[-1])
-            found: list[HeadSlice] = []
+            found: list[Slice] = []
             for role, per_head in _heads_of(reading).items():
                 pieces = self._pieces(site, module, role, per_head)
                 if not any(self.ownership.is_matrix(p) for p in pieces):
@@ -136,7 +136,7 @@ class _Finder:
         if site not in self.outputs:
             self.pending = (site, reading.outputs)
 
-    def _pieces(self, site: str, module: nn.Module, role: str, per_head: list[Tensor]) -> list[HeadSlice]:
+    def _pieces(self, site: str, module: nn.Module, role: str, per_head: list[Tensor]) -> list[Slice]:
         # A table of biases serves other layers too: it stays whole, and the module picks from what it computes.
         tables = [m for m in module.modules() if isinstance(m, nn.Embedding)] if hasattr(module, "compute_bias") else []
         shared = {self.ownership.names.get(id(table.weight), "") for table in tables}
@@ -200,9 +200,10 @@ class _Finder:
                 )
             original, total, total_kv = tuple(range(heads)), heads, kv_heads
             slices = tuple(self.slices[site])
-            if recipe is not None and site in recipe.kept_heads:
+            if recipe is not None and site in recipe.kept:
                 first = recipe.sites[site]
-                original, total, total_kv = recipe.kept_heads[site], first.num_heads, first.num_key_value_heads
+                assert isinstance(first, AttentionSite)
+                original, total, total_kv = recipe.kept[site], first.num_units, first.num_groups
                 # What was seen when all heads were there: a lone head does not show what it owns of a table. Weights
                 # that have something around them since then, such as an adapter, have other names, and more belongs
                 # to a head.
@@ -215,33 +216,34 @@ class _Finder:
                 )
             found[site] = AttentionSite(
                 name=site,
-                num_heads=heads,
-                num_key_value_heads=kv_heads,
-                head_dim=width,
+                num_units=heads,
+                num_groups=kv_heads,
+                width=width,
                 slices=slices,
                 attributes=_attributes(site, module, heads, kv_heads, width),
                 output=self.outputs[site],
-                heads=original,
-                original_num_heads=total,
-                original_num_key_value_heads=total_kv,
+                units=original,
+                original_num_units=total,
+                original_num_groups=total_kv,
             )
         if recipe is not None:
             for site in recipe.bypassed:  # never asks for attention, but is still a site
                 first = recipe.sites[site]
-                found[site] = replace(first, num_heads=0, num_key_value_heads=0, slices=(), attributes={}, heads=())
+                assert isinstance(first, AttentionSite)
+                found[site] = replace(first, num_units=0, num_groups=0, slices=(), attributes={}, units=())
         return found
 
 
-def _slices_left(site: AttentionSite, heads: tuple[int, ...]) -> tuple[HeadSlice, ...]:
+def _slices_left(site: AttentionSite, heads: tuple[int, ...]) -> tuple[Slice, ...]:
     """Return what the original `heads` own after an unpruned `site` was cut to them, in their present numbering."""
     if not heads:
         return ()
-    kept = torch.zeros(site.num_heads, dtype=torch.bool)
+    kept = torch.zeros(site.num_units, dtype=torch.bool)
     kept[list(heads)] = True
     stays = site.kept_indices(kept)
     slices = []
     for piece in site.slices:
-        alive = site.kept_key_value_heads(kept) if piece.role in ("key", "value") else kept
+        alive = site.kept_groups(kept) if piece.role in ("key", "value") else kept
         numbers = {old: new for new, old in enumerate(alive.nonzero().flatten().tolist())}
         indices = stays[piece.parameter, piece.axis].tolist()
         slices.append(replace(piece, owners=tuple(numbers.get(piece.owners[i], NOBODY) for i in indices)))

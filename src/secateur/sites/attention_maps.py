@@ -76,7 +76,7 @@ def mean_maps(model: nn.Module, sites: Mapping[str, AttentionSite], batch: Mappi
     mask = batch.get("attention_mask")
     texts, length = next(iter(batch.values())).shape[:2]
     lengths = sorted(([length] * texts if mask is None else mask.sum(dim=1).tolist()), reverse=True)
-    fitting = math.isqrt(MAX_BYTES // max(1, sum(site.num_heads for site in sites.values())))
+    fitting = math.isqrt(MAX_BYTES // max(1, sum(site.num_units for site in sites.values())))
     tokens = max(1, min(MAX_TOKENS, int(lengths[(texts - 1) // 2]), fitting))
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
@@ -99,7 +99,7 @@ def mean_maps(model: nn.Module, sites: Mapping[str, AttentionSite], batch: Mappi
     except UnsupportedModelError as error:
         return AttentionMaps({}, {}, reason=str(error).partition(";")[0])
     maps = {site: total / counts[site].clamp_min(1)[None, :, None] for site, total in sums.items() if len(total)}
-    heads = {site: list(sites[site].heads) for site in maps}
+    heads = {site: list(sites[site].units) for site in maps}
     return AttentionMaps(maps, heads, texts, tokens, "" if maps else "no site attends over whole texts")
 
 

@@ -1,13 +1,16 @@
-"""What each head of an attention site owns, as plain data that a checkpoint can carry."""
+"""What each unit of a site owns, as plain data that a checkpoint can carry."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from secateur.errors import invalid
 
 NOBODY = -1  # an index that no single head owns: shared by all of them, or used by none
 # Far beyond any model, so that a few bytes of a damaged recipe cannot ask for all memory.
@@ -16,12 +19,12 @@ _LONGEST_AXIS = 1_000_000
 
 
 @dataclass(frozen=True)
-class HeadSlice:
-    """One axis of one parameter, divided among heads.
+class Slice:
+    """One axis of one parameter, divided among units.
 
-    `owners` has an entry for each index along `axis`: a head's number, or `NOBODY`. `role` says for what the heads use
-    it: "query" and "output" count query heads, "key" and "value" count key-value heads. "head" is anything that a
-    query head computes from, where query, key and value cannot be told apart.
+    `owners` has an entry for each index along `axis`: a unit's number, or `NOBODY`. `role` says for what the units use
+    it. Of heads "query" and "output" count query heads, "key" and "value" count key-value heads, and "head" is anything
+    that a query head computes from, where query, key and value cannot be told apart.
     """
 
     parameter: str
@@ -31,71 +34,115 @@ class HeadSlice:
 
 
 @dataclass(frozen=True)
-class AttentionSite:
-    """One attention block of a model: where it is, how many heads it has, and what each of them owns.
+class Site(ABC):
+    """What holds units of one `kind`: where it is in the base model, how many there are, and what each of them owns.
 
-    `name`, `output` (the output projection), and the parameters of `slices` are paths in the base model. `attributes`
-    maps the path of a module's attribute to what it counts: heads, key_value_heads, group (heads for each key-value
-    head) or width. `heads` are the original indices of the heads that are there now, out of `original_num_heads`,
-    which read `original_num_key_value_heads`.
+    `name`, `output` (the projection that writes into the residual stream) and the parameters of `slices` are paths in
+    the base model. `attributes` maps the path of a module's attribute to what it counts. `units` are the original
+    indices of the `num_units` units that are there now, out of `original_num_units`. Each gives the output projection
+    `width` numbers. Units of a group share weights: `num_groups` are there now, out of `original_num_groups`, all of
+    one size, which is 1 where nothing is shared.
     """
 
+    kind: ClassVar[str]
+
     name: str
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    slices: tuple[HeadSlice, ...]
+    num_units: int
+    num_groups: int
+    width: int
+    slices: tuple[Slice, ...]
     attributes: dict[str, str]
     output: str
-    heads: tuple[int, ...]
-    original_num_heads: int
-    original_num_key_value_heads: int
+    units: tuple[int, ...]
+    original_num_units: int
+    original_num_groups: int
 
     @property
-    def group(self) -> int:
-        """Query heads for each key-value head; 1 where nothing is shared."""
-        return self.num_heads // self.num_key_value_heads if self.num_key_value_heads else 1
+    def group_size(self) -> int:
+        """Units of each group."""
+        return self.num_units // self.num_groups if self.num_groups else 1
 
-    def slices_of(self, role: str) -> list[HeadSlice]:
+    def slices_of(self, role: str) -> list[Slice]:
         """Return the slices with this role."""
         return [piece for piece in self.slices if piece.role == role]
 
-    def kept_key_value_heads(self, kept: Tensor) -> Tensor:
-        """Return which key-value heads a kept query head still reads: bool `[key-value heads]`."""
-        return kept.view(self.num_key_value_heads, -1).any(dim=1) if self.num_heads else kept
-
-    def counts(self, kept: Tensor) -> dict[str, int]:
-        """Return what each kind of attribute counts once only the heads in `kept` (bool `[heads]`) are left."""
-        heads, kv_heads = int(kept.sum()), int(self.kept_key_value_heads(kept).sum())
-        group = heads // kv_heads if kv_heads else self.group
-        return {"heads": heads, "key_value_heads": kv_heads, "group": group, "width": heads * self.head_dim}
+    def kept_groups(self, kept: Tensor) -> Tensor:
+        """Return which groups still have a unit in `kept` (bool `[units]`): bool `[groups]`."""
+        return kept.view(self.num_groups, -1).any(dim=1) if self.num_units else kept
 
     def kept_indices(self, kept: Tensor) -> dict[tuple[str, int], Tensor]:
-        """Return, for each (parameter, axis) that heads divide, the indices that stay.
+        """Return, for each (parameter, axis) that units divide, the indices that stay.
 
-        An index goes if some head uses it and no kept head does.
+        An index goes if some unit uses it and no kept unit does.
         """
-        kept_kv = self.kept_key_value_heads(kept)
         stays: dict[tuple[str, int], Tensor] = {}
         for piece in self.slices:
             owners = torch.tensor(piece.owners)
-            alive = kept_kv if piece.role in ("key", "value") else kept
             used = owners != NOBODY
-            wanted = used & alive[owners.clamp(min=0)]
+            wanted = used & self.kept_owners(piece.role, kept)[owners.clamp(min=0)]
             before = stays.get((piece.parameter, piece.axis))
-            # 0 = used by dropped heads only, 1 = used by nobody so far, 2 = used by a kept head
+            # 0 = used by dropped units only, 1 = used by nobody so far, 2 = used by a kept unit
             state = torch.where(wanted, 2, torch.where(used, 0, 1))
             stays[piece.parameter, piece.axis] = state if before is None else _merge(before, state)
         return {key: (state > 0).nonzero().flatten() for key, state in stays.items()}
+
+    @abstractmethod
+    def kept_owners(self, role: str, kept: Tensor) -> Tensor:
+        """Return which owners in slices of `role` are left with the units in `kept` (bool `[units]`)."""
+
+    @abstractmethod
+    def counts(self, kept: Tensor) -> dict[str, int]:
+        """Return what each kind of attribute counts once only the units in `kept` (bool `[units]`) are left."""
+
+    @abstractmethod
+    def check(self, kept: Tensor) -> None:
+        """Raise `InvalidInputError` where the module could not run with the units in `kept` (bool `[units]`) alone."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return the unpruned site's layout, relative to the block that holds it: equal for all blocks of one kind."""
+
+
+@dataclass(frozen=True)
+class AttentionSite(Site):
+    """An attention block, whose units are its query heads; those that read the same key-value head are a group.
+
+    `attributes` count heads, key_value_heads, group (heads for each key-value head) or width, that of all heads.
+    """
+
+    kind = "heads"
+
+    def kept_owners(self, role: str, kept: Tensor) -> Tensor:
+        """Return which owners are left: key-value heads that a kept query head still reads, or query heads."""
+        return self.kept_groups(kept) if role in ("key", "value") else kept
+
+    def counts(self, kept: Tensor) -> dict[str, int]:
+        """Return what each kind of attribute counts once only the heads in `kept` (bool `[heads]`) are left."""
+        heads, kv_heads = int(kept.sum()), int(self.kept_groups(kept).sum())
+        group = heads // kv_heads if kv_heads else self.group_size
+        return {"heads": heads, "key_value_heads": kv_heads, "group": group, "width": heads * self.width}
+
+    def check(self, kept: Tensor) -> None:
+        """Raise `InvalidInputError` where grouped query heads would be left in unequal groups."""
+        if self.group_size == 1:
+            return
+        sizes = kept.view(self.num_groups, self.group_size).sum(dim=1).tolist()
+        if len(set(sizes) - {0}) > 1:
+            raise invalid(
+                f"mask[{self.name!r}]",
+                f"drop whole groups of {self.group_size} query heads, or as many heads in every group that stays",
+                sizes,
+                "`select` makes such masks",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the layout relative to the attention block, equal for all blocks of one kind."""
         block = self._block()
         return {
             "site": _below(self.name, block),
-            "num_heads": self.original_num_heads,
-            "num_key_value_heads": self.original_num_key_value_heads,
-            "head_dim": self.head_dim,
+            "num_heads": self.original_num_units,
+            "num_key_value_heads": self.original_num_groups,
+            "head_dim": self.width,
             "output": _below(self.output, block),
             "slices": [[_below(s.parameter, block), s.axis, s.role, _to_runs(s.owners)] for s in self.slices],
             "attributes": {_below(path, block): quantity for path, quantity in self.attributes.items()},
@@ -114,21 +161,21 @@ class AttentionSite:
         slices = []
         for parameter, axis, role, runs in data["slices"]:
             limit = {"query": heads, "head": heads, "output": heads, "key": kv_heads, "value": kv_heads}[role]
-            slices.append(HeadSlice(_above(parameter, block), _whole(axis, 0, 9), role, _from_runs(runs, limit)))
+            slices.append(Slice(_above(parameter, block), _whole(axis, 0, 9), role, _from_runs(runs, limit)))
         attributes = {_above(path, block): quantity for path, quantity in data["attributes"].items()}
         if not set(attributes.values()) <= {"heads", "key_value_heads", "group", "width"}:
             raise ValueError(f"unknown quantity among {sorted(set(attributes.values()))}")
         return cls(
             name=name,
-            num_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=_whole(data["head_dim"], 1, _LONGEST_AXIS),
+            num_units=heads,
+            num_groups=kv_heads,
+            width=_whole(data["head_dim"], 1, _LONGEST_AXIS),
             slices=tuple(slices),
             attributes=attributes,
             output=_above(data["output"], block),
-            heads=tuple(range(heads)),
-            original_num_heads=heads,
-            original_num_key_value_heads=kv_heads,
+            units=tuple(range(heads)),
+            original_num_units=heads,
+            original_num_groups=kv_heads,
         )
 
     def _block(self) -> str:

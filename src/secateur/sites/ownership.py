@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedModelError
-from secateur.sites.layout import NOBODY, HeadSlice
+from secateur.sites.layout import NOBODY, Slice
 
 
 class Ownership:
@@ -29,13 +29,13 @@ class Ownership:
         """Learn which parameter is called what, as of now: those of an offloaded model come and go."""
         self.names = {id(p): n for n, p in self.base.named_parameters()}
 
-    def is_matrix(self, piece: HeadSlice) -> bool:
+    def is_matrix(self, piece: Slice) -> bool:
         """Is it more than a bias that is divided?"""
         return self.base.get_parameter(piece.parameter).ndim > 1
 
     def slices(
         self, site: str, module: nn.Module, role: str, per_head: list[Tensor], leave_out: Collection[str] = ()
-    ) -> list[HeadSlice]:
+    ) -> list[Slice]:
         """Back-propagate from each head alone; an axis along which the heads reach different indices is theirs.
 
         `per_head` holds, for each head, something that it alone computed with parameters of `module`; parameters named
@@ -74,7 +74,7 @@ class Ownership:
                     f"site {site}: an index of {self.names[id(parameter)]} is used by several heads but not by all"
                 )
             if isinstance(owners, tuple):
-                pieces.append(HeadSlice(self.names[id(parameter)], axis, role, owners))
+                pieces.append(Slice(self.names[id(parameter)], axis, role, owners))
         return pieces
 
 

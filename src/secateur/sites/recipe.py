@@ -1,7 +1,7 @@
 """The `head_pruning` entry of a `config.json`: what a pruned checkpoint tells its reader.
 
 It holds `format_version`, `kept_heads` (site → original indices), `layouts` (what each head owned in the unpruned
-model, once for each kind of site), and for the record `scorer`, `pruning_ratio`, `scope`, `base_model` and
+model, once for each kind of site), and for the record `scorer`, `pruning_ratio`, `allocation`, `base_model` and
 `secateur_version`.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError, shown
-from secateur.sites.layout import AttentionSite
+from secateur.sites.layout import AttentionSite, Site
 
 KEY = "head_pruning"
 REMOVED = "_secateur_removed"  # on a base model: heads were removed from it, which its own config tells
@@ -26,14 +26,14 @@ OWN_NAMES = frozenset({"format_version", "kept_heads", "layouts", "bypassed", "r
 class Recipe:
     """How to make the pruned model out of the unpruned one.
 
-    `kept_heads` maps each site to the original indices of its heads that stay; `sites` describes the unpruned sites;
+    `kept` maps each site to the original indices of its heads that stay; `sites` describes the unpruned sites;
     `bypassed` names emptied sites whose own code is left out, since it needs a head to run, and
     `reshaped` sites whose code asks for the width of all heads (reshaped.py); `record` is what a reader may want to
     know and no code depends on.
     """
 
-    kept_heads: dict[str, tuple[int, ...]]
-    sites: dict[str, AttentionSite]
+    kept: dict[str, tuple[int, ...]]
+    sites: dict[str, Site]
     bypassed: tuple[str, ...] = ()
     reshaped: tuple[str, ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Recipe:
                 layouts.append({"sites": [name], **layout})
         return {
             "format_version": FORMAT_VERSION,
-            "kept_heads": {site: list(heads) for site, heads in self.kept_heads.items()},
+            "kept_heads": {site: list(heads) for site, heads in self.kept.items()},
             **({"bypassed": list(self.bypassed)} if self.bypassed else {}),
             **({"reshaped": list(self.reshaped)} if self.reshaped else {}),
             **self.record,
@@ -70,7 +70,7 @@ class Recipe:
                 "a newer secateur may read it"
             )
         try:
-            sites = {
+            sites: dict[str, Site] = {
                 str(name): AttentionSite.from_json(str(name), layout)
                 for layout in data["layouts"]
                 for name in layout["sites"]
@@ -85,7 +85,7 @@ class Recipe:
                 f"`{KEY}` must give kept heads and a layout for the same sites, got {shown(sorted(kept)[:3])}"
             )
         for site, indices in kept.items():
-            total = sites[site].num_heads
+            total = sites[site].num_units
             whole = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < total for i in indices)
             if not whole or list(indices) != sorted(set(indices)):
                 raise CheckpointError(

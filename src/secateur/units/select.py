@@ -4,51 +4,73 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from secateur.errors import invalid
-from secateur.units.values import HeadMask, HeadScores
+from secateur.support.checks import check_whole
+from secateur.units.masks import Mask, PresentMask
+from secateur.units.scores import PresentScores, Scores
 
-Scope = Literal["site", "global"]
+Allocation = Literal["uniform", "ranking"]
+"""How many units each site keeps: the same share everywhere, as in the paper, or by one ranking of the whole model."""
+
+AnyScores = Scores | PresentScores
 
 
-def select_heads(scores: HeadScores, pruning_ratio: float = 0.5, scope: Scope = "site", min_heads: int = 1) -> HeadMask:
-    """Return the mask that removes `pruning_ratio` of the heads that `scores` says are there.
+@overload
+def select(
+    scores: Scores, pruning_ratio: float = 0.5, allocation: Allocation = "uniform", floor: int = 1
+) -> Mask: ...
+@overload
+def select(
+    scores: PresentScores, pruning_ratio: float = 0.5, allocation: Allocation = "uniform", floor: int = 1
+) -> PresentMask: ...
+def select(
+    scores: Scores | PresentScores, pruning_ratio: float = 0.5, allocation: Allocation = "uniform", floor: int = 1
+) -> Mask | PresentMask:
+    """Return the mask that removes `pruning_ratio` of the units that `scores` says are there.
 
     Args:
-        scores: importance of every head, higher = keep; removed heads (-inf) stay removed.
-        pruning_ratio: fraction of heads to remove, in [0, 1). Never more than this are removed; where heads come in
+        scores: importance of every unit, higher = keep; removed units (-inf) stay removed. The mask is in their
+            numbering: a `Mask` for `Scores`, a `PresentMask` for `PresentScores`.
+        pruning_ratio: fraction of units to remove, in [0, 1). Never more than this are removed; where units come in
             groups that must go together it can be fewer.
-        scope: "site" removes the same fraction at every site (the paper's way), "global" ranks all heads together.
-        min_heads: heads that every site keeps at least, ≥ 0; where heads are grouped, it counts whole groups' heads.
+        allocation: "uniform" removes the same fraction at every site (the paper's way), "ranking" ranks the units of
+            the whole model together.
+        floor: units that every site keeps at least, ≥ 0; where units are grouped, it counts whole groups' units.
 
-    Grouped queries: at scope "site" a site keeps some of its groups and the same number of heads in each, whichever
-    choice has the highest sum of scores among those nearest to the budget; at scope "global" whole groups go, ranked
-    by their mean score.
+    Groups, as of heads that read one key-value head: with allocation "uniform" a site keeps some of its groups and the
+    same number of units in each, whichever choice has the highest sum of scores among those nearest to the budget; with
+    "ranking" whole groups go, ranked by their mean score.
 
-    Where `scores` has interactions, heads of a site without groups are then rearranged (Kwon et al. 2022, arXiv
-    2204.09656): kept heads, from the lowest score up, are swapped for the dropped one with which that lowers the cost
-    of all dropped heads together most, if any does. Every site keeps as many heads as before.
+    Where `scores` has interactions, units of a site without groups are then rearranged (Kwon et al. 2022, arXiv
+    2204.09656): kept units, from the lowest score up, are swapped for the dropped one with which that lowers the cost
+    of all dropped units together most, if any does. Every site keeps as many units as before.
 
     Raises `InvalidInputError` for values outside their ranges.
     """
-    check_pruning_ratio(pruning_ratio)
-    if scope not in get_args(Scope):
-        raise invalid("scope", "be 'site' or 'global'", scope)
-    if isinstance(min_heads, bool) or not isinstance(min_heads, int) or min_heads < 0:
-        raise invalid("min_heads", "be a whole number from 0", min_heads)
-    if not isinstance(scores, HeadScores):
-        raise invalid("scores", "be HeadScores", type(scores).__name__)
-    if scope == "site":
-        mask = HeadMask({site: _select_in_site(scores, site, pruning_ratio, min_heads) for site in scores})
+    check_selection(pruning_ratio, allocation, floor)
+    if not isinstance(scores, Scores | PresentScores):
+        raise invalid("scores", "be Scores", type(scores).__name__)
+    if allocation == "uniform":
+        rows = {site: _select_in_site(scores, site, pruning_ratio, floor) for site in scores}
     else:
-        mask = _select_globally(scores, pruning_ratio, min_heads)
-    ungrouped = [site for site in scores.interactions if scores.key_value_heads[site] == scores[site].numel()]
-    better = {site: _rearranged(mask[site], scores[site], scores.interactions[site]) for site in ungrouped}
-    return HeadMask({**mask, **better})
+        rows = _select_by_ranking(scores, pruning_ratio, floor)
+    for site in scores.interactions:
+        if scores.num_groups[site] == scores[site].numel():
+            rows[site] = _rearranged(rows[site], scores[site], scores.interactions[site])
+    return Mask(rows) if isinstance(scores, Scores) else PresentMask(rows)
+
+
+def check_selection(pruning_ratio: float = 0.5, allocation: str = "uniform", floor: int = 1) -> None:
+    """Raise `InvalidInputError` unless `select` takes these, whatever the scores are."""
+    check_pruning_ratio(pruning_ratio)
+    if allocation not in get_args(Allocation):
+        raise invalid("allocation", "be 'uniform' or 'ranking'", allocation)
+    check_whole("floor", floor, 0)
 
 
 def check_pruning_ratio(pruning_ratio: float) -> None:
@@ -67,19 +89,19 @@ def _ranked(vector: Tensor) -> list[int]:
     return torch.argsort(vector, descending=True, stable=True).tolist()
 
 
-def groups_of(scores: HeadScores, site: str) -> list[list[int]]:
+def groups_of(scores: AnyScores, site: str) -> list[list[int]]:
     """Return, for each key-value head that is there, its query heads that are there."""
-    rows = torch.arange(scores[site].numel()).view(scores.key_value_heads[site], -1).tolist()
+    rows = torch.arange(scores[site].numel()).view(scores.num_groups[site], -1).tolist()
     there = (scores[site] > -math.inf).tolist()
     present = [[h for h in row if there[h]] for row in rows]
     return [row for row in present if row]
 
 
-def _select_in_site(scores: HeadScores, site: str, pruning_ratio: float, min_heads: int) -> Tensor:
+def _select_in_site(scores: AnyScores, site: str, pruning_ratio: float, floor: int) -> Tensor:
     vector, groups = scores[site], groups_of(scores, site)
     kept = torch.zeros(vector.numel(), dtype=torch.bool)
     present = sum(len(g) for g in groups)
-    target = max(present - removable(present, pruning_ratio), min(min_heads, present))
+    target = max(present - removable(present, pruning_ratio), min(floor, present))
     if not target:
         return kept
     shapes = list(itertools.product(range(1, len(groups) + 1), range(1, max(map(len, groups)) + 1)))
@@ -96,21 +118,21 @@ def _best_of_shape(vector: Tensor, groups: list[list[int]], num_groups: int, per
     return [h for g in order[:num_groups] for h in best[g]]
 
 
-def _select_globally(scores: HeadScores, pruning_ratio: float, min_heads: int) -> HeadMask:
+def _select_by_ranking(scores: AnyScores, pruning_ratio: float, floor: int) -> dict[str, Tensor]:
     units = [(site, group) for site in scores for group in groups_of(scores, site)]
     left = {site: sum(len(g) for g in groups_of(scores, site)) for site in scores}
     allowed = removable(sum(left.values()), pruning_ratio)
     values = {site: vector > -math.inf for site, vector in scores.items()}
     if not units:  # every head is gone already
-        return HeadMask(values)
+        return values
     means = torch.stack([scores[site][group].mean() for site, group in units])
     for number in reversed(_ranked(means)):
         site, group = units[number]
-        if len(group) <= allowed and left[site] - len(group) >= min_heads:
+        if len(group) <= allowed and left[site] - len(group) >= floor:
             values[site][group] = False
             allowed -= len(group)
             left[site] -= len(group)
-    return HeadMask(values)
+    return values
 
 
 def _rearranged(kept: Tensor, vector: Tensor, matrix: Tensor) -> Tensor:
