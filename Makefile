@@ -26,16 +26,16 @@ test: $(STAMP)
 
 # The same suite against the oldest transformers that pyproject.toml allows, but for ONNX, whose extra needs a newer one.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest $(PARALLEL) --ignore tests/test_onnx.py --ignore tests/test_deployment_page.py
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) --ignore tests/system/test_onnx.py --ignore tests/system/test_deployment_page.py
 
 # What was tried against it and what came of it, from the tests that say so. Writes docs/robustness.md.
 robustness: $(STAMP)
 	$(BIN)/python -m pytest --outcomes=docs/robustness.md
 
-# The damaged recipes, scores and masks of tests/test_fuzz.py, 100,000 of the first two kinds and new ones each time;
-# about a quarter of an hour. Writes what came of them.
+# The damaged recipes, scores and masks of tests/contract/test_fuzz.py, 100,000 of the first two kinds and new ones each
+# time; about a quarter of an hour. Writes what came of them.
 fuzz: $(STAMP)
-	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py --outcomes=benchmarks/results/fuzz.json
+	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/contract/test_fuzz.py --outcomes=benchmarks/results/fuzz.json
 
 # What a user installs: no licence but those above, and no version with a known vulnerability. The second asks PyPI's
 # advisory database, and fails where a package cannot be looked up there.

@@ -13,7 +13,7 @@ import secateur  # noqa: F401 - reloading is part of what every test relies on
 
 torch.set_num_threads(1)  # tests run in as many processes as there are cores, and their matrices are tiny
 
-pytest_plugins = ["tests.outcomes"]
+pytest_plugins = ["tests.support.outcomes"]
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
@@ -79,7 +79,7 @@ def onnx_classifier(tmp_path_factory) -> Path:
     from secateur import cli
     from secateur.model.removal import remove_heads_
     from secateur.model.sites import find_sites
-    from tests.tiny import tiny_classifier, tiny_tokenizer, uneven_mask
+    from tests.support.tiny import tiny_classifier, tiny_tokenizer, uneven_mask
 
     folder = tmp_path_factory.mktemp("onnx")
     model = tiny_classifier("bert")
