@@ -12,7 +12,7 @@ PEERS := .venv-peers
 # Licences of what a user installs. With PyTorch's CUDA build NVIDIA's own is found too, which is for you to accept.
 LICENCES := Apache;BSD;MIT;ISC;MPL;Mozilla Public License;PSF;Python Software Foundation
 
-.PHONY: demo test test-oldest robustness fuzz audit coverage mutation sweep peers docs lint format clean
+.PHONY: demo test test-fast browser test-oldest robustness fuzz audit coverage mutation sweep peers docs lint format clean
 
 demo: $(PLAIN)/.installed
 	rm -rf demo
@@ -21,8 +21,18 @@ demo: $(PLAIN)/.installed
 # Two processes of one thread each: tiny matrices gain nothing from threads.
 PARALLEL := -n 2 --dist worksteal
 
+# Everything: formulas and values, contracts, and whole runs.
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# What is quick: formulas and values on tiny models.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit
+
+# The browser in which the tests open the report's page; they are skipped where there is none. Only root can install it.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  (apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-liberation)
 
 # The same suite against the oldest transformers that pyproject.toml allows, but for ONNX, whose extra needs a newer one.
 test-oldest: $(OLDEST)/.installed

@@ -1,8 +1,9 @@
-"""Run under `accelerate launch`: write the gradient of one meta-training step to the file named in the arguments."""
+"""The gradient of one meta-training step; as a module, run with FOLDER SIGNAL ..., it writes one file for each signal."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,19 +16,25 @@ from secateur.meta.training import MetaTraining
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+def gradients(accelerator: Accelerator, signal: str) -> dict[str, torch.Tensor]:
     tasks = [Task("singles", tiny_texts(20)), Task("pairs", tiny_texts(20, seed=1, pairs=True))]
-    config = MetaTrainingConfig(batch_size=4, batches_per_step=4, signal=sys.argv[2])
+    config = MetaTrainingConfig(batch_size=4, batches_per_step=4, signal=signal)
     training = MetaTraining([Subject(tiny_model("bert"), tiny_tokenizer())], tasks, config, accelerator)
     training.gradients(0)
-    if accelerator.is_main_process:
-        gradients = {n: p.grad.contiguous() for n, p in training.pruner.named_parameters()}
-        save_file(gradients, sys.argv[1], metadata={"processes": str(accelerator.num_processes)})
+    return {n: p.grad.contiguous() for n, p in training.pruner.named_parameters()}
+
+
+def main(folder: str, *signals: str) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    for signal in signals:
+        found = gradients(accelerator, signal)
+        if accelerator.is_main_process:
+            file = Path(folder, f"{signal}.safetensors")
+            save_file(found, file, metadata={"processes": str(accelerator.num_processes)})
     accelerator.wait_for_everyone()
     accelerator.end_training()  # a process that just leaves can make the other abort
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
+MISSING = "no chromium on the PATH; `make browser` installs it"
 
-@cache
-def chromium() -> tuple[str | None, str]:
-    """Return the browser's path, installed by apt-get where root may do that, or None and the reason."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is not None:
-        return found, ""
-    if shutil.which("apt-get") is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
-        return None, "needs chromium on the PATH, and it can only be installed by root with apt-get"
-    for command in ("apt-get update -q", "apt-get install -y -q --no-install-recommends chromium fonts-liberation"):
-        done = subprocess.run(command.split(), capture_output=True, text=True)
-        if done.returncode:
-            lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
-            return None, f"needs chromium; `{command}` failed: {lines[-1]}"
-        print(f"{command}: done", file=sys.stderr)
-    return shutil.which("chromium"), "apt-get installed no chromium"
+
+def chromium() -> str | None:
+    """Return the browser's path."""
+    found = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    return next(filter(None, found), None)
 
 
 @contextmanager
@@ -34,9 +21,9 @@ def browser() -> Iterator[Any]:
     """Run the browser without a window."""
     from playwright.sync_api import sync_playwright
 
-    path, reason = chromium()
+    path = chromium()
     if path is None:
-        raise RuntimeError(reason)
+        raise RuntimeError(MISSING)
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         try:

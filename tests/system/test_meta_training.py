@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
+import secateur
 from secateur import cli
 from secateur.data import Task
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError
@@ -33,6 +34,7 @@ from secateur.meta.subjects import Subject
 from secateur.meta.training import HeldOut, MetaTraining, train_meta_pruner
 from secateur.model.probe import HeadReading
 from secateur.scoring import score_heads
+from tests.support.accelerate_gradients import gradients
 from tests.support.processes import command
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
@@ -316,34 +318,31 @@ def test_a_killed_run_goes_on_to_the_identical_end(folders, tmp_path):
     assert not (tmp_path / "killed" / ".checkpoint-99.unfinished").exists()
 
 
-@pytest.mark.parametrize("signal_name", ["straight_through", "leave_one_out"])
-def test_two_processes_give_the_gradients_of_one(tmp_path, signal_name):
-    found = {}
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
-    for count in (1, 2):
-        out = tmp_path / f"{count}.safetensors"
-        # Processes on CPUs of one machine: what `accelerate launch` calls multi-GPU, told to stay on the CPU.
-        launch = ["--multi_gpu", "--num_processes", str(count)] if count > 1 else ["--num_processes", "1"]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            launch += ["--main_process_port", str(free.getsockname()[1])]
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "accelerate.commands.launch", *launch, "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no",
-                str(root / "tests" / "accelerate_gradients.py"), str(out), signal_name,
-            ],
-            env={**environment, "ACCELERATE_USE_CPU": "true"}, check=False, capture_output=True, text=True,
-            cwd=root,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        with safe_open(out, "pt") as file:
-            assert file.metadata()["processes"] == str(count)
-            found[count] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    for name, gradient in found[1].items():
-        torch.testing.assert_close(gradient, found[2][name], rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
-    assert any(gradient.abs().max() > 0 for gradient in found[1].values())
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    root, package = Path(__file__).parents[2], Path(secateur.__file__).parents[1]
+    signals = ["straight_through", "leave_one_out"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{package}{os.pathsep}{root}", "CUDA_VISIBLE_DEVICES": ""}
+    # Processes on CPUs of one machine: what `accelerate launch` calls multi-GPU, told to stay on the CPU.
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+            "--main_process_port", str(port), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
+            "no", "-m", "tests.support.accelerate_gradients", str(tmp_path), *signals,
+        ],
+        env={**os.environ, **environment, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, cwd=root,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for signal in signals:
+        alone = gradients(Accelerator(cpu=True), signal)
+        with safe_open(tmp_path / f"{signal}.safetensors", "pt") as file:
+            assert file.metadata()["processes"] == "2"
+            for name, gradient in alone.items():
+                close = {"rtol": 1e-4, "atol": 1e-5 * float(gradient.abs().max())}
+                torch.testing.assert_close(file.get_tensor(name), gradient, **close)
+        assert any(gradient.abs().max() > 0 for gradient in alone.values())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path, monkeypatch):

@@ -4,16 +4,15 @@ import pytest
 
 from secateur.report import render_report
 from secateur.report.runs import read_runs
-from tests.support.browser import browser, chromium, opened
+from tests.support.browser import MISSING, browser, chromium, opened
 from tests.support.report_data import EVIL, write_comparison, write_pruned
 
 
 @pytest.fixture(scope="module")
 def running():
     pytest.importorskip("playwright", reason="the page is tested with playwright, which the dev extra brings")
-    path, reason = chromium()
-    if path is None:
-        pytest.skip(reason)
+    if chromium() is None:
+        pytest.skip(MISSING)
     with browser() as found:
         yield found
 
