@@ -12,7 +12,7 @@ PEERS := .venv-peers
 # Licences of what a user installs. With PyTorch's CUDA build NVIDIA's own is found too, which is for you to accept.
 LICENCES := Apache;BSD;MIT;ISC;MPL;Mozilla Public License;PSF;Python Software Foundation
 
-.PHONY: demo test test-oldest robustness fuzz audit coverage mutation sweep peers docs lint format clean
+.PHONY: demo test test-fast browser test-oldest robustness fuzz audit coverage mutation sweep peers docs lint format clean
 
 demo: $(PLAIN)/.installed
 	rm -rf demo
@@ -21,21 +21,31 @@ demo: $(PLAIN)/.installed
 # Two processes of one thread each: tiny matrices gain nothing from threads.
 PARALLEL := -n 2 --dist worksteal
 
+# Everything: formulas and values, contracts, and whole runs.
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL)
 
+# What is quick: formulas and values on tiny models.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit
+
+# The browser in which the tests open the report's page; they are skipped where there is none. Only root can install it.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  (apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-liberation)
+
 # The same suite against the oldest transformers that pyproject.toml allows, but for ONNX, whose extra needs a newer one.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest $(PARALLEL) --ignore tests/test_onnx.py --ignore tests/test_deployment_page.py
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) --ignore tests/system/test_onnx.py --ignore tests/system/test_deployment_page.py
 
 # What was tried against it and what came of it, from the tests that say so. Writes docs/robustness.md.
 robustness: $(STAMP)
 	$(BIN)/python -m pytest --outcomes=docs/robustness.md
 
-# The damaged recipes, scores and masks of tests/test_fuzz.py, 100,000 of the first two kinds and new ones each time;
-# about a quarter of an hour. Writes what came of them.
+# The damaged recipes, scores and masks of tests/contract/test_fuzz.py, 100,000 of the first two kinds and new ones each
+# time; about a quarter of an hour. Writes what came of them.
 fuzz: $(STAMP)
-	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py --outcomes=benchmarks/results/fuzz.json
+	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/contract/test_fuzz.py --outcomes=benchmarks/results/fuzz.json
 
 # What a user installs: no licence but those above, and no version with a known vulnerability. The second asks PyPI's
 # advisory database, and fails where a package cannot be looked up there.

@@ -25,7 +25,7 @@ from secateur.demo import demo_model, demo_task
 from secateur.measuring.bench import SHAPES, Measured, benchmark
 from secateur.measuring.latency_table import measure_latency
 from secateur.measuring.timing import Clock, Shape, quartiles
-from secateur.measuring.unit_costs import HeadCosts
+from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.loading import load_model
 from secateur.sites.attention import find_sites
 from secateur.support.files import write_text
@@ -39,7 +39,7 @@ def fastest(row: Measured, first: Measured) -> float:
 
 def by_number_of_heads(model: Any, shape: Shape, rounds: int, clock: Clock) -> list[dict[str, Any]]:
     """Return speed-up, limit and efficiency with 12, 11, … heads at every site."""
-    costs = HeadCosts(model, find_sites(model), *shape)
+    costs = UnitCosts(model, find_sites(model), *shape)
     (kind,) = measure_latency(model, costs, shape, rounds, clock=clock).kinds
     whole = kind.levels[0].seconds
     rows = []

@@ -13,7 +13,7 @@ import secateur  # noqa: F401 - reloading is part of what every test relies on
 
 torch.set_num_threads(1)  # tests run in as many processes as there are cores, and their matrices are tiny
 
-pytest_plugins = ["tests.outcomes"]
+pytest_plugins = ["tests.support.outcomes"]
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
@@ -36,7 +36,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(allocation="session")
 def minilm_folder() -> Path:
     from secateur.demo import demo_model
     from secateur.errors import InvalidInputError
@@ -54,7 +54,7 @@ def minilm(minilm_folder):
     return AutoModel.from_pretrained(minilm_folder).eval()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(allocation="session")
 def tokenizer(minilm_folder):
     from transformers import AutoTokenizer
 
@@ -66,24 +66,24 @@ def batch(tokenizer):
     return dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(allocation="session")
 def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED} with the authors' checkpoints and the GLUE files; set SECATEUR_SHARED")
     return SHARED
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(allocation="session")
 def onnx_classifier(tmp_path_factory) -> Path:
     """A folder with `pruned`, a tiny classifier with an emptied site, and `onnx`, its export by the command."""
     from secateur import cli
-    from secateur.removal.remove import remove_heads_
+    from secateur.removal.remove import remove_
     from secateur.sites.attention import find_sites
-    from tests.tiny import tiny_classifier, tiny_tokenizer, uneven_mask
+    from tests.support.tiny import tiny_classifier, tiny_tokenizer, uneven_mask
 
     folder = tmp_path_factory.mktemp("onnx")
     model = tiny_classifier("bert")
-    remove_heads_(model, uneven_mask(find_sites(model), empty=True))
+    remove_(model, uneven_mask(find_sites(model), empty=True))
     model.save_pretrained(folder / "pruned")
     tiny_tokenizer().save_pretrained(folder / "pruned")
     assert cli.main(["export", str(folder / "pruned"), "--format", "onnx", "--out", str(folder / "onnx")]) == 0

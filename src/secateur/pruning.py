@@ -191,7 +191,9 @@ def prune(
         needs = "`refine` needs `texts` to judge masks by" if refine else "`reconstruct` needs `texts` to fit on"
         raise InvalidInputError(f"{needs}, in a list, as it reads them again")
     if refine and allocation == "ranking" and wanted is not None and wanted.quantity != "heads":
-        raise invalid("refine", f"be 0 with allocation 'ranking' with the budget {wanted}, which exchanges may exceed", refine)
+        raise invalid(
+            "refine", f"be 0 with allocation 'ranking' with the budget {wanted}, which exchanges may exceed", refine
+        )
     if wanted is not None and wanted.quantity == "latency" and is_shared(accelerator):
         raise invalid("budget", "be of another kind under a launcher, whose processes would time each other", wanted)
     within = None if wanted is None else BudgetedSelection(pruned, wanted, allocation, floor, progress)

@@ -151,7 +151,12 @@ class BudgetedSelection:
     """
 
     def __init__(
-        self, model: nn.Module, budget: Budget, allocation: Allocation = "uniform", floor: int = 1, progress: bool = False
+        self,
+        model: nn.Module,
+        budget: Budget,
+        allocation: Allocation = "uniform",
+        floor: int = 1,
+        progress: bool = False,
     ) -> None:
         self.budget, self.allocation, self.floor = budget, allocation, floor
         base = base_of(model)

@@ -153,4 +153,3 @@ def _thinned(masks: list[Tensor]) -> list[Tensor]:
     if len(masks) <= MOST_LEVELS:
         return masks
     return [masks[round(i * (len(masks) - 1) / (MOST_LEVELS - 1))] for i in range(MOST_LEVELS)]
-

@@ -141,7 +141,11 @@ class TrialConfig:
     def groups(self) -> list[tuple[int, Allocation, float]]:
         """Every group's number, allocation and ratio."""
         cells = itertools.product(("uniform", "ranking"), self.ratios)
-        return [(n, allocation, ratio) for n, (allocation, ratio) in enumerate(cells, LEAVE_ONE_OUT + 1) if allocation in self.allocations]
+        return [
+            (n, allocation, ratio)
+            for n, (allocation, ratio) in enumerate(cells, LEAVE_ONE_OUT + 1)
+            if allocation in self.allocations
+        ]
 
 
 @torch.no_grad()

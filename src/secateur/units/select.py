@@ -21,9 +21,7 @@ AnyScores = Scores | PresentScores
 
 
 @overload
-def select(
-    scores: Scores, pruning_ratio: float = 0.5, allocation: Allocation = "uniform", floor: int = 1
-) -> Mask: ...
+def select(scores: Scores, pruning_ratio: float = 0.5, allocation: Allocation = "uniform", floor: int = 1) -> Mask: ...
 @overload
 def select(
     scores: PresentScores, pruning_ratio: float = 0.5, allocation: Allocation = "uniform", floor: int = 1

@@ -1,0 +1,402 @@
+"""Comparisons: the same rows in any order and after any kill, and what a summary makes of them."""
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from secateur import cli
+from secateur.cli.tables import comparison_table, markdown
+from secateur.comparing import compare as comparison
+from secateur.comparing.compare import DENSE, PROTOCOLS, Protocol, Settings, compare, plan
+from secateur.comparing.summary import ALL_TASKS, summarise
+from secateur.errors import InvalidInputError
+from secateur.support.files import append_line, read_lines
+from tests.support.processes import command
+from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
+
+
+@pytest.fixture(allocation="module")
+def folder(tmp_path_factory):
+    """A tiny model, and two tasks that it can learn a little of."""
+    folder = tmp_path_factory.mktemp("compare")
+    tiny_model("bert").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for task, pairs in (("singles", False), ("pairs", True)):
+        (folder / task).mkdir()
+        for split, count, seed in (("train", 24, 0), ("dev", 12, 1)):
+            header = "sentence1\tsentence2\tlabel" if pairs else "sentence\tlabel"
+            texts = tiny_texts(count, seed, pairs)
+            lines = ["\t".join([*((t,) if isinstance(t, str) else t), str(int("good" in str(t)))]) for t in texts]
+            (folder / task / f"{split}.tsv").write_text("\n".join([header, *lines]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def settings(folder, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "lite", Protocol(max_train=16, max_length=16, epochs=1, learning_rate=1e-3))
+    return Settings(
+        str(folder / "model"), (str(folder / "singles"), str(folder / "pairs")), ("random", "contribution"),
+        ratios=(0.5,), seeds=2, num_texts=8,
+    )  # fmt: skip
+
+
+def without_cost(rows):
+    return [{name: value for name, value in row.items() if name != "cost"} for row in rows]
+
+
+def test_every_cell_once_with_its_dense_partner(settings, tmp_path):
+    rows = compare(settings, tmp_path / "c", progress=False)
+    assert [(r["task"], r["scorer"], r["ratio"], r["seed"]) for r in rows] == [
+        (task, scorer, ratio, seed)
+        for seed in (0, 1)
+        for task in ("singles", "pairs")
+        for scorer, ratio in ((DENSE, 0.0), ("random", 0.5), ("contribution", 0.5))
+    ]
+    pruned = [r for r in rows if r["scorer"] != DENSE]
+    assert all(len(kept) == 2 for r in pruned for kept in r["kept_heads"].values())
+    assert all(r["cost"]["scoring_seconds"] > 0 for r in pruned)
+    assert len({r["value"] for r in rows}) > 1
+    assert sorted(p.name for p in (tmp_path / "c" / "scores").iterdir())[0] == "pairs-contribution-0.json"
+
+
+def test_stopped_and_resumed_gives_the_rows_of_one_go(settings, tmp_path, monkeypatch):
+    whole = compare(settings, tmp_path / "whole", progress=False)
+    trained = []
+    inner = comparison._train
+
+    def interrupted(*arguments):
+        if len(trained) in (4, 7):
+            trained.append("stopped")
+            raise KeyboardInterrupt
+        trained.append(arguments[1])
+        return inner(*arguments)
+
+    monkeypatch.setattr(comparison, "_train", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compare(settings, tmp_path / "parts", progress=False)
+        table = tmp_path / "parts" / "runs.jsonl"
+        table.write_bytes(table.read_bytes() + b'{"data": "half a li')
+    assert without_cost(compare(settings, tmp_path / "parts", progress=False)) == without_cost(whole)
+    assert len(read_lines(table)) == len(whole)
+    runs = [run for run in trained if run != "stopped"]
+    assert len(runs) == len(set(runs)) == len(whole)  # nothing was done twice
+
+
+def test_what_only_adds_runs_goes_on_and_other_settings_do_not_mix(settings, tmp_path):
+    first = replace(settings, data=settings.data[:1], scorers=("random",), seeds=1)
+    one = compare(first, tmp_path / "c", progress=False)
+    grown = replace(settings, scorers=("contribution", "random"), ratios=(0.25, 0.5), seeds=2)
+    rows = compare(grown, tmp_path / "c", progress=False)
+    assert len(rows) == 2 * 2 * (1 + 2 * 2)
+    assert [row for row in rows if row in one] == one  # timings too: they were not done again
+    alone = compare(grown, tmp_path / "alone", progress=False)
+    assert without_cost(rows) == without_cost(alone)
+    for change in (
+        {"ratios": (0.25,)}, {"seeds": 1}, {"data": settings.data[1:]}, {"scorers": ("random",)}, {"num_texts": 9},
+        {"bf16": True}, {"scorers": ("random", "contribution", "smp"), "pruners": {"smp": "x"}, "threads": 2},
+        {"reconstruct": True},
+    ):  # fmt: skip
+        with pytest.raises(InvalidInputError, match=f"other {list(change)[-1]};"):
+            compare(replace(grown, **change), tmp_path / "c", progress=False)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "file").write_text("mine")
+    with pytest.raises(InvalidInputError, match="`out` must be a new folder"):
+        compare(settings, tmp_path / "else", progress=False)
+
+
+def test_pruned_runs_may_be_reconstructed(settings, tmp_path):
+    settings = replace(settings, seeds=1, num_texts=24)
+    plain = compare(settings, tmp_path / "plain", progress=False)
+    rows = compare(replace(settings, reconstruct=True), tmp_path / "c", progress=False)
+    for one, other in zip(plain, rows, strict=True):
+        assert one["kept_heads"] == other["kept_heads"]
+        assert ("reconstruction" in other) == ("reconstruction_seconds" in other["cost"]) == (one["scorer"] != DENSE)
+        without, after = other.get("reconstruction", (0, 0))
+        assert (one["train_loss"] != other["train_loss"]) == (after < without)
+    assert any(after < without for without, after in (row.get("reconstruction", (0, 0)) for row in rows))
+
+
+def test_a_pruner_may_come_with_its_scorer_and_not_after_it(settings):
+    found = asdict(replace(settings, scorers=("random", "smp")))
+    late = asdict(replace(settings, scorers=("random", "smp"), pruners={"smp": "x"}))
+    added = asdict(replace(settings, scorers=("random", "smp", "smp-plus"), pruners={"smp-plus": "x"}))
+    assert comparison._differences(found, late) == ["pruners"]
+    assert comparison._differences(late, found) == ["pruners"]
+    assert comparison._differences(found, added) == []
+
+
+def test_a_folder_from_before_a_setting_was_known_goes_on(settings, tmp_path):
+    compare(replace(settings, seeds=1), tmp_path / "c", progress=False)
+    file = tmp_path / "c/settings.json"
+    old = json.loads(file.read_text())
+    assert old.pop("learning_rate", 0) is None
+    file.write_text(json.dumps(old))
+    assert len(compare(replace(settings, seeds=1), tmp_path / "c", progress=False)) == 6
+
+
+def test_the_learning_rate_and_the_epochs_replace_the_protocols(settings, tmp_path):
+    changed = replace(settings, seeds=1, learning_rate=1e-9, epochs=2.0)
+    assert (changed.training.learning_rate, changed.training.epochs, changed.training.max_train) == (1e-9, 2.0, 16)
+    assert settings.training == PROTOCOLS["lite"]
+    slow = compare(changed, tmp_path / "slow", progress=False)[0]
+    usual = compare(replace(settings, seeds=1), tmp_path / "usual", progress=False)[0]
+    assert slow["train_loss"] > usual["train_loss"]
+
+
+def test_scorers_that_need_labels_or_the_ratio_get_them(settings, tmp_path):
+    chosen = replace(settings, data=settings.data[:1], scorers=("taylor", "dsp"), ratios=(0.25, 0.5), seeds=1)
+    rows = compare(chosen, tmp_path / "c", progress=False)
+    assert len(rows) == 1 + 2 * 2
+    names = {p.stem for p in (tmp_path / "c" / "scores").iterdir()}
+    assert names == {"singles-taylor-0", "singles-dsp-0.25-0", "singles-dsp-0.5-0"}
+
+
+def test_each_scorer_gets_its_own_pruner(folder, tmp_path, monkeypatch, capsys):
+    """Scores differ from those of the shipped networks exactly where another one was given."""
+    from secateur.pruners.joint_network import JointPruner
+    from secateur.pruners.map_network import MetaPruner
+
+    torch.manual_seed(0)
+    MetaPruner().save_pretrained(tmp_path / "maps-only")
+    monkeypatch.setitem(PROTOCOLS, "lite", Protocol(max_train=8, max_length=16, epochs=1, learning_rate=1e-3))
+    line = ["compare", "--model", folder / "model", "--data", folder / "singles", "--seeds", "1", "--jobs", "1"]
+    line += ["--texts", "8", "--device", "cpu", "--scorer", "smp", "--scorer", "smp-plus"]
+    JointPruner().save_pretrained(tmp_path / "singles")
+    own = {"smp": f"smp={tmp_path / 'maps-only'}", "smp-plus": f"smp-plus={tmp_path / '{task}'}"}
+    given = {"none": (), "smp": ("smp",), "both": ("smp", "smp-plus")}
+    scores = {}
+    for name, chosen in given.items():
+        pruners = [word for scorer in chosen for word in ("--pruner", own[scorer])]
+        assert cli.main([str(word) for word in [*line, *pruners, "--out", tmp_path / name]]) == 0
+        assert f"report: {tmp_path / name / 'report.html'}" in capsys.readouterr().out
+        for scorer in own:
+            file = tmp_path / name / "scores" / f"singles-{scorer}-0.json"
+            scores[name, scorer] = json.loads(file.read_text())["scores"]
+    assert scores["none", "smp"] != scores["smp", "smp"] == scores["both", "smp"]
+    assert scores["none", "smp-plus"] == scores["smp", "smp-plus"] != scores["both", "smp-plus"]
+    assert "2 scorers compared on 1 task, 1 seed" in (tmp_path / "both" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("given", [("folder",), ("nobody=folder",), ("smp=",), ("smp=a", "smp=b")])
+def test_a_pruner_that_names_no_scorer_is_one_line(given, folder, tmp_path, capsys):
+    line = ["compare", "--model", str(folder / "model"), "--data", str(folder / "singles"), "--scorer", "smp"]
+    pruners = [word for item in given for word in ("--pruner", item)]
+    assert cli.main([*line, *pruners, "--out", str(tmp_path / "c")]) == 2
+    err = capsys.readouterr().err
+    assert "`pruner` must be" in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scorers": ("nobody",)}, "scorers"),
+        ({"scorers": ()}, "scorers"),
+        ({"scorers": ("random", "random")}, "scorers"),
+        ({"ratios": (1.0,)}, "ratios"),
+        ({"seeds": 0}, "seeds"),
+        ({"threads": 0}, "threads"),
+        ({"protocol": "heavy"}, "protocol"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"epochs": float("nan")}, "epochs"),
+        ({"pruners": {"smp": "x"}}, "pruners"),
+        ({"pruners": {"random": "x"}}, "pruners"),
+    ],
+)
+def test_settings_out_of_range(settings, change, message):
+    with pytest.raises(InvalidInputError, match=f"`{message}` must"):
+        replace(settings, **change)
+
+
+def test_a_file_has_no_dev_split(settings, folder, tmp_path):
+    data = (settings.data[0], str(folder / "pairs" / "train.tsv"))
+    with pytest.raises(InvalidInputError, match="`data` must have train and dev apart"):
+        compare(replace(settings, data=data), tmp_path / "c", progress=False)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_device_that_cannot_train_is_refused_before_the_scoring(settings, tmp_path):
+    with pytest.raises(InvalidInputError, match="`device` must name no other device than the first"):
+        compare(settings, tmp_path / "c", device="cpu:1", progress=False)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"editor": 1}'])
+def test_a_folder_with_other_settings_is_no_comparison(content, settings, tmp_path):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(InvalidInputError, match="`out` must be a new folder, or one with a comparison"):
+        compare(settings, tmp_path, progress=False)
+    assert (tmp_path / "settings.json").read_text() == content
+
+
+def test_a_row_that_is_no_run_is_named(settings, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(asdict(settings)))
+    (tmp_path / "runs.jsonl").write_text('{"scorer": "dense"}\n')
+    with pytest.raises(InvalidInputError, match="has a row that is no run"):
+        compare(settings, tmp_path, progress=False)
+
+
+def test_two_tasks_of_one_name(settings, folder, tmp_path):
+    copy = tmp_path / "singles"
+    copy.mkdir()
+    for split in ("train.tsv", "dev.tsv"):
+        (copy / split).write_bytes((folder / "singles" / split).read_bytes())
+    with pytest.raises(InvalidInputError, match="the same task name 'singles'"):
+        compare(replace(settings, data=(settings.data[0], str(copy))), tmp_path / "c", progress=False)
+    assert not (tmp_path / "c").exists()
+
+
+CONFIG = """\
+model: {folder}/model
+data: [{folder}/singles]
+scorer: [random, contribution]
+ratio: [0.5]
+seeds: 2
+texts: 8
+"""
+
+
+def test_killed_at_a_random_moment_in_two_processes(folder, tmp_path):
+    """A real process with two workers, killed and started again; then the same from one process without a kill."""
+    (tmp_path / "c.yaml").write_text(CONFIG.format(folder=folder))
+    line = ["compare", "--config", str(tmp_path / "c.yaml"), "--device", "cpu"]
+    killed, table = [*line, "--jobs", "2", "--out", str(tmp_path / "killed")], tmp_path / "killed" / "runs.jsonl"
+    running = command(killed, tmp_path / "log")
+    while not read_lines(table):
+        assert running.process.is_alive(), running.wait()
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.2)
+    running.process.kill()
+    assert running.wait().code == -signal.SIGKILL
+    before = len(read_lines(table))
+    assert 0 < before < 6
+    _wait_until_gone(running.process.pid)
+    done = command(killed, tmp_path / "log", forked_workers=True).wait()
+    assert done.code == 0, done.err
+    assert f"going on: 4 scorings, {before} of 6 runs are done" in done.err
+    rows = read_lines(table)
+    assert len({(r["scorer"], r["seed"]) for r in rows}) == len(rows) == 6
+    alone = tmp_path / "alone"
+    assert cli.main([*line, "--jobs", "1", "--out", str(alone)]) == 0
+    key = lambda row: (row["scorer"], row["seed"])  # noqa: E731
+    assert sorted(without_cost(rows), key=key) == sorted(without_cost(read_lines(alone / "runs.jsonl")), key=key)
+
+
+def _wait_until_gone(group):
+    """Workers end by themselves when the process that started them is killed."""
+    deadline = time.time() + 30
+    while time.time() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    pytest.fail("a worker was still there 30 s after its parent's death")
+
+
+def test_a_folder_in_use_is_refused(settings, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "settings.json").write_text(json.dumps(json.loads(json.dumps(vars(settings)))))
+    with FileLock(tmp_path / "c" / ".lock"), pytest.raises(InvalidInputError, match="one run at a time"):
+        compare(settings, tmp_path / "c", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "is no YAML"),
+        ("- a\n- b", "flag: value"),
+        ("modell: x", "modell"),
+        ("seeds: 0", "seeds"),
+        ("ratio: [1.5]", "ratio"),
+        ("scorer: nobody", "nobody"),
+        ("ratio:", "`ratio` must have a value"),
+        ("ratio: [[0.5]]", "`ratio` must have a value"),
+        ("pruner:", "`pruner` must have a value"),
+    ],
+)
+def test_bad_config_is_one_line(text, message, tmp_path, capsys):
+    if message in ("seeds", "ratio", "nobody"):
+        text += f"\nmodel: m\ndata: {tmp_path}" + ("" if "scorer" in text else "\nscorer: random")
+    (tmp_path / "c.yaml").write_text(text)
+    code = cli.main(["compare", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "o")])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_plan_puts_whole_seeds_first(settings):
+    seeds = [run.seed for run in plan(settings)]
+    assert seeds == sorted(seeds)
+    assert len(seeds) == 2 * 2 * 3
+
+
+def row(task, scorer, seed, value, ratio=0.5):
+    return {"task": task, "scorer": scorer, "ratio": 0.0 if scorer == DENSE else ratio, "seed": seed, "value": value}
+
+
+ROWS = [
+    *(row("a", DENSE, s, v) for s, v in enumerate([0.80, 0.90, 0.85])),
+    *(row("a", "x", s, v) for s, v in enumerate([0.70, 0.78, 0.76])),
+    *(row("b", DENSE, s, v) for s, v in enumerate([0.50, 0.50, 0.50])),
+    *(row("b", "x", s, v) for s, v in enumerate([0.40, 0.60, 0.50])),
+]
+
+
+def test_summary_by_hand():
+    found = {(s.task, s.scorer): s for s in summarise(ROWS)}
+    a = found["a", "x"]
+    assert a.mean == pytest.approx(2.24 / 3)
+    assert a.difference == pytest.approx(-0.31 / 3)  # -.10, -.12, -.09
+    # t = mean / (std / sqrt n) = -.10333 / (.015275 / 1.73205) = -11.717; two-sided, 2 degrees of freedom.
+    assert a.p_value == pytest.approx(0.00720, abs=1e-4)
+    assert a.is_noise is False
+    b = found["b", "x"]
+    assert b.difference == pytest.approx(0, abs=1e-12)
+    assert b.is_noise is True
+    mean = found[ALL_TASKS, "x"]
+    assert mean.mean == pytest.approx((a.mean + b.mean) / 2)
+    ratios = [0.70 / 0.80, 0.78 / 0.90, 0.76 / 0.85, 0.8, 1.2, 1.0]
+    assert mean.retention == pytest.approx(sum(ratios) / 6)
+    assert found["a", DENSE].difference is None
+    assert "-0.103*" in markdown(comparison_table(summarise(ROWS)))
+
+
+def test_summary_of_little():
+    only = summarise(ROWS[3:4])[0]
+    assert (only.runs, only.std, only.difference, only.is_noise) == (1, None, None, None)
+    for lost in (0.1, 0.05):  # in floats the differences of the second are equal but for rounding
+        rows = [row("a", DENSE, 0, 0.8), row("a", DENSE, 1, 0.85)]
+        same = summarise([*rows, row("a", "x", 0, 0.8 - lost), row("a", "x", 1, 0.85 - lost)])
+        assert (same[1].p_value, same[1].is_noise) == (None, None)  # two equal steps prove nothing
+    level = summarise([*rows, row("a", "x", 0, 0.1 + 0.7), row("a", "x", 1, 0.15 + 0.7)])
+    assert level[1].p_value == 1
+    with pytest.raises(InvalidInputError, match="rows"):
+        summarise([])
+
+
+def test_lines_on_the_disk(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert read_lines(path) == []
+    append_line(path, {"a": 1})
+    with path.open("ab") as file:
+        file.write(b'{"b": ')
+    assert read_lines(path) == [{"a": 1}]
+    append_line(path, {"c": "é\n"})
+    assert read_lines(path) == [{"a": 1}, {"c": "é\n"}]
+    path.write_bytes(b"no json\n" + path.read_bytes())
+    with pytest.raises(InvalidInputError, match="line 1"):
+        read_lines(path)

@@ -1,0 +1,45 @@
+"""The blocks of docs/deployment.md, run as they stand in one folder."""
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from secateur import cli
+from tests.contract.test_legacy import v4_folder
+from tests.support.tiny import tiny_tokenizer
+from tests.system.test_company import pruned_classifier
+
+PAGE = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore")  # those of the packages on the page
+def test_blocks_run(onnx_classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    pruned_classifier().save_pretrained("small")
+    tiny_tokenizer().save_pretrained("small")
+    shutil.copytree(onnx_classifier / "onnx", "graph")  # of a model like it, by the page's own command
+    v4_folder(tmp_path / "OLD", {0: [1]})
+    names = {}
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert [kind for kind, _ in blocks].count("python") == 5
+    ran = []
+    for kind, block in blocks:
+        if kind == "python":
+            exec(block, names)
+        for line in block.splitlines() if kind == "sh" else ():
+            words = shlex.split(line)
+            if words[0] == "secateur" and "graph" not in words:
+                assert cli.main(words[1:]) == 0, line
+                ran.append(words[1])
+    assert ran == ["export", "convert"]
+    assert names["logits"].shape == (2, 3)
+    assert names["embeddings"].shape == (1, 32)
+    assert type(names["merged"]).__name__ == type(names["half"]).__name__ == "BertForSequenceClassification"
+    assert (tmp_path / "new" / "config.json").is_file()

@@ -1,0 +1,130 @@
+"""`secateur export --format onnx`: the graph gives what PyTorch gives, or there is no graph."""
+
+import json
+import shutil
+import sys
+
+import numpy
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
+
+from secateur import cli
+from secateur.exporting import onnx as onnx_export
+from secateur.exporting.export import export_onnx
+from secateur.models.loading import load_model
+from secateur.removal.remove import remove_
+from secateur.sites.attention import find_sites
+from tests.support.tiny import CONFIGS, tiny_model, uneven_mask
+
+
+def run(folder, inputs):
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return session.run(None, {name: numpy.asarray(value) for name, value in inputs.items()})
+
+
+def test_a_pruned_classifier_with_an_emptied_site(onnx_classifier):
+
+    graph = onnx.load(onnx_classifier / "onnx" / "model.onnx", load_external_data=False)
+    assert graph.opset_import[0].version == 20
+    assert [i.name for i in graph.graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
+    axes = [[d.dim_param for d in i.type.tensor_type.shape.dim] for i in graph.graph.input]
+    assert axes == [["batch", "sequence"]] * 3
+    results = [d.dim_param or d.dim_value for d in graph.graph.output[0].type.tensor_type.shape.dim]
+    assert results == ["batch", 3]
+    # The weights are the pruned ones: layer 0 keeps three of four heads.
+    assert [24, 32] in [list(i.dims) for i in graph.graph.initializer] or [32, 24] in [
+        list(i.dims) for i in graph.graph.initializer
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(onnx_classifier / "onnx")
+    model = load_model(onnx_classifier / "pruned", "cpu")
+    # Padding may not change a text's result: alone, and among longer ones.
+    texts = ["good film", "bad plot story end start red blue music scene actor", "music"]
+    together = dict(tokenizer(texts, padding=True, return_tensors="np"), token_type_ids=None)
+    together["token_type_ids"] = numpy.zeros_like(together["input_ids"])
+    (logits,) = run(onnx_classifier / "onnx", together)
+    with torch.no_grad():
+        wanted = model(**{name: torch.as_tensor(value) for name, value in together.items()}).logits
+    numpy.testing.assert_allclose(logits, wanted.numpy(), atol=1e-5)
+    alone = {name: value[:1, :4] for name, value in together.items()}
+    numpy.testing.assert_allclose(run(onnx_classifier / "onnx", alone)[0], logits[:1], atol=1e-5)
+
+
+def test_a_decoder_gives_logits_without_a_cache(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 1
+    model = AutoModelForCausalLM.from_config(config).eval()
+    remove_(model, uneven_mask(find_sites(model)))
+    model.save_pretrained(tmp_path / "pruned")
+    capsys.readouterr()
+    code = cli.main(["export", str(tmp_path / "pruned"), "--format", "onnx", "--out", str(tmp_path / "onnx"), "--json"])
+    assert code == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["outputs"] == ["logits"]
+    assert result["inputs"] == ["input_ids", "attention_mask"]
+    assert result["max_difference"] <= 1e-4
+
+
+def test_a_model_of_few_positions_that_returns_all_it_has(tmp_path):
+    """What a config asks for besides is no output of the graph, and no text is longer than the model takes."""
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
+        max_position_embeddings=16, output_hidden_states=True, return_dict=False,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "model")
+    result = export_onnx(tmp_path / "model", tmp_path / "onnx")
+    assert result["outputs"] == ["last_hidden_state", "pooler_output"]
+    assert result["max_difference"] <= 1e-4
+
+
+def test_weights_that_are_not_there_are_not_exported(onnx_classifier, tmp_path, capsys):
+    shutil.copytree(onnx_classifier / "pruned", tmp_path / "half")
+    path = tmp_path / "half" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["classifier.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    for form in ("onnx", "standalone"):
+        assert cli.main(["export", str(tmp_path / "half"), "--format", form, "--out", str(tmp_path / form)]) == 2
+        assert "lacks weights of BertForSequenceClassification, such as classifier.weight" in capsys.readouterr().err
+        assert not (tmp_path / form).exists()
+
+
+def test_a_graph_that_differs_is_an_error_and_leaves_nothing(onnx_classifier, tmp_path, monkeypatch, capsys):
+    """Another model's graph in place of the one asked for."""
+    model = load_model(onnx_classifier / "pruned", "cpu")
+    with torch.no_grad():
+        model.classifier.bias += 0.01
+    model.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(
+        onnx_export, "_export", lambda *args: shutil.copytree(onnx_classifier / "onnx", args[-1], dirs_exist_ok=True)
+    )
+    capsys.readouterr()
+    code = cli.main(["export", str(tmp_path / "other"), "--format", "onnx", "--out", str(tmp_path / "onnx")])
+    assert code == 2
+    assert "differs from PyTorch by 0.01 (at most 0.0001 is accepted)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("kind", ["t5", "vit"])
+def test_what_is_no_text_encoder_or_decoder_is_refused(kind, tmp_path, capsys):
+    tiny_model(kind).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    code = cli.main(["export", str(tmp_path / "model"), "--format", "onnx", "--out", str(tmp_path / "onnx")])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "is neither a text encoder nor a decoder" in error
+
+
+def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, capsys):
+    tiny_model("bert").save_pretrained(tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    capsys.readouterr()
+    code = cli.main(["export", str(tmp_path / "model"), "--format", "onnx", "--out", str(tmp_path / "onnx")])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "pip install 'secateur[onnx]'" in error
