@@ -36,7 +36,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(allocation="session")
+@pytest.fixture(scope="session")
 def minilm_folder() -> Path:
     from secateur.demo import demo_model
     from secateur.errors import InvalidInputError
@@ -54,7 +54,7 @@ def minilm(minilm_folder):
     return AutoModel.from_pretrained(minilm_folder).eval()
 
 
-@pytest.fixture(allocation="session")
+@pytest.fixture(scope="session")
 def tokenizer(minilm_folder):
     from transformers import AutoTokenizer
 
@@ -66,14 +66,14 @@ def batch(tokenizer):
     return dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
 
 
-@pytest.fixture(allocation="session")
+@pytest.fixture(scope="session")
 def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED} with the authors' checkpoints and the GLUE files; set SECATEUR_SHARED")
     return SHARED
 
 
-@pytest.fixture(allocation="session")
+@pytest.fixture(scope="session")
 def onnx_classifier(tmp_path_factory) -> Path:
     """A folder with `pruned`, a tiny classifier with an emptied site, and `onnx`, its export by the command."""
     from secateur import cli

@@ -188,7 +188,7 @@ def test_what_csv_and_json_can_write_comes_back(tmp_path_factory, rows):
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(allocation="module", params=["an encoder", "a decoder"])
+@pytest.fixture(scope="module", params=["an encoder", "a decoder"])
 def subject(request):
     if request.param == "an encoder":
         return request.param, tiny_model("bert"), tiny_tokenizer()

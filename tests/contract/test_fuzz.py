@@ -59,7 +59,7 @@ def check_message(error):
     assert "`" in text or "head_" in text or ".json" in text  # a parameter or a file is named
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def recipes():
     """The recipes of a BERT with an emptied site, a T5, whose sites share a bias, and a Llama with grouped queries."""
     found = {}
@@ -70,7 +70,7 @@ def recipes():
     return found
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def scores_data():
     """A scores file with all there can be in it."""
     scores = Scores(

@@ -111,7 +111,7 @@ RESULTS = {"CheckpointError", "InvalidInputError", "PruningReport", "RemovalErro
 SAID_AS = {"values_by_site": r"scores|mask", "record": "record"}
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def good():
     """Arguments with which every function works."""
     model = tiny_model("bert")

@@ -21,7 +21,7 @@ from tests.support.processes import command
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model, and two tasks that it can learn a little of."""
     folder = tmp_path_factory.mktemp("compare")

@@ -29,7 +29,7 @@ GROWING = (*RESUMED, "compare")
 MOMENTS = "some of its writes, then Ctrl-C later, then a kill later still"
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def given(tmp_path_factory):
     """A tiny model, and a task with train and dev."""
     folder = tmp_path_factory.mktemp("given")

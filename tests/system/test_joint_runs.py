@@ -44,7 +44,7 @@ def same(one, other):
     return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
-@pytest.fixture(allocation="module", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def small_runs():
     """A few masks near each choice, and a short fit, so that a run takes seconds."""
     fewer, shorter = partial(TrialConfig, near=NEAR), partial(FitConfig, epochs=40)
@@ -52,7 +52,7 @@ def small_runs():
         yield
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A whole run: its folder and its pruner."""
     out = tmp_path_factory.mktemp("joint") / "run"

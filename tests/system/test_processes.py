@@ -92,7 +92,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from tests.support.browser import MISSING, browser, chromium, opened
 from tests.support.report_data import EVIL, write_comparison, write_pruned
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def running():
     pytest.importorskip("playwright", reason="the page is tested with playwright, which the dev extra brings")
     if chromium() is None:
@@ -17,7 +17,7 @@ def running():
         yield found
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def file(tmp_path_factory):
     """A page with all there is: a pruning with maps, a comparison with scores, and a name that is markup."""
     folder = tmp_path_factory.mktemp("page")

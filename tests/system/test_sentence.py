@@ -23,7 +23,7 @@ pytestmark = [
 ]  # fmt: skip
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def folders(minilm_folder, tmp_path_factory):
     """The same model as sentence-transformers saves it today, and with the transformer in a folder of its own."""
     from sentence_transformers import SentenceTransformer

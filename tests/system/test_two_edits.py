@@ -59,7 +59,7 @@ sys.exit(pytest.main(["--collect-only", "-p", "no:cacheprovider", "tests/contrac
 """
 
 
-@pytest.fixture(allocation="module")
+@pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("edits")
     for part in ("src", "tests", "docs"):

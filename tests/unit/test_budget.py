@@ -204,7 +204,7 @@ def test_pruning_keeps_within_the_budget(kind, allocation, budget):
     assert outcome.reached == outcome.expected <= outcome.budget.limit
     if outcome.budget.quantity == "heads":
         assert outcome.reached == report.after.heads / report.before.heads
-    mask = secateur.allocate(report.scores, budget, model, allocation)
+    mask = secateur.allocate(model, report.scores, budget=budget, allocation=allocation)
     assert mask.kept == report.mask.kept
     # One head more would have been too many: the mask of the next smaller ratio exceeds the budget.
     within = BudgetedSelection(model, outcome.budget, allocation)
@@ -231,7 +231,7 @@ def test_a_model_without_heads_is_refused(arguments):
         secateur.prune(model, scorer="magnitude", **arguments)
     scores = secateur.score(model, scorer="magnitude")
     with pytest.raises(UnsupportedModelError, match="no attention heads left"):
-        secateur.allocate(scores, "macs=0.9", model, arguments.get("allocation", "uniform"))
+        secateur.allocate(model, scores, budget="macs=0.9", allocation=arguments.get("allocation", "uniform"))
 
 
 def test_a_budget_that_heads_cannot_reach_is_refused_before_scoring(monkeypatch):
@@ -304,7 +304,7 @@ def test_sites_without_scores_stay_whole_within_a_budget(budget, kept, allocatio
         lambda base, costs, shape, progress: type("Table", (), {"kinds": (Kind(names, levels),)})(),
     )
     scores = Scores({names[1]: torch.tensor([1.0, 4.0, 3.0, 2.0])})
-    assert secateur.allocate(scores, budget, model, allocation).kept == {names[1]: kept}
+    assert secateur.allocate(model, scores, budget=budget, allocation=allocation).kept == {names[1]: kept}
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -27,7 +27,7 @@ def test_scores_must_be_finite(bad):
 
 
 def test_key_value_heads_must_divide():
-    with pytest.raises(InvalidInputError, match="divide the site's 3 heads"):
+    with pytest.raises(InvalidInputError, match="divide the site's 3 units"):
         Scores({"a": torch.ones(3)}, {"a": 2})
 
 
@@ -39,7 +39,7 @@ def test_mask_must_be_boolean_vectors(bad):
 
 @pytest.mark.parametrize("empty", [Mask, Scores])
 def test_empty_is_refused(empty):
-    with pytest.raises(InvalidInputError, match="at least one attention site"):
+    with pytest.raises(InvalidInputError, match="at least one site"):
         empty({})
 
 
