@@ -25,7 +25,7 @@ from typing import Any
 import click
 import torch
 from benchmarks.provenance import provenance
-from benchmarks.subjects import minilm_and_tokenizer
+from benchmarks.runs import minilm
 
 import secateur
 from secateur.demo import demo_model, demo_task
@@ -83,7 +83,7 @@ def report(row: dict[str, Any]) -> None:
 def main(transformers_4: str, rounds: int, only: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     pythons = {"5": sys.executable, "4": str(Path(transformers_4).absolute())}
-    model, tokenizer = minilm_and_tokenizer()
+    model, tokenizer = minilm()
     texts = demo_task(0)[0].texts
     scores = secateur.score_heads(model, texts[:128], "contribution", tokenizer)
     inputs = dict(tokenizer(texts[128:144], padding=True, truncation=True, max_length=64, return_tensors="pt"))
