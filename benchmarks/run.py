@@ -107,7 +107,12 @@ def main() -> None:
         fits=options.fits,
         **shared | lists,
     )
-    function(settings)(run, **own(settings))
+    measure = function(settings)
+    try:
+        inspect.signature(measure).bind(run, **own(settings))
+    except TypeError as error:
+        raise SystemExit(f"{path}: {error}") from None
+    measure(run, **own(settings))
 
 
 if __name__ == "__main__":
