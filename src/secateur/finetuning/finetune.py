@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from secateur.errors import InvalidInputError, invalid
 from secateur.finetuning.evaluate import check_model_fits, evaluate_model, main_metric
 from secateur.finetuning.trainer import train, training_device
+from secateur.models.base_model import base_of
 from secateur.models.loading import check_device, load_model, load_tokenizer, quiet_transformers
-from secateur.models.state import base_of
 from secateur.support.files import new_folder, write_text
 from secateur.texts.data import Task, padding_token, tokenize
 

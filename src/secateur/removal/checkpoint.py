@@ -91,7 +91,7 @@ def _narrow(model: PreTrainedModel) -> None:
     the whole; a task model finds its base model narrowed already. A model of the user's own may hold transformers'
     models as parts, in a row or beside its base model, with recipes that name their sites as its own.
     """
-    from secateur.models.state import base_of
+    from secateur.models.base_model import base_of
     from secateur.removal.replay import missing_sites, rebuild_
     from secateur.sites.recipe import read_recipe
 
@@ -141,7 +141,7 @@ def _complete_config_(model: PreTrainedModel) -> None:
     the model's: where the config does not have it in another place a `SecateurWarning` is issued.
     """
     from secateur.errors import SecateurWarning
-    from secateur.models.state import base_of
+    from secateur.models.base_model import base_of
     from secateur.removal.remove import give_own_configs_
     from secateur.sites.recipe import KEY, REMOVED
 

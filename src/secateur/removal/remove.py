@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import RemovalError, invalid
+from secateur.models.base_model import base_of
 from secateur.models.failure import place_of, running_modules, site_of
 from secateur.models.finite import check_finite
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import check_loaded
-from secateur.models.state import base_of, check_plain_weights, held, in_float32
+from secateur.models.state import check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
