@@ -39,8 +39,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
 
 from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs
-from secateur.models.state import base_of
 from secateur.removal.remove import gated, remove_
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe

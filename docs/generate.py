@@ -10,9 +10,9 @@ from typing import Any
 
 import secateur
 from secateur.comparing.compare import DENSE
-from secateur.comparing.summary import (ALL_TASKS, summarise)
-from secateur.scorers import (DEFAULT_SCORER, SCORERS, scorer_class)
-from secateur.support.files import (read_json, read_lines)
+from secateur.comparing.summary import ALL_TASKS, summarise
+from secateur.scorers import DEFAULT_SCORER, SCORERS, scorer_class
+from secateur.support.files import read_json, read_lines
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 

@@ -21,7 +21,7 @@ from benchmarks.subjects import reaction_model, reactions, smollm2
 from torch import Tensor
 from transformers import AlbertForMaskedLM, BertModel
 
-from secateur.models.state import base_of
+from secateur.models.base_model import base_of
 from secateur.pruners.word_matches import matching
 from secateur.sites.gating import HeadReading, probe
 

@@ -17,7 +17,7 @@ from benchmarks.sweep import build, first_line, in_child, uneven_mask
 from tests.tiny import tiny_texts, tiny_tokenizer
 
 from secateur.errors import SecateurError
-from secateur.models.state import base_of
+from secateur.models.base_model import base_of
 from secateur.removal.remove import remove_
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.settings import Reading

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError
+from secateur.models.base_model import base_of
 from secateur.models.finite import check_weights
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import check_loaded, gradients_within, is_offloaded, is_too_large_to_widen
-from secateur.models.state import base_of, evaluation_mode, gradients_for_all, held, in_float32, without_autocast
+from secateur.models.state import evaluation_mode, gradients_for_all, held, in_float32, without_autocast
 from secateur.sites.attention_finder import AttentionFinder
 from secateur.sites.gating import count_heads, prepare, probe
 from secateur.sites.layout import AttentionSite
