@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.choosing.search import MaskLoss, search
+from secateur.choosing.mask_loss import MaskLoss
+from secateur.choosing.search import search
 from secateur.errors import invalid
 from secateur.models.inputs import forward_arguments
 from secateur.models.state import base_of, evaluation_mode, held
