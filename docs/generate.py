@@ -31,8 +31,11 @@ MODULES = [
     "secateur.scorers.learned",
     "secateur.meta_training.config",
     "secateur.meta_training.subjects",
+    "secateur.meta_training.held_out",
     "secateur.meta_training.paper",
-    "secateur.meta_training.trials",
+    "secateur.meta_training.joint_config",
+    "secateur.meta_training.joint_training",
+    "secateur.meta_training.joint_held_out",
     "secateur.sites.gating",
     "secateur.measuring.cost",
 ]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.choosing.search import MaskLoss, Trial, search
+from secateur.choosing.mask_loss import MaskLoss
+from secateur.choosing.search import Trial, search
 from secateur.errors import invalid
 from secateur.models.state import evaluation_mode, held
 from secateur.pruners.tokens import special_ids_of

@@ -197,7 +197,8 @@ def meta_train(
 
     from secateur.errors import InvalidInputError, invalid
     from secateur.meta_training.config import MetaTrainingConfig
-    from secateur.meta_training.paper import HeldOut, train_meta_pruner
+    from secateur.meta_training.held_out import HeldOut
+    from secateur.meta_training.paper import train_meta_pruner
     from secateur.meta_training.runs import latest_checkpoint
     from secateur.meta_training.subjects import Subject
     from secateur.models.loading import load_model, load_tokenizer
@@ -233,7 +234,10 @@ def meta_train(
     "--search", default=0, show_default=True, type=click.IntRange(0), metavar="N",
     help="Search for the best masks by N exchanges of heads each, and remember them of the model.",
 )  # fmt: skip
-@click.option("--judges", default=8, show_default=True, type=click.IntRange(1), help="Batches that judge masks.")
+@click.option(
+    "--judges", "evaluation_batches", default=8, show_default=True, type=click.IntRange(1),
+    help="Batches that judge masks.",
+)  # fmt: skip
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(3), help="Texts a batch.")
 @length_option
 @click.option(
@@ -255,14 +259,10 @@ def joint_train(
 
     from secateur.cli.tables import held_out_table, print_table
     from secateur.errors import InvalidInputError, invalid
+    from secateur.meta_training.joint_config import SETTINGS, JointTrainingConfig
+    from secateur.meta_training.joint_held_out import check_held_out, held_out_losses
+    from secateur.meta_training.joint_training import train_joint_pruner
     from secateur.meta_training.subjects import Subject
-    from secateur.meta_training.trials import (
-        SETTINGS,
-        JointTrainingConfig,
-        check_held_out,
-        held_out_losses,
-        train_joint_pruner,
-    )
     from secateur.models.loading import load_model, load_tokenizer
     from secateur.texts.data import has_splits, load_task
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, evaluation_mode, held, without_autocast
