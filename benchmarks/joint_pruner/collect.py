@@ -30,9 +30,9 @@ from benchmarks.runs import inputs as batched
 from benchmarks.subjects import READ_ENGLISH, SUBJECTS, Subject
 from transformers import PreTrainedModel
 
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.comparing.workers import each, workers
-from secateur.meta_training.joint import TrialConfig, collect
+from secateur.meta_training.collecting import TrialConfig, collect
 from secateur.pruners.joint_network import JointPruner
 from secateur.sites.attention import find_sites
 from secateur.texts.data import load_task

@@ -25,10 +25,11 @@ import torch
 from benchmarks.joint_pruner.collect import OWN, family, task_of
 from benchmarks.subjects import SUBJECTS
 
-from secateur.meta_training.joint import BESIDE_FOUND, FitConfig, Sample, fit, remember
-from secateur.pruners.evidence import fingerprints_of
+from secateur.meta_training.fitting import BESIDE_FOUND, FitConfig, fit
+from secateur.meta_training.remembering import remember
+from secateur.meta_training.sample import Sample
 from secateur.pruners.joint_network import JointPruner
-from secateur.pruners.writes import output_weights
+from secateur.pruners.writes import fingerprints_of, output_weights
 from secateur.scorers.smp_plus import SHIPPED
 from secateur.sites.attention import find_sites
 

@@ -16,7 +16,7 @@ from benchmarks.provenance import made
 from benchmarks.runs import JUDGED, LENGTH, SCORED, Run, inputs, minilm
 from tqdm import tqdm
 
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.demo import demo_model
 from secateur.models.loading import load_model
 from secateur.removal.remove import remove_

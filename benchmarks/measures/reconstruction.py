@@ -28,7 +28,7 @@ from benchmarks.runs import JUDGED, LENGTH, SCORED, Run, inputs, minilm, table
 from benchmarks.subjects import ANTIBODY, SUBJECTS
 from tqdm import tqdm
 
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.demo import demo_task
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers.score import score

@@ -21,8 +21,8 @@ from benchmarks.embeddings import embeddings
 from benchmarks.runs import JUDGED, LENGTH, SCORED, Run, inputs, minilm
 from tqdm import tqdm
 
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.choosing.refinement import refine_mask
-from secateur.choosing.search import MaskLoss
 from secateur.finetuning.evaluate import regression_metrics
 from secateur.scorers.score import score
 from secateur.settings import Reading
