@@ -93,9 +93,11 @@ def collect_one(
     judges = [MaskLoss(judge, placed(made, judging.device, dtype), is_pair) for made in read]
     unseen = family(name) if kind == OWN else task_of(kind)
     earlier = JointPruner.from_pretrained(pruner.format(unseen=unseen)) if pruner else None
-    about = name, kind, config, seed, earlier
     sites, scored = find_sites(subject.model), placed(scored, judging.device)
-    collect(subject.model, sites, scored, judges, is_pair, *about).save(path)
+    sample = collect(
+        subject.model, sites, scored, judges, is_pair, subject=name, task=kind, config=config, seed=seed, pruner=earlier
+    )
+    sample.save(path)
 
 
 def placed(batches: list[dict], device: str, dtype: torch.dtype | None = None) -> list[dict]:

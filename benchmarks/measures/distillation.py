@@ -23,6 +23,8 @@ from secateur.removal.remove import remove_
 from secateur.restoring.distillation import distill_
 from secateur.scorers.score import score
 from secateur.settings import Reading
+from secateur.sites.attention import find_sites
+from secateur.units.masks import PresentMask
 from secateur.units.select import Allocation, select
 
 SENTENCES = "single sentences of stsb"
@@ -45,7 +47,7 @@ def measure(run: Run, *, allocations: list[Allocation], steps: int) -> None:
             "ratio": 0.5,
             "seed": 0,
             "steps": steps,
-            "kl_pruned": loss(mask),
+            "kl_pruned": loss(mask.present(find_sites(dense))),
         }
         pruned = load_model(demo_model(), "cpu")
         remove_(pruned, mask)
@@ -60,6 +62,6 @@ def measure(run: Run, *, allocations: list[Allocation], steps: int) -> None:
         if texts == SENTENCES:
             row["similarity"] = similarity(pruned, tokenizer, test, None)
         loss.model = pruned
-        row["kl"] = loss({})
+        row["kl"] = loss(PresentMask({}))
         run.add(row | made())
         print(row)

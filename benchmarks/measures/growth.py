@@ -17,7 +17,8 @@ from secateur.measuring.cost import measure_cost
 from secateur.models.inputs import example_inputs
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
-from secateur.sites.attention import find_sites
+from secateur.texts.calibration import PreparedModel
+from secateur.texts.sources import ReadyInputs
 
 TEXTS, TOKENS = (32, 64, 128, 256, 512), (32, 64, 128, 256, 512)
 BATCH, FEW, SHORT = 32, 8, 32
@@ -25,7 +26,8 @@ BATCH, FEW, SHORT = 32, 8, 32
 
 def measure(run: Run, *, scorers: list[str], rounds: int) -> None:
     model, _ = minilm()
-    sites = find_sites(model)
+    prepared = PreparedModel(model)
+    sites = prepared.sites
     points = [(count, SHORT, BATCH) for count in TEXTS] + [(FEW, length, FEW) for length in TOKENS]
     made = {name: make_scorer(name) for name in scorers}
     seconds: dict[tuple[str, int, int], list[float]] = {}
@@ -34,7 +36,7 @@ def measure(run: Run, *, scorers: list[str], rounds: int) -> None:
             given = [example_inputs(model, batch, tokens, padding=0, seed=seed) for seed in range(texts // batch)]
             for name, scorer in made.items():
                 start = time.process_time()
-                scorer.score(ScoringTask(model, sites, given))
+                scorer.score(ScoringTask(model, sites, ReadyInputs(prepared, given)))
                 if number:  # the first round warms up
                     seconds.setdefault((name, texts, tokens), []).append(time.process_time() - start)
         print(f"round {number} of {rounds}", flush=True)

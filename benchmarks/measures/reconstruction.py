@@ -33,6 +33,7 @@ from secateur.demo import demo_task
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers.score import score
 from secateur.settings import Reading
+from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
 from secateur.units.select import Allocation, select
 
@@ -70,13 +71,14 @@ def judge(
 ) -> tuple[Any, dict[str, Any]]:
     """Refit a copy of the model on texts, if any, and return it and a row that says what it loses by the mask."""
     loss.model = model
-    loss(mask)  # looks at the dense model once
+    kept = mask.present(find_sites(model))
+    loss(kept)  # looks at the dense model once
     refitted, start, row = copy.deepcopy(model), time.perf_counter(), {}
     if texts:
         row["fitted_on"] = list(reconstruct_(refitted, mask, texts, tokenizer, reading=Reading(max_length=length)))
         row["seconds"] = time.perf_counter() - start
     loss.model = refitted
-    row["kl"] = loss(mask)
+    row["kl"] = loss(kept)
     return refitted, row | made()
 
 

@@ -77,6 +77,7 @@ def measure(run: Run, *, methods: list[dict[str, Any]], allocations: list[str], 
     done = {(row["task"], row["scorer"], row["seed"], row["allocation"], row["ratio"]) for row in rows}
     cells = list(itertools.product(allocations, ratios))
     model, tokenizer = minilm()
+    sites = find_sites(model)
     test = run.task("stsb", "test", need_labels=True)
     if not similarities:
         found = similarity(model, tokenizer, test, None)
@@ -111,7 +112,7 @@ def measure(run: Run, *, methods: list[dict[str, Any]], allocations: list[str], 
                         reading=Reading(max_length=LENGTH, seed=seed),
                     )
                 cell = {"scorer": method.name, "allocation": allocation, "ratio": ratio, "seed": seed}
-                rows.append({"task": name, **cell, "kl": loss(mask)})
+                rows.append({"task": name, **cell, "kl": loss(mask.present(sites))})
                 if name == "stsb":
                     similarities.append({**cell, "spearman": similarity(model, tokenizer, test, mask)})
         times.update({method: statistics.median(values) for method, values in costs.items()})

@@ -17,7 +17,8 @@ from benchmarks.runs import Run
 from torch import Tensor
 
 from secateur.texts.stopping import Settling
-from secateur.units.scores import Scores
+from secateur.units.scores import PresentScores
+from secateur.units.select import select as select_units
 
 HEADS, GROUPS, TEXTS = 64, 8, 32
 SITES = (2, 5, 10, 20)
@@ -29,7 +30,7 @@ def look(sites: int) -> dict[str, float]:
     names = [f"layers.{number}.self_attn" for number in range(sites)]
 
     def select(means: Mapping[str, Tensor]) -> Tensor:
-        mask = select(Scores(means, dict.fromkeys(names, GROUPS)))
+        mask = select_units(PresentScores(dict(means), dict.fromkeys(names, GROUPS)))
         return torch.cat([mask[name] for name in names])
 
     settling = Settling(select, 10_000)

@@ -24,11 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from secateur.demo import demo_task
 from secateur.measuring.memory import cpu_allocations
 from secateur.measuring.timing import quartiles, time_in_turn
-from secateur.pruners.evidence import _Site
+from secateur.pruners.site_sums import SiteSums
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
+from secateur.texts.calibration import PreparedModel
+from secateur.texts.sources import ReadyInputs
 
 PROFILES = 2
 READING = "a scorer reads"
@@ -56,7 +58,7 @@ def kind_of(operator: str) -> str:
 @contextmanager
 def readings_marked(scorer: Any) -> Iterator[None]:
     """Mark in profiles what a scorer does with the reading of a site."""
-    owner = type(scorer) if hasattr(scorer, "read") else _Site
+    owner = type(scorer) if hasattr(scorer, "read") else SiteSums
     original = owner.read
 
     def read(*arguments: Any) -> Any:
@@ -139,7 +141,7 @@ def measure(run: Run, *, scorers: list[str], rounds: int) -> None:
     shapes = [tuple(batch["input_ids"].shape) for batch in made]
     sites = find_sites(model)
     few = inputs(model, tokenizer, texts[:8], batch=8)
-    task, small = ScoringTask(model, sites, made), ScoringTask(model, sites, few)
+    task, small = (ScoringTask(model, sites, ReadyInputs(PreparedModel(model), some)) for some in (made, few))
 
     def dense(given: Any = made) -> None:
         for batch in given:

@@ -16,13 +16,15 @@ from secateur.demo import demo_task
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
 from secateur.sites.attention import find_sites
+from secateur.texts.calibration import PreparedModel
+from secateur.texts.sources import ReadyInputs
 
 
 def measure(run: Run, *, scorers: list[str], rounds: int) -> None:
     model, tokenizer = minilm()
     texts = demo_task()[0].texts
     made = inputs(model, tokenizer, [(texts[2 * i], texts[2 * i + 1]) for i in range(SCORED)])
-    task = ScoringTask(model, find_sites(model), made, is_pair=True)
+    task = ScoringTask(model, find_sites(model), ReadyInputs(PreparedModel(model), made, is_pair=True))
 
     @torch.no_grad()
     def dense() -> None:
