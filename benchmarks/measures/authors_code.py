@@ -128,7 +128,9 @@ def classifier(task: Task) -> Any:
 
 def taylor(michel: Path, task: Task, tokenizer: Any) -> dict[str, Any]:
     theirs = module(michel / "examples", "classifier_eval.py").calculate_head_importance
-    ours = score(classifier(task), task.texts, TaylorScorer(), tokenizer, labels=task.labels, reading=Reading(max_length=LENGTH))  # fmt: skip
+    ours = score(
+        classifier(task), task.texts, TaylorScorer(), tokenizer, labels=task.labels, reading=Reading(max_length=LENGTH)
+    )
     quiet = {"batch_size": 1, "verbose": False, "disable_progress_bar": True}
     found = {
         name: theirs(AsTheirs(classifier(task), as_one), tensors(task, tokenizer), **quiet).double()

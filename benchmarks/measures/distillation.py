@@ -38,7 +38,14 @@ def measure(run: Run, *, allocations: list[Allocation], steps: int) -> None:
     for texts, allocation in tqdm(cells):
         task = "stsb" if texts == SENTENCES else texts
         train, dev = run.task(task), run.task(task, "dev").head(JUDGED, seed=0)
-        scores = score(dense, train.head(SCORED, seed=0).texts, "smp-plus", tokenizer, reading=Reading(max_length=LENGTH, seed=0, progress=False), **run.unseen(task))  # fmt: skip
+        scores = score(
+            dense,
+            train.head(SCORED, seed=0).texts,
+            "smp-plus",
+            tokenizer,
+            reading=Reading(max_length=LENGTH, seed=0, progress=False),
+            **run.unseen(task),
+        )
         mask = select(scores, 0.5, allocation)
         loss = MaskLoss(dense, inputs(dense, tokenizer, dev.texts), dev.is_pair)
         row = {

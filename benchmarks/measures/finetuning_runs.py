@@ -80,9 +80,31 @@ def finetune_mask(
             restored |= {"reconstruct": reconstruct, "losses": losses}
         remove_(model, mask)
         if distill:
-            losses = distill_(model.to(device), load_model(demo_model(), device), unlabelled, tokenizer, steps=distill, reading=Reading(batch_size=training.batch_size, max_length=training.max_length, seed=seed, bf16=bf16))  # fmt: skip
+            losses = distill_(
+                model.to(device),
+                load_model(demo_model(), device),
+                unlabelled,
+                tokenizer,
+                steps=distill,
+                reading=Reading(batch_size=training.batch_size, max_length=training.max_length, seed=seed, bf16=bf16),
+            )
             restored |= {"distill": distill, "distillation": losses}
-    _, result = finetune(model, train, dev, tokenizer=tokenizer, epochs=training.epochs, learning_rate=training.learning_rate, reading=Reading(batch_size=training.batch_size, max_length=training.max_length, seed=seed, bf16=bf16, device=device, progress=False))  # fmt: skip
+    _, result = finetune(
+        model,
+        train,
+        dev,
+        tokenizer=tokenizer,
+        epochs=training.epochs,
+        learning_rate=training.learning_rate,
+        reading=Reading(
+            batch_size=training.batch_size,
+            max_length=training.max_length,
+            seed=seed,
+            bf16=bf16,
+            device=device,
+            progress=False,
+        ),
+    )
     return {
         "task": task,
         "seed": seed,

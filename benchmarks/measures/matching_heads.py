@@ -38,7 +38,7 @@ def matching_of(model: Any, tokenizer: Any, texts: list[Any]) -> dict[str, Tenso
 
 
 def cells_that_keep(run: Run, heads: dict[str, dict[str, list[float]]], weight: float) -> int:
-    """Return in how many of task x ratio x allocation the mask of `matching` with that weight keeps all heads that match."""
+    """Return how many masks of `matching` (task x ratio x allocation) keep all heads that match, at that weight."""
     (model, tokenizer), kept = minilm(), 0
     for task, rows in heads.items():
         scores = score(

@@ -107,7 +107,15 @@ def measure(run: Run) -> None:
             model, tokenizer = classifier(seed)
             if mask is not None:
                 remove_(model, mask)
-            _, result = finetune(model, train, dev, tokenizer=tokenizer, epochs=3, learning_rate=1e-4, reading=Reading(batch_size=32, max_length=LENGTH, seed=seed, bf16=True, device="cpu", progress=False))  # fmt: skip
+            _, result = finetune(
+                model,
+                train,
+                dev,
+                tokenizer=tokenizer,
+                epochs=3,
+                learning_rate=1e-4,
+                reading=Reading(batch_size=32, max_length=LENGTH, seed=seed, bf16=True, device="cpu", progress=False),
+            )
             row = {
                 "mask": name,
                 "ratio": ratio,

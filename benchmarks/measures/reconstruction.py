@@ -55,7 +55,14 @@ def measure(run: Run, *, ratios: list[float]) -> None:
             missing = [texts for texts in TEXTS if cell({**about, "texts": texts}) not in done]
             if not missing:
                 continue
-            scores = score(model, train.head(SCORED, seed=seed).texts, scorer, tokenizer, reading=Reading(max_length=LENGTH, seed=seed, progress=False), **run.options(scorer, task))  # fmt: skip
+            scores = score(
+                model,
+                train.head(SCORED, seed=seed).texts,
+                scorer,
+                tokenizer,
+                reading=Reading(max_length=LENGTH, seed=seed, progress=False),
+                **run.options(scorer, task),
+            )
             mask = select(scores, ratio, allocation)
             for texts in missing:
                 given = train.head(texts, seed=seed).texts if texts else []

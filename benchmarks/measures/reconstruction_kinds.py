@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from benchmarks.runs import RESULTS, Run
 from benchmarks.sweep import build, first_line, in_child, uneven_mask
-from tests.tiny import tiny_texts, tiny_tokenizer
+from tests.support.tiny import tiny_texts, tiny_tokenizer
 
 from secateur.errors import SecateurError
 from secateur.models.base_model import base_of

@@ -1,7 +1,7 @@
 """The paper's comparison before fine-tuning: how well each scorer's mask keeps text representations.
 
 For each task, heads are scored on training texts; the relational KL of the mask is measured on dev texts. Recovery =
-(random - scorer) / (random - leave_one_out), both with allocation `site`, for either allocation: 0 is random heads, 1 is
+(random - scorer) / (random - leave_one_out), both with allocation `uniform`, for either: 0 is random heads, 1 is
 leave-one-out, with as many heads removed from every layer. Similarity is the Spearman correlation on STS-B's test pairs
 of cosine similarities of mean-pooled embeddings, no fine-tuning, heads scored on STS-B's training pairs. Prints
 Markdown tables and writes after every task; what the file has already is not measured again.
@@ -26,6 +26,7 @@ from secateur.choosing.refinement import refine_mask
 from secateur.finetuning.evaluate import regression_metrics
 from secateur.scorers.score import score
 from secateur.settings import Reading
+from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
 from secateur.texts.data import Task
 from secateur.units.masks import Mask
