@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from finetuning_runs import FULL, SCORED, finetune_mask, key, score_texts
 from joint_ablation import RESULTS
-from secateur.comparing.compare import DENSE
+from secateur.comparing.plan import DENSE
 from secateur.comparing.summary import Summary, summarise
 from secateur.comparing.workers import each, workers
 from secateur.demo import demo_model

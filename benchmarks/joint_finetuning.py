@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from finetuning_runs import SCORED, finetune_mask, key, score_texts
 from joint_ablation import FOLDS, MODEL, PARTS, RESULTS, UNSEEN, WHOLE, fit_variant, parts_of
-from secateur.comparing.compare import DENSE
+from secateur.comparing.plan import DENSE
 from secateur.comparing.summary import ALL_TASKS, summarise
 from secateur.comparing.workers import each, workers
 from secateur.demo import demo_model

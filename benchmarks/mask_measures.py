@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from provenance import provenance
-from secateur.comparing.compare import DENSE
+from secateur.comparing.plan import DENSE
 from secateur.demo import demo_model
 from secateur.models.inputs import forward_arguments
 from secateur.models.loading import load_model, load_tokenizer

@@ -19,7 +19,7 @@ from typing import Any
 from finetuning_runs import LITE, SCORED, finetune_mask, score_texts
 from joint_finetuning import RESULTS, TASKS
 from secateur.choosing.refinement import refine_mask
-from secateur.comparing.compare import DENSE
+from secateur.comparing.plan import DENSE
 from secateur.comparing.workers import each, workers
 from secateur.demo import demo_model
 from secateur.models.loading import load_model, load_tokenizer
