@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from secateur.errors import InvalidInputError
-from secateur.texts.data import Task, batches, check_texts, load_task, tokenize
+from secateur.texts.data import Task, load_task
+from secateur.texts.tokenization import batches, check_texts, tokenize
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 GLUE = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]

@@ -50,7 +50,7 @@ RANDOM = torch.Generator().manual_seed(0)
 
 
 def batches_of(model, count=8, size=4, seed=0):
-    from secateur.texts.data import batches
+    from secateur.texts.tokenization import batches
 
     return forward_arguments(model, batches(tiny_tokenizer(), tiny_texts(count, seed), size, 16))
 
@@ -212,7 +212,7 @@ def test_padding_and_batching_and_order_change_nothing():
 
 @pytest.mark.parametrize("is_pair", [False, True])
 def test_the_side_of_the_padding_changes_nothing(is_pair):
-    from secateur.texts.data import batches
+    from secateur.texts.tokenization import batches
 
     model, tokenizer, found = tiny_model("llama"), tiny_tokenizer(), []
     for side in ("right", "left"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import real_models
+from benchmarks.measures import real_models
 
 pytestmark = pytest.mark.real
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from secateur.errors import InvalidInputError, invalid
 from secateur.finetuning.evaluate import EVALUATION, check_model_fits, evaluate_model, main_metric
 from secateur.finetuning.trainer import train, training_device
+from secateur.models.base_model import base_of
 from secateur.models.loading import check_device, load_model, load_tokenizer, quiet_transformers
-from secateur.models.state import base_of
 from secateur.settings import Reading, said_of, settings_of
 from secateur.support.checks import check_positive
 from secateur.support.defaults import FINETUNING_EPOCHS, FINETUNING_RATE

@@ -20,8 +20,9 @@ from secateur.errors import invalid
 from secateur.measuring.cost import count_macs, forward_pass
 from secateur.measuring.memory import peak_bytes
 from secateur.measuring.timing import Clock, quartiles, time_in_turn
+from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs, max_length
-from secateur.models.state import base_of, evaluation_mode, gradients_for_all
+from secateur.models.state import evaluation_mode, gradients_for_all
 from secateur.settings import Shape, parse_shape
 from secateur.support.checks import check_whole
 from secateur.support.defaults import BENCHMARK_ROUNDS, BENCHMARK_SHAPES

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import UnsupportedModelError, invalid
+from secateur.models.base_model import base_of
 from secateur.models.inputs import forward_arguments
-from secateur.models.state import base_of
 from secateur.sites.gating import count_heads
 from secateur.texts.data import Task
 from secateur.texts.tokenization import batches

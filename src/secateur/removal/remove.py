@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import RemovalError, invalid
-from secateur.models.failure import locate
+from secateur.models.base_model import base_of
+from secateur.models.failure import place_of, running_modules, site_of
 from secateur.models.finite import check_finite
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import check_loaded
-from secateur.models.state import base_of, check_plain_weights, held, in_float32
+from secateur.models.state import check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
@@ -153,16 +154,16 @@ def _prove(
     """Return the difference of the cut model to the gated one, and the sites that do not run as they are.
 
     A model that raises is run again: with the code of emptied sites left out, or with the widths corrected that the
-    code of the site which raised asks for.
+    code of the site which was running asks for.
     """
     emptied = [sites[name] for name, vector in kept.items() if not vector.any()]
     special = _Special()
     while True:
         try:
-            return largest_difference(wanted, hidden_states(base, inputs)), special
+            with running_modules(base) as running:
+                return largest_difference(wanted, hidden_states(base, inputs)), special
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            failure = locate(error, base, sites)
-            site = sites.get(failure.site or "")
+            site = sites.get(site_of(running, sites) or "")
             can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_units
             if site is not None and can_reshape and site.name not in special.reshaped:
                 reshape_(base.get_submodule(site.name), site, int(kept[site.name].sum()), undo)
@@ -173,9 +174,10 @@ def _prove(
                     special.bypassed.append(bare.name)
             else:
                 where = f" at site {site.name}" if site is not None else ""
+                place = place_of(error, base.get_submodule(running[-1] if running else ""))
                 raise RemovalError(
                     f"{type(base).__name__} does not run with fewer heads{where}: its code counts on all of them "
-                    f"({failure.place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its heads "
+                    f"({place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its heads "
                     "with `secateur.gated`, which works, as scoring does; the model is unchanged"
                 ) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -121,6 +121,12 @@ def _score(
 
 def scorer_of(scorer: str | Scorer, options: Mapping[str, Any]) -> Scorer:
     """Return a scorer as it is, or make the one registered under a name. Raises `TypeError` for anything else."""
+    for kind in (Reading, Cut):
+        if meant := sorted({one.name for one in fields(kind)} & set(options)):
+            parameter = kind.__name__.lower()
+            raise InvalidInputError(
+                f"`{meant[0]}` belongs into `{parameter}`: {parameter}=secateur.{kind.__name__}({meant[0]}=…)"
+            )
     criterion = make_scorer(scorer, **options) if isinstance(scorer, str) else scorer
     if not isinstance(criterion, Scorer):
         raise TypeError(f"`scorer` must be a registered name or a Scorer, got {type(scorer).__name__}")
