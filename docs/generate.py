@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import secateur
-from secateur.comparing.compare import DENSE
+from secateur.comparing.plan import DENSE
 from secateur.comparing.summary import ALL_TASKS, summarise
 from secateur.scorers import DEFAULT_SCORER, SCORERS, scorer_class
 from secateur.support.files import read_json, read_lines
@@ -22,6 +22,8 @@ MODULES = [
     "secateur.finetuning.finetune",
     "secateur.finetuning.evaluate",
     "secateur.comparing.compare",
+    "secateur.comparing.plan",
+    "secateur.comparing.protocols",
     "secateur.comparing.summary",
     "secateur.report",
     "secateur.report.reading",

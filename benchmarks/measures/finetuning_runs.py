@@ -10,7 +10,7 @@ import torch
 from benchmarks.provenance import made
 from transformers import set_seed
 
-from secateur.comparing.compare import Protocol
+from secateur.comparing.protocols import Protocol
 from secateur.demo import demo_model
 from secateur.finetuning.evaluate import main_metric
 from secateur.finetuning.finetune import finetune, load_classifier

@@ -23,7 +23,7 @@ from benchmarks.measures.finetuning_runs import FULL, finetune_mask, key, score_
 from benchmarks.runs import RESULTS, SCORED, Run, minilm, table
 from tqdm import tqdm
 
-from secateur.comparing.compare import DENSE
+from secateur.comparing.plan import DENSE
 from secateur.comparing.summary import Summary, summarise
 from secateur.comparing.workers import each, workers
 from secateur.support.files import append_line, read_lines, write_text

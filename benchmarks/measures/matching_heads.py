@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.runs import LENGTH, RESULTS, SCORED, Run, inputs, minilm
 from torch import Tensor
 
-from secateur.comparing.compare import DENSE
+from secateur.comparing.plan import DENSE
 from secateur.pruners.evidence import gather_evidence
 from secateur.scorers.score import score
 from secateur.settings import Reading

@@ -17,11 +17,12 @@ import onnxruntime
 import torch
 from benchmarks.runs import Run
 
-from secateur.demo import CALIBRATION_TEXTS, MAX_LENGTH, demo_model, demo_task
+from secateur.demo import MAX_LENGTH, demo_model, demo_task
 from secateur.exporting.export import export_onnx
 from secateur.models.loading import load_model
 from secateur.pruning import prune
 from secateur.settings import Reading
+from secateur.support.defaults import CALIBRATION_TEXTS
 from secateur.support.versions import environment
 
 SHAPES = ((1, 128), (8, 128))

@@ -1,4 +1,4 @@
-"""`export` and `convert`: out of here, and in from elsewhere."""
+"""`secateur export`."""
 
 from __future__ import annotations
 
@@ -30,21 +30,3 @@ def export(folder: str, form: str, out: Path, as_json: bool) -> None:
     else:
         click.echo(f"{result['class']}, reloaded bit for bit by the code in {out / result['code']} alone")
         click.echo(f"model: {(out / result['code']).parent} (from_pretrained with trust_remote_code=True)")
-
-
-@click.command()
-@click.argument("source")
-@out_option
-@json_option
-def convert(source: str, out: Path, as_json: bool) -> None:
-    """Bring SOURCE into today's format: a pruned model of transformers 4, or the paper's authors' meta-pruner."""
-    from secateur.exporting.convert import convert as convert_source
-
-    result = convert_source(source, out)
-    if as_json:
-        print_json({**result, "out": str(out)})
-    elif result["kind"] == "model":
-        click.echo(f"{result['class']} with {result['kept']} of {result['heads']} heads, reloaded bit for bit")
-        click.echo(f"model: {out}")
-    else:
-        click.echo(f"meta-pruner for `--scorer smp --pruner {out}`")
