@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError
 from secateur.sites.attention_block import AttentionBlock, unpruned_site
-from secateur.sites.attention_parts import check_key_value_heads, learned_extras_of, parts_of, written_part
+from secateur.sites.attention_parts import count_key_value_heads, learned_extras_of, parts_of, written_part
 from secateur.sites.direct import reads_heads
 from secateur.sites.forward import takes_bias
 from secateur.sites.gating import HeadReading
@@ -65,7 +65,7 @@ class AttentionFinder:
         """Ask what the heads own of the block, but for its output projection."""
         self.ownership.look_up_names()
         heads, width = reading.outputs.shape[2:]
-        block = AttentionBlock(reading.site, reading.module, heads, check_key_value_heads(reading), width)
+        block = AttentionBlock(reading.site, reading.module, heads, count_key_value_heads(reading), width)
         for part in parts_of(reading):
             slices = self._slices(block, part)
             if not any(self.ownership.is_matrix(piece) for piece in slices):

@@ -51,7 +51,7 @@ def written_part(projection: nn.Module, outputs: Tensor, taken: Tensor, random: 
     return Part("output", outputs.shape[2], computed_by)
 
 
-def check_key_value_heads(reading: HeadReading) -> int:
+def count_key_value_heads(reading: HeadReading) -> int:
     """Return the number of key-value heads. Raises `UnsupportedModelError` where query heads do not share them."""
     heads = reading.outputs.shape[2]
     if reading.key is None:

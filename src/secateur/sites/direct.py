@@ -63,7 +63,7 @@ class DirectSite:
     output: str
 
 
-# What was found in which model; None where the model did not run on made-up inputs.
+# What was found in which model; None where the model did not run on example inputs.
 _known: WeakKeyDictionary[nn.Module, dict[str, DirectSite] | None] = WeakKeyDictionary()
 
 
@@ -78,7 +78,7 @@ def known_sites(base: PreTrainedModel) -> dict[str, DirectSite] | None:
 
 
 def look_for_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
-    """Run `base` once, on `inputs` (keyword arguments, made up where absent), and remember its sites.
+    """Run `base` once, on `inputs` (keyword arguments, example inputs where absent), and remember its sites.
 
     To be called while the interface's functions are ours, which tell by `inside_interface` what is theirs.
     """

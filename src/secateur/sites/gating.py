@@ -130,7 +130,7 @@ def _probing(
 
 
 def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
-    """Look for attention outside the interface, with `inputs` where the model does not run on made-up ones.
+    """Look for attention outside the interface, with `inputs` where the model does not run on example ones.
 
     Not where weights are fetched layer by layer: gradients through the whole model would hold all of them.
     """
