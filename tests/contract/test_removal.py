@@ -42,7 +42,7 @@ def test_gated_equals_removed(kind, empty):
     result = remove_(model, mask)
     assert result.max_difference <= TOLERANCE
     assert result.mask == mask
-    assert (result.heads_before, result.heads_after) == (mask.num_units, mask.num_kept)
+    assert (result.units_before, result.units_after) == (mask.num_units, mask.num_kept)
     removed = hidden_states(model, inputs)
     assert largest_difference(dense, preview) > 1e-2  # the dropped heads did matter
     assert largest_difference(preview, removed) <= TOLERANCE
@@ -490,5 +490,5 @@ def test_heads_go_again_where_an_adapter_lies_around_the_weights():
     name = "encoder.layer.0.attention.self"
     remove_(model, Mask({name: torch.tensor([True, True, True, False])}))
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query", "value"], r=2), model)
-    assert remove_(model, Mask({name: torch.tensor([True, True, False, False])})).heads_after == 10
+    assert remove_(model, Mask({name: torch.tensor([True, True, False, False])})).units_after == 10
     assert model.encoder.layer[0].attention.self.query.lora_B["default"].weight.shape[0] == 16

@@ -22,7 +22,7 @@ from secateur.texts.calibration import PreparedModel, is_pair, listed_texts
 from secateur.texts.halving import in_batches_that_fit
 from secateur.texts.sources import ReadyInputs
 from secateur.texts.tokenization import Text
-from secateur.units.masks import Mask, PresentMask
+from secateur.units.masks import Mask, PresentMask, check_mask
 from secateur.units.select import Allocation, check_selection
 
 
@@ -53,8 +53,7 @@ def refine_mask(
     check_whole("steps", steps, 0)
     check_selection(allocation=allocation, floor=floor)
     reading, texts = settings_of(reading, Reading), listed_texts(texts)
-    if not isinstance(mask, Mask):
-        raise invalid("mask", "be a Mask", mask)
+    check_mask(mask)
     prepared = PreparedModel.of(model, tokenizer, reading)
     for name, site in prepared.sites.items():
         if name not in mask:
