@@ -18,8 +18,7 @@ import secateur
 from secateur.errors import InvalidInputError
 from secateur.finetuning.finetune import finetune
 from secateur.texts.data import Task, batches, load_task
-from tests.support.tiny import tiny_classifier, tiny_model, tiny_tokenizer
-from tests.unit.test_data import decoder_tokenizer
+from tests.support.tiny import decoder_tokenizer, tiny_classifier, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

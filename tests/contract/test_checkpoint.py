@@ -43,19 +43,8 @@ from secateur.removal.replay import missing_sites
 from secateur.sites.attention import find_sites
 from secateur.sites.recipe import Recipe, read_recipe
 from secateur.units.masks import Mask
+from tests.support.pruned import assert_equal, pruned
 from tests.support.tiny import CONFIGS, tiny_model, uneven_mask
-
-
-def pruned(kind, empty=False):
-    model = tiny_model(kind)
-    remove_(model, uneven_mask(find_sites(model), empty))
-    return model
-
-
-def assert_equal(one, other):
-    a, b = one.state_dict(), other.state_dict()
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

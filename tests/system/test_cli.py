@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from secateur import cli, demo
 from secateur.errors import SecateurError
-from tests.conftest import SENTENCES
+from tests.support.sentences import SENTENCES
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 

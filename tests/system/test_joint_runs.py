@@ -23,11 +23,10 @@ from secateur.pruners.joint_network import JointPruner
 from secateur.scorers.score import score
 from secateur.sites.attention import find_sites
 from secateur.texts.data import Task
+from tests.support.joint import SMALL, TASKS
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
-TASKS = [Task("singles", tiny_texts(40)), Task("pairs", tiny_texts(24, seed=1, pairs=True))]
 NEAR = 3
-SMALL = {"num_texts": 8, "judges": 3, "batch_size": 4, "max_length": 16}
 
 
 def train(out, kind="bert", tasks=TASKS, resume=False, progress=False, subject=None, **settings):

@@ -18,7 +18,7 @@ from secateur.removal.proof import hidden_states, largest_difference
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
 from secateur.units.masks import Mask
-from tests.conftest import SENTENCES
+from tests.support.sentences import SENTENCES
 
 pytestmark = pytest.mark.real
 

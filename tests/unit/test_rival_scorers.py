@@ -26,7 +26,7 @@ from secateur.sites.attention import find_sites
 from secateur.sites.gating import HeadReading, probe
 from secateur.units.scores import Scores
 from secateur.units.select import select
-from tests.contract.test_scorers import condition
+from tests.support.scoring import condition
 from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 SMALL = {
