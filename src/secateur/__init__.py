@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from secateur.restoring.reconstruction import reconstruct_ as reconstruct_
     from secateur.scorers.base import Scorer as Scorer
     from secateur.scorers.score import score as score
+    from secateur.settings import Cut as Cut
+    from secateur.settings import Reading as Reading
     from secateur.sites.attention import find_sites as find_sites
     from secateur.units.masks import Mask as Mask
     from secateur.units.scores import Scores as Scores
@@ -41,11 +43,13 @@ if TYPE_CHECKING:
 # Public name → the module that defines it, imported at first use: `secateur --help` must not wait for torch.
 _WHERE = {
     "CheckpointError": "secateur.errors",
+    "Cut": "secateur.settings",
     "InvalidInputError": "secateur.errors",
     "JointPruner": "secateur.pruners.joint_network",
     "Mask": "secateur.units.masks",
     "MetaPruner": "secateur.pruners.map_network",
     "PruningReport": "secateur.pruning",
+    "Reading": "secateur.settings",
     "RemovalError": "secateur.errors",
     "Scorer": "secateur.scorers.base",
     "Scores": "secateur.units.scores",

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from secateur.pruning import prune
 from secateur.removal.verify import verify_checkpoint
 from secateur.report import write_report
 from secateur.report.reading import ATTENTION_MAPS, PRUNING, RESULT, read_runs
+from secateur.settings import Reading
 from secateur.support.files import write_text
 from secateur.texts.data import Task
 
@@ -67,6 +69,7 @@ def run_demo(
     Writes `pruned/`, `result.json` and `report.html` into `out`, and returns the result's numbers.
     """
     where = str(training_device(device or "cpu"))
+    reading = Reading(max_length=MAX_LENGTH, seed=seed, device=where, progress=True)
     folder = demo_model()
     train, dev = demo_task(seed)
     seconds: dict[str, float] = {}
@@ -76,11 +79,7 @@ def run_demo(
             folder,
             train.head(CALIBRATION_TEXTS).texts,
             RATIO,
-            max_length=MAX_LENGTH,
-            seed=seed,
-            device=where,
-            maps=True,
-            progress=True,
+            reading=replace(reading, maps=True),
         )
     with _step("saving, and reloading with plain AutoModel.from_pretrained", seconds, "save and reload"):
         pruned.save_pretrained(out / "pruned")
@@ -102,10 +101,7 @@ def run_demo(
                 dev,
                 epochs=3,
                 learning_rate=5e-5,
-                batch_size=32,
-                max_length=MAX_LENGTH,
-                seed=seed,
-                device=where,
+                reading=reading,
             )
 
     medians = {name: statistics.median(values) for name, values in latency.items()}

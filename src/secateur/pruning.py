@@ -6,23 +6,21 @@ import copy
 import itertools
 import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.choosing.budget import Budget, BudgetedSelection, BudgetOutcome
+from secateur.choosing.budget import BudgetedSelection, BudgetOutcome
 from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError, invalid
 from secateur.measuring.cost import ModelCost, check_heads, measure_cost
-from secateur.models.inputs import forward_arguments
-from secateur.models.loading import check_device, load_model, load_tokenizer
+from secateur.models.loading import load_model, load_tokenizer
 from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import base_of, check_plain_weights
@@ -31,21 +29,21 @@ from secateur.removal.remove import remove_
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.base import Scorer
-from secateur.scorers.score import score
-from secateur.sites.attention import find_sites
+from secateur.scorers.score import Labels, score
+from secateur.settings import Budget, Cut, Reading, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
-from secateur.support.checks import check_accelerator, check_flag, check_whole
+from secateur.support.checks import check_whole
 from secateur.support.files import write_text
 from secateur.support.processes import is_shared
-from secateur.support.versions import environment
-from secateur.texts.calibration import calibration_batches, own_tokenizer, reading_order, texts_of
-from secateur.texts.data import Text
-from secateur.texts.stopping import Stop
+from secateur.support.versions import __version__, environment
+from secateur.texts.calibration import PreparedModel, texts_of
+from secateur.texts.sources import FIRST, reading_order
+from secateur.texts.tokenization import Text
 from secateur.units.masks import Mask
 from secateur.units.scores import Scores
-from secateur.units.select import Allocation, check_pruning_ratio, select
+from secateur.units.select import Allocation, select
 
-_PROBE_TEXTS = 8
+_PROOF_TEXTS = 8
 
 
 @dataclass(frozen=True)
@@ -136,146 +134,153 @@ def prune(
     scorer: str | Scorer = DEFAULT_SCORER,
     allocation: Allocation = "uniform",
     floor: int = 1,
-    stop: Stop = "all",
     refine: int = 0,
-    reconstruct: bool = False,
+    restore: Literal["none", "reconstruct"] = "none",
+    labels: Labels | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    labels: Sequence[int] | Sequence[float] | None = None,
-    batch_size: int = 32,
-    max_length: int = 128,
-    seed: int = 0,
-    device: str | None = None,
-    bf16: bool = False,
-    maps: bool = False,
-    accelerator: Accelerator | None = None,
-    progress: bool = False,
+    reading: Reading | None = None,
     **options: Any,
 ) -> tuple[Any, PruningReport]:
-    """Score, select, remove and prove; return the smaller model and a report.
+    """Score, select, refine, reconstruct, remove and prove; return the smaller model and a report.
 
-    `model` is a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned and returned. A
-    SentenceTransformer is returned as one, with the transformer in it pruned and its other modules as they were.
-    `budget` says how much of the model may remain, such as "macs=0.85" or "latency=0.8x@8x128" (see
-    `secateur.choosing.budget.Budget.parse`); the smallest pruning ratio within it takes the place of `pruning_ratio`.
-    `refine` is the number of exchanges that `refine_mask` tries on the scored texts. `reconstruct` refits the output
-    projections of the heads that stay on these texts, as `reconstruct_` does. `maps` keeps the mean
-    attention maps of the first few texts in the report; it takes a pass over them. The other arguments are those of
-    `score` and `select`. The proof runs on the first few of the texts.
+    Args:
+        model: a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned and returned. A
+            SentenceTransformer is returned as one, its transformer pruned and its other modules as they were.
+        texts: calibration texts, as `score` takes them; the proof runs on the first few.
+        pruning_ratio: fraction of the heads that go, in [0, 1).
+        budget: how much of the model may remain, such as "macs=0.85" or "latency=0.8x@8x128" (see `Budget.parse`); the
+            smallest pruning ratio within it takes the place of `pruning_ratio`.
+        scorer: the criterion, with `options` for its constructor.
+        allocation: the same share at every site ("uniform"), or by one ranking of the whole model ("ranking").
+        floor: heads that every site keeps at least.
+        refine: exchanges of heads that `refine_mask` tries on the scored texts.
+        restore: "reconstruct" refits what the kept heads write on these texts, as `reconstruct_` does; "none" does not.
+        labels: one for each text, for scorers that need them.
+        tokenizer: of the model; looked up by its name where absent.
+        reading: how the texts are read, and on which device.
+
+    Raises what the steps raise, before or after which `model` is what it was.
     """
     check_whole("refine", refine, 0)
-    check_flag("reconstruct", reconstruct)
-    check_flag("maps", maps)
-    check_pruning_ratio(pruning_ratio)
-    if device is not None:
-        check_device(device)
-    check_accelerator(accelerator)
-    texts = texts_of(texts)
-    wanted = None if budget is None else Budget.of(budget)
-    if isinstance(model, str | Path):
-        name = str(model)
-        tokenizer = load_tokenizer(model) if tokenizer is None and texts is not None else tokenizer
-        smaller = pruned = load_model(model, device)
-    else:
-        inner = transformer_of(model)
-        base_of(inner)
-        name = str(getattr(inner, "name_or_path", "") or type(inner).__name__)
-        if tokenizer is None and texts is not None:
-            tokenizer = own_tokenizer(model)
-        smaller = copy.deepcopy(model)
-        pruned = transformer_of(smaller)
-    check_loaded(pruned, "pruning")
-    check_plain_weights(base_of(pruned))
-    before = measure_cost(pruned)
-    check_heads(pruned, before.heads)
-    if (refine or reconstruct) and not isinstance(texts, Sequence):
-        needs = "`refine` needs `texts` to judge masks by" if refine else "`reconstruct` needs `texts` to fit on"
+    if restore not in ("none", "reconstruct"):
+        raise invalid("restore", "be 'none' or 'reconstruct'", restore)
+    reading, texts = settings_of(reading, Reading), texts_of(texts)
+    cut = Cut(pruning_ratio, allocation, floor, None if budget is None else Budget.of(budget))
+    _check_steps(texts, cut, refine, restore, reading)
+    work = _Pruning(model, texts, tokenizer, cut, reading)
+    scores = work.score(scorer, labels, options)
+    mask = work.select(scores)
+    if refine:
+        mask = work.refine(mask, refine)
+    if restore == "reconstruct":
+        work.reconstruct(mask)
+    work.remove(mask)
+    return work.smaller, PruningReport(**work.facts)
+
+
+def _check_steps(texts: Any, cut: Cut, refine: int, restore: str, reading: Reading) -> None:
+    """Raise `InvalidInputError` for steps that do not go together, before a model is loaded."""
+    if (refine or restore != "none") and not isinstance(texts, Sequence):
+        needs = "`refine` needs `texts` to judge masks by" if refine else "`restore` needs `texts` to fit on"
         raise InvalidInputError(f"{needs}, in a list, as it reads them again")
-    if refine and allocation == "ranking" and wanted is not None and wanted.quantity != "heads":
-        raise invalid(
-            "refine", f"be 0 with allocation 'ranking' with the budget {wanted}, which exchanges may exceed", refine
-        )
-    if wanted is not None and wanted.quantity == "latency" and is_shared(accelerator):
+    wanted = cut.budget
+    if refine and cut.allocation == "ranking" and wanted is not None and wanted.quantity != "heads":
+        rule = f"be 0 with allocation 'ranking' and the budget {wanted}, which exchanges may exceed"
+        raise invalid("refine", rule, refine)
+    if wanted is not None and wanted.quantity == "latency" and is_shared(reading.accelerator):
         raise invalid("budget", "be of another kind under a launcher, whose processes would time each other", wanted)
-    within = None if wanted is None else BudgetedSelection(pruned, wanted, allocation, floor, progress)
-    if within is not None:
-        pruning_ratio = within.expected_ratio
-    first: Sequence[Text] | None = None
-    if texts is not None and not isinstance(texts, Sequence) and isinstance(texts, Iterable):
-        left = iter(texts)
-        first = list(itertools.islice(left, MAX_TEXTS))
-        texts = itertools.chain(first, left)
-    start = time.perf_counter()
-    scores = score(
-        pruned,
-        texts,
-        scorer,
-        tokenizer,
-        labels=labels,
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
-        pruning_ratio=pruning_ratio,
-        allocation=allocation,
-        floor=floor,
-        stop=stop,
-        bf16=bf16,
-        accelerator=accelerator,
-        progress=progress,
-        **options,
-    )
-    seconds = time.perf_counter() - start
-    if within is None:
-        mask = select(scores, pruning_ratio, allocation, floor)
-    else:
-        mask, pruning_ratio = within.select(scores)
-    refinement: list[float] = []
-    if isinstance(texts, Sequence):
-        first = [texts[i] for i in reading_order(texts, stop, seed)[: scores.num_texts]]
-    if refine and first is not None:
-        mask, refinement = refine_mask(
-            pruned, mask, first, tokenizer, steps=refine, allocation=allocation, floor=floor, batch_size=batch_size,
-            max_length=max_length, seed=seed, accelerator=accelerator, progress=progress,
+
+
+class _Pruning:
+    """A pruning on its way: the copy that gets smaller, prepared once, and the report's `facts` so far."""
+
+    def __init__(self, model: Any, texts: Any, tokenizer: Any, cut: Cut, reading: Reading) -> None:
+        if isinstance(model, str | Path):
+            self.name = str(model)
+            tokenizer = load_tokenizer(model) if tokenizer is None and texts is not None else tokenizer
+            self.smaller: Any = load_model(model, reading.device)
+        else:
+            inner = transformer_of(model)
+            base_of(inner)
+            self.name = str(getattr(inner, "name_or_path", "") or type(inner).__name__)
+            self.smaller = copy.deepcopy(model)
+        self.prepared = PreparedModel(self.smaller, tokenizer, reading)
+        self.model, self.cut, self.reading = self.prepared.model, cut, reading
+        self.read: Sequence[Text] = []  # what was read of the texts, in that order; of a stream the first few
+        if texts is None or isinstance(texts, Sequence):
+            self.texts: Iterable[Text] | None = texts
+        else:
+            left = iter(texts)
+            self.read = list(itertools.islice(left, FIRST))
+            self.texts = itertools.chain(self.read, left)
+        if texts is not None:
+            self.prepared.tokenizer  # noqa: B018 - a model without one is refused before any work
+        check_loaded(self.model, "pruning")
+        check_plain_weights(self.prepared.base)
+        before = measure_cost(self.model)
+        check_heads(self.model, before.heads)
+        self.within: BudgetedSelection | None = None
+        if cut.budget is not None:
+            self.within = BudgetedSelection(
+                self.model, cut.budget, cut.allocation, cut.floor, reading.progress, self.prepared.sites
+            )
+            self.cut = replace(cut, pruning_ratio=self.within.expected_ratio)
+        self.facts: dict[str, Any] = {
+            "model": self.name, "allocation": cut.allocation, "seed": reading.seed, "before": before,
+        }  # fmt: skip
+        self.record: dict[str, Any] = {}
+
+    def score(self, scorer: str | Scorer, labels: Any, options: Mapping[str, Any]) -> Scores:
+        """Score every head, and see which texts that took."""
+        start = time.perf_counter()
+        scores = score(
+            self.prepared, self.texts, scorer, labels=labels, cut=self.cut, reading=self.reading, **options
         )  # fmt: skip
-    attention = None
-    if maps and first is not None and tokenizer is not None:
-        made = list(calibration_batches(pruned, first[:MAX_TEXTS], tokenizer, MAX_TEXTS, max_length))
-        attention = mean_maps(pruned, find_sites(pruned), forward_arguments(base_of(pruned), made)[0])
-    inputs = None
-    if first is not None and tokenizer is not None:
-        made = list(calibration_batches(pruned, first[:_PROBE_TEXTS], tokenizer, _PROBE_TEXTS, max_length))
-        inputs = forward_arguments(base_of(pruned), made)[0]
-    record: dict[str, Any] = {
-        "scorer": scores.scorer,
-        "allocation": allocation,
-        "base_model": name,
-        "secateur_version": environment()["secateur"],
-    }
-    reconstruction: tuple[float, ...] = ()
-    if reconstruct and first is not None:
-        reconstruction = reconstruct_(
-            pruned, mask, first, tokenizer, batch_size=batch_size, max_length=max_length, accelerator=accelerator,
-            progress=progress,
+        seconds = time.perf_counter() - start
+        if isinstance(self.texts, Sequence):
+            self.read = [self.texts[i] for i in reading_order(self.texts, self.reading)[: scores.num_texts]]
+        self.facts |= {
+            "scorer": scores.scorer, "scores": scores, "num_texts": scores.num_texts or 0,
+            "agreement": scores.agreement, "scoring_seconds": seconds,
+        }  # fmt: skip
+        if self.reading.maps and self.read:
+            batch = self.prepared.batch(self.read[:MAX_TEXTS])
+            self.facts["attention_maps"] = mean_maps(self.model, self.prepared.sites, batch)
+        return scores
+
+    def select(self, scores: Scores) -> Mask:
+        """Select by the pruning ratio, or by the smallest one within the budget."""
+        ratio = self.cut.pruning_ratio
+        if self.within is None:
+            mask = select(scores, ratio, self.cut.allocation, self.cut.floor)
+        else:
+            mask, ratio = self.within.select(scores)
+        self.facts["requested_ratio"] = ratio
+        return mask
+
+    def refine(self, mask: Mask, steps: int) -> Mask:
+        """Exchange heads while that helps."""
+        mask, losses = refine_mask(
+            self.prepared, mask, self.read, steps=steps, allocation=self.cut.allocation, floor=self.cut.floor,
+            reading=self.reading,
         )  # fmt: skip
-        if reconstruction[1] < reconstruction[0]:
-            record["reconstructed"] = True
-    removal = remove_(pruned, mask, inputs=inputs, record=record)
-    report = PruningReport(
-        model=name,
-        scorer=scores.scorer,
-        allocation=allocation,
-        requested_ratio=pruning_ratio,
-        seed=seed,
-        num_texts=scores.num_texts or 0,
-        mask=removal.mask,
-        scores=scores,
-        before=before,
-        after=measure_cost(pruned),
-        max_difference=removal.max_difference,
-        scoring_seconds=seconds,
-        agreement=scores.agreement,
-        budget=None if within is None else within.outcome(mask, pruned),
-        refinement=tuple(refinement),
-        reconstruction=reconstruction,
-        attention_maps=attention,
-    )
-    return smaller, report
+        self.facts["refinement"] = tuple(losses)
+        return mask
+
+    def reconstruct(self, mask: Mask) -> None:
+        """Refit what the kept heads write."""
+        before, after = reconstruct_(self.prepared, mask, self.read, reading=self.reading)
+        self.facts["reconstruction"] = (before, after)
+        if after < before:
+            self.record["reconstructed"] = True
+
+    def remove(self, mask: Mask) -> None:
+        """Remove what the mask drops, prove it, and measure what is left."""
+        inputs = self.prepared.batch(self.read[:_PROOF_TEXTS]) if self.read else None
+        about = {"scorer": self.facts["scorer"], "allocation": self.cut.allocation, "base_model": self.name}
+        record = {**about, "secateur_version": __version__, **self.record}
+        removal = remove_(self.model, mask, inputs=inputs, sites=self.prepared.sites, record=record)
+        self.facts |= {
+            "mask": removal.mask, "max_difference": removal.max_difference, "after": measure_cost(self.model),
+            "budget": None if self.within is None else self.within.outcome(mask, self.model),
+        }  # fmt: skip

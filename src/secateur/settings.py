@@ -1,1 +1,188 @@
-"""What travels together: how texts are read, and what may go."""
+"""What travels together, checked once where it is made: how texts are read, what may go, and what may remain."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+from accelerate import Accelerator
+
+from secateur.errors import InvalidInputError, invalid
+from secateur.support.checks import check_accelerator, check_flag, check_seed, check_whole, is_number
+from secateur.support.defaults import BATCH_SIZE, FLOOR, MAX_LENGTH, PRUNING_RATIO
+from secateur.units.select import Allocation, check_selection
+
+Stop = int | Literal["all", "auto"]
+"""How many texts to read: all that are passed in, a number of them, or as many as it takes."""
+
+Restore = Literal["none", "reconstruct", "distill"]
+"""How far quality is restored: not at all, by refitting what kept units write, or by teaching the model as well."""
+
+Quantity = Literal["heads", "params", "macs", "latency"]
+_FORM = re.compile(r"(\w+)=([0-9.]+)x?(?:@(.+))?")
+_SHAPED = ("macs", "latency")
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts are read, wherever a function takes `reading`.
+
+    Args:
+        batch_size: texts a batch; halved, with a `SecateurWarning`, while a batch does not fit into memory.
+        max_length: tokens a text, at most.
+        seed: of everything that is drawn at random.
+        stop: how many of the calibration texts are read: "all", a number, drawn with the seed, or "auto": in random
+            order, until the units to keep have settled.
+        bf16: whether matrix products are computed in bfloat16 (torch.autocast): faster where the device has it, far
+            slower on a CPU that has not. What is read of a pass is summed in float32.
+        device: where a model that is loaded by name goes, or where a training runs; None is a GPU where there is one.
+        accelerator: of the processes that `accelerate launch` or torchrun started, all of which make the same call:
+            each reads a share of the batches, and all get what one process would have got, bit for bit.
+        maps: whether the mean attention maps of the first few texts are kept, for a page; it takes a pass over them.
+        progress: whether to show progress bars on stderr.
+
+    Raises `InvalidInputError` for values outside their ranges.
+    """
+
+    batch_size: int = BATCH_SIZE
+    max_length: int = MAX_LENGTH
+    seed: int = 0
+    stop: Stop = "all"
+    bf16: bool = False
+    device: str | None = None
+    accelerator: Accelerator | None = None
+    maps: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("batch_size", self.batch_size)
+        check_whole("max_length", self.max_length, 4)
+        check_seed(self.seed)
+        check_stop(self.stop)
+        check_flag("bf16", self.bf16)
+        check_accelerator(self.accelerator)
+        check_flag("maps", self.maps)
+        check_flag("progress", self.progress)
+
+    def with_batches_of(self, batch_size: int) -> Reading:
+        """Return the same reading in batches of another size."""
+        return replace(self, batch_size=batch_size)
+
+
+def said_of(reading: Reading) -> dict[str, Any]:
+    """Return what a result file says of how texts were read."""
+    return {name: getattr(reading, name) for name in ("batch_size", "max_length", "seed", "bf16")}
+
+
+def check_stop(stop: Any) -> None:
+    """Raise `InvalidInputError` unless `stop` is "all", "auto" or a whole number from 1."""
+    number = isinstance(stop, int) and not isinstance(stop, bool) and stop >= 1
+    if not number and stop not in ("all", "auto"):
+        raise invalid("stop", "be 'all', 'auto' or a whole number from 1", stop)
+
+
+class Shape(NamedTuple):
+    """Texts a batch, and tokens a text."""
+
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        """Return the form that `parse_shape` reads."""
+        return f"{self.batch}x{self.length}"
+
+
+def parse_shape(text: str) -> Shape:
+    """Read `8x128`, 8 texts of 128 tokens. Raises `InvalidInputError` for other forms."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
+    if found is None:
+        raise invalid("shape", "be BATCHxLENGTH, such as 8x128", text)
+    return Shape(int(found[1]), int(found[2]))
+
+
+_ONE_TEXT = Shape(1, 128)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a quantity of a model may remain: `limit`, in (0, 1], at `shape` where it depends on one.
+
+    Raises `InvalidInputError` for anything else.
+    """
+
+    quantity: Quantity
+    limit: float
+    shape: Shape = _ONE_TEXT
+
+    def __post_init__(self) -> None:
+        if not _can_be(self.quantity, self.limit) or not isinstance(self.shape, Shape):
+            raise _refused(self)
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read `heads=0.5`, `params=0.9`, `macs=0.85`, `macs=0.85@1x512` or `latency=0.8x@8x128`; the `x` is optional.
+
+        Multiply-accumulates are those of 1 x 128 tokens where no shape is named; latency needs one. Raises
+        `InvalidInputError` for anything else.
+        """
+        found = _FORM.fullmatch(text.strip()) if isinstance(text, str) else None
+        quantity, number, shape = found.groups() if found else ("", "", None)
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = -1.0
+        shaped = quantity in _SHAPED if shape is not None else quantity != "latency"
+        if not _can_be(quantity, limit) or not shaped:
+            raise _refused(text)
+        return cls(quantity, limit, _ONE_TEXT if shape is None else parse_shape(shape))  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, budget: str | Budget) -> Budget:
+        """Return a budget as it is, and read one that is a text."""
+        return budget if isinstance(budget, Budget) else cls.parse(budget)
+
+    def __str__(self) -> str:
+        """Return the form that `parse` reads."""
+        return f"{self.quantity}={self.limit:g}" + (f"@{self.shape}" if self.quantity in _SHAPED else "")
+
+
+def _can_be(quantity: Any, limit: Any) -> bool:
+    return quantity in get_args(Quantity) and is_number(limit, above=0) and limit <= 1
+
+
+def _refused(budget: object) -> InvalidInputError:
+    rule = "be heads=, params=, macs= or latency= with a number in (0, 1], and for latency a shape"
+    return invalid("budget", f"{rule}, such as latency=0.8x@8x128", budget)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What may go: a share of the units, or as many as a budget asks for, and how that is spread over the sites.
+
+    Args:
+        pruning_ratio: fraction of units to remove, in [0, 1).
+        allocation: "uniform", the same share at every site, or "ranking", by one ranking of the whole model.
+        floor: units that every site keeps at least.
+        budget: what may remain of the model; the smallest pruning ratio within it takes the place of `pruning_ratio`.
+
+    Raises `InvalidInputError` for values outside their ranges.
+    """
+
+    pruning_ratio: float = PRUNING_RATIO
+    allocation: Allocation = "uniform"
+    floor: int = FLOOR
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        check_selection(self.pruning_ratio, self.allocation, self.floor)
+
+
+def settings_of(value: Any, kind: type[Settings]) -> Settings:
+    """Return settings as they are, and the defaults for None. Raises `InvalidInputError` for anything else."""
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise invalid(kind.__name__.lower(), f"be a {kind.__name__}, such as secateur.{kind.__name__}()", value)
+    return value

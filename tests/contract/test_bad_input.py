@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 import secateur
 from secateur.errors import InvalidInputError
 from secateur.finetuning.finetune import finetune
-from secateur.texts.data import Task, batches, load_task
+from secateur.settings import Reading
+from secateur.texts.data import Task, load_task
+from secateur.texts.tokenization import batches
 from tests.support.tiny import decoder_tokenizer, tiny_classifier, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,11 +153,17 @@ def test_labels_that_training_did_not_see(tmp_path, outcome):
     train, dev = Task("a", ["good film"] * 4, [0, 1, 0, 1]), Task("a", ["bad film"] * 2, [0, 4])
     tiny_model("bert").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    model, _ = finetune(tmp_path, train, dev, epochs=1, device="cpu", progress=False)
+    model, _ = finetune(tmp_path, train, dev, epochs=1, reading=Reading(device="cpu", progress=False))
     assert model.config.num_labels == 5
     outcome(FILES, "a class in dev that is not in train", "the model gets an output for it")
     with pytest.raises(InvalidInputError) as caught:
-        finetune(tiny_classifier("bert", 2), train, dev, tokenizer=tiny_tokenizer(), device="cpu", progress=False)
+        finetune(
+            tiny_classifier("bert", 2),
+            train,
+            dev,
+            tokenizer=tiny_tokenizer(),
+            reading=Reading(device="cpu", progress=False),
+        )
     outcome(FILES, "a class that a loaded classifier has no output for", caught.value)
 
 
@@ -210,7 +218,9 @@ def subject(request):
 def test_odd_texts_are_scored(what, texts, subject, outcome):
     kind, model, tokenizer = subject
     for scorer in ("contribution", "smp", "leave_one_out"):
-        scores = secateur.score(model, texts * 2, scorer, tokenizer, batch_size=1 if scorer == "smp" else 4)
+        scores = secateur.score(
+            model, texts * 2, scorer, tokenizer, reading=Reading(batch_size=1 if scorer == "smp" else 4)
+        )
         assert all(bool(torch.isfinite(row).all()) for row in scores.values())
     outcome(TEXTS, f"{what}, {kind}", "scored, every score finite")
 
@@ -218,8 +228,8 @@ def test_odd_texts_are_scored(what, texts, subject, outcome):
 def test_an_empty_text_weighs_nothing_wherever_it_is():
     """A batch of empty texts alone is padded to one token, which counts as little as the padding beside other texts."""
     model, tokenizer = tiny_model("llama"), decoder_tokenizer(eos_token="<end>")
-    alone = secateur.score(model, ["", "good film"], tokenizer=tokenizer, batch_size=1)
-    together = secateur.score(model, ["", "good film"], tokenizer=tokenizer, batch_size=2)
+    alone = secateur.score(model, ["", "good film"], tokenizer=tokenizer, reading=Reading(batch_size=1))
+    together = secateur.score(model, ["", "good film"], tokenizer=tokenizer, reading=Reading(batch_size=2))
     only = secateur.score(model, ["good film"], tokenizer=tokenizer)
     for site in only:
         assert torch.allclose(alone[site], together[site], atol=1e-5)

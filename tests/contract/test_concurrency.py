@@ -10,6 +10,7 @@ from secateur.errors import RemovalError, SecateurError, UnsupportedModelError
 from secateur.pruning import prune
 from secateur.removal.remove import gated, remove_
 from secateur.scorers.score import score
+from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
 from secateur.units.masks import Mask
@@ -26,7 +27,7 @@ def inputs():
 
 
 def scores_of(model, scorer="contribution", **options):
-    found = score(model, TEXTS, scorer, tiny_tokenizer(), batch_size=4, **options)
+    found = score(model, TEXTS, scorer, tiny_tokenizer(), reading=Reading(batch_size=4), **options)
     return {site: row.tolist() for site, row in found.items()}
 
 

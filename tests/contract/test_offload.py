@@ -12,6 +12,7 @@ from secateur import cli
 from secateur.errors import UnsupportedModelError
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import is_offloaded
+from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.units.select import select
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
@@ -45,12 +46,12 @@ def test_weights_on_disk_give_the_scores_and_gates_of_weights_in_memory(tmp_path
     assert find_sites(model) == find_sites(whole)
     for scorer in ("contribution", "matching", "smp", "smp-plus", "entropy", "magnitude"):
         given = pairs if scorer == "matching" else texts
-        expected = secateur.score(whole, given, scorer, tokenizer, batch_size=4)
-        found = secateur.score(model, given, scorer, tokenizer, batch_size=4)
+        expected = secateur.score(whole, given, scorer, tokenizer, reading=Reading(batch_size=4))
+        found = secateur.score(model, given, scorer, tokenizer, reading=Reading(batch_size=4))
         for site in expected:
             torch.testing.assert_close(found[site], expected[site], rtol=0, atol=0)
         assert select(found).to_json() == select(expected).to_json()
-    rounded = [secateur.score(m, texts, "contribution", tokenizer, bf16=True) for m in (whole, model)]
+    rounded = [secateur.score(m, texts, "contribution", tokenizer, reading=Reading(bf16=True)) for m in (whole, model)]
     for site in rounded[0]:
         assert torch.equal(rounded[0][site], rounded[1][site])
     mask, batch = uneven_mask(find_sites(whole)), example_inputs(whole)

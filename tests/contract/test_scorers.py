@@ -15,10 +15,11 @@ from secateur.removal.remove import gated, remove_
 from secateur.scorers import SCORERS, make_scorer, scorer_class
 from secateur.scorers.base import Scorer
 from secateur.scorers.score import score
+from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
 from secateur.sites.layout import AttentionSite
-from secateur.texts.data import batches
+from secateur.texts.tokenization import batches
 from secateur.units.masks import Mask
 from tests.support.scoring import LABELS, condition, inputs_of, model_for, options
 from tests.support.tiny import CONFIGS, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
@@ -56,7 +57,7 @@ def test_every_scorer_leaves_the_model_alone_when_it_fails(name, bf16):
     broken = inputs_of(model)
     broken[-1]["input_ids"][0, 0] = 99  # beyond the vocabulary
     with pytest.raises(IndexError):
-        score(model, scorer=name, inputs=broken, labels=LABELS, bf16=bf16, **chosen)
+        score(model, scorer=name, inputs=broken, labels=LABELS, reading=Reading(bf16=bf16), **chosen)
     assert condition(model) == before
     assert not torch.is_autocast_enabled("cpu")
 
@@ -88,7 +89,7 @@ def test_what_a_scorer_reads_is_summed_in_float32():
             seen.append((out.last_hidden_state.dtype, torch.is_autocast_enabled("cpu")))
             return {name: torch.arange(float(site.num_units)) for name, site in task.sites.items()}
 
-    score(model, scorer=Watching(), inputs=[example_inputs(model)], bf16=True)
+    score(model, scorer=Watching(), inputs=[example_inputs(model)], reading=Reading(bf16=True))
     assert seen == [(torch.bfloat16, False)] * 3 + [(torch.float32, False)]
 
 
@@ -132,7 +133,7 @@ def test_texts_of_like_length_share_a_batch_where_each_is_read_by_itself(name):
     texts = ["good bad film", "good", "plot film plot good bad film plot", "bad", "film film film film", "plot"]
     seen = []
     hook = model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True)
-    together = score(model, texts, name, tokenizer, batch_size=2, **options(name))
+    together = score(model, texts, name, tokenizer, reading=Reading(batch_size=2), **options(name))
     hook.remove()
     words = sorted((len(tokenizer(text)["input_ids"]) for text in texts), reverse=True)
     assert [tuple(shape) for shape in seen[-3:]] == [(2, words[0]), (2, words[2]), (2, words[4])]
@@ -143,7 +144,7 @@ def test_texts_of_like_length_share_a_batch_where_each_is_read_by_itself(name):
 
 def test_random_depends_on_the_seed_alone():
     model = tiny_model("bert")
-    draws = [score(model, scorer="random", seed=seed) for seed in (0, 0, 1)]
+    draws = [score(model, scorer="random", reading=Reading(seed=seed)) for seed in (0, 0, 1)]
     site = next(iter(draws[0]))
     assert torch.equal(draws[0][site], draws[1][site])
     assert not torch.equal(draws[0][site], draws[2][site])
@@ -253,7 +254,7 @@ def test_bad_arguments():
     with pytest.raises(InvalidInputError, match="`tokenizer` must be given"):
         score(model, ["a text"])
     with pytest.raises(InvalidInputError, match="`seed` must be a whole number"):
-        score(model, scorer="random", seed=0.5)
+        score(model, scorer="random", reading=Reading(seed=0.5))
     with pytest.raises(CheckpointError, match="nowhere cannot be loaded as a MetaPruner"):
         score(model, scorer="smp", inputs=inputs_of(model), pruner="./nowhere")
 

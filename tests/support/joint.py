@@ -6,7 +6,8 @@ from secateur.models.inputs import forward_arguments
 from secateur.pruners.evidence import FEATURES, Evidence, gather_evidence
 from secateur.pruners.joint_network import JointPruner
 from secateur.sites.attention import find_sites
-from secateur.texts.data import Task, batches
+from secateur.texts.data import Task
+from secateur.texts.tokenization import batches
 from tests.support.tiny import tiny_texts, tiny_tokenizer
 
 

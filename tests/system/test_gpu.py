@@ -14,6 +14,7 @@ from secateur.meta_training.trials import JointTrainingConfig, train_joint_prune
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import is_offloaded
 from secateur.scorers import SCORERS
+from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from tests.support.joint import SMALL, TASKS
 from tests.support.scoring import LABELS, condition, inputs_of, model_for, options
@@ -77,7 +78,9 @@ def test_gates_and_removal_agree(kind):
 def test_a_model_is_pruned_and_proved_where_it_lies(options):
     model, texts = tiny_model("bert").to("cuda"), tiny_texts(24)
     before = left(model)
-    smaller, report = secateur.prune(model, texts, 0.5, tokenizer=tiny_tokenizer(), max_length=16, **options)
+    smaller, report = secateur.prune(
+        model, texts, 0.5, tokenizer=tiny_tokenizer(), reading=Reading(max_length=16), **options
+    )
     assert left(model) == before
     assert report.max_difference <= report.tolerance
     assert smaller.device.type == "cuda"
@@ -88,7 +91,9 @@ def test_refinement_finds_what_it_finds_on_the_cpu():
     for device in ("cpu", "cuda"):
         model = tiny_model("bert").to(device)
         mask = uneven_mask(find_sites(model))
-        found.append(secateur.refine_mask(model, mask, texts, tiny_tokenizer(), steps=6, max_length=16))
+        found.append(
+            secateur.refine_mask(model, mask, texts, tiny_tokenizer(), steps=6, reading=Reading(max_length=16))
+        )
     (one, losses), (other, on_the_gpu) = found
     assert one.to_json() == other.to_json()
     assert on_the_gpu == pytest.approx(losses, rel=1e-3)
@@ -99,7 +104,7 @@ def test_reconstruction_finds_what_it_finds_on_the_cpu():
     for device in ("cpu", "cuda"):
         model = tiny_model("bert").to(device)
         mask = uneven_mask(find_sites(model))
-        found.append(secateur.reconstruct_(model, mask, texts, tiny_tokenizer(), max_length=16))
+        found.append(secateur.reconstruct_(model, mask, texts, tiny_tokenizer(), reading=Reading(max_length=16)))
     assert found[1] == pytest.approx(found[0], rel=1e-2)
     assert found[0][1] < found[0][0]
 
@@ -110,7 +115,9 @@ def test_distillation_comes_as_near_as_on_the_cpu():
         teacher, student = tiny_model("bert"), tiny_model("bert").to(device)
         secateur.remove_(student, uneven_mask(find_sites(student)))
         found.append(
-            secateur.distill_(student, teacher, texts, tiny_tokenizer(), steps=20, learning_rate=2e-3, max_length=16)
+            secateur.distill_(
+                student, teacher, texts, tiny_tokenizer(), steps=20, learning_rate=2e-3, reading=Reading(max_length=16)
+            )
         )
         assert (student.device.type, teacher.device.type) == (device, "cpu")
     assert found[1] == pytest.approx(found[0], rel=0.05)
@@ -123,8 +130,8 @@ def test_a_model_spread_over_gpu_and_memory_gives_the_scores_of_a_whole_one():
     assert is_offloaded(model)
     texts, tokenizer = tiny_texts(9), tiny_tokenizer()
     for scorer in ("contribution", "smp", "smp-plus", "entropy", "magnitude"):
-        expected = secateur.score(whole, texts, scorer, tokenizer, batch_size=4)
-        found = secateur.score(model, texts, scorer, tokenizer, batch_size=4)
+        expected = secateur.score(whole, texts, scorer, tokenizer, reading=Reading(batch_size=4))
+        found = secateur.score(model, texts, scorer, tokenizer, reading=Reading(batch_size=4))
         for site in expected:
             torch.testing.assert_close(found[site], expected[site], rtol=1e-4, atol=1e-5)
     mask, batch = uneven_mask(find_sites(whole)), on_gpu(example_inputs(tiny_model("bert")))

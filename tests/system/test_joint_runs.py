@@ -21,6 +21,7 @@ from secateur.meta_training.trials import JointTrainingConfig, _Counted, held_ou
 from secateur.pruners.evidence import contribution_scores
 from secateur.pruners.joint_network import JointPruner
 from secateur.scorers.score import score
+from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.texts.data import Task
 from tests.support.joint import SMALL, TASKS
@@ -171,7 +172,7 @@ def test_other_kinds_are_taught_and_left_as_they_were(kind, tmp_path):
     config = JointTrainingConfig(**SMALL, samples=1, bf16=True)
     pruner = train_joint_pruner([subject], TASKS[1:], tmp_path / "run", config, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    scores = score(model, TASKS[1].texts, "smp-plus", tiny_tokenizer(), pruner=pruner, max_length=16)
+    scores = score(model, TASKS[1].texts, "smp-plus", tiny_tokenizer(), pruner=pruner, reading=Reading(max_length=16))
     assert all(bool(row.isfinite().all()) for row in scores.values())
 
 
@@ -186,7 +187,9 @@ def test_the_held_out_losses_are_those_of_the_masks_that_the_scorers_choose(whol
         ("contribution", "contribution", {}),
         ("joint_pruner", "smp-plus", {"pruner": pruner}),
     ):
-        scores = score(model, texts[:7], scorer, tiny_tokenizer(), batch_size=4, max_length=16, **options)
+        scores = score(
+            model, texts[:7], scorer, tiny_tokenizer(), reading=Reading(batch_size=4, max_length=16), **options
+        )
         for allocation, losses in found.items():
             assert losses[name] == pytest.approx(loss(secateur.select(scores, 0.5, allocation)), rel=1e-4)
     with pytest.raises(InvalidInputError, match="held-out task dev has 7 texts, fewer than 8; give more dev texts"):

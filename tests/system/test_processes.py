@@ -23,6 +23,7 @@ from secateur.meta_training import trials as joint_runs
 from secateur.meta_training.joint import FitConfig, TrialConfig
 from secateur.meta_training.subjects import Subject
 from secateur.meta_training.trials import JointTrainingConfig, train_joint_pruner
+from secateur.settings import Cut, Reading
 from secateur.texts.data import Task
 from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
 
@@ -45,10 +46,14 @@ def results(accelerator: Any, folder: Path) -> dict[str, Any]:
         scores[scorer] = secateur.score(classifier, texts, scorer, labels=labels, **common)
     scores["shared layers"] = secateur.score(tiny_model("albert"), texts, **common)
     more = tiny_texts(4000, seed=1)
-    scores["auto"] = secateur.score(model, more, "entropy", stop="auto", allocation="ranking", **common)
-    scores["stream"] = secateur.score(model, iter(more), stop=61, **common)
+    scores["auto"] = secateur.score(
+        model, more, "entropy", cut=Cut(allocation="ranking"), reading=Reading(stop="auto"), **common
+    )
+    scores["stream"] = secateur.score(model, iter(more), reading=Reading(stop=61), **common)
     found = {name: row.to_json() for name, row in scores.items()}
-    smaller, report = secateur.prune(model, texts, refine=4, reconstruct=True, maps=True, **common)
+    smaller, report = secateur.prune(
+        model, texts, refine=4, restore="reconstruct", reading=Reading(maps=True), **common
+    )
     found["prune"] = {"mask": report.mask.kept, "losses": report.refinement, "texts": report.num_texts}
     found["reconstruction"] = {
         "losses": report.reconstruction,

@@ -15,6 +15,7 @@ from secateur.models.loading import load_model, load_tokenizer
 from secateur.pruners.map_network import MetaPruner
 from secateur.relations import relational_kl, represent
 from secateur.removal.proof import hidden_states, largest_difference
+from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
 from secateur.units.masks import Mask
@@ -100,7 +101,7 @@ def test_the_authors_checkpoints_give_the_expected_scores(minilm, tokenizer, sha
         texts = [(r["sentence1"], r["sentence2"]) if pair else r["sentence"] for r in rows]
         pruner = MetaPruner.from_authors_checkpoint(shared / "interop" / case["checkpoint"])
         scores = secateur.score(
-            minilm, texts, "smp", tokenizer, pruner=pruner, batch_size=7, max_length=case["max_length"]
+            minilm, texts, "smp", tokenizer, pruner=pruner, reading=Reading(batch_size=7, max_length=case["max_length"])
         )
         found = torch.stack(list(scores.values()))
         assert (found - torch.tensor(case["scores"])).abs().max() < 1e-4
@@ -124,7 +125,7 @@ def test_the_shipped_meta_pruners_beat_random_heads(minilm, tokenizer):
     judged = Subject(minilm, tokenizer).batches(texts[64:128], 32, 64)
 
     def loss(scorer, seed=0):
-        scores = secateur.score(minilm, texts[:32], scorer, tokenizer, max_length=64, seed=seed)
+        scores = secateur.score(minilm, texts[:32], scorer, tokenizer, reading=Reading(max_length=64, seed=seed))
         return mask_kl(minilm, secateur.select(scores, 0.5), judged, is_pair=False)
 
     chance = [loss("random", seed) for seed in range(5)]

@@ -9,6 +9,7 @@ import torch
 from secateur.errors import UnsupportedModelError
 from secateur.pruning import prune
 from secateur.removal.remove import remove_
+from secateur.settings import Reading
 from secateur.sites import attention_maps
 from secateur.sites.attention import find_sites
 from secateur.sites.attention_maps import AttentionMaps, mean_maps
@@ -104,7 +105,7 @@ def test_a_model_without_maps_says_so(monkeypatch):
 
 def test_prune_keeps_maps_where_asked():
     model, texts = tiny_model("bert"), tiny_texts(20)
-    _, report = prune(model, texts, tokenizer=tiny_tokenizer(), maps=True)
+    _, report = prune(model, texts, tokenizer=tiny_tokenizer(), reading=Reading(maps=True))
     assert isinstance(report.attention_maps, AttentionMaps)
     assert report.attention_maps.texts == 16
     assert "attention_maps" not in report.to_json()

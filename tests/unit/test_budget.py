@@ -11,14 +11,14 @@ from transformers import AutoModel, CLIPConfig, LlamaConfig, RobertaConfig
 
 import secateur
 from secateur import cli
-from secateur.choosing.budget import Budget, BudgetedSelection, within_budget
+from secateur.choosing.budget import BudgetedSelection, within_budget
 from secateur.errors import InvalidInputError, UnsupportedModelError
 from secateur.measuring.cost import compare_latency, measure_cost
 from secateur.measuring.latency_table import Kind, Level, measure_latency, shared_copy
-from secateur.measuring.timing import Shape
 from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.inputs import example_inputs, max_length
 from secateur.removal.remove import remove_
+from secateur.settings import Budget, Shape
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
 from secateur.units.scores import Scores

@@ -10,7 +10,8 @@ import torch
 from transformers import BertTokenizer
 
 from secateur.errors import InvalidInputError
-from secateur.texts.data import Task, batches, check_texts, load_task, tokenize
+from secateur.texts.data import Task, load_task
+from secateur.texts.tokenization import batches, check_texts, tokenize
 from tests.support.tiny import decoder_tokenizer
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[3] / "shared"))

@@ -16,6 +16,7 @@ from secateur.models.loading import load_model, load_tokenizer
 from secateur.removal.remove import remove_
 from secateur.restoring import distillation
 from secateur.restoring.distillation import _share, distill_
+from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
 from tests.support.memory import poisoned
@@ -105,7 +106,7 @@ def test_the_same_seed_gives_the_same_weights_and_pairs_of_texts_will_do():
     for seed, around in ((0, torch.enable_grad()), (0, torch.no_grad()), (1, torch.inference_mode())):
         student = half(teacher)
         with around:
-            before, after = distill_(student, teacher, pairs, tiny_tokenizer(), seed=seed, **QUICK)
+            before, after = distill_(student, teacher, pairs, tiny_tokenizer(), reading=Reading(seed=seed), **QUICK)
         assert after < before
         found.append(state(student))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -30,6 +30,7 @@ from secateur.finetuning.evaluate import (
     regression_metrics,
 )
 from secateur.finetuning.finetune import FinetuneResult, finetune, load_classifier
+from secateur.settings import Reading
 from secateur.texts.data import Task
 
 FILLERS = [f"w{i}" for i in range(20)]
@@ -235,7 +236,7 @@ def test_evaluation_of_a_decoder_without_padding_token():
         alone = [model(**tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in texts]
     assert set(alone) == {0, 1}
     task = Task("toy", texts, alone)
-    assert evaluate_model(model, tokenizer, task, progress=False)["accuracy"] == 1.0
+    assert evaluate_model(model, tokenizer, task, reading=Reading(progress=False))["accuracy"] == 1.0
     assert model.config.pad_token_id is None
     assert tokenizer.pad_token is None
 
@@ -255,7 +256,7 @@ def test_evaluation_refuses_models_that_do_not_fit(tokenizer):
         evaluate_model(two, tokenizer, Task("t", ["a"]))
     check_model_fits(tiny_bert(num_labels=3), toy_task(2, seed=0))
     with pytest.raises(InvalidInputError, match="`model` must be a sequence-classification model, got 'BertModel'"):
-        evaluate_model(BertModel(bert_config()), tokenizer, toy_task(2, seed=0), progress=False)
+        evaluate_model(BertModel(bert_config()), tokenizer, toy_task(2, seed=0), reading=Reading(progress=False))
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
@@ -265,11 +266,17 @@ FAST = {"epochs": 1, "batch_size": 8, "device": "cpu", "progress": False}
 
 def test_a_tiny_model_learns_which_word_matters(base, tmp_path, tokenizer, transformers_warnings, capfd, caplog):
     train, dev = toy_task(256, seed=1), toy_task(100, seed=2)
-    untrained = evaluate_model(tiny_bert(), tokenizer, dev, progress=False)
+    untrained = evaluate_model(tiny_bert(), tokenizer, dev, reading=Reading(progress=False))
     assert untrained["accuracy"] < 0.7
     before = sorted(tmp_path.iterdir())
     model, result = finetune(
-        base, train, dev, out=tmp_path / "out", epochs=8, learning_rate=5e-3, batch_size=16, device="cpu"
+        base,
+        train,
+        dev,
+        out=tmp_path / "out",
+        epochs=8,
+        learning_rate=5e-3,
+        reading=Reading(batch_size=16, device="cpu"),
     )
     assert logging.get_verbosity() == logging.WARNING
     assert result.metrics["accuracy"] > 0.9
@@ -285,7 +292,7 @@ def test_a_tiny_model_learns_which_word_matters(base, tmp_path, tokenizer, trans
     assert again.config.problem_type == "single_label_classification"
     assert again.config.use_cache == tiny_bert().config.use_cache
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert evaluate_model(again, reloaded, dev, progress=False) == result.metrics
+    assert evaluate_model(again, reloaded, dev, reading=Reading(progress=False)) == result.metrics
     written = json.loads((tmp_path / "out" / "finetune_result.json").read_text())
     settings = written.pop("settings")
     assert FinetuneResult(**written) == result
@@ -300,7 +307,7 @@ def test_a_tiny_model_learns_which_word_matters(base, tmp_path, tokenizer, trans
 
 def test_the_seed_fixes_everything_and_nothing_is_printed(base, capfd):
     task = toy_task(32, seed=1)
-    states = [finetune(base, task, seed=seed, **FAST)[0].state_dict() for seed in (3, 3, 4)]
+    states = [finetune(base, task, reading=Reading(seed=seed), **FAST)[0].state_dict() for seed in (3, 3, 4)]
     equal = [all(torch.equal(states[0][name], other[name]) for name in states[0]) for other in states[1:]]
     assert equal == [True, False]
     assert capfd.readouterr() == ("", "")
@@ -311,13 +318,13 @@ def test_bfloat16_changes_the_training_and_not_what_comes_back(tokenizer):
     losses = []
     for bf16 in (False, True, True):
         torch.manual_seed(0)
-        model, result = finetune(tiny_bert(), train, dev, tokenizer=tokenizer, bf16=bf16, **FAST)
+        model, result = finetune(tiny_bert(), train, dev, tokenizer=tokenizer, reading=Reading(bf16=bf16), **FAST)
         losses.append(result.train_loss)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert not {"forward", "_original_forward"} & set(vars(model))  # no autocast stays behind
         logits = model(**tokenizer("good", return_tensors="pt")).logits
         assert logits.bfloat16().float().ne(logits).any()
-    finetune(tiny_bert(), train, tokenizer=tokenizer, bf16=True, **{**FAST, "device": None})
+    finetune(tiny_bert(), train, tokenizer=tokenizer, reading=Reading(bf16=True), **{**FAST, "device": None})
     assert losses[0] != losses[1] == losses[2]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 

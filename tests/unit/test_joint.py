@@ -190,7 +190,7 @@ def test_padding_and_batching_and_order_change_nothing():
 
 @pytest.mark.parametrize("is_pair", [False, True])
 def test_the_side_of_the_padding_changes_nothing(is_pair):
-    from secateur.texts.data import batches
+    from secateur.texts.tokenization import batches
 
     model, tokenizer, found = tiny_model("llama"), tiny_tokenizer(), []
     for side in ("right", "left"):

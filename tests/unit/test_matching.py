@@ -22,8 +22,9 @@ from secateur.pruners.word_matches import MATCH_WEIGHT, matching
 from secateur.scorers.base import ScoringTask
 from secateur.scorers.matching import MatchingScorer, heads_that_match
 from secateur.scorers.score import score
+from secateur.settings import Reading
 from secateur.sites.attention import find_sites
-from secateur.texts.data import batches
+from secateur.texts.tokenization import batches
 from secateur.units.masks import Mask
 from secateur.units.select import select
 from tests.support.tiny import tiny_model, tiny_tokenizer
@@ -172,7 +173,7 @@ def test_refining_keeps_the_heads_that_match(monkeypatch):
 
     monkeypatch.setattr(secateur.choosing.refinement, "heads_that_match", those)
     for seed in range(4):
-        mask, losses = refine_mask(model, start, PAIRS, tokenizer, steps=20, seed=seed)
+        mask, losses = refine_mask(model, start, PAIRS, tokenizer, steps=20, reading=Reading(seed=seed))
         assert len(losses) == 21
         assert all(bool(row[0]) for row in mask.values())
     assert asked == [True] * 4

@@ -10,6 +10,7 @@ from secateur.finetuning.evaluate import evaluate_model
 from secateur.removal.proof import hidden_states, largest_difference
 from secateur.removal.remove import gated, remove_
 from secateur.scorers.score import score
+from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.texts.data import Task
 from secateur.texts.halving import halves_batches, is_out_of_memory
@@ -35,12 +36,12 @@ GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacit
 )
 def test_scoring_halves_the_batch_and_says_so(scorer, error, text, outcome):
     """The scores are those of the batch that fits, also where texts of a batch are compared with each other."""
-    expected = score(tiny_model("bert"), TEXTS, scorer, tiny_tokenizer(), batch_size=4)
+    expected = score(tiny_model("bert"), TEXTS, scorer, tiny_tokenizer(), reading=Reading(batch_size=4))
     model = tiny_model("bert")
     find_sites(model)
     full_above(model, 4, error, text)
     with pytest.warns(SecateurWarning) as warned:
-        found = score(model, TEXTS, scorer, tiny_tokenizer(), batch_size=16)
+        found = score(model, TEXTS, scorer, tiny_tokenizer(), reading=Reading(batch_size=16))
     assert [str(w.message).removesuffix(" a batch") for w in warned] == [
         "a batch of 16 texts does not fit into memory; starting again with 8",
         "a batch of 8 texts does not fit into memory; starting again with 4",
@@ -51,23 +52,23 @@ def test_scoring_halves_the_batch_and_says_so(scorer, error, text, outcome):
 
 def test_refinement_halves_the_batch(outcome):
     mask = select(score(tiny_model("bert"), scorer="magnitude"), 0.5)
-    expected = refine_mask(tiny_model("bert"), mask, TEXTS, tiny_tokenizer(), steps=3, batch_size=4)
+    expected = refine_mask(tiny_model("bert"), mask, TEXTS, tiny_tokenizer(), steps=3, reading=Reading(batch_size=4))
     model = tiny_model("bert")
     find_sites(model)
     full_above(model, 4)
     with pytest.warns(SecateurWarning, match="starting again with 4") as warned:
-        found = refine_mask(model, mask, TEXTS, tiny_tokenizer(), steps=3, batch_size=8)
+        found = refine_mask(model, mask, TEXTS, tiny_tokenizer(), steps=3, reading=Reading(batch_size=8))
     assert found[1] == expected[1]
     outcome(MEMORY, "a batch does not fit during refinement", warned[0].message)
 
 
 def test_evaluation_halves_the_batch(outcome):
     task = Task("task", TEXTS, [i % 3 for i in range(8)])
-    expected = evaluate_model(tiny_classifier("bert"), tiny_tokenizer(), task, progress=False)
+    expected = evaluate_model(tiny_classifier("bert"), tiny_tokenizer(), task, reading=Reading(progress=False))
     model = tiny_classifier("bert")
     sizes = full_above(model, 3)
     with pytest.warns(SecateurWarning, match="starting again with 2") as warned:
-        found = evaluate_model(model, tiny_tokenizer(), task, batch_size=5, progress=False)
+        found = evaluate_model(model, tiny_tokenizer(), task, reading=Reading(batch_size=5, progress=False))
     assert found == expected
     assert sizes == [5, 2, 2, 2, 2]
     outcome(MEMORY, "a batch does not fit during evaluation", warned[0].message)
@@ -82,7 +83,7 @@ def test_texts_that_come_only_once_are_not_begun_again(most, batch_size, message
     find_sites(model)
     full_above(model, most)
     with pytest.raises(OutOfMemoryError, match=message):
-        score(model, iter(TEXTS), "contribution", tiny_tokenizer(), batch_size=batch_size)
+        score(model, iter(TEXTS), "contribution", tiny_tokenizer(), reading=Reading(batch_size=batch_size))
 
 
 def test_what_cannot_be_halved_is_said(outcome):
@@ -90,7 +91,7 @@ def test_what_cannot_be_halved_is_said(outcome):
     find_sites(model)
     full_above(model, 0)
     with pytest.warns(SecateurWarning), pytest.raises(OutOfMemoryError, match="lower `max_length`") as caught:
-        score(model, TEXTS, "contribution", tiny_tokenizer(), batch_size=2)
+        score(model, TEXTS, "contribution", tiny_tokenizer(), reading=Reading(batch_size=2))
     outcome(MEMORY, "not even one text fits", caught.value)
     batch = {"input_ids": torch.arange(4, 14).view(2, 5)}
     with pytest.raises(OutOfMemoryError, match="make smaller ones") as caught:
@@ -170,7 +171,7 @@ def test_no_metric_is_made_of_values_that_are_not_finite(outcome):
     task = Task("task", TEXTS, [i % 3 for i in range(8)])
     model = poisoned(tiny_classifier("bert"))
     with pytest.raises(InvalidInputError, match=r"first in bert\.encoder\.layer\.1\.attention\.self\.query") as caught:
-        evaluate_model(model, tiny_tokenizer(), task, progress=False)
+        evaluate_model(model, tiny_tokenizer(), task, reading=Reading(progress=False))
     outcome(NUMBERS, "the second layer computes nan, evaluation", caught.value)
 
 

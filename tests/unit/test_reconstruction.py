@@ -20,6 +20,7 @@ from secateur.removal.remove import gated, remove_
 from secateur.removal.verify import verify_checkpoint
 from secateur.restoring import reconstruction
 from secateur.restoring.reconstruction import _Moments, reconstruct_
+from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
 from tests.support.memory import full_above, poisoned
@@ -86,7 +87,7 @@ def test_a_head_that_another_repeats_costs_nothing(kind):
                 rows[owners == one + 1] = rows[owners == one]
     mask = Mask({name: torch.arange(site.num_units) % 2 == 0 for name, site in sites.items()})
     dense = copy.deepcopy(model)
-    without, after = reconstruct_(model, mask, TEXTS, tiny_tokenizer(), batch_size=8)
+    without, after = reconstruct_(model, mask, TEXTS, tiny_tokenizer(), reading=Reading(batch_size=8))
     assert without > 1e-2
     assert after < without / 50
     remove_(model, mask)
@@ -102,7 +103,7 @@ def test_every_kind_loses_less_and_what_is_kept_is_what_was_proved(kind):
     model = tiny_model(kind)
     mask = uneven_mask(find_sites(model))
     weights = state(model)
-    without, after = reconstruct_(model, mask, TEXTS, tiny_tokenizer(), batch_size=16)
+    without, after = reconstruct_(model, mask, TEXTS, tiny_tokenizer(), reading=Reading(batch_size=16))
     assert 0 <= after <= without
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])}
     outputs = {p.parameter for s in find_sites(model).values() for p in s.slices_of("output")}
@@ -138,7 +139,7 @@ def test_the_relational_kl_is_that_of_texts_that_were_not_fitted_on(monkeypatch)
         return seen[-1][2]
 
     monkeypatch.setattr(MaskLoss, "__call__", watched)
-    without, after = reconstruct_(model, mask, TEXTS, tiny_tokenizer(), batch_size=20)
+    without, after = reconstruct_(model, mask, TEXTS, tiny_tokenizer(), reading=Reading(batch_size=20))
     halves = [[batch["input_ids"].shape[0] for batch in batches] for batches, _, _ in seen]
     assert halves == [[16, 16]] * 4
     assert [seen[number][0] is seen[other][0] for number, other in ((0, 3), (1, 2), (0, 1))] == [True, True, False]
@@ -203,7 +204,7 @@ def test_padding_and_the_order_of_texts_do_not_matter():
     found = []
     for texts in (TEXTS, TEXTS[::-1]):
         model = tiny_model("bert")
-        reconstruct_(model, first_half(model), texts, tiny_tokenizer(), batch_size=4)
+        reconstruct_(model, first_half(model), texts, tiny_tokenizer(), reading=Reading(batch_size=4))
         found.append(model)
     for (name, one), other in zip(found[0].state_dict().items(), found[1].state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4, msg=name)
@@ -219,10 +220,10 @@ def test_half_precision_stays_half_precision():
 def test_it_halves_batches_that_do_not_fit(outcome):
     expected, model = tiny_model("bert"), tiny_model("bert")
     mask = first_half(model)
-    losses = reconstruct_(expected, mask, TEXTS, tiny_tokenizer(), batch_size=8)
+    losses = reconstruct_(expected, mask, TEXTS, tiny_tokenizer(), reading=Reading(batch_size=8))
     full_above(model, 8)
     with pytest.warns(SecateurWarning, match="16 texts does not fit") as warned:
-        assert reconstruct_(model, mask, TEXTS, tiny_tokenizer(), batch_size=16) == losses
+        assert reconstruct_(model, mask, TEXTS, tiny_tokenizer(), reading=Reading(batch_size=16)) == losses
     assert same(model, expected.state_dict())
     outcome("Out of memory", "a batch does not fit during reconstruction", warned[0].message)
 
@@ -242,7 +243,7 @@ def test_what_cannot_be_reconstructed_is_refused(monkeypatch):
         reconstruct_(model, first_half(model), TEXTS[:5], tiny_tokenizer())
     reconstruct_(model, first_half(model), TEXTS[:6], tiny_tokenizer())
     with pytest.raises(InvalidInputError, match="at least 3 a batch"):
-        reconstruct_(model, first_half(model), TEXTS, tiny_tokenizer(), batch_size=2)
+        reconstruct_(model, first_half(model), TEXTS, tiny_tokenizer(), reading=Reading(batch_size=2))
     monkeypatch.setattr(reconstruction, "_reading", lambda *_: nullcontext({}))
     with pytest.raises(InvalidInputError, match=r"do not reach the site 'encoder\.layer\.0\.attention\.self'"):
         reconstruct_(model, first_half(model), TEXTS, tiny_tokenizer())
@@ -253,7 +254,7 @@ def test_prune_reconstructs_reports_and_verifies(tmp_path, outcome):
     weights = state(model)
     model.save_pretrained(tmp_path / "whole")
     common = {"scorer": "contribution", "tokenizer": tokenizer}
-    smaller, report = secateur.prune(model, TEXTS, reconstruct=True, **common)
+    smaller, report = secateur.prune(model, TEXTS, restore="reconstruct", **common)
     assert same(model, weights)
     without, after = report.reconstruction
     assert after < without
@@ -273,14 +274,14 @@ def test_prune_reconstructs_reports_and_verifies(tmp_path, outcome):
     smallest.save_pretrained(tmp_path / "smallest")
     assert verify_checkpoint(tmp_path / "smallest", tmp_path / "small")["equal"]
     with pytest.raises(InvalidInputError) as caught:
-        secateur.prune(model, iter(TEXTS), reconstruct=True, **common)
+        secateur.prune(model, iter(TEXTS), restore="reconstruct", **common)
     outcome("Streams", "`reconstruct` with a stream", caught.value)
 
 
 def test_a_model_that_is_not_the_original_does_not_verify(tmp_path, capsys):
     """As without reconstruction: it differs, or its sites are others, and one line says so."""
     smaller, _ = secateur.prune(
-        tiny_model("bert"), TEXTS, scorer="contribution", tokenizer=tiny_tokenizer(), reconstruct=True
+        tiny_model("bert"), TEXTS, scorer="contribution", tokenizer=tiny_tokenizer(), restore="reconstruct"
     )
     smaller.save_pretrained(tmp_path / "small")
     wide = BertModel(BertConfig.from_dict({**tiny_model("bert").config.to_dict(), "hidden_size": 64}))

@@ -22,6 +22,7 @@ from secateur.scorers.l0 import hard_concrete, open_probability
 from secateur.scorers.labelled import text_losses
 from secateur.scorers.relational_taylor import kl_sample
 from secateur.scorers.score import score
+from secateur.settings import Cut, Reading
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import HeadReading, probe
 from secateur.units.scores import Scores
@@ -244,7 +245,7 @@ def test_a_base_model_gets_a_head_on_a_copy(name):
     for seed in (0, 0, 2**32 - 1):
         torch.rand(1), random.random(), np.random.rand()  # the seed alone decides, not the state of a generator
         before = condition(model)
-        scores.append(score(model, TEXTS, name, tiny_tokenizer(), seed=seed, warmup_epochs=1, **given))
+        scores.append(score(model, TEXTS, name, tiny_tokenizer(), warmup_epochs=1, reading=Reading(seed=seed), **given))
         assert condition(model) == before
     assert list(scores[0]) == list(find_sites(model))
     assert all(torch.equal(scores[0][s], scores[1][s]) for s in scores[0])
@@ -261,7 +262,7 @@ def test_the_fine_tuned_copy_has_learned_the_labels(monkeypatch):
 
     monkeypatch.setattr(labelled, "text_losses", remember)
     scorer = make_scorer("taylor", warmup_epochs=12, warmup_learning_rate=3e-3)
-    score(tiny_model("bert"), TEXTS * 4, scorer, tiny_tokenizer(), labels=[1, 0] * 16, batch_size=8)
+    score(tiny_model("bert"), TEXTS * 4, scorer, tiny_tokenizer(), labels=[1, 0] * 16, reading=Reading(batch_size=8))
     assert float(torch.cat(seen).mean()) > 0.9
 
 
@@ -280,7 +281,7 @@ def test_a_pruned_base_model_gets_a_head_too():
 
 def test_a_decoder_without_padding_token_is_scored_on_texts():
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
-    scores = score(model, TEXTS, "taylor", tokenizer, labels=[1, 0] * 4, max_length=16)
+    scores = score(model, TEXTS, "taylor", tokenizer, labels=[1, 0] * 4, reading=Reading(max_length=16))
     assert model.config.pad_token_id is None
     assert all(float(v.norm()) == pytest.approx(1) for v in scores.values())
 
@@ -416,7 +417,7 @@ def test_dsp_keeps_as_many_heads_as_the_ratio_leaves(monkeypatch):
     monkeypatch.setattr(learned, "text_losses", losses)
     monkeypatch.setattr(dsp, "relaxed_top_k", remember)
     model, given = tiny_classifier("bert"), {"labels": [0, 1, 2, 0], "batch_size": 2, "tokenizer": tiny_tokenizer()}
-    score(model, tiny_texts(4), "dsp", pruning_ratio=0.75, final_temperature=0.04, epochs=1.5, **given)
+    score(model, tiny_texts(4), "dsp", final_temperature=0.04, epochs=1.5, cut=Cut(pruning_ratio=0.75), **given)
     assert [s[0] for s in seen] == [3] * 3
     assert [s[1] for s in seen] == pytest.approx([1.0, 0.2, 0.04])
     seen.clear()
@@ -440,10 +441,7 @@ def test_the_head_that_the_classes_hang_on_is_learned(name):
         for layer in model.encoder.layer:
             layer.attention.output.dense.weight[:, :24] *= 0.01
             layer.attention.output.dense.weight[:, 24:] *= 3
-    scores = score(
-        model, TEXTS * 4, name, tiny_tokenizer(), labels=[1, 0] * 16, batch_size=8, epochs=10, learning_rate=3e-3,
-        warmup_epochs=5, warmup_learning_rate=3e-3,
-    )  # fmt: skip
+    scores = score(model, TEXTS * 4, name, tiny_tokenizer(), labels=[1, 0] * 16, epochs=10, learning_rate=3e-3, warmup_epochs=5, warmup_learning_rate=3e-3, reading=Reading(batch_size=8))  # fmt: skip
     total = torch.stack(list(scores.values())).sum(dim=0)
     assert int(total.argmax()) == 3
 
@@ -471,4 +469,4 @@ def test_options_out_of_range(name, option, value, rule):
     with pytest.raises(InvalidInputError, match=f"`{option}` must {rule}, got {value!r}"):
         make_scorer(name, **{option: value})
     with pytest.raises(InvalidInputError, match=r"`pruning_ratio` must be in \[0, 1\), got 1"):
-        score(tiny_model("bert"), scorer="random", pruning_ratio=1)
+        score(tiny_model("bert"), scorer="random", cut=Cut(pruning_ratio=1))

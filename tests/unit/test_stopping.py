@@ -8,6 +8,7 @@ import torch
 import secateur
 from secateur import cli
 from secateur.errors import InvalidInputError
+from secateur.settings import Reading
 from secateur.texts.stopping import Settling
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -82,17 +83,17 @@ def test_scoring_stops_and_says_where(texts):
     model, tokenizer = tiny_model("bert"), tiny_tokenizer()
     every = secateur.score(model, texts, "contribution", tokenizer)
     assert (every.num_texts, every.agreement) == (400, None)
-    found = secateur.score(model, texts, "contribution", tokenizer, stop="auto")
+    found = secateur.score(model, texts, "contribution", tokenizer, reading=Reading(stop="auto"))
     assert 32 <= found.num_texts < 400
     assert found.agreement >= 0.95
     again = type(found).from_json(json.loads(json.dumps(found.to_json())))
     assert (again.num_texts, again.agreement) == (found.num_texts, found.agreement)
     # The same texts again, by their number: what was read is a random choice that the seed makes.
-    same = secateur.score(model, texts, "contribution", tokenizer, stop=found.num_texts)
+    same = secateur.score(model, texts, "contribution", tokenizer, reading=Reading(stop=found.num_texts))
     assert same.agreement is None
     for site in found:
         torch.testing.assert_close(same[site], found[site], rtol=0, atol=0)
-    _, report = secateur.prune(model, texts, tokenizer=tokenizer, stop="auto")
+    _, report = secateur.prune(model, texts, tokenizer=tokenizer, reading=Reading(stop="auto"))
     assert (report.num_texts, report.agreement) == (found.num_texts, found.agreement)
 
 
@@ -102,7 +103,7 @@ def test_labels_follow_their_texts(texts):
     chosen = [(t, n) for t, n in zip(texts, labels, strict=True)]
     order = torch.randperm(400, generator=torch.Generator().manual_seed(3)).tolist()[:20]
     options = {"scorer": "taylor", "tokenizer": tokenizer, "seed": 3}
-    found = secateur.score(model, texts, labels=labels, stop=20, **options)
+    found = secateur.score(model, texts, labels=labels, reading=Reading(stop=20), **options)
     wanted = secateur.score(model, [chosen[i][0] for i in order], labels=[chosen[i][1] for i in order], **options)
     for site in wanted:
         torch.testing.assert_close(found[site], wanted[site], rtol=0, atol=0)
@@ -111,20 +112,22 @@ def test_labels_follow_their_texts(texts):
 @pytest.mark.parametrize("stop", ["all", 10])
 def test_labels_of_fewer_texts_are_refused(stop, texts):
     with pytest.raises(InvalidInputError, match="`labels` must hold one label for each of the 400 texts, got 10"):
-        secateur.score(tiny_model("bert"), texts, "taylor", tiny_tokenizer(), labels=[0, 1] * 5, stop=stop)
+        secateur.score(
+            tiny_model("bert"), texts, "taylor", tiny_tokenizer(), labels=[0, 1] * 5, reading=Reading(stop=stop)
+        )
 
 
 @pytest.mark.parametrize("stop", [0, -1, True, 1.5, "soon", None])
 def test_other_stops_are_refused(stop, texts):
     with pytest.raises(InvalidInputError, match="`stop` must be 'all', 'auto' or a whole number from 1"):
-        secateur.score(tiny_model("bert"), texts, tokenizer=tiny_tokenizer(), stop=stop)
+        secateur.score(tiny_model("bert"), texts, tokenizer=tiny_tokenizer(), reading=Reading(stop=stop))
 
 
 def test_what_cannot_stop_by_itself(texts, capsys):
     model = tiny_model("bert")
     with pytest.raises(InvalidInputError, match="with scorer leave_one_out"):
-        secateur.score(model, texts, "leave_one_out", tiny_tokenizer(), stop="auto")
+        secateur.score(model, texts, "leave_one_out", tiny_tokenizer(), reading=Reading(stop="auto"))
     with pytest.raises(InvalidInputError, match="no `texts` to choose from"):
-        secateur.score(model, scorer="magnitude", stop=5)
+        secateur.score(model, scorer="magnitude", reading=Reading(stop=5))
     assert cli.main(["prune", "model", "--data", "x.csv", "--out", "y", "--stop", "0"]) == 2
     assert "`stop` must be all, auto or a whole number from 1, got 0" in capsys.readouterr().err

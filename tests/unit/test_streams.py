@@ -20,6 +20,7 @@ import torch
 import secateur
 from secateur import cli
 from secateur.errors import InvalidInputError
+from secateur.settings import Reading
 from secateur.texts.data import load_task
 from secateur.texts.streams import shuffled, stream_texts
 from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
@@ -51,13 +52,13 @@ def test_a_generator_gives_the_scores_of_a_list_and_is_held_batch_by_batch():
             most = max(most, len(alive))
             yield watched
 
-    scores = secateur.score(model, endless(), stop=400, **options)
+    scores = secateur.score(model, endless(), reading=Reading(stop=400), **options)
     assert scores.num_texts == 400
     assert 8 <= most <= 24  # equal texts count once
-    settled = secateur.score(model, endless(), stop="auto", **options)
+    settled = secateur.score(model, endless(), reading=Reading(stop="auto"), **options)
     assert settled.agreement >= 0.95
     assert settled.num_texts >= 32
-    short = secateur.score(model, iter(tiny_texts(20)), stop="auto", **options)
+    short = secateur.score(model, iter(tiny_texts(20)), reading=Reading(stop="auto"), **options)
     assert (short.num_texts, short.agreement) == (20, 1.0)
 
 
@@ -85,8 +86,8 @@ def test_a_column_or_an_array_is_a_list_and_a_table_is_not():
 
 def test_pruning_with_a_generator():
     model, tokenizer, texts = tiny_model("bert"), tiny_tokenizer(), tiny_texts(40)
-    _, listed = secateur.prune(model, texts, tokenizer=tokenizer, maps=True)
-    _, streamed = secateur.prune(model, iter(texts), tokenizer=tokenizer, maps=True)
+    _, listed = secateur.prune(model, texts, tokenizer=tokenizer, reading=Reading(maps=True))
+    _, streamed = secateur.prune(model, iter(texts), tokenizer=tokenizer, reading=Reading(maps=True))
     assert streamed.mask == listed.mask
     assert streamed.num_texts == 40
     assert streamed.attention_maps.to_json() == listed.attention_maps.to_json()
@@ -151,7 +152,9 @@ def test_texts_that_know_their_number_are_not_all_read():
                 assert number < 8
                 yield text
 
-    found = secateur.score(tiny_model("bert"), Lazy(), "contribution", tiny_tokenizer(), stop=4, batch_size=4)
+    found = secateur.score(
+        tiny_model("bert"), Lazy(), "contribution", tiny_tokenizer(), reading=Reading(stop=4, batch_size=4)
+    )
     assert found.num_texts == 4
 
 

@@ -4,85 +4,28 @@ from __future__ import annotations
 
 import bisect
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.errors import InvalidInputError, invalid
+from secateur.errors import invalid
 from secateur.measuring.cost import ModelCost, check_heads, compare_latency, measure_cost
 from secateur.measuring.latency_table import LatencyTable, measure_latency, shared_copy
-from secateur.measuring.timing import Shape, median_ratio, parse_shape
+from secateur.measuring.timing import median_ratio
 from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.state import base_of
+from secateur.settings import Budget, Quantity
 from secateur.sites.attention import find_sites
-from secateur.sites.layout import Site
-from secateur.support.checks import is_number
+from secateur.sites.layout import AttentionSite, Site
 from secateur.units.masks import Mask
 from secateur.units.scores import PresentScores, Scores
 from secateur.units.select import Allocation, check_selection, groups_of, select
 
-Quantity = Literal["heads", "params", "macs", "latency"]
-_FORM = re.compile(r"(\w+)=([0-9.]+)x?(?:@(.+))?")
-_SHAPED = ("macs", "latency")
-_SHAPE = Shape(1, 128)
 _ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of a quantity of the given model may remain: `limit`, in (0, 1], at `shape` where it depends on one.
-
-    Raises `InvalidInputError` for anything else.
-    """
-
-    quantity: Quantity
-    limit: float
-    shape: Shape = _SHAPE
-
-    def __post_init__(self) -> None:
-        if not _can_be(self.quantity, self.limit) or not isinstance(self.shape, Shape):
-            raise _refused(self)
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Read `heads=0.5`, `params=0.9`, `macs=0.85`, `macs=0.85@1x512` or `latency=0.8x@8x128`; the `x` is optional.
-
-        Multiply-accumulates are those of 1 x 128 tokens where no shape is named; latency needs one. Raises
-        `InvalidInputError` for anything else.
-        """
-        found = _FORM.fullmatch(text.strip()) if isinstance(text, str) else None
-        quantity, number, shape = found.groups() if found else ("", "", None)
-        try:
-            limit = float(number)
-        except ValueError:
-            limit = -1.0
-        shaped = quantity in _SHAPED if shape is not None else quantity != "latency"
-        if not _can_be(quantity, limit) or not shaped:
-            raise _refused(text)
-        return cls(quantity, limit, _SHAPE if shape is None else parse_shape(shape))  # type: ignore[arg-type]
-
-    @classmethod
-    def of(cls, budget: str | Budget) -> Budget:
-        """Return a budget as it is, and read one that is a text."""
-        return budget if isinstance(budget, Budget) else cls.parse(budget)
-
-    def __str__(self) -> str:
-        """Return the form that `parse` reads."""
-        return f"{self.quantity}={self.limit:g}" + (f"@{self.shape}" if self.quantity in _SHAPED else "")
-
-
-def _can_be(quantity: Any, limit: Any) -> bool:
-    return quantity in get_args(Quantity) and is_number(limit, above=0) and limit <= 1
-
-
-def _refused(budget: object) -> InvalidInputError:
-    rule = "be heads=, params=, macs= or latency= with a number in (0, 1], and for latency a shape"
-    return invalid("budget", f"{rule}, such as latency=0.8x@8x128", budget)
 
 
 @dataclass(frozen=True)
@@ -119,7 +62,8 @@ def within_budget(
 
     `share` says how much a mask leaves, `rounded` what becomes of a mask before it is judged. A ratio's mask is that of
     `select`. Every ratio is tried, from the smallest. They are bisected where a larger ratio drops all that a
-    smaller one does: with allocation "ranking", where all groups of heads are of one size and masks are judged as they are.
+    smaller one does: with allocation "ranking", where all groups of units are of one size and masks are judged as they
+    are.
     """
     ratios = _ratios(scores, allocation)
     sizes = {len(group) for site in scores for group in groups_of(scores, site)}
@@ -157,10 +101,11 @@ class BudgetedSelection:
         allocation: Allocation = "uniform",
         floor: int = 1,
         progress: bool = False,
+        sites: Mapping[str, AttentionSite] | None = None,
     ) -> None:
         self.budget, self.allocation, self.floor = budget, allocation, floor
         base = base_of(model)
-        self.costs = UnitCosts(model, find_sites(base), *budget.shape)
+        self.costs = UnitCosts(model, find_sites(base) if sites is None else sites, *budget.shape)
         check_heads(model, self.costs.dense.heads)
         self.table: LatencyTable | None = None
         self._dense: Any = None

@@ -15,8 +15,7 @@ import click
 
 from secateur.scorers import DEFAULT_SCORER, SCORERS
 from secateur.support.checks import LARGEST_SEED
-
-CALIBRATION_TEXTS = 256
+from secateur.support.defaults import BATCH_SIZE, CALIBRATION_TEXTS, MAX_LENGTH
 
 
 class Ratio(click.ParamType):
@@ -92,7 +91,11 @@ seed_option = click.option(
 out_option = click.option("--out", required=True, type=Place(), help="New or empty folder for the result.")
 
 length_option = click.option(
-    "--max-length", default=128, show_default=True, type=click.IntRange(4), help="Tokens a text."
+    "--max-length", default=MAX_LENGTH, show_default=True, type=click.IntRange(4), help="Tokens a text."
+)
+
+batch_option = click.option(
+    "--batch-size", default=BATCH_SIZE, show_default=True, type=click.IntRange(1), help="Texts a batch."
 )
 
 data_option = click.option(
@@ -121,7 +124,7 @@ scoring_options = together(
         "--stream", is_flag=True,
         help="Read the data one batch after the other, shuffled among the next 10,000 texts; shards by a pattern too.",
     ),
-    click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
+    batch_option,
     length_option,
     seed_option,
     device_option,
@@ -138,7 +141,7 @@ bf16_scoring_option = click.option(
 
 training_options = together(
     data_option,
-    click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Texts a batch."),
+    batch_option,
     length_option,
     device_option,
     json_option,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from secateur.cli.options import (
-    CALIBRATION_TEXTS,
     Place,
     Ratio,
     bf16_scoring_option,
@@ -25,6 +24,7 @@ from secateur.cli.options import (
     scoring_options,
 )
 from secateur.scorers import make_scorer, scorer_class
+from secateur.support.defaults import CALIBRATION_TEXTS, FLOOR, PRUNING_RATIO
 from secateur.support.files import check_can_write, check_new_folder, new_folder
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from secateur.scorers.base import Scorer
-    from secateur.texts.data import Text
+    from secateur.settings import Reading
+    from secateur.texts.tokenization import Text
 
 
 @click.command()
@@ -85,7 +86,7 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
     from secateur.cli.tables import print_table, scores_table
     from secateur.errors import invalid
     from secateur.models.loading import load_model, load_tokenizer
-    from secateur.scorers.score import score
+    from secateur.scorers.score import score as score_model
 
     if out is not None and out.parent != Path() and not out.parent.is_dir():
         raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
@@ -98,20 +99,10 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
     scorer = _scorer(options)
     texts, labels = _calibration(data, options)
     placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
-    scores = score(
-        load_model(model, device, **placed),
-        texts,
-        scorer,
-        load_tokenizer(model),
-        labels=labels,
-        batch_size=options["batch_size"],
-        max_length=options["max_length"],
-        seed=options["seed"],
-        stop=options["stop"],
-        bf16=bf16,
-        accelerator=accelerator,
-        progress=accelerator.is_main_process,
-    )
+    scores = score_model(
+        load_model(model, device, **placed), texts, scorer, load_tokenizer(model), labels=labels,
+        reading=_reading(options, bf16, accelerator),
+    )  # fmt: skip
     if not _ends_as_main(accelerator):
         return
     if scores.agreement is not None:
@@ -128,7 +119,9 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
 @click.command()
 @click.argument("model")
 @data_option
-@click.option("--ratio", default=0.5, show_default=True, type=Ratio(), help="Fraction of heads to remove, in [0, 1).")
+@click.option(
+    "--ratio", default=PRUNING_RATIO, show_default=True, type=Ratio(), help="Fraction of heads to remove, in [0, 1)."
+)
 @click.option(
     "--budget",
     default=None,
@@ -139,7 +132,7 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
     "--allocation", default="uniform", show_default=True, type=click.Choice(["uniform", "ranking"]),
     help="The same ratio at every site, or one ranking over the model.",
 )  # fmt: skip
-@click.option("--floor", default=1, show_default=True, type=click.IntRange(0), help="Heads a site keeps at least.")
+@click.option("--floor", default=FLOOR, show_default=True, type=click.IntRange(0), help="Heads a site keeps at least.")
 @click.option(
     "--refine",
     default=0,
@@ -148,9 +141,11 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
     help="Exchanges of heads to try on the texts after scoring, no labels; each takes a pass.",
 )
 @click.option(
-    "--reconstruct",
-    is_flag=True,
-    help="Refit what the kept heads write on the texts, no labels, so that it makes up for the others; four passes.",
+    "--restore",
+    default="none",
+    show_default=True,
+    type=click.Choice(["none", "reconstruct"]),
+    help="reconstruct: refit what the kept heads write on the texts, no labels, so that it makes up for the others.",
 )
 @click.option("--maps/--no-maps", default=True, show_default=True, help="Keep mean attention maps for the report page.")
 @scoring_options
@@ -160,7 +155,7 @@ def score(model: str, data: str, bf16: bool, out: Path | None, as_json: bool, **
 @click.pass_context
 def prune(
     context: click.Context, model: str, data: str, ratio: float, budget: str | None, allocation: Any, floor: int,
-    refine: int, reconstruct: bool, maps: bool, bf16: bool, out: Path, as_json: bool, **options: Any,
+    refine: int, restore: Any, maps: bool, bf16: bool, out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder.
 
@@ -168,13 +163,13 @@ def prune(
     """
     from dataclasses import replace
 
-    from secateur.choosing.budget import Budget
     from secateur.cli.tables import print_table, pruning_table
     from secateur.models.loading import load_tokenizer
     from secateur.models.sentence_transformers import copy_modules
     from secateur.pruning import prune as prune_model
     from secateur.report import write_report
     from secateur.report.reading import ATTENTION_MAPS, PRUNING, read_runs
+    from secateur.settings import Budget
 
     accelerator, device = _processes(options["device"])
     if accelerator.is_main_process:
@@ -195,19 +190,11 @@ def prune(
             scorer=scorer,
             allocation=allocation,
             floor=floor,
-            stop=options["stop"],
             refine=refine,
-            reconstruct=reconstruct,
-            tokenizer=tokenizer,
+            restore=restore,
             labels=labels,
-            batch_size=options["batch_size"],
-            max_length=options["max_length"],
-            seed=options["seed"],
-            device=str(device),
-            bf16=bf16,
-            maps=maps,
-            accelerator=accelerator,
-            progress=accelerator.is_main_process,
+            tokenizer=tokenizer,
+            reading=replace(_reading(options, bf16, accelerator), device=str(device), maps=maps),
         )
         if not _ends_as_main(accelerator):
             return
@@ -258,6 +245,15 @@ def verify(folder: Path, against: str | None, device: str | None, as_json: bool)
         click.echo(f"largest difference {result['max_difference']:.1e} (at most {result['tolerance']:g} is accepted)")
     if not result["equal"]:
         raise click.exceptions.Exit(1)
+
+
+def _reading(options: dict[str, Any], bf16: bool, accelerator: Accelerator) -> Reading:
+    """Return how the texts are read, as the options that commands share say it."""
+    from secateur.settings import Reading
+
+    names = ("batch_size", "max_length", "seed", "stop")
+    named = {name: options[name] for name in names}
+    return Reading(**named, bf16=bf16, accelerator=accelerator, progress=accelerator.is_main_process)
 
 
 def _processes(device: str | None) -> tuple[Accelerator, torch.device]:

@@ -18,6 +18,7 @@ from secateur.cli.options import (
     stoppable,
 )
 from secateur.scorers import SCORERS
+from secateur.support.defaults import COMPARISON_TEXTS, DISTILLATION_STEPS
 
 
 def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -88,7 +89,14 @@ def _read_pruners(context: click.Context, parameter: click.Parameter, items: tup
     help="lite: 2,000 training texts of 64 tokens; full: all texts, 128 tokens.",
 )
 @click.option("--allocation", default="uniform", show_default=True, type=click.Choice(["uniform", "ranking"]))
-@click.option("--texts", "num_texts", default=96, show_default=True, type=click.IntRange(1), help="Calibration texts.")
+@click.option(
+    "--texts",
+    "num_texts",
+    default=COMPARISON_TEXTS,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Calibration texts.",
+)
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one run.")
 @click.option(
     "--pruner",
@@ -102,13 +110,17 @@ def _read_pruners(context: click.Context, parameter: click.Parameter, items: tup
 @click.option("--learning-rate", default=None, type=float, help="Instead of the protocol's.")
 @click.option("--epochs", default=None, type=float, help="Instead of the protocol's.")
 @bf16_option
-@click.option("--reconstruct", is_flag=True, help="Refit what kept heads write on the calibration texts, no labels.")
 @click.option(
-    "--distill",
-    default=0,
+    "--restore", default="none", show_default=True, type=click.Choice(["none", "reconstruct", "distill"]),
+    help="reconstruct: refit what kept heads write on the calibration texts; distill: then also teach the pruned model "
+    "what the dense one computes, on all training texts. No labels.",
+)  # fmt: skip
+@click.option(
+    "--steps",
+    default=DISTILLATION_STEPS,
     show_default=True,
-    type=click.IntRange(0),
-    help="Steps that teach the pruned model what the dense one computes, on all training texts, no labels.",
+    type=click.IntRange(1),
+    help="Updates of `--restore distill`.",
 )
 @click.option("--jobs", default=None, type=click.IntRange(1), help="Runs at once [default: cores / threads; GPUs]")
 @click.option("--out", required=True, type=Place(), help="Folder of the comparison, new or to go on.")
@@ -173,8 +185,8 @@ def bench(
 
     from secateur.cli.tables import benchmark_table, print_table
     from secateur.measuring.bench import SHAPES, benchmark
-    from secateur.measuring.timing import parse_shape
     from secateur.models.loading import check_device, load_model
+    from secateur.settings import parse_shape
 
     if len(set(models)) < len(models):
         raise click.UsageError("`MODEL...` must name each model once")

@@ -22,6 +22,7 @@ from secateur.cli.options import (
     stoppable,
     training_options,
 )
+from secateur.support.defaults import DISTILLATION_RATE, DISTILLATION_STEPS, FINETUNING_EPOCHS, FINETUNING_RATE
 from secateur.support.files import check_new_folder, is_taken
 
 
@@ -29,8 +30,10 @@ from secateur.support.files import check_new_folder, is_taken
 @click.argument("model")
 @training_options
 @click.option("--against", default=None, help="The unpruned model, which teaches [default: the one MODEL names].")
-@click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Optimiser updates.")
-@click.option("--learning-rate", default=5e-4, show_default=True, type=Positive())
+@click.option(
+    "--steps", default=DISTILLATION_STEPS, show_default=True, type=click.IntRange(1), help="Optimiser updates."
+)
+@click.option("--learning-rate", default=DISTILLATION_RATE, show_default=True, type=Positive())
 @click.option(
     "--texts", "num_texts", default=None, type=click.IntRange(1), help="Texts, drawn with the seed [default: all]."
 )
@@ -48,6 +51,7 @@ def distill(
     from secateur.report import write_report
     from secateur.report.reading import ATTENTION_MAPS, DISTILLATION, PRUNING, read_runs
     from secateur.restoring.distillation import distill_
+    from secateur.settings import Reading, said_of
     from secateur.support.files import new_folder, write_text
     from secateur.texts.data import load_task
 
@@ -60,11 +64,11 @@ def distill(
     if has_page := (Path(model) / PRUNING).is_file():
         read_runs([model])  # refuses what makes no page before the training, whose result would be lost
     with new_folder(out) as folder:
-        settings: dict[str, Any] = {
-            "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "max_length": max_length,
-            "seed": seed, "bf16": bf16,
-        }  # fmt: skip
-        before, after = distill_(pruned, teacher, texts, tokenizer, progress=True, **settings)
+        reading = Reading(batch_size=batch_size, max_length=max_length, seed=seed, bf16=bf16, progress=True)
+        before, after = distill_(
+            pruned, teacher, texts, tokenizer, steps=steps, learning_rate=learning_rate, reading=reading
+        )
+        settings = {"steps": steps, "learning_rate": learning_rate, **said_of(reading)}
         place = copy_modules(model, folder)
         pruned.save_pretrained(place)
         tokenizer.save_pretrained(place)
@@ -87,8 +91,8 @@ def distill(
 @click.command()
 @click.argument("model")
 @training_options
-@click.option("--epochs", default=3.0, show_default=True, type=Positive())
-@click.option("--learning-rate", default=2e-5, show_default=True, type=Positive())
+@click.option("--epochs", default=FINETUNING_EPOCHS, show_default=True, type=Positive())
+@click.option("--learning-rate", default=FINETUNING_RATE, show_default=True, type=Positive())
 @click.option("--max-train", default=None, type=click.IntRange(1), help="Training texts at most, drawn with the seed.")
 @bf16_option
 @seed_option
@@ -100,6 +104,7 @@ def finetune(
     """Fine-tune MODEL, dense or pruned alike, on labelled data with transformers' Trainer."""
     from secateur.finetuning.finetune import finetune as finetune_model
     from secateur.models.loading import check_device
+    from secateur.settings import Reading
     from secateur.texts.data import has_splits, load_task
 
     check_new_folder(out)
@@ -109,8 +114,8 @@ def finetune(
     if max_train is not None:
         train = train.head(max_train, seed=seed)
     _, result = finetune_model(
-        model, train, dev, out=out, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size,
-        max_length=max_length, seed=seed, bf16=bf16, device=str(chosen),
+        model, train, dev, out=out, epochs=epochs, learning_rate=learning_rate,
+        reading=Reading(batch_size, max_length, seed, bf16=bf16, device=str(chosen), progress=True),
     )  # fmt: skip
     if as_json:
         print_json({"metrics": result.metrics, "seconds": result.seconds, "steps": result.steps, "out": str(out)})
@@ -131,12 +136,15 @@ def evaluate(
 
     from secateur.finetuning.evaluate import evaluate_model, main_metric
     from secateur.models.loading import check_device, load_model, load_tokenizer
+    from secateur.settings import Reading
     from secateur.texts.data import load_task
 
     chosen = check_device(device)
     task = load_task(data, split, need_labels=True)
     loaded = load_model(model, chosen, AutoModelForSequenceClassification, whole=True)
-    metrics = evaluate_model(loaded, load_tokenizer(model), task, batch_size=batch_size, max_length=max_length)
+    metrics = evaluate_model(
+        loaded, load_tokenizer(model), task, reading=Reading(batch_size, max_length, progress=True)
+    )
     if as_json:
         print_json({"metrics": metrics, "texts": len(task)})
     else:

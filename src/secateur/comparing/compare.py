@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
@@ -36,7 +36,9 @@ from secateur.restoring.distillation import distill_
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers import SCORERS, scorer_class
 from secateur.scorers.score import score
+from secateur.settings import Cut, Reading, Restore
 from secateur.support.checks import check_whole
+from secateur.support.defaults import COMPARISON_TEXTS, DISTILLATION_STEPS
 from secateur.support.files import (
     LOCK,
     append_line,
@@ -84,9 +86,9 @@ class Settings:
     meta-pruners, where those that ship are not meant; `{task}` in a place becomes the task's name, for a pruner of each
     task. `max_train` lowers the protocol's number of training texts; `learning_rate` and `epochs` take the place of the
     protocol's, for models that its own do not train to their best. `bf16` trains as `finetune` does with it.
-    `reconstruct` refits the output projections of the kept heads on the calibration texts, as `reconstruct_` does.
-    `distill` is the number of steps, none for 0, in which `distill_` teaches the pruned model what the dense one
-    computes, on the texts of the whole train split, without their labels, before it is fine-tuned.
+    `restore` says what happens between pruning and fine-tuning: "reconstruct" refits the output projections of the kept
+    heads on the calibration texts, as `reconstruct_` does; "distill" does so too, and then lets `distill_` teach the
+    pruned model what the dense one computes, in `steps` updates on the texts of the whole train split, without labels.
 
     Raises `InvalidInputError` for values outside their ranges and for names that repeat.
     """
@@ -98,15 +100,15 @@ class Settings:
     seeds: int = 3
     protocol: str = "lite"
     allocation: Allocation = "uniform"
-    num_texts: int = 96
+    num_texts: int = COMPARISON_TEXTS
     threads: int = 1
     pruners: dict[str, str] = field(default_factory=dict)
     max_train: int | None = None
     learning_rate: float | None = None
     epochs: float | None = None
     bf16: bool = False
-    reconstruct: bool = False
-    distill: int = 0
+    restore: Restore = "none"
+    steps: int = DISTILLATION_STEPS
 
     def __post_init__(self) -> None:
         for name in ("data", "scorers", "ratios"):
@@ -122,7 +124,9 @@ class Settings:
         for name in ("seeds", "num_texts", "threads", "max_train"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise invalid(name, "be at least 1", getattr(self, name))
-        check_whole("distill", self.distill, 0)
+        check_whole("steps", self.steps)
+        if self.restore not in get_args(Restore):
+            raise invalid("restore", f"be one of {', '.join(get_args(Restore))}", self.restore)
         for name in ("learning_rate", "epochs"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise invalid(name, "be above 0", getattr(self, name))
@@ -293,9 +297,8 @@ def _score(settings: Settings, run: Run, out: Path, device: str) -> None:
         run.scorer,
         tokenizer,
         labels=train.labels,
-        pruning_ratio=run.ratio,
-        max_length=settings.training.max_length,
-        seed=run.seed,
+        cut=Cut(run.ratio),
+        reading=Reading(max_length=settings.training.max_length, seed=run.seed),
         **options,
     )
     cost = {"scoring_seconds": time.perf_counter() - start, "peak_memory": _peak_memory(device)}
@@ -311,19 +314,21 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
     set_seed(run.seed)
     with quiet_transformers(False):
         model, tokenizer = load_classifier(settings.model, train, dev), load_tokenizer(settings.model)
+    reading = Reading(max_length=protocol.max_length, seed=run.seed)
+    training = replace(reading, batch_size=protocol.batch_size, bf16=settings.bf16, device=device)
     cost: dict[str, Any] = {}
     kept, restored = None, {}
     if run.scorer != DENSE:
         data = read_json(_scores_file(out, run))
         mask = select(Scores.from_json(data), run.ratio, settings.allocation)
         kept, cost = mask.kept, dict(data["cost"])
-        if settings.reconstruct:
+        if settings.restore != "none":
             texts = _splits(run.data)[0].head(settings.num_texts, seed=run.seed).texts
             start = time.perf_counter()
-            losses = reconstruct_(model.to(device), mask, texts, tokenizer, max_length=protocol.max_length)
+            losses = reconstruct_(model.to(device), mask, texts, tokenizer, reading=reading)
             restored, cost["reconstruction_seconds"] = {"reconstruction": list(losses)}, time.perf_counter() - start
         remove_(model, mask)
-        if settings.distill:
+        if settings.restore == "distill":
             start = time.perf_counter()
             with quiet_transformers(False):
                 teacher = load_model(settings.model, device)
@@ -332,11 +337,8 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
                 teacher,
                 _splits(run.data)[0].texts,
                 tokenizer,
-                steps=settings.distill,
-                batch_size=protocol.batch_size,
-                max_length=protocol.max_length,
-                seed=run.seed,
-                bf16=settings.bf16,
+                steps=settings.steps,
+                reading=training,
             )
             restored["distillation"], cost["distillation_seconds"] = list(losses), time.perf_counter() - start
     _, result = finetune(
@@ -346,12 +348,7 @@ def _train(settings: Settings, run: Run, out: Path, device: str) -> dict[str, An
         tokenizer=tokenizer,
         epochs=protocol.epochs,
         learning_rate=protocol.learning_rate,
-        batch_size=protocol.batch_size,
-        max_length=protocol.max_length,
-        seed=run.seed,
-        bf16=settings.bf16,
-        device=device,
-        progress=False,
+        reading=training,
     )
     return {
         "data": run.data,

@@ -17,8 +17,10 @@ from tqdm import tqdm
 from secateur.errors import invalid
 from secateur.models.finite import check_finite
 from secateur.models.state import evaluation_mode
-from secateur.texts.data import Task, batches, padding_token
-from secateur.texts.halving import halves_batches
+from secateur.settings import Reading, settings_of
+from secateur.texts.data import Task
+from secateur.texts.halving import in_batches_that_fit
+from secateur.texts.tokenization import batches, padding_token
 
 # GLUE's own choice for each task. A task that is not named here is measured by accuracy, a regression by Spearman.
 MAIN_METRIC = {"cola": "matthews", "mrpc": "f1", "qqp": "f1", "stsb": "spearman"}
@@ -77,6 +79,10 @@ def main_metric(task: Task) -> str:
     return named if named in possible else default
 
 
+EVALUATION = Reading(batch_size=64)
+"""How texts are read that are evaluated alone."""
+
+
 def check_model_fits(model: Any, task: Task) -> None:
     """Raise `InvalidInputError` unless the model has one output for a regression or one for each class of the task."""
     outputs, needed = model.config.num_labels, task.num_labels
@@ -92,45 +98,47 @@ def check_model_fits(model: Any, task: Task) -> None:
         )
 
 
-@halves_batches
 def evaluate_model(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    *,
-    batch_size: int = 64,
-    max_length: int = 128,
-    device: str | torch.device | None = None,
-    progress: bool = True,
+    model: Any, tokenizer: Any, task: Task, *, device: str | torch.device | None = None, reading: Reading | None = None
 ) -> dict[str, float]:
     """Return the metrics of a sequence-classification model on a task, dense or pruned alike.
 
     The result holds what `classification_metrics` or `regression_metrics` gives. The model computes on `device`, or
-    where it is when None, and comes back as it was: device, mode, configuration. A progress bar goes to stderr.
+    where it is when None, and comes back as it was: device, mode, configuration.
 
     Raises `InvalidInputError` where the task has no labels, where the model has another number of outputs, where it
     is no sequence-classification model, for what `batches` refuses, and for NaN or infinity, naming the
-    module where it begins. Where a batch does not fit into memory, `batch_size` is halved, with a `SecateurWarning`.
+    module where it begins. Where a batch does not fit into memory, the batch size is halved, with a `SecateurWarning`.
     """
     check_model_fits(model, task)
+    reading = EVALUATION if reading is None else settings_of(reading, Reading)
     assert task.labels is not None  # check_model_fits raises where the task has no labels
     # Texts of similar length share a batch, which saves padding; characters are near enough to tokens for that.
     order = sorted(range(len(task)), key=lambda i: sum(map(len, task.texts[i])) if task.is_pair else len(task.texts[i]))
-    inputs = batches(tokenizer, [task.texts[i] for i in order], batch_size, max_length)
+    ordered = Task(task.name, [task.texts[i] for i in order])
+    outputs = in_batches_that_fit(partial(_outputs, model, tokenizer, ordered, device), reading)
+    labels = [task.labels[i] for i in order]
+    if task.is_regression:
+        return regression_metrics(outputs[:, 0].tolist(), labels)
+    return classification_metrics(outputs.argmax(dim=1).tolist(), [int(label) for label in labels])
+
+
+def _outputs(
+    model: Any, tokenizer: Any, task: Task, device: str | torch.device | None, reading: Reading
+) -> torch.Tensor:
+    """Return the model's outputs for each text, float32 `[texts, outputs]`."""
+    inputs = batches(tokenizer, task.texts, reading.batch_size, reading.max_length)
     rows: list[torch.Tensor] = []
+    hidden = not reading.progress
     with ready_to_evaluate(model, tokenizer, device) as place, torch.no_grad():
-        for batch in tqdm(inputs, desc=f"evaluate {task.name}", unit="batch", leave=False, disable=not progress):
+        for batch in tqdm(inputs, desc=f"evaluate {task.name}", unit="batch", leave=False, disable=hidden):
             run = partial(model, **{name: tensor.to(place) for name, tensor in batch.items()})
             logits = getattr(run(), "logits", None)
             if logits is None or logits.ndim != 2:
                 raise invalid("model", "be a sequence-classification model", type(model).__name__)
             check_finite(logits, model, run)
             rows.append(logits.float().cpu())
-    outputs = torch.cat(rows)
-    labels = [task.labels[i] for i in order]
-    if task.is_regression:
-        return regression_metrics(outputs[:, 0].tolist(), labels)
-    return classification_metrics(outputs.argmax(dim=1).tolist(), [int(label) for label in labels])
+    return torch.cat(rows)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,16 @@ import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from secateur.errors import InvalidInputError, invalid
-from secateur.finetuning.evaluate import check_model_fits, evaluate_model, main_metric
+from secateur.finetuning.evaluate import EVALUATION, check_model_fits, evaluate_model, main_metric
 from secateur.finetuning.trainer import train, training_device
 from secateur.models.loading import check_device, load_model, load_tokenizer, quiet_transformers
 from secateur.models.state import base_of
+from secateur.settings import Reading, said_of, settings_of
+from secateur.support.checks import check_positive
+from secateur.support.defaults import FINETUNING_EPOCHS, FINETUNING_RATE
 from secateur.support.files import new_folder, write_text
-from secateur.texts.data import Task, padding_token, tokenize
+from secateur.texts.data import Task
+from secateur.texts.tokenization import padding_token, rows_of, tokenize
 
 
 @dataclass(frozen=True)
@@ -43,49 +47,39 @@ def finetune(
     *,
     tokenizer: Any = None,
     out: str | Path | None = None,
-    epochs: float = 3.0,
-    learning_rate: float = 2e-5,
-    batch_size: int = 32,
-    max_length: int = 128,
-    seed: int = 0,
-    bf16: bool = False,
-    device: str | torch.device | None = None,
-    progress: bool = True,
+    epochs: float = FINETUNING_EPOCHS,
+    learning_rate: float = FINETUNING_RATE,
+    reading: Reading | None = None,
 ) -> tuple[Any, FinetuneResult]:
     """Train a sequence-classification model on a task and return it with the metrics on `dev`.
 
     `model_or_path` is a folder or Hub id, loaded with a classification head that fits the task, or a loaded
     sequence-classification model, which is trained in place and needs its `tokenizer`. The optimizer is AdamW with
     a linear schedule whose first tenth warms up. The model comes back in evaluation mode on the device it trained on:
-    `device` ("cpu", "cuda", "mps") or, when None, the accelerator of this machine if there is one. With `bf16` the
-    training steps compute matrix products in bfloat16 (autocast); weights, optimizer and evaluation stay as they are.
-    `out` names a new folder for the model, its tokenizer and `finetune_result.json`. The seed fixes the head, the order
-    of the texts and the dropout, and is set for the whole process.
+    that of `reading`, or the accelerator of this machine if there is one. With `bf16` the training steps compute matrix
+    products in bfloat16 (autocast); weights, optimizer and evaluation stay as they are. `out` names a new folder for
+    the model, its tokenizer and `finetune_result.json`. The seed fixes the head, the order of the texts and the
+    dropout, and is set for the whole process.
 
     Raises `InvalidInputError` for a task without labels, a model that does not load or does not fit, parameters out
     of range, and a folder `out` that is not empty; all of it before the training. Raises `SecateurError` where the
     loss does not stay finite; the model is then of no use.
     """
     _check_same_kind(task, dev)
-    if not epochs > 0:
-        raise invalid("epochs", "be above 0", epochs)
-    if not learning_rate > 0:
-        raise invalid("learning_rate", "be above 0", learning_rate)
-    if batch_size < 1:
-        raise invalid("batch_size", "be at least 1", batch_size)
-    chosen = None if device is None else training_device(device)
-    if bf16 and check_device(chosen).type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise invalid("bf16", "be off on a device without bfloat16", bf16)
-
-    set_seed(seed)
+    check_positive("epochs", epochs)
+    check_positive("learning_rate", learning_rate)
+    reading = settings_of(reading, Reading)
+    device = None if reading.device is None else training_device(reading.device)
+    if reading.bf16 and check_device(device).type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise invalid("bf16", "be off on a device without bfloat16", True)
     is_loaded = isinstance(model_or_path, torch.nn.Module)
     if is_loaded and tokenizer is None:
         raise invalid("tokenizer", "be given with a loaded model", None)
+    set_seed(reading.seed)
     # The folder is claimed before the work whose results it gets.
-    with nullcontext() if out is None else new_folder(out) as folder, quiet_transformers(progress):
+    with nullcontext() if out is None else new_folder(out) as folder, quiet_transformers(reading.progress):
         model = model_or_path if is_loaded else load_classifier(model_or_path, task, dev)
-        if tokenizer is None:
-            tokenizer = load_tokenizer(model_or_path)
+        tokenizer = load_tokenizer(model_or_path) if tokenizer is None else tokenizer
         for split in (task, dev):
             if split is not None:
                 check_model_fits(model, split)
@@ -93,38 +87,17 @@ def finetune(
             if model.config.pad_token_id is None:
                 # Decoders classify at the last token that is no padding.
                 model.config.pad_token_id = tokenizer.pad_token_id
-            seconds, steps, loss = _train(
-                model,
-                tokenizer,
-                task,
-                epochs=epochs,
-                learning_rate=learning_rate,
-                batch_size=batch_size,
-                max_length=max_length,
-                seed=seed,
-                bf16=bf16,
-                device=chosen,
-                progress=progress,
-            )
+            seconds, steps, loss = _train(model, tokenizer, task, epochs, learning_rate, reading)
             model.eval()
-            metrics = {}
-            if dev is not None:
-                metrics = evaluate_model(model, tokenizer, dev, max_length=max_length, progress=progress)
+            own = replace(EVALUATION, max_length=reading.max_length, progress=reading.progress)
+            metrics = {} if dev is None else evaluate_model(model, tokenizer, dev, reading=own)
             result = FinetuneResult(metrics, seconds, steps, loss, main_metric(task if dev is None else dev))
             if folder is not None:
-                settings = {
-                    "model": model.name_or_path if is_loaded else str(model_or_path),
-                    "task": task.name,
-                    "epochs": epochs,
-                    "learning_rate": learning_rate,
-                    "batch_size": batch_size,
-                    "max_length": max_length,
-                    "seed": seed,
-                    "bf16": bf16,
-                }
+                name = model.name_or_path if is_loaded else str(model_or_path)
+                settings = {"model": name, "task": task.name, "epochs": epochs, "learning_rate": learning_rate}
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
-                about = {**asdict(result), "settings": settings}
+                about = {**asdict(result), "settings": {**settings, **said_of(reading)}}
                 write_text(folder / "finetune_result.json", json.dumps(about, indent=1))
     return model, result
 
@@ -166,37 +139,19 @@ def _check_same_kind(task: Task, dev: Task | None) -> None:
 
 
 def _train(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    *,
-    epochs: float,
-    learning_rate: float,
-    batch_size: int,
-    max_length: int,
-    seed: int,
-    bf16: bool,
-    device: torch.device | None,
-    progress: bool,
+    model: Any, tokenizer: Any, task: Task, epochs: float, learning_rate: float, reading: Reading
 ) -> tuple[float, int, float]:
     """Run the `Trainer` and return its seconds, optimizer steps and mean loss."""
     assert task.labels is not None  # finetune has read num_labels, which raises where there are no labels
-    encoding = tokenize(tokenizer, task.texts, max_length)
-    rows = [
-        {**{name: values[i] for name, values in encoding.items()}, "labels": label}
-        for i, label in enumerate(task.labels)
-    ]
+    encoded = rows_of(tokenize(tokenizer, task.texts, reading.max_length))
+    rows = [{**row, "labels": label} for row, label in zip(encoded, task.labels, strict=True)]
     return train(
         model,
         rows,
         DataCollatorWithPadding(tokenizer),
         title=f"fine-tune on {task.name}",
-        steps=max(1, math.ceil(math.ceil(len(rows) / batch_size) * epochs)),
+        steps=max(1, math.ceil(math.ceil(len(rows) / reading.batch_size) * epochs)),
         epochs=epochs,
         learning_rate=learning_rate,
-        batch_size=batch_size,
-        seed=seed,
-        bf16=bf16,
-        device=device,
-        progress=progress,
+        reading=reading,
     )

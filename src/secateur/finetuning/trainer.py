@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from secateur.errors import SecateurError, invalid
 from secateur.models.loading import check_device
+from secateur.settings import Reading
 
 
 def train(
@@ -27,11 +28,7 @@ def train(
     steps: int,
     epochs: float | None = None,
     learning_rate: float,
-    batch_size: int,
-    seed: int,
-    bf16: bool,
-    device: torch.device | None,
-    progress: bool,
+    reading: Reading,
     every_column: bool = False,
 ) -> tuple[float, int, float]:
     """Train in place for `steps` updates, or, where given, for `epochs`, and return the seconds, updates and mean loss.
@@ -40,6 +37,7 @@ def train(
     name as an argument too. Raises `SecateurError` where the loss does not stay finite, and `InvalidInputError` for a
     device that this machine has not.
     """
+    device = None if reading.device is None else training_device(reading.device)
     length: dict[str, Any] = {"max_steps": steps} if epochs is None else {"num_train_epochs": epochs}
     with (
         tempfile.TemporaryDirectory(prefix="secateur-") as folder,
@@ -50,14 +48,14 @@ def train(
             output_dir=folder,
             **length,
             learning_rate=learning_rate,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=reading.batch_size,
             warmup_steps=math.ceil(0.1 * steps),
             lr_scheduler_type="linear",
             **_group_by_length(),
-            seed=seed,
-            data_seed=seed,
+            seed=reading.seed,
+            data_seed=reading.seed,
             remove_unused_columns=not every_column,
-            bf16=bf16,
+            bf16=reading.bf16,
             use_cpu=check_device(device).type == "cpu",
             dataloader_pin_memory=torch.cuda.is_available() and (device is None or device.type == "cuda"),
             save_strategy="no",
@@ -73,7 +71,7 @@ def train(
         if arguments.n_gpu > 1:
             # One device: DataParallel would multiply the batch size.
             arguments._n_gpu = 1
-        bar = _Progress(title, progress)
+        bar = _Progress(title, reading.progress)
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[bar])
         # It prints to stdout, which belongs to results.
         trainer.remove_callback(PrinterCallback)

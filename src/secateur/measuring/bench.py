@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from secateur.errors import invalid
 from secateur.measuring.cost import count_macs, forward_pass
 from secateur.measuring.memory import peak_bytes
-from secateur.measuring.timing import Clock, Shape, quartiles, time_in_turn
+from secateur.measuring.timing import Clock, quartiles, time_in_turn
 from secateur.models.inputs import example_inputs, max_length
 from secateur.models.state import base_of, evaluation_mode, gradients_for_all
+from secateur.settings import Shape
 from secateur.support.versions import environment
 
 SHAPES = (Shape(1, 128), Shape(8, 128), Shape(1, 512))

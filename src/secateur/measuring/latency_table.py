@@ -16,10 +16,11 @@ from sklearn.isotonic import isotonic_regression
 from torch import Tensor, nn
 
 from secateur.measuring.cost import forward_pass
-from secateur.measuring.timing import Clock, Shape, quartiles, time_in_turn
+from secateur.measuring.timing import Clock, quartiles, time_in_turn
 from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.state import base_of, evaluation_mode
 from secateur.removal.remove import remove_
+from secateur.settings import Shape
 from secateur.sites.layout import Site
 from secateur.units.masks import Mask, original_vector
 
@@ -114,7 +115,8 @@ def measure_latency(
             levels[number] = [(sites[0].num_units, 0.0)]
             for kept in _thinned(list(_fewer(sites[0], costs))):
                 smaller = shared_copy(base, costs.sites)
-                remove_(smaller, Mask({site.name: original_vector(site, kept) for site in sites}))
+                cut = Mask({site.name: original_vector(site, kept) for site in sites})
+                remove_(smaller, cut, sites=costs.sites)
                 modes.enter_context(evaluation_mode(smaller))
                 runs[number, len(levels[number])] = forward_pass(smaller, *shape)
                 levels[number].append((int(kept.sum()), costs.saved_macs(sites[0].name, kept)))

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
-from secateur.errors import invalid
-
 Clock = Literal["wall", "cpu"]
 MIN_SECONDS = 0.1
 """What one thing is run for in one round, at least; one pass before it, which warms up, is not counted."""
-
-
-class Shape(NamedTuple):
-    """Texts a batch, and tokens a text."""
-
-    batch: int
-    length: int
-
-    def __str__(self) -> str:
-        """Return the form that `parse_shape` reads."""
-        return f"{self.batch}x{self.length}"
-
-
-def parse_shape(text: str) -> Shape:
-    """Read `8x128`, 8 texts of 128 tokens. Raises `InvalidInputError` for other forms."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
-    if found is None:
-        raise invalid("shape", "be BATCHxLENGTH, such as 8x128", text)
-    return Shape(int(found[1]), int(found[2]))
 
 
 def time_in_turn(

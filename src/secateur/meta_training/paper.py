@@ -39,7 +39,8 @@ from secateur.sites.gating import HeadReading, probe
 from secateur.support.checks import check_accelerator, check_flag, check_path, check_positive
 from secateur.support.files import is_taken, replaced_folder
 from secateur.support.randomness import generator
-from secateur.texts.data import Task, check_texts
+from secateur.texts.data import Task
+from secateur.texts.tokenization import check_texts
 from secateur.units.masks import PresentMask
 from secateur.units.scores import PresentScores
 from secateur.units.select import select

@@ -12,7 +12,8 @@ from secateur.errors import UnsupportedModelError, invalid
 from secateur.models.inputs import forward_arguments
 from secateur.models.state import base_of
 from secateur.sites.gating import count_heads
-from secateur.texts.data import Task, batches
+from secateur.texts.data import Task
+from secateur.texts.tokenization import batches
 
 Batch = dict[str, Any]
 

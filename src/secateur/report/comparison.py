@@ -40,8 +40,8 @@ def comparison_view(data: dict[str, Any]) -> dict[str, Any]:
     shared = {name: settings.get(name) for name in ("model", "protocol", "allocation")}
     facts = [(name.capitalize(), value) for name, value in shared.items() if value]
     facts += [("Removed", ", ".join(f"{ratio:.0%}" for ratio in ratios)), ("Seeds", str(len(seeds)))]
-    restored = ["output projections refitted"] if settings.get("reconstruct") else []
-    restored += [f"distilled in {settings['distill']} steps"] if settings.get("distill") else []
+    restored = ["output projections refitted"] if settings.get("restore", "none") != "none" else []
+    restored += [f"distilled in {settings['steps']} steps"] if settings.get("restore") == "distill" else []
     facts += [("Before fine-tuning", ", ".join(restored))] if restored else []
     environment = dict(rows[-1].get("environment") or {})
     counted = _count(len(scorers), "scorer"), _count(len(tasks), "task"), _count(len(seeds), "seed")

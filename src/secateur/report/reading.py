@@ -21,7 +21,7 @@ ATTENTION_MAPS, DISTILLATION, PRUNING, RESULT, ROWS, SETTINGS = (
 )
 _SHARED = (
     "model", "protocol", "allocation", "num_texts", "threads", "pruners", "max_train", "learning_rate", "epochs",
-    "bf16", "reconstruct", "distill",
+    "bf16", "restore", "steps",
 )  # fmt: skip
 """Settings that comparisons must share for their rows to be set side by side."""
 

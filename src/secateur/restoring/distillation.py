@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,17 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 from secateur.errors import InvalidInputError, UnsupportedModelError, invalid
 from secateur.finetuning.trainer import train, training_device
 from secateur.models.inputs import ForwardArguments
-from secateur.models.inputs import max_length as most_tokens
 from secateur.models.loading import quiet_transformers
 from secateur.models.offload import check_loaded, device_of
 from secateur.models.state import base_of, check_plain_weights, check_takes_gradients, evaluation_mode, held, in_float32
 from secateur.relations import RELATED, gated_representations, relational_kl, with_relations
+from secateur.settings import Reading, settings_of
 from secateur.sites.recipe import KEY
-from secateur.support.checks import check_flag, check_positive, check_seed, check_whole
-from secateur.texts.calibration import calibration_batches, own_tokenizer, texts_of
-from secateur.texts.data import Text, check_texts, padding_token, tokenize
+from secateur.support.checks import check_positive, check_whole
+from secateur.support.defaults import DISTILLATION_RATE, DISTILLATION_STEPS
+from secateur.texts.calibration import PreparedModel, is_pair, listed_texts
+from secateur.texts.tokenization import Text, padding_token, rows_of, tokenize
 
-STEPS, LEARNING_RATE = 300, 5e-4
 JUDGES = 10  # one of so many texts judges the distillation and teaches nothing …
 MOST_JUDGES = 256  # … up to that many
 FEWEST = JUDGES * (RELATED - 1) + 1  # texts of which so many judge that they have relations
@@ -38,13 +39,9 @@ def distill_(
     texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    steps: int = STEPS,
-    learning_rate: float = LEARNING_RATE,
-    batch_size: int = 32,
-    max_length: int = 128,
-    seed: int = 0,
-    bf16: bool = False,
-    progress: bool = False,
+    steps: int = DISTILLATION_STEPS,
+    learning_rate: float = DISTILLATION_RATE,
+    reading: Reading | None = None,
 ) -> tuple[float, float]:
     """Teach a pruned `model`, in place and without labels, to compute what `teacher`, the model before pruning, does.
 
@@ -64,13 +61,7 @@ def distill_(
     """
     check_whole("steps", steps)
     check_positive("learning_rate", learning_rate)
-    check_whole("batch_size", batch_size)
-    check_whole("max_length", max_length, 4)
-    check_seed(seed)
-    check_flag("bf16", bf16)
-    check_flag("progress", progress)
-    texts = cast(Sequence[Text], texts_of(texts))
-    check_texts(texts)
+    reading, texts = settings_of(reading, Reading), listed_texts(texts)
     if len(texts) < FEWEST:
         raise invalid("texts", f"be at least {FEWEST}, as every tenth judges", len(texts))
     student = base_of(model)
@@ -80,48 +71,55 @@ def distill_(
         check_loaded(one, "distillation")
     check_plain_weights(student)
     check_takes_gradients(student)
-    tokenizer = own_tokenizer(model) if tokenizer is None else tokenizer
-    device = training_device(device_of(student))
+    prepared = PreparedModel(model, tokenizer, reading)
+    reading = replace(reading, device=str(training_device(device_of(student))))
     every = max(JUDGES, math.ceil(len(texts) / MOST_JUDGES))
     judging, teaching = texts[::every], [text for number, text in enumerate(texts) if number % every]
-    tokens = min(max_length, most_tokens(student, max_length))
+    device = torch.device(str(reading.device))
     with held(student), held(master), evaluation_mode(student), _on(master, device), torch.inference_mode(False):
-        made = with_relations(calibration_batches(student, judging, tokenizer, batch_size, tokens))
+        made = with_relations(prepared.batches(judging, reading.batch_size))
         pair = _Pair(student, master)
         _check_same_shapes(pair, made[0])
-        judge = partial(_relational_kl, pair, made, not isinstance(texts[0], str))
+        judge = partial(_relational_kl, pair, made, is_pair(texts))
         before = judge()
-        with in_float32(student), _changing(student) as parameters, padding_token(tokenizer), quiet_transformers(False):
-            weights = [parameter.detach().clone() for parameter in parameters]
-            is_lower = False
-            try:
-                encoding = tokenize(tokenizer, teaching, tokens)
-                rows = [{name: values[i] for name, values in encoding.items()} for i in range(len(teaching))]
-                with torch.enable_grad():
-                    train(
-                        pair,
-                        rows,
-                        DataCollatorWithPadding(tokenizer),
-                        title="distilling",
-                        steps=steps,
-                        learning_rate=learning_rate,
-                        batch_size=batch_size,
-                        seed=seed,
-                        bf16=bf16,
-                        device=device,
-                        progress=progress,
-                        every_column=True,
-                    )
-                after = judge()
-                is_lower = after < before
-                if is_lower and isinstance(entry := getattr(student.config, KEY, None), dict):
-                    entry["distilled"] = True
-            finally:
-                if not is_lower:
-                    with torch.no_grad():
-                        for parameter, old in zip(parameters, weights, strict=True):
-                            parameter.copy_(old)
-    return before, after if is_lower else before
+        after = _kept_if_lower(
+            pair, before, judge, partial(_teach, pair, prepared, teaching, steps, learning_rate, reading)
+        )
+    return before, after
+
+
+def _kept_if_lower(pair: _Pair, before: float, judge: Callable[[], float], teach: Callable[[], None]) -> float:
+    """Teach, and return the lower of the losses before and after; the weights are put back where it did not fall."""
+    student = pair.student
+    with in_float32(student), _changing(student) as parameters:
+        weights = [parameter.detach().clone() for parameter in parameters]
+        is_lower = False
+        try:
+            teach()
+            after = judge()
+            is_lower = after < before
+            if is_lower and isinstance(entry := getattr(student.config, KEY, None), dict):
+                entry["distilled"] = True
+        finally:
+            if not is_lower:
+                with torch.no_grad():
+                    for parameter, old in zip(parameters, weights, strict=True):
+                        parameter.copy_(old)
+    return min(before, after)
+
+
+def _teach(
+    pair: _Pair, prepared: PreparedModel, texts: Sequence[Text], steps: int, learning_rate: float, reading: Reading
+) -> None:
+    """Run the training."""
+    tokenizer = prepared.tokenizer
+    with padding_token(tokenizer), quiet_transformers(False), torch.enable_grad():
+        rows = rows_of(tokenize(tokenizer, texts, prepared.longest))
+        collate = DataCollatorWithPadding(tokenizer)
+        train(
+            pair, rows, collate, title="distilling", steps=steps, learning_rate=learning_rate, reading=reading,
+            every_column=True,
+        )  # fmt: skip
 
 
 class _Pair(nn.Module):

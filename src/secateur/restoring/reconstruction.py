@@ -1,4 +1,4 @@
-"""What removed heads wrote, given to those that stay: output projections refitted by least squares, without labels."""
+"""What removed units wrote, given to those that stay: output projections refitted by least squares, without labels."""
 
 from __future__ import annotations
 
@@ -6,88 +6,82 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.choosing.search import MaskLoss
 from secateur.errors import InvalidInputError, invalid
-from secateur.models.inputs import forward_arguments
 from secateur.models.offload import check_loaded
-from secateur.models.state import base_of, check_plain_weights, evaluation_mode, held, without_autocast
+from secateur.models.state import check_plain_weights, evaluation_mode, held, without_autocast
 from secateur.relations import RELATED
-from secateur.sites.attention import find_sites
-from secateur.sites.layout import NOBODY, AttentionSite
-from secateur.support.checks import check_accelerator, check_flag, check_whole
+from secateur.settings import Reading, settings_of
+from secateur.sites.layout import NOBODY, Site
 from secateur.support.processes import in_order
-from secateur.texts.calibration import calibration_batches, own_tokenizer, texts_of
-from secateur.texts.data import Text, check_texts
-from secateur.texts.halving import halves_batches
-from secateur.units.masks import Mask
+from secateur.texts.calibration import PreparedModel, is_pair, listed_texts
+from secateur.texts.halving import in_batches_that_fit
+from secateur.texts.tokenization import Text
+from secateur.units.masks import Mask, PresentMask
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths of the ridge that are tried, in units of the mean second moment of what the projection is given."""
 
 
-@halves_batches
 def reconstruct_(
-    model: nn.Module,
+    model: nn.Module | PreparedModel,
     mask: Mask,
     texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    batch_size: int = 32,
-    max_length: int = 128,
-    accelerator: Accelerator | None = None,
-    progress: bool = False,
+    reading: Reading | None = None,
 ) -> tuple[float, float]:
-    """Prepare `model`, in place, for losing the heads that `mask` drops: those that stay write what they can of it.
+    """Prepare `model`, in place, for losing the units that `mask` drops: those that stay write what they can of it.
 
-    At every site that loses some of its heads, the rows of the output projection W that belong to the heads kept are
+    At every site that loses some of its units, the rows of the output projection W that belong to the units kept are
     changed so that what these write is as near as possible to what all of them wrote, in one pass of the dense model
-    over the texts. With G = Xᵀ X, X `[tokens, heads · width]` being what the projection is given, and K and R the
-    columns of heads that stay and go, W_K becomes W_K + (G_KK + ridge)⁻¹ G_KR W_R: ridge regression towards the weights
+    over the texts. With G = Xᵀ X, X `[tokens, units · width]` being what the projection is given, and K and R the
+    columns of units that stay and go, W_K becomes W_K + (G_KK + ridge)⁻¹ G_KR W_R: ridge regression towards the weights
     that were there (least-squares reconstruction after pruning: He et al. 2017, arXiv 1707.06168). The ridge of each
     site is the one, among five, with which the fit on one half of the texts errs least on the other; where none errs
     less than the weights that were there, these stay. Hundreds of texts do most good. No labels.
 
-    The model still has all its heads then, and is of use without those that go alone: `remove_` with the same
-    mask takes them, and proves that it changed nothing else. Returns the relational KL on these texts without
-    reconstruction and with it, each half of the texts by the fit on the other. Where that is no lower, or something
-    fails, the weights are what they were; else they are those fitted on all texts.
+    The model still has all its units then, and is of use without those that go alone: `remove_` with the same mask
+    takes them, and proves that it changed nothing else. Returns the relational KL on these texts without reconstruction
+    and with it, each half of the texts by the fit on the other. Where that is no lower, or something fails, the weights
+    are what they were; else they are those fitted on all texts.
 
     Raises `InvalidInputError` for a mask that does not fit, fewer than six texts or three a batch, and a site that
-    loses heads and that texts do not reach, and `UnsupportedModelError` for quantised weights.
+    loses units and that texts do not reach, and `UnsupportedModelError` for quantised weights.
     """
-    check_whole("batch_size", batch_size)
-    check_whole("max_length", max_length, 4)
-    check_flag("progress", progress)
-    check_accelerator(accelerator)
-    texts = cast(Sequence[Text], texts_of(texts))
-    check_texts(texts)
-    tokenizer = own_tokenizer(model) if tokenizer is None else tokenizer
-    base, sites = base_of(model), find_sites(model)
-    check_loaded(base, "reconstruction")
-    check_plain_weights(base)
-    kept = mask.present(sites)
-    projections = {
-        name: _Projection(base, sites[name], row) for name, row in kept.items() if row.any() and not row.all()
-    }
+    reading, texts = settings_of(reading, Reading), listed_texts(texts)
+    prepared = PreparedModel.of(model, tokenizer, reading)
+    check_loaded(prepared.base, "reconstruction")
+    check_plain_weights(prepared.base)
+    kept = mask.present(prepared.sites)
     if len(texts) < 2 * RELATED:
         raise invalid("texts", f"be at least {2 * RELATED}, {RELATED} for each half that judges the other", len(texts))
+    return in_batches_that_fit(partial(_reconstruct_, prepared, kept, texts), reading)
+
+
+def _reconstruct_(
+    prepared: PreparedModel, kept: PresentMask, texts: Sequence[Text], reading: Reading
+) -> tuple[float, float]:
+    base = prepared.base
+    projections = {
+        name: _Projection(base, prepared.sites[name], row) for name, row in kept.items() if row.any() and not row.all()
+    }
     # Every other batch belongs to the same half of the texts: as many to each.
-    count = 2 * math.ceil(len(texts) / (2 * batch_size))
+    count = 2 * math.ceil(len(texts) / (2 * reading.batch_size))
     size = math.ceil(len(texts) / count)
     with held(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad():
-        made = forward_arguments(base, list(calibration_batches(model, texts, tokenizer, size, max_length)))
-        is_pair = not isinstance(texts[0], str)
-        losses = [MaskLoss(base, made[half::2], is_pair, accelerator) for half in (0, 1)]
+        made = list(prepared.batches(texts, size))
+        losses = [MaskLoss(base, made[half::2], is_pair(texts), reading.accelerator) for half in (0, 1)]
         before = statistics.fmean(loss(kept) for loss in losses)  # and of the dense model, before its weights change
-        moments = _second_moments(base, projections, made, accelerator, progress)
+        moments = _second_moments(base, projections, made, reading)
         weights = {name: one.weight.data for name, one in projections.items()}
         refits = {name: one.refits(moments.pop(name)) for name, one in projections.items()}
 
@@ -112,9 +106,9 @@ def reconstruct_(
 
 
 class _Projection:
-    """A site's output projection, and which of the numbers that it is given come from heads that stay."""
+    """A site's output projection, and which of the numbers that it is given come from units that stay."""
 
-    def __init__(self, base: PreTrainedModel, site: AttentionSite, kept: Tensor) -> None:
+    def __init__(self, base: PreTrainedModel, site: Site, kept: Tensor) -> None:
         piece = next(p for p in site.slices_of("output") if base.get_parameter(p.parameter).ndim == 2)
         self.module, self.weight = base.get_submodule(site.output), base.get_parameter(piece.parameter)
         self.axis = piece.axis
@@ -166,8 +160,7 @@ def _second_moments(
     base: PreTrainedModel,
     projections: Mapping[str, _Projection],
     batches: Sequence[Mapping[str, Any]],
-    accelerator: Accelerator | None,
-    progress: bool,
+    reading: Reading,
 ) -> dict[str, Tensor]:
     """Return second moments of what each projection is given, by half of the texts: `[2, inputs, inputs]`, on the CPU.
 
@@ -180,13 +173,13 @@ def _second_moments(
         return found
 
     moments: dict[str, Tensor] = {}
-    numbers = tqdm(range(len(batches)), desc="reconstructing", disable=not progress, leave=False)
-    for number, found in zip(numbers, in_order(read, range(len(batches)), accelerator), strict=True):
+    numbers = tqdm(range(len(batches)), desc="reconstructing", disable=not reading.progress, leave=False)
+    for number, found in zip(numbers, in_order(read, range(len(batches)), reading.accelerator), strict=True):
         for name, one in found.items():
             moments.setdefault(name, torch.zeros(2, *one.shape))[number % 2] += one
     for name in projections:
         if name not in moments:
-            raise InvalidInputError(f"`texts` do not reach the site {name!r}, which loses heads; leave it whole")
+            raise InvalidInputError(f"`texts` do not reach the site {name!r}, which loses units; leave it whole")
     return moments
 
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import InvalidInputError
+from secateur.settings import Cut, Reading
 from secateur.sites.gating import HeadReading, probe
 from secateur.sites.layout import AttentionSite
 from secateur.support.processes import in_order
 from secateur.texts.batches import Batch
 from secateur.texts.data import Task
+from secateur.texts.sources import Source
 from secateur.texts.stopping import Settling
-from secateur.texts.streams import BatchStream
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,46 +47,48 @@ class Supervision:
 class ScoringTask:
     """All that a criterion may look at.
 
-    `model` is the base model, in eval mode. `batches` are keyword arguments of its forward, one mapping a batch;
-    criteria that stream read them by `each`, from `stream` where the texts come one by one.
-    `is_pair` says whether each text is a pair of sentences, which decides how a text is represented. Criteria that
-    draw random numbers draw them from `seed`. `special_ids` are the token ids that stand for no word: of the start and
-    end of a text, separators and padding. `supervision` is there for criteria that need labels alone. `pruning_ratio`
-    is what the caller means to select with, for criteria that learn a subset of that size. `settling`, if any, is asked
-    after every batch by criteria that stream, and may end the reading. `accelerator`, if any, is that of the processes
-    which share the work.
+    `model` is the base model, in eval mode. `source` has the batches of keyword arguments of its forward: criteria that
+    stream read them once, by `each`; others find them in the list `batches`. `reading` says with which seed, by which
+    processes and with which progress bars, `cut` what the caller means to remove, for criteria that learn a subset of
+    that size. `special_ids` are the token ids that stand for no word: of the start and end of a text, separators and
+    padding. `supervision` is there for criteria that need labels alone. `settling`, if any, is asked after every batch
+    by criteria that stream, and may end the reading.
     """
 
     model: PreTrainedModel
     sites: Mapping[str, AttentionSite]
-    batches: Sequence[Batch]
-    is_pair: bool = False
-    seed: int = 0
-    progress: bool = False
+    source: Source | None = None
+    reading: Reading = field(default_factory=Reading)
+    cut: Cut = field(default_factory=Cut)
     special_ids: frozenset[int] = frozenset()
     supervision: Supervision | None = None
-    pruning_ratio: float = 0.5
     settling: Settling | None = None
-    accelerator: Accelerator | None = None
-    stream: BatchStream | None = None
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Every batch, held in memory."""
+        return [] if self.source is None else [self.source.make(part) for part in self.source.parts()]
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether each text is a pair of sentences, which decides how a text is represented."""
+        return self.source is not None and self.source.is_pair
 
     def track(self, items: Iterable[Any], total: int | None, what: str) -> Iterable[Any]:
         """Wrap `items` in a progress bar on stderr where the caller wants one."""
-        return tqdm(items, total=total, desc=what, disable=not self.progress, leave=False)
+        return tqdm(items, total=total, desc=what, disable=not self.reading.progress, leave=False)
 
     def share(
         self, compute: Callable[[Item], Result], items: Iterable[Item], what: str = "scoring"
     ) -> Iterable[Result]:
         """Yield `compute(item)` for each item in order, computed by this process or another: see `in_order`."""
         total = len(items) if isinstance(items, Sequence) else None
-        return self.track(in_order(compute, items, self.accelerator), total, what)
+        return self.track(in_order(compute, items, self.reading.accelerator), total, what)
 
     def each(self, compute: Callable[[Batch], Result]) -> Iterable[Result]:
         """Yield `compute(batch)` for each batch in order, with tensors on the CPU, as `share` does."""
-        stream = self.stream
-        if stream is not None:
-            return self.share(lambda part: compute(stream.make(part)), stream.parts())
-        return self.share(lambda number: compute(self.batches[number]), range(len(self.batches)))
+        source = self.source
+        return [] if source is None else self.share(lambda part: compute(source.make(part)), source.parts())
 
 
 class Scorer(ABC):

@@ -17,7 +17,7 @@ class DspScorer(GateLearningScorer):
 
     Each batch adds Gumbel noise to the weights of all heads of the model and keeps the highest `k` in a relaxed way:
     gates that add up to k and become 0 or 1 as the temperature falls. `k` is what the caller's `pruning_ratio` leaves
-    of all heads together, so allocation "ranking" at the same ratio selects the subset that was learned. As in the paper,
+    of all heads together, so "ranking" at the same ratio selects the subset that was learned. As in the paper,
     the weights are learned jointly with the task, from the pre-trained model (`warmup_epochs` is 0 by default).
 
     - `temperature`, `final_temperature`: of the relaxation, falling geometrically from step to step.
@@ -54,7 +54,7 @@ class DspScorer(GateLearningScorer):
         """Draw a relaxed subset of all heads."""
         temperature = self.temperature * (self.final_temperature / self.temperature) ** progress
         noise = -torch.log(torch.empty_like(numbers).exponential_())  # Gumbel
-        kept = max(1, len(numbers) - removable(len(numbers), task.pruning_ratio))
+        kept = max(1, len(numbers) - removable(len(numbers), task.cut.pruning_ratio))
         return relaxed_top_k(numbers + noise, kept, temperature, self.straight_through)
 
 

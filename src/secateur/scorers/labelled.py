@@ -18,6 +18,7 @@ from secateur.finetuning.finetune import finetune
 from secateur.models.classifier import is_classifier, with_new_head
 from secateur.models.state import evaluation_mode
 from secateur.scorers.base import Scorer, ScoringTask, Supervision
+from secateur.settings import Reading
 from secateur.sites.gating import probe
 from secateur.support.checks import is_number
 from secateur.support.processes import is_shared
@@ -59,13 +60,13 @@ class LabelledScorer(Scorer):
         given, labelled = supervision(task).model, supervision(task).task
         has_head = is_classifier(given)
         epochs = self.warmup_epochs if self.warmup_epochs is not None else 0.0 if has_head else WARMUP_EPOCHS
-        tokenizer, seed = supervision(task).tokenizer, task.seed % 2**32  # numpy takes no other seeds
+        tokenizer, seed = supervision(task).tokenizer, task.reading.seed % 2**32  # numpy takes no other seeds
         if epochs and tokenizer is None:
             raise InvalidInputError(
                 "`inputs` hold no texts to fine-tune a classification head on; give `texts`, or a model that is "
                 "fine-tuned already, and leave `warmup_epochs` as it is"
             )
-        if (own or epochs) and is_shared(task.accelerator):
+        if (own or epochs) and is_shared(task.reading.accelerator):
             raise InvalidInputError(
                 "scorers that train a copy of the model, or its classification head first, cannot share that among "
                 "processes; run them in one, or give a model that is fine-tuned already to one that only reads it"
@@ -86,11 +87,13 @@ class LabelledScorer(Scorer):
                     tokenizer=tokenizer,
                     epochs=epochs,
                     learning_rate=self.warmup_learning_rate,
-                    batch_size=len(supervision(task).labels[0]),
-                    max_length=supervision(task).max_length,
-                    seed=seed,
-                    device=model.device,
-                    progress=task.progress,
+                    reading=Reading(
+                        batch_size=len(supervision(task).labels[0]),
+                        max_length=supervision(task).max_length,
+                        seed=seed,
+                        device=str(model.device),
+                        progress=task.reading.progress,
+                    ),
                 )
             # Texts need the tokenizer's padding token named; ready inputs need not be texts.
             with evaluation_mode(model) if tokenizer is None else ready_to_evaluate(model, tokenizer):

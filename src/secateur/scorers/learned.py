@@ -18,7 +18,7 @@ from secateur.scorers.base import ScoringTask
 from secateur.scorers.labelled import LabelledScorer, supervision, text_losses
 from secateur.support.checks import is_number
 from secateur.texts.batches import Batch
-from secateur.texts.data import batches
+from secateur.texts.tokenization import batches
 
 
 class GateLearningScorer(LabelledScorer):

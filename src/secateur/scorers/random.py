@@ -18,5 +18,5 @@ class RandomScorer(Scorer):
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
         """Draw one number for each head, site by site."""
-        random = torch.Generator().manual_seed(task.seed)
+        random = torch.Generator().manual_seed(task.reading.seed)
         return {name: torch.rand(site.num_units, generator=random) for name, site in task.sites.items()}

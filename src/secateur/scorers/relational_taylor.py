@@ -43,7 +43,7 @@ class RelationalTaylorScorer(Scorer):
         scores = {name: torch.zeros(site.num_units, dtype=torch.float64) for name, site in task.sites.items()}
 
         def run(number: int) -> list[dict[str, Tensor]]:
-            random = generator(task.seed, number)  # of the batch alone, whoever computes it
+            random = generator(task.reading.seed, number)  # of the batch alone, whoever computes it
             gates = {
                 name: torch.ones(site.num_units, device=task.model.device, requires_grad=True)
                 for name, site in task.sites.items()

@@ -51,7 +51,7 @@ class SmpPlusScorer(Scorer):
         batches = task.track(task.batches, len(task.batches), "scoring")
         special_ids = task.special_ids if self.pruner.matching else None  # matching takes maps
         evidence = gather_evidence(
-            task.model, task.sites, batches, task.is_pair, task.accelerator, special_ids, self.pruner.sees_maps
+            task.model, task.sites, batches, task.is_pair, task.reading.accelerator, special_ids, self.pruner.sees_maps
         )
         with torch.no_grad():
             (judged,) = self.pruner.eval().judge_all([evidence])

@@ -1,11 +1,12 @@
-"""Calibration texts on their way to a model: as a list or one by one, in their order, tokenised into batches."""
+"""A model made ready for the steps of pruning: its sites found once, its calibration texts tokenised once."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -15,9 +16,104 @@ from secateur.models.loading import load_tokenizer
 from secateur.models.offload import device_of
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import base_of
-from secateur.texts.data import StreamedBatches, Text, check_texts
-from secateur.texts.stopping import Stop
-from secateur.texts.streams import BatchStream
+from secateur.settings import Reading
+from secateur.sites.attention import find_sites
+from secateur.sites.layout import AttentionSite
+from secateur.support.checks import check_tokenizer
+from secateur.texts.tokenization import Text, check_texts, padded, rows_of, tokenize
+
+
+class PreparedModel:
+    """A model with its base model, sites and tokenizer, each looked up once, and texts tokenised once.
+
+    Every step of a pruning may be handed one in place of the model: then they share what was found. `model` is a
+    transformers model or a SentenceTransformer; `tokenizer` is looked up by the model's name where it is None.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, reading: Reading | None = None
+    ) -> None:
+        self.whole = model
+        self.model = transformer_of(model)
+        self.base = base_of(self.model)
+        self._tokenizer = tokenizer
+        self._max_length = (Reading() if reading is None else reading).max_length
+        self._tokens: dict[Text, dict[str, list[int]]] = {}
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module | PreparedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reading: Reading | None = None,
+    ) -> PreparedModel:
+        """Return a prepared model as it is, and prepare another."""
+        return model if isinstance(model, PreparedModel) else cls(model, tokenizer, reading)
+
+    @cached_property
+    def sites(self) -> dict[str, AttentionSite]:
+        """The model's attention sites. Raises what `find_sites` raises."""
+        return find_sites(self.model)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer. Raises `InvalidInputError` where none was handed over and the model names none."""
+        return own_tokenizer(self.whole) if self._tokenizer is None else self._tokenizer
+
+    @property
+    def knows_tokenizer(self) -> bool:
+        """Whether a tokenizer was handed over, or has been looked up."""
+        return self._tokenizer is not None or "tokenizer" in vars(self)
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that is about texts, which names special tokens too."""
+        return self.base.config.get_text_config()
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of a text at most: those asked for, cut to what the model has positions for."""
+        return min(self._max_length, max_length(self.model, self._max_length))
+
+    def batches(self, texts: Sequence[Text], batch_size: int) -> TextBatches:
+        """Return consecutive batches of keyword arguments for the base model, each made when it is asked for.
+
+        Raises `InvalidInputError` for what `check_texts` refuses, and for a model that reads something else than texts.
+        """
+        check_texts(texts)
+        check_reads_texts(self.model)
+        check_tokenizer(self.tokenizer)
+        return TextBatches(self, texts, batch_size)
+
+    def batch(self, texts: Sequence[Text], keep: bool = True) -> dict[str, Any]:
+        """Return one batch of keyword arguments for the base model; `keep` remembers the tokens of its texts."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
+        made = dict(zip(new, rows_of(tokenize(self.tokenizer, new, self.longest)), strict=True)) if new else {}
+        rows = [made[text] if text in made else self._tokens[text] for text in texts]
+        if keep:
+            self._tokens |= made
+        return self._arguments.of(padded(self.tokenizer, rows, device_of(self.base)))
+
+    @cached_property
+    def _arguments(self) -> ForwardArguments:
+        return ForwardArguments(self.base, [])
+
+
+class TextBatches(Sequence[dict[str, Any]]):
+    """Batches of texts for a prepared model, made when they are asked for."""
+
+    def __init__(self, prepared: PreparedModel, texts: Sequence[Text], batch_size: int) -> None:
+        self.prepared, self.texts, self.batch_size = prepared, texts, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.texts) // self.batch_size)
+
+    def __getitem__(self, number: Any) -> Any:
+        """Return the batch of that number, or the list of those of a slice."""
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        start = range(len(self))[number] * self.batch_size
+        return self.prepared.batch(self.texts[start : start + self.batch_size])
 
 
 def texts_of(texts: Iterable[Text] | None) -> Iterable[Text] | None:
@@ -30,49 +126,16 @@ def texts_of(texts: Iterable[Text] | None) -> Iterable[Text] | None:
     return list(texts) if hasattr(texts, "__array__") and isinstance(texts, Iterable) else texts
 
 
-def as_list(texts: Iterable[Text] | None, may_come_one_by_one: bool) -> Sequence[Text] | None:
-    """Return the texts where they are a sequence, or must become one; None where there are none or they may not."""
-    if texts is None or isinstance(texts, Sequence):
-        return texts
-    if not isinstance(texts, Iterable):
-        raise invalid("texts", "be strings or pairs of strings, in a list or one after the other", texts)
-    return None if may_come_one_by_one else list(texts)
+def listed_texts(texts: Any) -> Sequence[Text]:
+    """Return texts that must be a list. Raises `InvalidInputError` for others, and for what `check_texts` refuses."""
+    found: Any = texts_of(texts)
+    check_texts(found)
+    return found
 
 
-def reading_order(texts: Sequence[Text], stop: Stop, seed: int) -> list[int]:
-    """Return which texts are scored, in which order: as given, or at random where they may not all be read."""
-    check_texts(texts)
-    if stop == "all":
-        return list(range(len(texts)))
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    return order if stop == "auto" else order[:stop]
-
-
-def by_length(texts: Sequence[Text]) -> list[Text]:
-    """Return the texts from the longest to the shortest, in characters: what takes most memory comes first."""
-    return sorted(texts, key=lambda text: len(text) if isinstance(text, str) else sum(map(len, text)), reverse=True)
-
-
-def calibration_batches(
-    model: nn.Module, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
-) -> StreamedBatches:
-    """Return the texts' batches on the model's device, made anew at every reading.
-
-    Raises `InvalidInputError` for a model that reads something else than texts.
-    """
-    check_reads_texts(model)
-    device = device_of(base_of(model))
-    return StreamedBatches(tokenizer, texts, batch_size, min(length, max_length(model, length)), device)
-
-
-def stream_batches(
-    model: nn.Module, texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, batch_size: int, length: int
-) -> BatchStream:
-    """Return batches, as the model takes them, of texts that come one after the other and are read once."""
-    check_reads_texts(model)
-    base = base_of(model)
-    tokens = min(length, max_length(model, length))
-    return BatchStream(tokenizer, texts, batch_size, tokens, device_of(base), ForwardArguments(base, []).of)
+def is_pair(texts: Sequence[Text]) -> bool:
+    """Whether each of the texts is a pair of strings."""
+    return len(texts) > 0 and not isinstance(texts[0], str)
 
 
 def check_reads_texts(model: nn.Module) -> None:

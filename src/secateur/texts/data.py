@@ -1,23 +1,18 @@
-"""Tasks from local files or the Hub as plain Python lists, and texts as batches of token tensors."""
+"""Tasks from local files or the Hub, as plain Python lists."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import Any, Literal
 
 from secateur.errors import InvalidInputError, invalid, shown
-from secateur.support.checks import check_tokenizer, check_whole, is_number
+from secateur.support.checks import check_whole, is_number
 from secateur.texts.rows import FILE_FORMATS, one_line, read_columns, stem_and_format
-
-Text: TypeAlias = str | tuple[str, str]
+from secateur.texts.tokenization import Text, check_texts, is_text
 
 # The file names that stand for a split, in the order in which they are looked for; the Hub's split names too.
 SPLIT_NAMES = {
@@ -145,7 +140,7 @@ def load_task(
         name = file.absolute().parent.name if is_split_name else stem
     else:
         repository, config = hub_id(data)
-        source, columns = str(data), _read_hub(str(data), repository, config, split)
+        source, columns = str(data), read_hub(str(data), repository, config, split)
         name = config if repository == "nyu-mll/glue" and config else str(data)
 
     texts = _texts(columns, source)
@@ -159,133 +154,6 @@ def load_task(
 def has_splits(data: str | Path) -> bool:
     """Whether `data` can give one split apart from another: anything but a single file, whose rows serve as any."""
     return not Path(data).expanduser().is_file()
-
-
-def check_texts(texts: Sequence[Text]) -> None:
-    """Raise `InvalidInputError` unless `texts` is a sequence of only strings or only pairs of strings, not empty."""
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise invalid("texts", "be a list of strings or of pairs of strings", texts)
-    if not texts:
-        raise invalid("texts", "hold at least one text", texts)
-    for index, text in enumerate(texts):
-        is_pair = isinstance(text, tuple) and len(text) == 2 and all(map(_is_text, text))
-        if not _is_text(text) and not is_pair:
-            raise invalid(f"texts[{index}]", "be a string or a tuple of two strings, without lone surrogates", text)
-        if isinstance(text, str) != isinstance(texts[0], str):
-            raise invalid(f"texts[{index}]", "be of the kind of the first text: all single or all pairs", text)
-
-
-def _is_text(value: Any) -> bool:
-    """Is it a string that UTF-8 can write, as tokenizers take it?"""
-    try:
-        return isinstance(value, str) and (value.isascii() or bool(value.encode("utf-8")))
-    except UnicodeEncodeError:
-        return False
-
-
-def tokenize(tokenizer: Any, texts: Sequence[Text], max_length: int = 128) -> Any:
-    """Return the tokenizer's `BatchEncoding` of `texts`: a list for each text, truncated and not padded.
-
-    A text keeps at most `max_length` tokens, or the tokenizer's own limit if that is lower. Where a tokenizer makes
-    nothing of a text, as some do of an empty one, it gets one token of padding: no model takes a batch without a token.
-
-    Raises `InvalidInputError` for texts that `check_texts` refuses, for `max_length` below 4, and for a text without a
-    token where the tokenizer has none to pad with.
-    """
-    check_texts(texts)
-    check_tokenizer(tokenizer)
-    check_whole("max_length", max_length, 4)
-    made = _encode(tokenizer, texts, max_length)
-    empty = [number for number, ids in enumerate(made["input_ids"]) if not ids]
-    if empty:
-        with padding_token(tokenizer):
-            padded = _encode(tokenizer, texts[empty[0] : empty[0] + 1], 1, padding="max_length")
-        for name, rows in padded.items():
-            for number in empty:
-                made[name][number] = list(rows[0])
-    return made
-
-
-def batches(
-    tokenizer: Any,
-    texts: Sequence[Text],
-    batch_size: int = 32,
-    max_length: int = 128,
-    device: str | torch.device = "cpu",
-) -> list[dict[str, Tensor]]:
-    """Return the model's inputs for `texts` in the order given: dictionaries of int64 tensors `[batch, tokens]`.
-
-    Every batch is padded to its longest text. A tokenizer without a padding token pads with its end-of-sequence token
-    and comes back as it was.
-
-    Raises `InvalidInputError` for what `tokenize` refuses, for `batch_size` below 1, and for a tokenizer with neither
-    token.
-    """
-    return list(StreamedBatches(tokenizer, texts, batch_size, max_length, device))
-
-
-class StreamedBatches(Sequence[dict[str, Tensor]]):
-    """The list that `batches` returns, but each batch is tokenised when it is asked for: memory is that of one."""
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        texts: Sequence[Text],
-        batch_size: int = 32,
-        max_length: int = 128,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        check_texts(texts)
-        check_tokenizer(tokenizer)
-        check_whole("batch_size", batch_size)
-        check_whole("max_length", max_length, 4)
-        self.tokenizer, self.texts, self.batch_size = tokenizer, texts, batch_size
-        self.max_length, self.device = max_length, device
-
-    def __len__(self) -> int:
-        return -(-len(self.texts) // self.batch_size)
-
-    def __getitem__(self, number: Any) -> Any:
-        """Return the batch of that number, or the list of those of a slice."""
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        start = range(len(self))[number] * self.batch_size
-        texts = self.texts[start : start + self.batch_size]
-        with padding_token(self.tokenizer):
-            made = _encode(self.tokenizer, texts, self.max_length, padding="longest", return_tensors="pt")
-            if not made["input_ids"].shape[1]:
-                # Some tokenizers make nothing of an empty text; no model takes a batch without a token.
-                made = _encode(self.tokenizer, texts, 1, padding="max_length", return_tensors="pt")
-        return dict(made.to(self.device))
-
-
-@contextmanager
-def padding_token(tokenizer: Any) -> Iterator[None]:
-    """Let a tokenizer without a padding token pad with its end-of-sequence token until the block ends.
-
-    Raises `InvalidInputError` where it has neither token.
-    """
-    if tokenizer.pad_token is not None:
-        yield
-        return
-    if tokenizer.eos_token is None:
-        raise invalid("tokenizer", "have a padding or an end-of-sequence token", type(tokenizer).__name__)
-    tokenizer.pad_token = tokenizer.eos_token
-    try:
-        yield
-    finally:
-        tokenizer.pad_token = None
-
-
-def _encode(tokenizer: Any, texts: Sequence[Text], max_length: int, **options: Any) -> Any:
-    is_pair = isinstance(texts[0], tuple)
-    return tokenizer(
-        [text[0] if is_pair else text for text in texts],
-        [text[1] for text in texts] if is_pair else None,
-        truncation=True,
-        max_length=min(max_length, tokenizer.model_max_length),
-        **options,
-    )
 
 
 def _split_file(folder: Path, split: str) -> Path:
@@ -319,7 +187,7 @@ def hub_id(data: str | Path) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def _read_hub(source: str, repository: str, config: str | None, split: str) -> dict[str, list[Any]]:
+def read_hub(source: str, repository: str, config: str | None, split: str) -> dict[str, list[Any]]:
     """Load a split of a Hub data set into the columns that a task needs."""
     import datasets
 
@@ -363,7 +231,7 @@ def _texts(columns: dict[str, list[Any]], source: str) -> list[Text]:
     names = [name for name in columns if name != "label"]
     for name in names:
         for row, value in enumerate(columns[name], start=1):
-            if not _is_text(value):
+            if not is_text(value):
                 raise InvalidInputError(f"{source}: `{name}` in row {row} must be text, got {shown(value)}")
     if not columns[names[0]]:
         raise InvalidInputError(f"{source} holds no rows")

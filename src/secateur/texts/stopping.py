@@ -1,19 +1,14 @@
-"""When enough texts were scored: the heads to keep would hardly change if all the others were scored too."""
+"""When enough texts were scored: the units to keep would hardly change if all the others were scored too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from secateur.errors import invalid
 from secateur.support.processes import from_main
-
-Stop = int | Literal["all", "auto"]
-"""How many texts to score: all that are given, a number of them, or as many as it takes."""
 
 CONFIDENCE = 0.95
 AGREEMENT = 0.95
@@ -21,13 +16,6 @@ AGREEMENT = 0.95
 _AT_LEAST = 32  # texts, before the normal approximation is trusted
 _GROWTH = 1.25  # of the number of texts between two looks, so that looking costs little and rarely errs
 _DRAWS = 100
-
-
-def check_stop(stop: Stop) -> None:
-    """Raise `InvalidInputError` unless `stop` is "all", "auto" or a whole number from 1."""
-    number = isinstance(stop, int) and not isinstance(stop, bool) and stop >= 1
-    if not number and stop not in ("all", "auto"):
-        raise invalid("stop", "be 'all', 'auto' or a whole number from 1", stop)
 
 
 class Settling:

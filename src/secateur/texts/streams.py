@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InvalidInputError, invalid, shown
-from secateur.texts.data import SPLIT_NAMES, Text, batches, check_texts, hub_id, needed_columns
+from secateur.texts.data import SPLIT_NAMES, hub_id, needed_columns
 from secateur.texts.rows import FILE_FORMATS, one_line, read_rows, stem_and_format
+from secateur.texts.tokenization import Text, batches, check_texts
 
 Item = TypeVar("Item")
 

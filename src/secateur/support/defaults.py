@@ -1,0 +1,20 @@
+"""Defaults that functions and commands share, where a command can read them without waiting for PyTorch."""
+
+from __future__ import annotations
+
+BATCH_SIZE = 32
+MAX_LENGTH = 128
+PRUNING_RATIO = 0.5
+FLOOR = 1
+
+CALIBRATION_TEXTS = 256
+"""Texts that the commands score."""
+
+COMPARISON_TEXTS = 96
+"""Texts that a comparison scores for each task."""
+
+DISTILLATION_STEPS = 300
+DISTILLATION_RATE = 5e-4
+
+FINETUNING_EPOCHS = 3.0
+FINETUNING_RATE = 2e-5

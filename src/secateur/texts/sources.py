@@ -1,0 +1,134 @@
+"""Where a scorer's batches come from: texts in a list, texts that come one after the other, or ready inputs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from secateur.errors import invalid
+from secateur.models.inputs import ForwardArguments
+from secateur.settings import Reading
+from secateur.sites.attention_maps import MAX_TEXTS
+from secateur.support.checks import check_mapping
+from secateur.texts.batches import Batch
+from secateur.texts.calibration import PreparedModel, check_reads_texts, is_pair
+from secateur.texts.tokenization import Text, check_texts
+
+FIRST = MAX_TEXTS
+"""Texts of a stream that are remembered: for attention maps, and for a proof."""
+
+
+class Source(ABC):
+    """Batches of keyword arguments for a base model, as `parts`, each of which `make` turns into a batch.
+
+    Whoever shares the work with other processes reads every part and makes few. `is_pair` says whether each text is a
+    pair of strings, `total` how many texts there are (infinity where nobody knows), and `seen` how many were read, None
+    where that is not known.
+    """
+
+    is_pair = False
+    total = math.inf
+    seen: int | None = None
+
+    @abstractmethod
+    def parts(self) -> Iterable[Any]:
+        """Return what stands for each batch."""
+
+    @abstractmethod
+    def make(self, part: Any) -> Batch:
+        """Return a batch."""
+
+    def first(self, count: int) -> Sequence[Text]:
+        """Return up to `count` of the texts that were read first."""
+        return []
+
+
+class ListedTexts(Source):
+    """Texts in a list, which may be read again and again."""
+
+    def __init__(self, prepared: PreparedModel, texts: Sequence[Text], batch_size: int) -> None:
+        self.texts = texts
+        self.batches = prepared.batches(texts, batch_size)
+        self.is_pair, self.total, self.seen = is_pair(texts), len(texts), len(texts)
+
+    def parts(self) -> Sequence[int]:
+        """Return the batches' numbers."""
+        return range(len(self.batches))
+
+    def make(self, part: int) -> Batch:
+        """Return the batch of that number."""
+        return self.batches[part]
+
+    def first(self, count: int) -> Sequence[Text]:
+        """Return the first texts of the list."""
+        return self.texts[:count]
+
+
+class StreamedTexts(Source):
+    """Texts that come one after the other, in unknown number; they can be read once.
+
+    Raises `InvalidInputError` for no texts, and for what `check_texts` refuses.
+    """
+
+    def __init__(self, prepared: PreparedModel, texts: Iterable[Text], batch_size: int) -> None:
+        check_reads_texts(prepared.model)
+        left = iter(texts)
+        self._first = list(itertools.islice(left, FIRST))
+        check_texts(self._first)
+        self._texts = itertools.chain(self._first, left)
+        self._prepared, self._batch_size = prepared, batch_size
+        self.is_pair, self.seen = is_pair(self._first), 0
+
+    def parts(self) -> Iterator[list[Text]]:
+        """Yield the texts of one batch after the other."""
+        while part := list(itertools.islice(self._texts, self._batch_size)):
+            check_texts([self._first[0], *part])  # all of one kind
+            self.seen += len(part)  # type: ignore[operator]
+            yield part
+
+    def make(self, part: list[Text]) -> Batch:
+        """Tokenise one batch; the first texts' tokens are kept, since a proof reads these again."""
+        return self._prepared.batch(part, keep=not set(self._first).isdisjoint(part))
+
+    def first(self, count: int) -> Sequence[Text]:
+        """Return the texts that came first."""
+        return self._first[:count]
+
+
+class ReadyInputs(Source):
+    """Batches that the caller made, of whatever the model reads. Raises `InvalidInputError` for anything else."""
+
+    def __init__(self, prepared: PreparedModel, inputs: Any, is_pair: bool = False) -> None:
+        if not isinstance(inputs, Sequence) or isinstance(inputs, str) or not inputs:
+            raise invalid("inputs", "be a list of at least one batch", inputs)
+        for number, batch in enumerate(inputs):
+            check_mapping(f"inputs[{number}]", batch)
+        self.batches = ForwardArguments(prepared.base, [dict(batch) for batch in inputs])
+        self.is_pair = is_pair
+
+    def parts(self) -> Sequence[int]:
+        """Return the batches' numbers."""
+        return range(len(self.batches))
+
+    def make(self, part: int) -> Batch:
+        """Return the batch of that number."""
+        return self.batches[part]
+
+
+def reading_order(texts: Sequence[Text], reading: Reading) -> list[int]:
+    """Return which texts are read, in which order: as they stand, or at random where they may not all be read."""
+    check_texts(texts)
+    if reading.stop == "all":
+        return list(range(len(texts)))
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(reading.seed)).tolist()
+    return order if reading.stop == "auto" else order[: reading.stop]
+
+
+def by_length(texts: Sequence[Text]) -> list[Text]:
+    """Return the texts from the longest to the shortest, in characters: what takes most memory comes first."""
+    return sorted(texts, key=lambda text: len(text) if isinstance(text, str) else sum(map(len, text)), reverse=True)
