@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from secateur.models.inputs import forward_arguments
-from secateur.texts.data import batches
+from secateur.texts.tokenization import batches
 
 
 @torch.no_grad()

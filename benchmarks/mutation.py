@@ -61,7 +61,7 @@ MODULES = {
         "test_offload.py::test_what_would_hold_all_weights_is_refused_and_told_what_works",
         *(
             f"test_parameters.py::test_a_wrong_value_is_named[{name}]"
-            for name in ("gated_heads-model", "gated_heads-sites", "remove_heads_-inputs", "remove_heads_-record")
+            for name in ("gated-model", "gated-sites", "remove_-inputs", "remove_-record")
         ),
         "test_concurrency.py::test_two_models_of_one_config_object_in_two_threads",
         "test_memory_and_numbers.py::test_nothing_is_proved_with_values_that_are_not_finite",

@@ -58,8 +58,8 @@ def secateur(model: Any, removed: Removed, inputs: dict[str, Any], out: Path) ->
     import secateur
 
     sites = secateur.find_sites(model)
-    mask = secateur.HeadMask(dict(zip(sites, mask_of(model, removed).bool(), strict=True)))
-    secateur.remove_heads_(model, mask, sites=sites)
+    mask = secateur.Mask(dict(zip(sites, mask_of(model, removed).bool(), strict=True)))
+    secateur.remove_(model, mask, sites=sites)
     return model, model.save_pretrained
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import click
 import torch
 from benchmarks.provenance import provenance
-from benchmarks.subjects import minilm_and_tokenizer
+from benchmarks.runs import minilm
 
 import secateur
 from secateur.demo import demo_model, demo_task
@@ -83,9 +83,9 @@ def report(row: dict[str, Any]) -> None:
 def main(transformers_4: str, rounds: int, only: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     pythons = {"5": sys.executable, "4": str(Path(transformers_4).absolute())}
-    model, tokenizer = minilm_and_tokenizer()
+    model, tokenizer = minilm()
     texts = demo_task(0)[0].texts
-    scores = secateur.score_heads(model, texts[:128], "contribution", tokenizer)
+    scores = secateur.score(model, texts[:128], "contribution", tokenizer)
     inputs = dict(tokenizer(texts[128:144], padding=True, truncation=True, max_length=64, return_tensors="pt"))
     result: dict[str, Any] = {
         **provenance(
@@ -99,10 +99,10 @@ def main(transformers_4: str, rounds: int, only: tuple[str, ...]) -> None:
         "rows": [],
     }
     wanted = {}
-    for scope, what in (("site", "half of every layer"), ("global", "half of the model")):
-        mask = secateur.select_heads(scores, 0.5, scope=scope)
+    for allocation, what in (("uniform", "half of every layer"), ("ranking", "half of the model")):
+        mask = secateur.select(scores, 0.5, allocation=allocation)
         result["masks"][what] = [(~kept).nonzero().flatten().tolist() for kept in mask.values()]
-        with torch.no_grad(), secateur.gated_heads(model, mask):
+        with torch.no_grad(), secateur.gated(model, mask):
             wanted[what] = model(**inputs)[0]
         print(f"{what}: heads kept {[int(kept.sum()) for kept in mask.values()]}", flush=True)
     with tempfile.TemporaryDirectory() as place:

@@ -1,6 +1,6 @@
 """Draw the comparisons for the docs from their raw files.
 
-python benchmarks/plots.py     # → docs/representations.svg, docs/glue.svg, docs/growth.svg
+python benchmarks/plots.py   # → docs/representations.svg, docs/glue.svg, docs/growth.svg, docs/learning_curves.svg
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def representations() -> None:
     rows = read_json(RESULTS / "representations.json")["rows"]
     kl = defaultdict(list)
     for row in rows:
-        if row["scope"] != "site":
+        if row["allocation"] != "uniform":
             continue
         kl[row["scorer"], row["ratio"], row["task"]].append((row["seed"], row["kl"]))
     tasks, ratios = sorted({r["task"] for r in rows}), sorted({r["ratio"] for r in rows})
@@ -103,10 +103,34 @@ def growth() -> None:
     _save(figure, "growth")
 
 
+def learning_curves() -> None:
+    """Relational KL of the deterministic mask on held-out texts, mean over tasks; and the loss of the steps."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for name, run in read_json(RESULTS / "learning_curves.json").items():
+        steps = [step for step, _ in run["held_out"]]
+        left.plot(steps, [statistics.mean(values.values()) for _, values in run["held_out"]], "o-", label=name)
+        losses = [statistics.mean(values.values()) for _, values in run["losses"]]
+        window = 25
+        smooth = [statistics.mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+        scale = smooth[min(window, len(smooth)) - 1]
+        right.plot([step for step, _ in run["losses"]], [x / scale for x in smooth], label=name)
+    left.set(title="deterministic mask, held-out texts", xlabel="step", ylabel="relational KL (lower is better)")
+    right.set(title="loss of the steps, mean of 25", xlabel="step", ylabel="relative to step 25")
+    right.set_ylim(0, 3)
+    left.set_ylim(bottom=0)
+    left.legend()
+    figure.suptitle("Meta-training on all-MiniLM-L6-v2")
+    _write(figure, "learning_curves")
+
+
 def _save(figure: plt.Figure, name: str) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
+    _write(figure, name)
+
+
+def _write(figure: plt.Figure, name: str) -> None:
     # No date and fixed ids, so that the same numbers give the same file.
     plt.rcParams["svg.hashsalt"] = "secateur"
     figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
@@ -119,3 +143,4 @@ if __name__ == "__main__":
         glue()
     if (RESULTS / "growth.json").is_file():
         growth()
+    learning_curves()

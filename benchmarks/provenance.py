@@ -1,4 +1,4 @@
-"""When, where and with what a result was measured: the header of every result file."""
+"""When, where and with what a result was measured: the header of every result file, and the end of every row."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from secateur.support.versions import environment
 def provenance(command: str, note: str = "") -> dict[str, Any]:
     """Return the command, the date, the machine and the versions; `note` says what else the machine was doing, say."""
     return {"command": command, "date": today(), "machine": machine(note), "versions": environment()}
+
+
+def made(note: str = "") -> dict[str, Any]:
+    """Return when, where and with what a single row was measured: rows of a file may be of several days."""
+    return {"date": today(), "machine": machine(note), "environment": environment()}
 
 
 def today() -> str:

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import itertools
 import random
@@ -22,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import antibodies
+from benchmarks.runs import BATCH, LENGTH, inputs
+from benchmarks.runs import minilm as minilm_and_tokenizer
 from sklearn.datasets import load_digits
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
@@ -34,15 +36,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from secateur.demo import demo_model, demo_task
-from secateur.models.inputs import forward_arguments
+from secateur.demo import demo_task
 from secateur.models.loading import load_model, load_tokenizer
-from secateur.texts.data import batches
 
-# This file is part of the package where a benchmark is run with -m, and lies beside it where it is run by its path.
-antibodies = importlib.import_module(f"{__package__}.antibodies" if __package__ else "antibodies")
-
-BATCH, LENGTH = 32, 64
 ANTIBODY = 144  # tokens; none is longer
 
 
@@ -59,10 +55,6 @@ class Subject:
     draw: Callable[[int, int], list[dict[str, Tensor]]]
     tokenizer: Any = None
     texts: tuple[str, ...] = ()
-
-
-def minilm_and_tokenizer() -> tuple[PreTrainedModel, Any]:
-    return load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
 
 
 def minilm() -> Subject:
@@ -211,16 +203,9 @@ def _texts(
 ) -> Callable[[int, int], list[dict[str, Tensor]]]:
     def draw(count: int, seed: int) -> list[dict[str, Tensor]]:
         chosen = random.Random(seed).sample(_half(texts, seed), count)
-        return tokenised(model, tokenizer, chosen, length)
+        return inputs(model, tokenizer, chosen, length)
 
     return draw
-
-
-def tokenised(
-    model: PreTrainedModel, tokenizer: Any, texts: list[Any], length: int, batch: int = BATCH
-) -> list[dict[str, Tensor]]:
-    """Return batches of keyword arguments for the model."""
-    return forward_arguments(model, batches(tokenizer, texts, batch, length))
 
 
 def _half(items: Any, seed: int) -> list[Any]:

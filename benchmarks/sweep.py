@@ -39,14 +39,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
 
 from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs
-from secateur.models.state import base_of
-from secateur.removal.remove import gated_heads, remove_heads_
+from secateur.removal.remove import gated, remove_
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
 from secateur.sites.layout import AttentionSite
 from secateur.support.files import write_text
-from secateur.units.values import HeadMask
+from secateur.units.masks import Mask
 
 ROOT = Path(__file__).parents[1]
 MOST_PARAMETERS = 20_000_000
@@ -201,20 +201,20 @@ def check_gates(
     model: PreTrainedModel, sites: Mapping[str, AttentionSite], inputs: Mapping[str, Any], plain: list[Tensor]
 ) -> None:
     """Ones change nothing; a closed gate does what zeros in the output projection do, and that is not nothing."""
-    with probe(model, gates={name: torch.ones(site.num_heads) for name, site in sites.items()}):
+    with probe(model, gates={name: torch.ones(site.num_units) for name, site in sites.items()}):
         moved = difference(plain, run(model, inputs))
     if moved > TOLERANCE:
         raise Wrong(f"gates of ones change the outputs by {moved:.2g}")
     for name, site in list(sites.items())[:6]:
-        head = site.num_heads - 1
-        gate = torch.ones(site.num_heads)
+        head = site.num_units - 1
+        gate = torch.ones(site.num_units)
         gate[head] = 0
         with probe(model, gates={name: gate}):
             gated = run(model, inputs)
         twin = copy.deepcopy(model)
         projection: Any = base_of(twin).get_submodule(site.output)
         # By position alone, not by what secateur found the head to own: heads lie side by side in what is read.
-        columns = slice(head * site.head_dim, (head + 1) * site.head_dim)
+        columns = slice(head * site.width, (head + 1) * site.width)
         with torch.no_grad():
             if isinstance(projection, torch.nn.Linear):
                 projection.weight[:, columns] = 0
@@ -227,22 +227,20 @@ def check_gates(
             raise NotShown(f"the tiny random model's outputs do not depend on head {head} of {name}")
 
 
-def check_removal(
-    model: PreTrainedModel, mask: HeadMask, fresh: Mapping[str, Any], result: dict[str, Any]
-) -> list[Tensor]:
+def check_removal(model: PreTrainedModel, mask: Mask, fresh: Mapping[str, Any], result: dict[str, Any]) -> list[Tensor]:
     """Compare gated and removed on inputs that the proof has not seen; return what the removed model says."""
     dense = run(model, fresh)
-    with gated_heads(model, mask):
-        gated = run(model, fresh)
+    with gated(model, mask):
+        preview = run(model, fresh)
     before = model.num_parameters()
-    remove_heads_(model, mask)
+    remove_(model, mask)
     removed = run(model, fresh)
-    result["difference"] = difference(gated, removed)
+    result["difference"] = difference(preview, removed)
     result["kept"] = str(mask.num_kept)
     result["parameters_after"] = model.num_parameters()
     if result["difference"] > TOLERANCE:
         raise Wrong(f"removed and gated differ by {result['difference']:.2g} on fresh inputs")
-    if difference(dense, gated) <= TOLERANCE:
+    if difference(dense, preview) <= TOLERANCE:
         raise NotShown("the tiny random model's outputs hardly depend on its heads, so equality shows nothing")
     if model.num_parameters() >= before:
         raise Wrong("no parameter went away")
@@ -294,21 +292,21 @@ def dense_round_trip(model: PreTrainedModel) -> str:
     return ""
 
 
-def uneven_mask(sites: Mapping[str, AttentionSite]) -> HeadMask:
+def uneven_mask(sites: Mapping[str, AttentionSite]) -> Mask:
     """Drop heads unevenly over the sites; grouped ones by their rule; a lone head stays."""
     vectors = {}
     for number, (name, site) in enumerate(sites.items()):
-        kept = torch.ones(site.num_heads, dtype=torch.bool)
-        if site.group > 1 and number % 2:
-            kept[1 :: site.group] = False
-        elif site.num_key_value_heads > 1:
-            kept[: site.group] = False
-            if site.group == 1 and number % 2 and site.num_heads > 3:
+        kept = torch.ones(site.num_units, dtype=torch.bool)
+        if site.group_size > 1 and number % 2:
+            kept[1 :: site.group_size] = False
+        elif site.num_groups > 1:
+            kept[: site.group_size] = False
+            if site.group_size == 1 and number % 2 and site.num_units > 3:
                 kept[2] = False
-        elif site.num_heads > 1:
+        elif site.num_units > 1:
             kept[0] = False
         vectors[name] = kept
-    return HeadMask(vectors)
+    return Mask(vectors)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import secateur
-from secateur.comparing.compare import DENSE
+from secateur.comparing.plan import DENSE
 from secateur.comparing.summary import ALL_TASKS, summarise
 from secateur.scorers import DEFAULT_SCORER, SCORERS, scorer_class
 from secateur.support.files import read_json, read_lines
@@ -22,6 +22,8 @@ MODULES = [
     "secateur.finetuning.finetune",
     "secateur.finetuning.evaluate",
     "secateur.comparing.compare",
+    "secateur.comparing.plan",
+    "secateur.comparing.protocols",
     "secateur.comparing.summary",
     "secateur.report",
     "secateur.report.reading",
@@ -31,8 +33,11 @@ MODULES = [
     "secateur.scorers.learned",
     "secateur.meta_training.config",
     "secateur.meta_training.subjects",
+    "secateur.meta_training.held_out",
     "secateur.meta_training.paper",
-    "secateur.meta_training.trials",
+    "secateur.meta_training.joint_config",
+    "secateur.meta_training.joint_training",
+    "secateur.meta_training.joint_held_out",
     "secateur.sites.gating",
     "secateur.measuring.cost",
 ]

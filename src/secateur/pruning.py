@@ -20,10 +20,11 @@ from secateur.choosing.budget import BudgetedSelection, BudgetOutcome
 from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError, invalid
 from secateur.measuring.cost import ModelCost, check_heads, measure_cost
+from secateur.models.base_model import base_of
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
-from secateur.models.state import base_of, check_plain_weights
+from secateur.models.state import check_plain_weights
 from secateur.removal.proof import TOLERANCE
 from secateur.removal.remove import remove_
 from secateur.restoring.reconstruction import reconstruct_

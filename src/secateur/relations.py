@@ -50,7 +50,7 @@ def _first_sees_last(model: PreTrainedModel) -> bool:
     ids = other["input_ids"][0]
     ids[-1] = ids[ids != ids[-1]][0]
     with evaluation_mode(model):
-        one, two = (getattr(model(**given), "last_hidden_state", None) for given in (inputs, other))
+        one, two = (getattr(model(**tokens), "last_hidden_state", None) for tokens in (inputs, other))
     return one is None or two is None or one.ndim != 3 or not torch.equal(one[:, 0], two[:, 0])
 
 
@@ -90,15 +90,15 @@ def relations(representations: Tensor, scale: float = SCALE) -> Tensor:
     return similarities[: len(similarities) // 2 * 2].view(-1, 2).log_softmax(dim=1)
 
 
-def with_relations(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def with_relations(batches: Iterable[Batch]) -> list[Batch]:
     """Return the batches that have texts enough to have relations. Raises `InvalidInputError` where none has."""
     sizes = [(len(next(iter(batch.values()))), batch) for batch in batches]
-    found = [batch for size, batch in sizes if size >= RELATED]
-    if not found:
+    related = [batch for size, batch in sizes if size >= RELATED]
+    if not related:
         rule = f"be at least {RELATED} a batch, as the relations between them count"
         most = max((size for size, _ in sizes), default=0)
         raise invalid("texts", rule, most, "give more texts, or larger batches")
-    return found
+    return related
 
 
 def relational_kl(dense: Tensor, pruned: Tensor, scale: float = SCALE) -> Tensor:

@@ -23,6 +23,7 @@ from secateur.removal import remove as removal
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
 from secateur.removal.remove import gated, remove_
 from secateur.sites.attention import find_sites
+from secateur.sites.layout import AttentionSite
 from secateur.units.masks import Mask
 from tests.support.tiny import CONFIGS, tiny_model, uneven_mask
 
@@ -41,7 +42,7 @@ def test_gated_equals_removed(kind, empty):
     result = remove_(model, mask)
     assert result.max_difference <= TOLERANCE
     assert result.mask == mask
-    assert (result.heads_before, result.heads_after) == (mask.num_units, mask.num_kept)
+    assert (result.units_before, result.units_after) == (mask.num_units, mask.num_kept)
     removed = hidden_states(model, inputs)
     assert largest_difference(dense, preview) > 1e-2  # the dropped heads did matter
     assert largest_difference(preview, removed) <= TOLERANCE
@@ -211,7 +212,7 @@ def test_pruning_again_keeps_original_numbers():
     result = remove_(model, Mask({site: torch.tensor([False, False, True, True])}))
     assert result.mask.kept[site] == [2, 3]
     assert model.config.head_pruning["kept_heads"][site] == [2, 3]
-    with pytest.raises(InvalidInputError, match=r"be False for heads that are already removed, got \[0\]"):
+    with pytest.raises(InvalidInputError, match=r"be False for units that are already removed, got \[0\]"):
         remove_(model, Mask({site: torch.tensor([True, False, True, True])}))
 
 
@@ -265,12 +266,12 @@ def test_a_wrong_removal_is_noticed_and_undone(monkeypatch):
         parameter.grad = torch.ones_like(parameter)
     parameters = {n: (p, p.data, p.shape) for n, p in model.named_parameters()}
     sites = find_sites(model)
-    honest = removal.AttentionSite.kept_indices
+    honest = AttentionSite.kept_indices
 
     def crooked(self, kept):
         return {key: (idx + 1 if key[0].endswith("value.weight") else idx) for key, idx in honest(self, kept).items()}
 
-    monkeypatch.setattr(removal.AttentionSite, "kept_indices", crooked)
+    monkeypatch.setattr(AttentionSite, "kept_indices", crooked)
     mask = Mask({"encoder.layer.0.attention.self": torch.tensor([True, True, False, False])})
     with pytest.raises(RemovalError, match="differs from the gated model by"):
         remove_(model, mask, sites=sites)
@@ -489,5 +490,5 @@ def test_heads_go_again_where_an_adapter_lies_around_the_weights():
     name = "encoder.layer.0.attention.self"
     remove_(model, Mask({name: torch.tensor([True, True, True, False])}))
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query", "value"], r=2), model)
-    assert remove_(model, Mask({name: torch.tensor([True, True, False, False])})).heads_after == 10
+    assert remove_(model, Mask({name: torch.tensor([True, True, False, False])})).units_after == 10
     assert model.encoder.layer[0].attention.self.query.lora_B["default"].weight.shape[0] == 16

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from secateur.meta_training.config import MetaTrainingConfig
-from secateur.meta_training.paper import MetaTraining
+from secateur.meta_training.meta_step import MetaTraining
 from secateur.meta_training.subjects import Subject
 from secateur.texts.data import Task
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer

@@ -37,4 +37,4 @@ def permuted(evidence, order):
 
 
 TASKS = [Task("singles", tiny_texts(40)), Task("pairs", tiny_texts(24, seed=1, pairs=True))]
-SMALL = {"num_texts": 8, "judges": 3, "batch_size": 4, "max_length": 16}
+SMALL = {"num_texts": 8, "evaluation_batches": 3, "batch_size": 4, "max_length": 16}

@@ -1,7 +1,6 @@
 """A pruned model among the libraries that people use models with: each is used as its own manual says."""
 
 import json
-import sys
 import warnings
 
 import huggingface_hub
@@ -221,9 +220,7 @@ def test_pushing_and_loading_by_hub_id(hub):
     assert_equal(AutoModelForSequenceClassification.from_pretrained(REPOSITORY), model)
 
 
-def test_pushing_a_standalone_model_brings_its_code(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("sys.path", [*sys.path])
+def test_pushing_a_standalone_model_brings_its_code(hub, remote_code, tmp_path):
     pruned_classifier().save_pretrained(tmp_path / "pruned")
     export_standalone(tmp_path / "pruned", tmp_path / "alone")
     model = AutoModel.from_pretrained(tmp_path / "alone", trust_remote_code=True)

@@ -15,7 +15,10 @@ import torch
 from secateur import cli
 from secateur.cli.tables import comparison_table, markdown
 from secateur.comparing import compare as comparison
-from secateur.comparing.compare import DENSE, PROTOCOLS, Protocol, Settings, compare, plan
+from secateur.comparing.compare import compare
+from secateur.comparing.folder import differences
+from secateur.comparing.plan import DENSE, Settings, plan
+from secateur.comparing.protocols import PROTOCOLS, Protocol
 from secateur.comparing.summary import ALL_TASKS, summarise
 from secateur.errors import InvalidInputError
 from secateur.support.files import append_line, read_lines
@@ -88,7 +91,7 @@ def test_every_cell_once_with_its_dense_partner(whole):
 
 def test_stopped_and_resumed_gives_the_rows_of_one_go(settings, whole, tmp_path, monkeypatch):
     settings, expected, trained = replace(settings, seeds=1), [row for row in whole[0] if row["seed"] == 0], []
-    inner = comparison._train
+    inner = comparison.train_run
 
     def interrupted(*arguments):
         if len(trained) in (2, 4):
@@ -97,7 +100,7 @@ def test_stopped_and_resumed_gives_the_rows_of_one_go(settings, whole, tmp_path,
         trained.append(arguments[1])
         return inner(*arguments)
 
-    monkeypatch.setattr(comparison, "_train", interrupted)
+    monkeypatch.setattr(comparison, "train_run", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             compare(settings, tmp_path / "parts", progress=False)
@@ -149,9 +152,9 @@ def test_a_pruner_may_come_with_its_scorer_and_not_after_it(settings):
     found = asdict(replace(settings, scorers=("random", "smp")))
     late = asdict(replace(settings, scorers=("random", "smp"), pruners={"smp": "x"}))
     added = asdict(replace(settings, scorers=("random", "smp", "smp-plus"), pruners={"smp-plus": "x"}))
-    assert comparison._differences(found, late) == ["pruners"]
-    assert comparison._differences(late, found) == ["pruners"]
-    assert comparison._differences(found, added) == []
+    assert differences(found, late) == ["pruners"]
+    assert differences(late, found) == ["pruners"]
+    assert differences(found, added) == []
 
 
 def test_a_folder_from_before_a_setting_was_known_goes_on(settings, tmp_path):

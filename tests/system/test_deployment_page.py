@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text(encoding
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore")  # those of the packages on the page
-def test_blocks_run(onnx_classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_blocks_run(onnx_classifier, remote_code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pruned_classifier().save_pretrained("small")
     tiny_tokenizer().save_pretrained("small")

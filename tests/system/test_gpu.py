@@ -9,8 +9,9 @@ from accelerate import dispatch_model
 
 import secateur
 from secateur import cli
+from secateur.meta_training.joint_config import JointTrainingConfig
+from secateur.meta_training.joint_training import train_joint_pruner
 from secateur.meta_training.subjects import Subject
-from secateur.meta_training.trials import JointTrainingConfig, train_joint_pruner
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import is_offloaded
 from secateur.scorers import SCORERS

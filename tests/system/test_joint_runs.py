@@ -12,12 +12,17 @@ from transformers import AutoModel, BertConfig
 
 import secateur
 from secateur import cli
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.errors import CheckpointError, InvalidInputError, UnsupportedModelError
-from secateur.meta_training import trials as joint_runs
-from secateur.meta_training.joint import FitConfig, Sample, TrialConfig, collect, trial_loss
+from secateur.meta_training import joint_samples, joint_training
+from secateur.meta_training.collecting import TrialConfig, collect
+from secateur.meta_training.fitting import FitConfig, trial_loss
+from secateur.meta_training.joint_config import JointTrainingConfig
+from secateur.meta_training.joint_held_out import held_out_losses
+from secateur.meta_training.joint_samples import CountedMaskLoss
+from secateur.meta_training.joint_training import train_joint_pruner
+from secateur.meta_training.sample import Sample
 from secateur.meta_training.subjects import Subject
-from secateur.meta_training.trials import JointTrainingConfig, _Counted, held_out_losses, train_joint_pruner
 from secateur.pruners.evidence import contribution_scores
 from secateur.pruners.joint_network import JointPruner
 from secateur.scorers.score import score
@@ -48,7 +53,7 @@ def same(one, other):
 def small_runs():
     """A few masks near each choice, and a short fit, so that a run takes seconds."""
     fewer, shorter = partial(TrialConfig, near=NEAR), partial(FitConfig, epochs=40)
-    with mock.patch.multiple(joint_runs, TrialConfig=fewer, FitConfig=shorter):
+    with mock.patch.multiple(joint_training, TrialConfig=fewer, FitConfig=shorter):
         yield
 
 
@@ -66,12 +71,14 @@ def test_every_task_has_its_samples_and_later_ones_lie_near_what_earlier_ones_ta
     assert [sample.task for sample in found.values()] == ["singles", "singles", "pairs", "pairs"]
     # Each of 6 groups has 5 masks at random, some near a choice, and each choice twice: of one ranking, later of three.
     assert [len(sample.masks) for sample in found.values()] == [6 * (5 + NEAR + 2), 6 * (5 + NEAR + 6)] * 2
-    first = joint_runs._fitted([found["0-0-0.safetensors"], found["0-1-0.safetensors"]], JointTrainingConfig(**SMALL))
+    first = joint_training._fitted(
+        [found["0-0-0.safetensors"], found["0-1-0.safetensors"]], JointTrainingConfig(**SMALL)
+    )
     second = found["0-1-1.safetensors"]
     with torch.no_grad():
         scores = first(second.evidence)
     own = secateur.select(secateur.Scores(second.evidence.split(scores.double())), 0.5, "ranking")
-    by_whole_model = second.masks[second.groups == 5]  # sites 1 to 3, whole model 4 to 6: a quarter, half, three
+    by_whole_model = second.masks[second.trial_sets == 5]  # sites 1 to 3, whole model 4 to 6: a quarter, half, three
     assert by_whole_model[1].tolist() == torch.cat(list(own.values())).tolist()
     assert same(JointPruner.from_pretrained(str(out / "pruner")), pruner)
 
@@ -88,14 +95,14 @@ def test_it_explains_the_trials_better_than_the_contribution_does(whole):
 def test_a_stopped_run_goes_on_to_the_identical_end(whole, tmp_path, monkeypatch):
     calls = []
 
-    def stops(*arguments):
-        calls.append(arguments)
+    def stops(*positional, **named):
+        calls.append(named)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return collect(*arguments)
+        return collect(*positional, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(joint_runs, "collect", stops)
+        patch.setattr(joint_samples, "collect", stops)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run")
     assert len(samples(tmp_path / "run")) == 2
@@ -103,20 +110,28 @@ def test_a_stopped_run_goes_on_to_the_identical_end(whole, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("config", [TrialConfig(search=4), TrialConfig(near=3, at_random=2)])
-def test_as_many_masks_are_judged_as_it_says(config):
+def test_as_many_masks_are_evaluated_as_it_says(config):
     model = tiny_model("bert")
     subject, calls = Subject(model, tiny_tokenizer()), mock.Mock()
-    judges = [_Counted(model, subject.batches(tiny_texts(4, seed=n), 4, 16), False, calls) for n in range(3)]
+    evaluators = [CountedMaskLoss(model, subject.batches(tiny_texts(4, seed=n), 4, 16), False, calls) for n in range(3)]
     batches = subject.batches(tiny_texts(8), 4, 16)
     for pruner, rankings in ((None, 1), (JointPruner().eval(), 3)):
         calls.reset_mock()
-        collect(model, find_sites(model), batches, judges, False, "tiny", "words", config, 0, pruner)
-        assert calls.update.call_count == config.passes(rankings, len(judges))
+        collect(
+            model, find_sites(model), batches, evaluators, False,
+            subject="tiny", task="words", config=config, seed=0, pruner=pruner,
+        )  # fmt: skip
+        assert calls.update.call_count == config.passes(rankings, len(evaluators))
 
 
-def test_a_task_with_few_texts_has_fewer_judges(tmp_path, monkeypatch, capsys):
+def test_a_task_with_few_texts_has_fewer_evaluation_batches(tmp_path, monkeypatch, capsys):
     numbers = []
-    monkeypatch.setattr(joint_runs, "collect", lambda *given: numbers.append(len(given[3])) or collect(*given))
+
+    def counted(model, sites, batches, evaluators, *rest, **named):
+        numbers.append(len(evaluators))
+        return collect(model, sites, batches, evaluators, *rest, **named)
+
+    monkeypatch.setattr(joint_samples, "collect", counted)
     few = [Task(str(count), tiny_texts(count)) for count in (12, 15, 16, 200)]
     train(tmp_path / "run", tasks=few, samples=1)
     assert numbers == [1, 1, 2, 3]  # whole batches of 4 beyond the 8 that are scored, 3 at most
@@ -258,7 +273,7 @@ def test_what_teaches_nothing_is_refused(tmp_path):
     # A quarter of a site's two heads is none, so those trials would all be the whole model.
     train(tmp_path / "two", subject=with_heads(2), samples=1)
     for sample in samples(tmp_path / "two").values():
-        assert sample.groups.unique().tolist() == [2, 3, 4, 5, 6]
+        assert sample.trial_sets.unique().tolist() == [2, 3, 4, 5, 6]
         assert not bool(sample.masks.all(dim=1).any())
     with pytest.raises(
         InvalidInputError, match=r"no head of .* can be removed at any of the ratios \(0.25, 0.5, 0.75\)"
@@ -284,7 +299,7 @@ def test_the_mode_of_the_model_changes_nothing(whole, tmp_path):
         ({"search": -1}, "`search` must be a whole number from 0, got -1"),
         ({"samples": 0}, "`samples` must be a whole number from 1, got 0"),
         ({"num_texts": 3}, "`num_texts` must be a whole number from 4, got 3"),
-        ({"judges": 0}, "`judges` must be a whole number from 1, got 0"),
+        ({"evaluation_batches": 0}, "`evaluation_batches` must be a whole number from 1, got 0"),
         ({"batch_size": 2}, "`batch_size` must be a whole number from 3, got 2"),
         ({"max_length": 3}, "`max_length` must be a whole number from 4, got 3"),
         ({"bf16": "yes"}, "`bf16` must be"),

@@ -19,10 +19,12 @@ import torch
 import secateur
 from secateur import cli
 from secateur.errors import InvalidInputError
-from secateur.meta_training import trials as joint_runs
-from secateur.meta_training.joint import FitConfig, TrialConfig
+from secateur.meta_training import joint_training
+from secateur.meta_training.collecting import TrialConfig
+from secateur.meta_training.fitting import FitConfig
+from secateur.meta_training.joint_config import JointTrainingConfig
+from secateur.meta_training.joint_training import train_joint_pruner
 from secateur.meta_training.subjects import Subject
-from secateur.meta_training.trials import JointTrainingConfig, train_joint_pruner
 from secateur.settings import Cut, Reading
 from secateur.texts.data import Task
 from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
@@ -60,10 +62,10 @@ def results(accelerator: Any, folder: Path) -> dict[str, Any]:
         "weights": smaller.state_dict()["encoder.layer.0.attention.output.dense.weight"].tolist(),
     }
     subject = Subject(tiny_model("bert"), tokenizer)
-    config = JointTrainingConfig(num_texts=8, judges=1, batch_size=4, max_length=16)
+    config = JointTrainingConfig(num_texts=8, evaluation_batches=1, batch_size=4, max_length=16)
     tasks = [Task("one", texts), Task("two", pairs)]
     short = {"TrialConfig": partial(TrialConfig, near=3), "FitConfig": partial(FitConfig, epochs=5)}
-    with mock.patch.multiple(joint_runs, **short):
+    with mock.patch.multiple(joint_training, **short):
         taught = train_joint_pruner([subject], tasks, folder, config, progress=False, accelerator=accelerator)
     found["joint pruner"] = {name: value.tolist() for name, value in taught.state_dict().items()}
     try:

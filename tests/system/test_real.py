@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import secateur
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.pruners.map_network import MetaPruner
 from secateur.relations import relational_kl, represent
@@ -118,15 +119,14 @@ def test_sites_of_a_real_model(minilm):
 def test_the_shipped_meta_pruners_beat_random_heads(minilm, tokenizer):
     """On sentences that it was not trained on, judged on others than those scored."""
     from secateur.demo import demo_task
-    from secateur.meta_training.paper import mask_kl
     from secateur.meta_training.subjects import Subject
 
-    texts = demo_task()[0].texts
-    judged = Subject(minilm, tokenizer).batches(texts[64:128], 32, 64)
+    texts, sites = demo_task()[0].texts, find_sites(minilm)
+    mask_loss = MaskLoss(minilm, Subject(minilm, tokenizer).batches(texts[64:128], 32, 64), is_pair=False)
 
     def loss(scorer, seed=0):
         scores = secateur.score(minilm, texts[:32], scorer, tokenizer, reading=Reading(max_length=64, seed=seed))
-        return mask_kl(minilm, secateur.select(scores, 0.5), judged, is_pair=False)
+        return mask_loss(secateur.select(scores, 0.5).present(sites))
 
     chance = [loss("random", seed) for seed in range(5)]
     assert loss("smp") < sum(chance) / 5

@@ -10,7 +10,9 @@ from secateur import cli
 from secateur.comparing.summary import summarise
 from secateur.errors import InvalidInputError
 from secateur.report import MAX_MAP_CHARACTERS, render_report
-from secateur.report.comparison import agreement, comparison_view, cost_charts, curves
+from secateur.report.agreement import agreement
+from secateur.report.comparison import comparison_view
+from secateur.report.curves import cost_charts, curves
 from secateur.report.numbers import DASH
 from secateur.report.pruned import pruning_view
 from secateur.report.reading import read_runs

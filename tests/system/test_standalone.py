@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     TimesformerConfig,
 )
+from transformers.dynamic_module_utils import get_relative_imports
 
 import secateur
 from secateur import cli
 from secateur.exporting import standalone
-from secateur.exporting.bundle import bundle
 from secateur.exporting.export import export_standalone
 from secateur.models.inputs import example_inputs
 from secateur.models.loading import load_model
@@ -117,10 +118,8 @@ def test_without_secateur_the_outputs_are_the_same_bit_for_bit(minilm, tokenizer
             assert torch.equal(found[f"{key} 1"], value), (name, key, "saved again")
 
 
-def test_with_secateur_the_folder_is_narrowed_once(tmp_path, monkeypatch):
+def test_with_secateur_the_folder_is_narrowed_once(remote_code, tmp_path):
     """With `trust_remote_code` both the folder's class and secateur's hook want to narrow; without, the hook alone."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
     model = pruned("bert")
     model.save_pretrained(tmp_path / "pruned")
     export_standalone(tmp_path / "pruned", tmp_path / "alone")
@@ -138,7 +137,8 @@ def test_with_secateur_the_folder_is_narrowed_once(tmp_path, monkeypatch):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "alone", trust_remote_code=True)
     remove_(loaded, secateur.Mask({"encoder.layer.1.attention.self": torch.tensor([True, False, True, True])}))
     loaded.save_pretrained(tmp_path / "twice")
-    assert (tmp_path / "twice" / "modeling_pruned.py").is_file()
+    codes = [{file.name: file.read_text() for file in (tmp_path / n).glob("*.py")} for n in ("alone", "twice")]
+    assert codes[0] == codes[1]
     config = json.loads((tmp_path / "twice" / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert config["auto_map"]["AutoModel"] == "modeling_pruned.BertModel"
@@ -146,9 +146,7 @@ def test_with_secateur_the_folder_is_narrowed_once(tmp_path, monkeypatch):
     assert not hasattr(load_model(tmp_path / "alone").config, "auto_map")
 
 
-def test_a_model_built_by_the_folders_code_is_pickled(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_a_model_built_by_the_folders_code_is_pickled(remote_code, tmp_path):
     pruned("mpnet").save_pretrained(tmp_path / "pruned")
     export_standalone(tmp_path / "pruned", tmp_path / "alone")
     with without_hook():
@@ -163,18 +161,29 @@ def test_a_model_built_by_the_folders_code_is_pickled(tmp_path, monkeypatch):
 def test_the_code_needs_nothing_but_torch_and_transformers(tmp_path):
     pruned("bert").save_pretrained(tmp_path / "pruned")
     export_standalone(tmp_path / "pruned", tmp_path / "alone")
-    code = (tmp_path / "alone" / "modeling_pruned.py").read_text()
-    imported = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            imported.add(node.module.split(".")[0])
-    assert imported - sys.stdlib_module_names == {"torch", "transformers"}
-    assert code.startswith("# SPDX-License-Identifier: Apache-2.0\n")
-    assert f"secateur {secateur.__version__}" in code
-    check = [sys.executable, "-m", "ruff", "check", "--isolated", "--line-length=120", "--select=F,E,I"]
+    files = sorted((tmp_path / "alone").glob("*.py"))
+    assert [file.stem for file in files] == [
+        "adapted", "base_model", "emptied", "errors", "forward", "layout", "modeling_pruned", "recipe", "replay",
+        "reshaped",
+    ]  # fmt: skip
+    for file in files:
+        code = file.read_text()
+        imported = set()
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1
+                assert (tmp_path / "alone" / f"{node.module}.py") in files
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+        assert imported - sys.stdlib_module_names <= {"torch", "transformers"}
+        assert code.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+        assert f"secateur {secateur.__version__}" in code
+    # transformers 5.0 copies what the first file names, and nothing that only others do.
+    named = {f"{name}.py" for name in get_relative_imports(tmp_path / "alone" / "modeling_pruned.py")}
+    assert named == {file.name for file in files} - {"modeling_pruned.py"}
+    check = [sys.executable, "-m", "ruff", "check", "--isolated", "--line-length=120", "--select=F,E"]
     assert subprocess.run([*check, tmp_path / "alone"], capture_output=True).returncode == 0
 
 
@@ -202,9 +211,9 @@ def test_the_command(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["export", str(tmp_path / "pruned"), "--format", "standalone", "--out", str(out)]) == 0
     assert "BertForSequenceClassification, reloaded bit for bit" in capsys.readouterr().out
-    assert {"config.json", "model.safetensors", "modeling_pruned.py", "tokenizer.json"} <= {
-        p.name for p in out.iterdir()
-    }
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "modeling_pruned.py", "replay.py", "tokenizer.json"} <= names
+    assert "__pycache__" not in names
 
 
 def test_a_whole_model_is_refused(tmp_path, capsys):
@@ -220,9 +229,11 @@ def test_a_whole_model_is_refused(tmp_path, capsys):
 
 def test_code_that_does_not_rebuild_the_model_is_not_left_behind(tmp_path, monkeypatch, capsys):
     pruned("llama", AutoModelForCausalLM).save_pretrained(tmp_path / "pruned")
-    source = standalone._source
+    flat = standalone._flat
     monkeypatch.setattr(
-        standalone, "_source", lambda *names: source(*names).replace("    rebuild_(model)\n", "    return\n")
+        standalone,
+        "_flat",
+        lambda module: {k: v.replace("    rebuild_(model)\n", "    return\n") for k, v in flat(module).items()},
     )
     code = cli.main(["export", str(tmp_path / "pruned"), "--format", "standalone", "--out", str(tmp_path / "alone")])
     assert code == 2
@@ -230,14 +241,13 @@ def test_code_that_does_not_rebuild_the_model_is_not_left_behind(tmp_path, monke
     assert not (tmp_path / "alone").exists()
 
 
-def test_bundles_are_what_the_modules_say():
-    """The definitions are the sources' own text, and nothing that is not needed comes along."""
-    code = bundle("secateur.removal.replay", ["Rebuilt"])
-    names = {n.name for n in ast.parse(code).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    assert {"rebuild_", "cut_site_", "EmptiedAttention", "NarrowedTable", "Recipe"} <= names
-    assert not {"evaluation_mode", "RemovalError", "find_sites"} & names
-    for module in ("replay", "adapted", "emptied", "layout", "recipe", "state"):
-        text = (Path(standalone.__file__).parent / f"{module}.py").read_text()
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names:
-                assert ast.get_source_segment(text, node) in code
+def test_the_code_is_that_of_the_package_but_for_where_it_imports_from(tmp_path):
+    pruned("bert").save_pretrained(tmp_path / "pruned")
+    export_standalone(tmp_path / "pruned", tmp_path / "alone")
+    sources = {path.name: path for path in Path(secateur.__file__).parent.rglob("*.py")}
+    for file in (tmp_path / "alone").glob("*.py"):
+        if file.name != "modeling_pruned.py":
+            ours, copied = sources[file.name].read_text().splitlines(), file.read_text().splitlines()
+            differing = [line for line in ours if line not in copied]
+            assert copied[2:] == [re.sub(r"from secateur\.\S*?(\w+) import", r"from .\1 import", line) for line in ours]
+            assert all(line.startswith("from secateur.") for line in differing)

@@ -41,10 +41,11 @@ QUESTIONS = """\
 import pathlib, sys
 import pytest
 import secateur
-from secateur import cli, compare
+from secateur import cli
+from secateur.comparing import protocols
 
 assert str(pathlib.Path(secateur.__file__).parents[2]) == sys.argv[1]
-compare.PROTOCOLS["lite"] = compare.Protocol(max_train=8, max_length=16, epochs=1, learning_rate=1e-3)
+protocols.PROTOCOLS["lite"] = protocols.Protocol(max_train=8, max_length=16, epochs=1, learning_rate=1e-3)
 print("== help")
 assert cli.main(["score", "--help"]) == 0
 print("== compare")

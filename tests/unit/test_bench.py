@@ -11,8 +11,9 @@ from secateur.errors import InvalidInputError
 from secateur.measuring.bench import Measured, _cut, benchmark
 from secateur.measuring.cost import measure_cost
 from secateur.measuring.memory import peak_bytes
-from secateur.measuring.timing import Shape, parse_shape, quartiles, time_in_turn
+from secateur.measuring.timing import quartiles, time_in_turn
 from secateur.removal.remove import remove_
+from secateur.settings import Shape, parse_shape
 from secateur.sites.attention import find_sites
 from tests.support.tiny import tiny_model, uneven_mask
 

@@ -9,7 +9,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from secateur.cli import main
-from secateur.comparing.compare import Settings, compare
+from secateur.comparing.compare import compare
+from secateur.comparing.plan import Settings
 from secateur.demo import demo_model, demo_task
 from secateur.errors import InvalidInputError, SecateurError, UnsupportedModelError
 from secateur.models.loading import load_model, load_tokenizer
@@ -238,7 +239,7 @@ def test_the_command_teaches_a_pruned_folder(tmp_path, capsys):
 def test_a_comparison_distils_pruned_runs_on_all_texts_and_leaves_dense_ones(tmp_path, monkeypatch):
     taught = []
     monkeypatch.setattr(
-        "secateur.comparing.compare.distill_",
+        "secateur.comparing.run.distill_",
         lambda *args, **kwargs: taught.append(args[2]) or distill_(*args, **kwargs),
     )
     tiny_model("bert").save_pretrained(tmp_path / "model")

@@ -11,31 +11,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig
 
 import secateur
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.choosing.refinement import refine_mask
-from secateur.choosing.search import MaskLoss, exchanges, search
+from secateur.choosing.search import exchanges, search
 from secateur.errors import CheckpointError, InvalidInputError, SecateurWarning
-from secateur.meta_training.joint import (
-    LEAVE_ONE_OUT,
-    FitConfig,
-    Sample,
-    TrialConfig,
-    collect,
-    fit,
-    imitation_loss,
-    lesson,
-    trial_loss,
-)
+from secateur.meta_training.collecting import TrialConfig, collect
+from secateur.meta_training.fitting import FitConfig, fit, imitation_loss, training_loss, trial_loss
+from secateur.meta_training.sample import LEAVE_ONE_OUT, Sample
 from secateur.models.inputs import example_inputs, forward_arguments
-from secateur.pruners.evidence import (
-    FEATURES,
-    MAP_FEATURES,
-    Evidence,
-    _map_statistics,
-    _second_moments,
-    gather_evidence,
-    unbiased_hsic,
-)
-from secateur.pruners.joint_network import EVIDENCE_KINDS, JointPruner, trust
+from secateur.pruners.evidence import Evidence, gather_evidence
+from secateur.pruners.features import EVIDENCE_KINDS, FEATURES, MAP_FEATURES
+from secateur.pruners.joint_network import JointPruner, trust
+from secateur.pruners.kernels import second_moments, unbiased_hsic
+from secateur.pruners.map_statistics import map_statistics
 from secateur.pruners.writes import output_weights
 from secateur.relations import gated_representations, relational_kl
 from secateur.removal.remove import gated, remove_
@@ -51,9 +39,9 @@ RANDOM = torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 30, 32])
-def test_second_moments_in_blocks_are_those_of_the_whole(width):
+def testsecond_moments_in_blocks_are_those_of_the_whole(width):
     rows = torch.randn(20, width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
-    torch.testing.assert_close(_second_moments(rows), rows.T @ rows)
+    torch.testing.assert_close(second_moments(rows), rows.T @ rows)
 
 
 # --- evidence
@@ -152,7 +140,7 @@ def test_a_copied_head_is_explained_by_the_other():
 
 def test_what_maps_look_like_by_hand():
     weights = torch.tensor([[[[1.0, 0, 0], [0.5, 0.5, 0], [0, 0.25, 0.75]]]])
-    found = dict(zip(MAP_FEATURES, _map_statistics(weights, torch.ones(1, 3))[0, 0].tolist(), strict=True))
+    found = dict(zip(MAP_FEATURES, map_statistics(weights, torch.ones(1, 3))[0, 0].tolist(), strict=True))
     quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     assert found["entropy"] == pytest.approx((0 + math.log(2) + quarter) / 3 / math.log(3))
     assert found["confidence"] == pytest.approx((1 + 0.5 + 0.75) / 3)
@@ -273,10 +261,10 @@ def test_the_score_is_the_prior_and_the_members_or_the_contribution_by_hand(apar
         return (x - x.mean()) / x.std(correction=0)
 
     with torch.no_grad():
-        (judged,) = pruner.judge_all([evidence])
+        (scores,) = pruner.member_scores([evidence])
         found = pruner(evidence)
-    assert judged.shape == (3, 12)
-    rows = [standardised(row) for row in judged]
+    assert scores.shape == (3, 12)
+    rows = [standardised(row) for row in scores]
     alike = sum(float(a @ b) / 12 for a, b in itertools.combinations(rows, 2)) / 3
     sure = min(max((alike - 0.8) / 0.15, 0), 1)
     assert (sure == 1, 0 < sure < 1, sure == 0)[[0.0, 0.2, 2.0].index(apart)], sure
@@ -309,7 +297,7 @@ def test_heads_are_scored_together_unless_told_otherwise():
     for joint in (True, False):
         pruner = learned(joint=joint)
         with torch.no_grad():
-            before, after = pruner.judge_all([evidence, permuted(evidence, order)])
+            before, after = pruner.member_scores([evidence, permuted(evidence, order)])
             differ = ((after - before).abs() > 1e-4).any(dim=0)
         assert bool(differ[[5, 10]].all())
         assert bool(differ[[0, 4, 6, 11]].any()) is joint
@@ -615,7 +603,7 @@ def test_prune_refines_and_reports_it():
 # --- the fit
 
 
-def judges_of(model, count=3):
+def evaluators_of(model, count=3):
     return [MaskLoss(model, batches_of(model, 4, 4, seed=10 + number), False) for number in range(count)]
 
 
@@ -629,36 +617,41 @@ def sample_of(model, seed=0, texts=8, pruner=None, **settings):
         "search": 0,
         **settings,
     }
-    made, judges = batches_of(model, texts, texts // 2, seed), judges_of(model)
+    config = TrialConfig(**settings)
+    return collected(model, batches_of(model, texts, texts // 2, seed), evaluators_of(model), config, seed, pruner)
+
+
+def collected(model, batches, evaluators, config, seed=0, pruner=None):
     return collect(
-        model, find_sites(model), made, judges, False, "tiny", "words", TrialConfig(**settings), seed, pruner
-    )
+        model, find_sites(model), batches, evaluators, False,
+        subject="tiny", task="words", config=config, seed=seed, pruner=pruner,
+    )  # fmt: skip
 
 
 def test_a_sample_holds_what_masks_cost_beside_one_mask_on_the_same_texts(tmp_path, monkeypatch):
     model = tiny_model("bert")
     sample = sample_of(model, ratios=(0.25, 0.5), leave_one_out=True)
     assert sample.masks.shape == (2 * 8 + 12, 12)
-    counts = {int(g): set(sample.masks[sample.groups == g].sum(dim=1).tolist()) for g in sample.groups.unique()}
+    counts = {int(g): set(sample.masks[sample.trial_sets == g].sum(dim=1).tolist()) for g in sample.trial_sets.unique()}
     assert counts == {LEAVE_ONE_OUT: {11}, 1: {9}, 2: {6}}
     contribution = score(model, inputs=batches_of(model), scorer="contribution")
-    judges = judges_of(model)
+    evaluators = evaluators_of(model)
     for first, ratio in ((0, 0.25), (8, 0.5)):
         own = secateur.select(contribution, ratio)
         assert sample.masks[first].tolist() == torch.cat(list(own.values())).tolist()
         assert float(sample.losses[first]) == pytest.approx(1, rel=1e-4)
         for number in range(first + 1, first + 8):
             mask = Mask(sample.evidence.split(sample.masks[number]))
-            ratios = [judge(mask) / judge(own) for judge in judges]
+            ratios = [evaluator(mask) / evaluator(own) for evaluator in evaluators]
             assert min(abs(float(sample.losses[number]) / ratio - 1) for ratio in ratios) < 1e-3
     alone = Mask(sample.evidence.split(sample.masks[16]))
-    assert float(sample.losses[16]) == pytest.approx(sum(judge(alone) for judge in judges) / 3, rel=1e-4)
+    assert float(sample.losses[16]) == pytest.approx(sum(evaluator(alone) for evaluator in evaluators) / 3, rel=1e-4)
     sample.save(tmp_path / "s.safetensors")
     again = Sample.load(tmp_path / "s.safetensors")
     assert torch.equal(again.masks, sample.masks)
     assert torch.equal(again.evidence.features, sample.evidence.features)
     assert again.evidence.heads == sample.evidence.heads
-    monkeypatch.setattr("secateur.meta_training.joint.FEATURES", (*FEATURES, "another"))
+    monkeypatch.setattr("secateur.meta_training.sample.FEATURES", (*FEATURES, "another"))
     message = "holds evidence of another version; remove it, and it is collected again"
     with pytest.raises(CheckpointError, match=message):
         Sample.load(tmp_path / "s.safetensors")
@@ -670,7 +663,9 @@ def test_with_a_pruner_its_choice_is_tried_and_that_of_its_mean_with_the_contrib
     model = tiny_model("bert")
     pruner = learned()
     sample = sample_of(model, pruner=pruner, allocations=("uniform", "ranking"))
-    assert sample.groups.tolist() == [1] * 10 + [2] * 10  # at either allocation three choices, 3 near them, 4 at random
+    assert (
+        sample.trial_sets.tolist() == [1] * 10 + [2] * 10
+    )  # at either allocation three choices, 3 near them, 4 at random
     scores = score(model, scorer=SmpPlusScorer(pruner), inputs=batches_of(model))
     for row, allocation in ((1, "uniform"), (11, "ranking")):
         own = secateur.select(scores, 0.5, allocation)
@@ -678,26 +673,28 @@ def test_with_a_pruner_its_choice_is_tried_and_that_of_its_mean_with_the_contrib
         assert float(sample.losses[row + 1]) == pytest.approx(1, rel=1e-4)  # the mean's, which the others stand beside
 
 
-def test_a_search_finds_the_mask_that_its_guides_like_best_and_the_others_judge_the_way(tmp_path):
+def test_a_search_finds_the_mask_that_its_guides_like_best_and_the_others_evaluate_what_it_tries(tmp_path):
     model, config = tiny_model("bert"), TrialConfig(ratios=(0.5,), search=6)
-    for count in (2, 3):  # two lead; where there are no more, they judge the way too
-        judges = judges_of(model, count)
-        sample = collect(model, find_sites(model), batches_of(model), judges, False, "tiny", "words", config, 0)
+    for count in (2, 3):  # two lead; where there are no more, they evaluate the rest too
+        evaluators = evaluators_of(model, count)
+        sample = collected(model, batches_of(model), evaluators, config)
         assert sample.by_site.tolist() == [True, False]
         assert [int(row.sum()) for row in sample.found] == [6, 6]
         assert all(int(row.sum()) == 2 for row in sample.evidence.split(sample.found[0]).values())
-        for group, found in zip((1, 2), sample.found, strict=True):
-            way, losses = sample.masks[sample.groups == group], sample.losses[sample.groups == group]
-            assert len(way) == 7
-            for number, mask in enumerate(way[1:], 1):
-                assert 2 in {int((mask != one).sum()) for one in way[:number]}  # it is one exchange away
-            costs = torch.tensor([[judge(Mask(sample.evidence.split(row))) for row in way] for judge in judges])
-            by_judge = (costs / costs[:, :1] / losses - 1).abs() < 1e-3
-            assert bool(by_judge.any(dim=0).all())
-            others = by_judge.all(dim=1)
+        for number, found in zip((1, 2), sample.found, strict=True):
+            rows = sample.trial_sets == number
+            tried, losses = sample.masks[rows], sample.losses[rows]
+            assert len(tried) == 7
+            for place, mask in enumerate(tried[1:], 1):
+                assert 2 in {int((mask != one).sum()) for one in tried[:place]}  # it is one exchange away
+            masks = [Mask(sample.evidence.split(row)) for row in tried]
+            costs = torch.tensor([[evaluator(mask) for mask in masks] for evaluator in evaluators])
+            by_evaluator = (costs / costs[:, :1] / losses - 1).abs() < 1e-3
+            assert bool(by_evaluator.any(dim=0).all())
+            others = by_evaluator.all(dim=1)
             assert count == 2 or int(others.sum()) == 1
             best = costs[~others if count > 2 else slice(None)].sum(dim=0).argmin()
-            assert torch.equal(way[best], found)
+            assert torch.equal(tried[best], found)
     sample.save(tmp_path / "s.safetensors")
     again = Sample.load(tmp_path / "s.safetensors")
     assert torch.equal(again.found, sample.found)
@@ -725,15 +722,15 @@ def test_found_masks_and_the_trials_on_the_way_to_them_teach():
 
     new, both, trials = JointPruner(), JointPruner(), JointPruner()
     fit(both, samples, FitConfig(epochs=60, jitter=0.0))
-    fit(trials, samples, FitConfig(epochs=60, jitter=0.0, groups=(1, 2)))  # asked for, the trials alone
+    fit(trials, samples, FitConfig(epochs=60, jitter=0.0, trial_sets=(1, 2)))  # asked for, the trials alone
     assert mean(imitation_loss, both) < 0.6 * mean(imitation_loss, new)
     assert mean(imitation_loss, both) < mean(imitation_loss, trials)
     assert mean(trial_loss, both) < mean(trial_loss, new)
     scores = both(samples[0].evidence).detach()
     parts = trial_loss(scores, samples[0]), imitation_loss(scores, samples[0])
-    assert float(lesson(scores, samples[0])) == pytest.approx(float(sum(parts)))
-    assert lesson(scores, samples[0], (2,)) == trial_loss(scores, samples[0], (2,))
-    assert lesson(scores, replace(samples[0], found=None)) == parts[0]
+    assert float(training_loss(scores, samples[0])) == pytest.approx(float(sum(parts)))
+    assert training_loss(scores, samples[0], (2,)) == trial_loss(scores, samples[0], (2,))
+    assert training_loss(scores, replace(samples[0], found=None)) == parts[0]
 
 
 def test_the_imitation_loss_by_hand():
@@ -757,13 +754,13 @@ def test_the_imitation_loss_by_hand():
 
 def test_trials_at_either_scope_drop_as_many_heads():
     sample = sample_of(tiny_model("bert"), ratios=(0.25, 0.5), allocations=("uniform", "ranking"))
-    assert sample.groups.unique().tolist() == [1, 2, 3, 4]
-    for group, kept in ((1, 9), (2, 6), (3, 9), (4, 6)):
-        assert set(sample.masks[sample.groups == group].sum(dim=1).tolist()) == {kept}
+    assert sample.trial_sets.unique().tolist() == [1, 2, 3, 4]
+    for number, kept in ((1, 9), (2, 6), (3, 9), (4, 6)):
+        assert set(sample.masks[sample.trial_sets == number].sum(dim=1).tolist()) == {kept}
     by_site = sample.masks.view(len(sample.masks), 3, 4).sum(dim=2)
-    assert bool((by_site[sample.groups == 2] == 2).all())
-    assert not bool((by_site[sample.groups == 4] == 2).all())
-    assert bool((by_site[sample.groups == 4] >= 1).all())
+    assert bool((by_site[sample.trial_sets == 2] == 2).all())
+    assert not bool((by_site[sample.trial_sets == 4] == 2).all())
+    assert bool((by_site[sample.trial_sets == 4] >= 1).all())
 
 
 def test_the_regression_by_hand():

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from secateur.errors import InvalidInputError
-from secateur.meta_training.joint import Sample, remember
-from secateur.pruners.evidence import FEATURES, Evidence, contribution_scores
+from secateur.meta_training.remembering import remember
+from secateur.meta_training.sample import Sample
+from secateur.pruners.evidence import Evidence, contribution_scores
+from secateur.pruners.features import FEATURES
 from secateur.pruners.joint_network import JointPruner
 from secateur.pruners.known_models import KnownModel
 from secateur.removal.remove import remove_

@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import secateur
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.cli import main
 from secateur.errors import InvalidInputError, SecateurWarning
 from secateur.models.inputs import forward_arguments

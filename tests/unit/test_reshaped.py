@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, CodeGenConfig, NystromformerConfig, TimesformerConfig
 
 from secateur.errors import CheckpointError, RemovalError
-from secateur.models.failure import locate
+from secateur.models.failure import place_of, running_modules, site_of
 from secateur.models.inputs import example_inputs
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
 from secateur.removal.remove import gated, remove_
@@ -116,8 +116,36 @@ def test_a_failure_names_site_and_line_and_what_works_instead():
 
 
 def test_an_error_outside_the_model_has_no_site():
-    failure = locate(ValueError("elsewhere"), timesformer(), ["encoder"])
-    assert (failure.site, failure.place) == (None, "TimesformerModel")
+    model = timesformer()
+    with running_modules(model) as running:
+        pass
+    assert site_of(running, ["encoder"]) is None
+    assert place_of(ValueError("elsewhere"), model) == "TimesformerModel"
+
+
+def test_the_modules_that_an_error_came_through_stay_noted_and_those_that_caught_one_do_not():
+    model = timesformer()
+    first, second = (layer.attention.attention for layer in model.encoder.layer)
+    inputs = example_inputs(model)
+    caught = first.forward
+
+    def catching(*args, **kwargs):
+        try:
+            return model.encoder.layer[0].intermediate(None)
+        except TypeError:
+            return caught(*args, **kwargs)
+
+    first.forward = catching
+    second.forward = None
+    with running_modules(model) as running, pytest.raises(TypeError):
+        model(**inputs)
+    layer = "encoder.layer.1"
+    assert running == ["", "encoder", layer, f"{layer}.attention", f"{layer}.attention.attention"]
+    sites = [f"encoder.layer.{number}.attention.attention" for number in (0, 1)]
+    assert site_of(running, sites) == site_of(running[:-1], sites) == site_of(running[:-2], sites) == sites[1]
+    assert site_of(running[:-3], sites) is site_of([*running[:-2], f"{layer}.output"], sites) is None
+    assert not model.encoder._forward_hooks
+    assert not model.encoder._forward_pre_hooks
 
 
 def test_a_recipe_that_reshapes_an_unknown_site_is_refused():

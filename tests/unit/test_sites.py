@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, Olmo2Config
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, LlamaConfig, Olmo2Config
 
 from secateur.errors import UnsupportedModelError
 from secateur.models.inputs import example_inputs
+from secateur.removal.remove import remove_
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
 from secateur.sites.layout import NOBODY, AttentionSite
-from tests.support.tiny import CONFIGS, tiny_model
+from tests.support.tiny import CONFIGS, tiny_model, uneven_mask
 
 
 def test_bert_heads_own_consecutive_rows():
@@ -87,6 +88,36 @@ def test_single_head_and_multi_query():
     assert {(s.parameter.rsplit(".", 2)[-2], s.axis) for s in site.slices} == {
         ("query", 0), ("key", 0), ("value", 0), ("dense", 1),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 12), (12, 4), (5, 5), (3, 1), (32, 8)])
+def test_any_number_of_heads_is_told_apart(heads, kv_heads):
+    config = LlamaConfig(
+        hidden_size=2 * heads, head_dim=2, num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=8, vocab_size=50,
+    )  # fmt: skip
+    (site,) = find_sites(AutoModel.from_config(config)).values()
+    owners = {piece.role: piece.owners for piece in site.slices}
+    assert owners["query"] == owners["output"] == tuple(h for h in range(heads) for _ in range(2))
+    assert owners["key"] == owners["value"] == tuple(h for h in range(kv_heads) for _ in range(2))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "mpnet"])
+def test_what_is_left_after_removal_is_what_the_unpruned_site_says(kind):
+    model = tiny_model(kind)
+    sites = find_sites(model)
+    mask = uneven_mask(sites)
+    remove_(model, mask)
+    del model.config.head_pruning  # found again, not read from the recipe
+    for name, site in find_sites(model).items():
+        left = sites[name].kept_slices(mask[name])
+        assert sorted(site.slices, key=repr) == sorted(left, key=repr)
+
+
+def test_no_head_left_owns_nothing():
+    site = next(iter(find_sites(tiny_model("llama")).values()))
+    assert site.kept_slices(torch.zeros(8, dtype=torch.bool)) == ()
+    assert site.kept_slices(torch.ones(8, dtype=torch.bool)) == site.slices
 
 
 def test_finding_leaves_the_model_as_it_was():

@@ -197,7 +197,7 @@ def test_hub_ids_stream_without_a_download(monkeypatch):
         raise ConnectionError("cannot reach it\nnow")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(InvalidInputError, match=r"'glue/sst2' is no file, and the Hub did not give it.*reach it now"):
+    with pytest.raises(InvalidInputError, match=r"'glue/sst2' is no local file or folder.*not give it.*reach it now"):
         next(stream_texts("glue/sst2"))
 
 

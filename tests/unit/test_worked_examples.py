@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import real_models
+from benchmarks.measures import real_models
 
 pytestmark = pytest.mark.real
 
@@ -65,7 +65,7 @@ def test_a_decoder_with_grouped_queries(run, minilm_folder):
 def test_heads_that_all_layers_share(run):
     names = run("ALBERT", "rxnmapper")
     assert [site.num_units for site in names["secateur"].find_sites(names["model"]).values()] == [6]
-    assert names["removal"].heads_before == 8
+    assert names["removal"].units_before == 8
     assert_same_weights(names["model"], names["reloaded"])
     assert 115 < names["after"] < names["before"] < 144
 

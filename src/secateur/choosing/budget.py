@@ -17,7 +17,7 @@ from secateur.measuring.cost import ModelCost, check_heads, compare_latency, mea
 from secateur.measuring.latency_table import LatencyTable, measure_latency, shared_copy
 from secateur.measuring.timing import median_ratio
 from secateur.measuring.unit_costs import UnitCosts
-from secateur.models.state import base_of
+from secateur.models.base_model import base_of
 from secateur.settings import Budget, Quantity
 from secateur.sites.attention import find_sites
 from secateur.sites.layout import AttentionSite, Site

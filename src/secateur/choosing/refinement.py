@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.choosing.search import MaskLoss, Trial, search
+from secateur.choosing.mask_loss import MaskLoss
+from secateur.choosing.search import Trial, search
 from secateur.errors import invalid
 from secateur.models.state import evaluation_mode, held
 from secateur.pruners.tokens import special_ids_of
@@ -21,7 +22,7 @@ from secateur.texts.calibration import PreparedModel, is_pair, listed_texts
 from secateur.texts.halving import in_batches_that_fit
 from secateur.texts.sources import ReadyInputs
 from secateur.texts.tokenization import Text
-from secateur.units.masks import Mask, PresentMask
+from secateur.units.masks import Mask, PresentMask, check_mask
 from secateur.units.select import Allocation, check_selection
 
 
@@ -52,8 +53,7 @@ def refine_mask(
     check_whole("steps", steps, 0)
     check_selection(allocation=allocation, floor=floor)
     reading, texts = settings_of(reading, Reading), listed_texts(texts)
-    if not isinstance(mask, Mask):
-        raise invalid("mask", "be a Mask", mask)
+    check_mask(mask)
     prepared = PreparedModel.of(model, tokenizer, reading)
     for name, site in prepared.sites.items():
         if name not in mask:

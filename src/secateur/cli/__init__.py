@@ -12,11 +12,21 @@ from typing import Any
 
 import click
 
-from secateur.cli.exchange import convert, export
-from secateur.cli.pages import demo, report
-from secateur.cli.shrinking import info, prune, score, verify
-from secateur.cli.side_by_side import bench, compare
-from secateur.cli.training import distill, evaluate, finetune, joint_train, meta_train
+from secateur.cli.bench import bench
+from secateur.cli.compare import compare
+from secateur.cli.convert import convert
+from secateur.cli.demo import demo
+from secateur.cli.distill import distill
+from secateur.cli.evaluate import evaluate
+from secateur.cli.export import export
+from secateur.cli.finetune import finetune
+from secateur.cli.info import info
+from secateur.cli.joint_train import joint_train
+from secateur.cli.meta_train import meta_train
+from secateur.cli.prune import prune
+from secateur.cli.report import report
+from secateur.cli.score import score
+from secateur.cli.verify import verify
 from secateur.errors import SecateurError, SecateurWarning
 from secateur.support.versions import __version__
 

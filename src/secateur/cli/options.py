@@ -6,16 +6,18 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from secateur.scorers import DEFAULT_SCORER, SCORERS
 from secateur.support.checks import LARGEST_SEED
-from secateur.support.defaults import BATCH_SIZE, CALIBRATION_TEXTS, MAX_LENGTH
+from secateur.support.defaults import BATCH_SIZE, MAX_LENGTH
+
+if TYPE_CHECKING:
+    from secateur.settings import Reading
 
 
 class Ratio(click.ParamType):
@@ -102,42 +104,19 @@ data_option = click.option(
     "--data", required=True, help="Texts: a file (csv, tsv, jsonl, parquet), a folder with train and dev, or a Hub id."
 )
 
-scoring_options = together(
-    click.option(
-        "--scorer", default=DEFAULT_SCORER, show_default=True, type=click.Choice(sorted(SCORERS)), help="Criterion."
-    ),
-    click.option(
-        "--option", "scorer_options", multiple=True, metavar="NAME=VALUE",
-        help="An option of the scorer, such as warmup_epochs=1; may be repeated.",
-    ),
-    click.option("--pruner", default=None, help="Meta-pruner of smp, smp-plus: folder, Hub id, the authors' .bin."),
-    click.option("--split", default="train", show_default=True, type=click.Choice(["train", "dev", "test"])),
-    click.option(
-        "--texts", "num_texts", default=None, type=click.IntRange(1),
-        help=f"Calibration texts, drawn from the data with the seed [default: {CALIBRATION_TEXTS}; all with --stop].",
-    ),
-    click.option(
-        "--stop", default="all", show_default=True, type=StopRule(),
-        help="Score all of them, a number, or, in random order, as many as it takes until the heads to keep settle.",
-    ),
-    click.option(
-        "--stream", is_flag=True,
-        help="Read the data one batch after the other, shuffled among the next 10,000 texts; shards by a pattern too.",
-    ),
-    batch_option,
-    length_option,
-    seed_option,
-    device_option,
-)  # fmt: skip
+models_option = click.option(
+    "--model", "models", multiple=True, required=True, help="Frozen model to learn on; may be repeated."
+)
+tasks_option = click.option("--data", multiple=True, required=True, help="A task, as for prune; may be repeated.")
 
-bf16_option = click.option(
-    "--bf16", is_flag=True,
-    help="Train with matrix products in bfloat16: faster where the device has it, far slower on a CPU that has not.",
-)  # fmt: skip
-bf16_scoring_option = click.option(
-    "--bf16", is_flag=True,
-    help="Score with matrix products in bfloat16: faster where the device has it, far slower on a CPU that has not.",
-)  # fmt: skip
+
+def bf16_option(what: str) -> Callable[..., Any]:
+    """Return the option `--bf16` of a command that does `what` in it."""
+    return click.option(
+        "--bf16", is_flag=True,
+        help=f"{what} in bfloat16: faster where the device has it, far slower on a CPU that has not.",
+    )  # fmt: skip
+
 
 training_options = together(
     data_option,
@@ -146,6 +125,14 @@ training_options = together(
     device_option,
     json_option,
 )
+
+
+def reading_of(options: Mapping[str, Any], **others: Any) -> Reading:
+    """Return how texts are read, as the options say it that a command has of these."""
+    from secateur.settings import Reading
+
+    named = ("batch_size", "max_length", "seed", "stop", "bf16")
+    return Reading(**{name: options[name] for name in named if name in options}, **others)
 
 
 @contextmanager
@@ -165,3 +152,9 @@ def print_json(data: Any) -> None:
 def command_line() -> str:
     """Return what was typed, for a report."""
     return " ".join(["secateur", *sys.argv[1:]])
+
+
+def echo_metrics(metrics: Mapping[str, float], main: str) -> None:
+    """Print a line for each metric of a task."""
+    for name, value in metrics.items():
+        click.echo(f"{name} {value:.4f}" + (" (main metric)" if name == main else ""))

@@ -118,6 +118,19 @@ def comparison_table(summaries: list[Summary]) -> Table:
     return table
 
 
+def held_out_table(rows: list[dict[str, Any]]) -> Table:
+    """Return what the masks of the contribution and of a joint pruner cost on texts that it did not learn from."""
+    title = "1000 times the relational KL on dev texts, half of the heads removed; lower is better"
+    table = Table(*(Column(name, no_wrap=True) for name in ("model", "task", "allocation")), title=title)
+    criteria = ("contribution", "joint_pruner")
+    for name in criteria:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        values = (f"{1000 * row[name]:.1f}" for name in criteria)
+        table.add_row(row["model"], row["task"], row["allocation"], *values)
+    return table
+
+
 def markdown(table: Table) -> str:
     """Return a table as Markdown, for pages that keep results."""
     columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
@@ -141,16 +154,3 @@ def _shown(value: float | None, unit: str) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if not unit else f"{value:.3f} {unit}" if value < 10 else f"{value:.1f} {unit}"
-
-
-def held_out_table(rows: list[dict[str, Any]]) -> Table:
-    """Return what the masks of the contribution and of a joint pruner cost on texts that it was not taught on."""
-    title = "1000 times the relational KL on dev texts, half of the heads removed; lower is better"
-    table = Table(*(Column(name, no_wrap=True) for name in ("model", "task", "allocation")), title=title)
-    judged = ("contribution", "joint_pruner")
-    for name in judged:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        values = (f"{1000 * row[name]:.1f}" for name in judged)
-        table.add_row(row["model"], row["task"], row["allocation"], *values)
-    return table

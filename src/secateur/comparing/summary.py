@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from scipy.stats import ttest_1samp
 
+from secateur.comparing.plan import DENSE
 from secateur.errors import invalid
 
 ALL_TASKS = "mean"
@@ -58,8 +59,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
         for scorer, ratio in methods:
             own = {key[3]: value for key, value in values.items() if key[:3] == (task, scorer, ratio)}
             if own:
-                dense = {seed: values.get((task, "dense", 0.0, seed)) for seed in own}
-                pairs = [(own[seed], dense[seed]) for seed in own if dense[seed] is not None and scorer != "dense"]
+                dense = {seed: values.get((task, DENSE, 0.0, seed)) for seed in own}
+                pairs = [(own[seed], dense[seed]) for seed in own if dense[seed] is not None and scorer != DENSE]
                 found.append(_summary(task, scorer, ratio, list(own.values()), pairs))
     if len(tasks) > 1:
         for scorer, ratio in methods:
@@ -67,14 +68,24 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
             whole = sorted(s for s in seeds if all((t, scorer, ratio, s) in values for t in tasks))
             means = [statistics.mean(values[t, scorer, ratio, s] for t in tasks) for s in whole]
             pairs = [
-                (values[t, scorer, ratio, s], values[t, "dense", 0.0, s])
+                (values[t, scorer, ratio, s], values[t, DENSE, 0.0, s])
                 for s in whole
                 for t in tasks
-                if (t, "dense", 0.0, s) in values and scorer != "dense"
+                if (t, DENSE, 0.0, s) in values and scorer != DENSE
             ]
             if means:
                 found.append(_summary(ALL_TASKS, scorer, ratio, means, pairs))
     return found
+
+
+def scorers_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the scorers in the order of the rows."""
+    return [name for name in dict.fromkeys(row["scorer"] for row in rows) if name != DENSE]
+
+
+def pruning_ratios(rows: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Return the ratios at which models were pruned, from the lowest on."""
+    return sorted({row["ratio"] for row in rows} - {0.0})
 
 
 def _summary(task: str, scorer: str, ratio: float, values: list[float], pairs: list[Any]) -> Summary:

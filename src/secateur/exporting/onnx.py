@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import InvalidInputError, SecateurError, UnsupportedModelError
+from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs, max_length
 from secateur.models.loading import quiet_transformers
-from secateur.models.state import base_of
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, largest_difference
 from secateur.sites.layout import Site

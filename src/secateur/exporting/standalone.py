@@ -1,16 +1,20 @@
 """A pruned model's folder that loads where secateur is not installed: the code that follows the recipe goes along.
 
-transformers runs a Python file in a model's folder when it is asked with `trust_remote_code=True` and the config's
-`auto_map` names the file's classes. Ours are the model's own classes with one step at the end of their constructor.
+transformers runs a Python file in a model's folder, and those that it imports from beside it, when it is asked with
+`trust_remote_code=True` and the config's `auto_map` names the file's classes. Ours are the model's own classes with one
+step at the end of their constructor. That step is secateur's own code: the files that it takes are copied as they are.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
+import re
+import shutil
 import sys
 import uuid
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +23,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, invalid
-from secateur.exporting.bundle import bundle
+from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs
 from secateur.models.loading import quiet_transformers
-from secateur.models.state import base_of
 from secateur.removal.checkpoint import without_hook
 from secateur.removal.proof import hidden_states
 from secateur.removal.replay import missing_sites
@@ -33,15 +36,29 @@ from secateur.support.versions import __version__
 MODULE = "modeling_pruned"
 """Name of the file in the folder, without `.py`."""
 
-_HEAD = '''# SPDX-License-Identifier: Apache-2.0
+_SOURCES = Path(__file__).parents[1]
+_IMPORT = re.compile(r"^( *)from secateur\.((?:\w+\.)*(\w+)) import ", flags=re.MULTILINE)
+_HEAD = """# SPDX-License-Identifier: Apache-2.0
 # Written by secateur {version} from its own sources; changes belong there. Needs torch and transformers 5.
-"""{model} without the attention heads that `head_pruning` in config.json leaves out.
+"""
+_MODELING = '''"""{model} without the attention heads that `head_pruning` in config.json leaves out.
 
 `AutoModel.from_pretrained(folder, trust_remote_code=True)` builds the model, narrows it as `head_pruning` says, and
-then reads the weights. Nothing else is changed: the classes at the end are those of transformers.
+then reads the weights. Nothing else is changed: the classes are those of transformers.
 """
 
+import transformers
+
+{imports}
+
+
+{classes}
+
+
+{registered}
 '''
+# transformers 5.0 copies only the files that are imported here, not those that they import in turn.
+_NAMED = "from .{name} import __name__ as _{name}  # noqa: F401"
 _CLASS = '''class {name}(Rebuilt, transformers.{name}):
     """`transformers.{name}` with fewer heads."""'''
 
@@ -68,7 +85,8 @@ def save_standalone(model: PreTrainedModel, folder: Path) -> dict[str, str]:
         auto_map: dict[str, str] = model.config.auto_map
     finally:
         model.config = config
-    write_text(folder / f"{MODULE}.py", _source(type(model), classes))
+    for name, text in _files(type(model), classes).items():
+        write_text(folder / name, text)
     _check(model, folder)
     return auto_map
 
@@ -101,31 +119,48 @@ def _fits(model_class: type[PreTrainedModel], config: Any, recipe: Recipe) -> bo
         return False
 
 
-def _source(own: type[PreTrainedModel], classes: dict[str, type[PreTrainedModel]]) -> str:
-    code = bundle("secateur.removal.replay", ["Rebuilt"], ["transformers"])
+def _files(own: type[PreTrainedModel], classes: dict[str, type[PreTrainedModel]]) -> dict[str, str]:
+    """Return the texts of the Python files, by name: the one with the classes, and those that it needs."""
+    files = _flat("removal.replay")
     by_name = {cls.__name__: auto for auto, cls in classes.items()}
-    defined = [_CLASS.format(name=name) for name in sorted(by_name)]
-    # Without it transformers 5.0 does not copy the code when the model is saved again.
-    registered = "\n".join(f'{name}.register_for_auto_class("{by_name[name]}")' for name in sorted(by_name))
-    head = _HEAD.format(version=__version__, model=own.__name__)
-    return "\n\n\n".join([head + code.rstrip(), *defined, registered]) + "\n"
+    modeling = _MODELING.format(
+        model=own.__name__,
+        imports="\n".join([*(_NAMED.format(name=name) for name in sorted(files)), "from .replay import Rebuilt"]),
+        classes="\n\n\n".join(_CLASS.format(name=name) for name in sorted(by_name)),
+        # Without it transformers 5.0 does not copy the code when the model is saved again.
+        registered="\n".join(f'{name}.register_for_auto_class("{by_name[name]}")' for name in sorted(by_name)),
+    )
+    head = _HEAD.format(version=__version__)
+    return {f"{name}.py": head + text for name, text in {**files, MODULE: modeling}.items()}
+
+
+def _flat(module: str) -> dict[str, str]:
+    """Return the sources of a module of this package and of those it imports, by name, to lie in one folder."""
+    found: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        path = waiting.pop()
+        text = (_SOURCES / f"{path.replace('.', '/')}.py").read_text(encoding="utf-8")
+        found[path.rpartition(".")[2]] = _IMPORT.sub(r"\1from .\3 import ", text)
+        waiting += [needed for _, needed, name in _IMPORT.findall(text) if name not in found]
+    return found
 
 
 def _check(model: PreTrainedModel, folder: Path) -> None:
     """Load the folder by the code in it, as if secateur were not there, and compare."""
-    name = f"{MODULE}_{uuid.uuid4().hex}"
-    spec = importlib.util.spec_from_file_location(name, folder / f"{MODULE}.py")
-    assert spec is not None  # a .py file that exists
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look the module up
+    package = ModuleType(f"{MODULE}_{uuid.uuid4().hex}")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
     try:
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        module = importlib.import_module(f"{package.__name__}.{MODULE}")
         with without_hook(), quiet_transformers(progress=False):
             again = getattr(module, type(model).__name__).from_pretrained(folder, dtype=model.dtype).eval()
     except Exception as error:  # whatever stops it here stops it where the folder is meant to be used
         raise CheckpointError(f"the standalone folder of {type(model).__name__} does not load: {error}") from error
     finally:
-        del sys.modules[name]
+        for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
+            del sys.modules[name]
+        shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     weights, expected = again.state_dict(), model.state_dict()
     equal = weights.keys() == expected.keys() and all(
         torch.equal(weights[n].cpu(), v.cpu()) for n, v in expected.items()

@@ -15,12 +15,13 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from secateur.errors import InvalidInputError, invalid
 from secateur.finetuning.evaluate import EVALUATION, check_model_fits, evaluate_model, main_metric
 from secateur.finetuning.trainer import train, training_device
+from secateur.models.base_model import base_of
 from secateur.models.loading import check_device, load_model, load_tokenizer, quiet_transformers
-from secateur.models.state import base_of
 from secateur.settings import Reading, said_of, settings_of
 from secateur.support.checks import check_positive
 from secateur.support.defaults import FINETUNING_EPOCHS, FINETUNING_RATE
 from secateur.support.files import new_folder, write_text
+from secateur.support.run_files import FINETUNING
 from secateur.texts.data import Task
 from secateur.texts.tokenization import padding_token, rows_of, tokenize
 
@@ -69,9 +70,7 @@ def finetune(
     check_positive("epochs", epochs)
     check_positive("learning_rate", learning_rate)
     reading = settings_of(reading, Reading)
-    device = None if reading.device is None else training_device(reading.device)
-    if reading.bf16 and check_device(device).type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise invalid("bf16", "be off on a device without bfloat16", True)
+    _check_device(reading)
     is_loaded = isinstance(model_or_path, torch.nn.Module)
     if is_loaded and tokenizer is None:
         raise invalid("tokenizer", "be given with a loaded model", None)
@@ -95,11 +94,22 @@ def finetune(
             if folder is not None:
                 name = model.name_or_path if is_loaded else str(model_or_path)
                 settings = {"model": name, "task": task.name, "epochs": epochs, "learning_rate": learning_rate}
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-                about = {**asdict(result), "settings": {**settings, **said_of(reading)}}
-                write_text(folder / "finetune_result.json", json.dumps(about, indent=1))
+                _save(model, tokenizer, folder, result, {**settings, **said_of(reading)})
     return model, result
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, result: FinetuneResult, settings: dict[str, Any]) -> None:
+    """Write the model with its tokenizer, and what its training gave."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_text(folder / FINETUNING, json.dumps({**asdict(result), "settings": settings}, indent=1))
+
+
+def _check_device(reading: Reading) -> None:
+    """Raise `InvalidInputError` for a device that cannot train, or not in bfloat16 where that is asked for."""
+    device = None if reading.device is None else training_device(reading.device)
+    if reading.bf16 and check_device(device).type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise invalid("bf16", "be off on a device without bfloat16", True)
 
 
 def load_classifier(path: str | Path, task: Task, dev: Task | None = None) -> Any:

@@ -37,40 +37,12 @@ def train(
     name as an argument too. Raises `SecateurError` where the loss does not stay finite, and `InvalidInputError` for a
     device that this machine has not.
     """
-    device = None if reading.device is None else training_device(reading.device)
-    length: dict[str, Any] = {"max_steps": steps} if epochs is None else {"num_train_epochs": epochs}
     with (
         tempfile.TemporaryDirectory(prefix="secateur-") as folder,
         _kept(getattr(model, "config", None), "use_cache"),
         _kept(model, "forward", "_original_forward"),
     ):
-        arguments = TrainingArguments(
-            output_dir=folder,
-            **length,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=reading.batch_size,
-            warmup_steps=math.ceil(0.1 * steps),
-            lr_scheduler_type="linear",
-            **_group_by_length(),
-            seed=reading.seed,
-            data_seed=reading.seed,
-            remove_unused_columns=not every_column,
-            bf16=reading.bf16,
-            use_cpu=check_device(device).type == "cpu",
-            dataloader_pin_memory=torch.cuda.is_available() and (device is None or device.type == "cuda"),
-            save_strategy="no",
-            eval_strategy="no",
-            logging_strategy="no",
-            # The filter would leave an infinite loss out of the mean.
-            logging_nan_inf_filter=False,
-            report_to=[],
-            disable_tqdm=True,
-        )
-        if device is not None and arguments.device.type != device.type:
-            raise invalid("device", "be one that this machine has", str(device))
-        if arguments.n_gpu > 1:
-            # One device: DataParallel would multiply the batch size.
-            arguments._n_gpu = 1
+        arguments = _arguments(folder, steps, epochs, learning_rate, reading, every_column)
         bar = _Progress(title, reading.progress)
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[bar])
         # It prints to stdout, which belongs to results.
@@ -84,6 +56,42 @@ def train(
     if not math.isfinite(output.training_loss):
         raise SecateurError(f"the training loss became {output.training_loss}; try a lower `learning_rate`")
     return seconds, output.global_step, output.training_loss
+
+
+def _arguments(
+    folder: str, steps: int, epochs: float | None, learning_rate: float, reading: Reading, every_column: bool
+) -> TrainingArguments:
+    """Return what the `Trainer` is told. Raises `InvalidInputError` for a device that this machine has not."""
+    device = None if reading.device is None else training_device(reading.device)
+    length: dict[str, Any] = {"max_steps": steps} if epochs is None else {"num_train_epochs": epochs}
+    arguments = TrainingArguments(
+        output_dir=folder,
+        **length,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=reading.batch_size,
+        warmup_steps=math.ceil(0.1 * steps),
+        lr_scheduler_type="linear",
+        **_group_by_length(),
+        seed=reading.seed,
+        data_seed=reading.seed,
+        remove_unused_columns=not every_column,
+        bf16=reading.bf16,
+        use_cpu=check_device(device).type == "cpu",
+        dataloader_pin_memory=torch.cuda.is_available() and (device is None or device.type == "cuda"),
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        # The filter would leave an infinite loss out of the mean.
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    if device is not None and arguments.device.type != device.type:
+        raise invalid("device", "be one that this machine has", str(device))
+    if arguments.n_gpu > 1:
+        # One device: DataParallel would multiply the batch size.
+        arguments._n_gpu = 1
+    return arguments
 
 
 class _Progress(TrainerCallback):

@@ -20,12 +20,15 @@ from secateur.errors import invalid
 from secateur.measuring.cost import count_macs, forward_pass
 from secateur.measuring.memory import peak_bytes
 from secateur.measuring.timing import Clock, quartiles, time_in_turn
+from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs, max_length
-from secateur.models.state import base_of, evaluation_mode, gradients_for_all
-from secateur.settings import Shape
+from secateur.models.state import evaluation_mode, gradients_for_all
+from secateur.settings import Shape, parse_shape
+from secateur.support.checks import check_whole
+from secateur.support.defaults import BENCHMARK_ROUNDS, BENCHMARK_SHAPES
 from secateur.support.versions import environment
 
-SHAPES = (Shape(1, 128), Shape(8, 128), Shape(1, 512))
+SHAPES = tuple(map(parse_shape, BENCHMARK_SHAPES))
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def benchmark(
     models: Mapping[str, nn.Module],
     shapes: Sequence[Shape] = SHAPES,
     *,
-    rounds: int = 12,
+    rounds: int = BENCHMARK_ROUNDS,
     train: bool = False,
     clock: Clock = "wall",
     progress: bool = False,
@@ -116,37 +119,42 @@ def benchmark(
         raise invalid("shapes", "name at least one shape", list(shapes))
     if clock not in get_args(Clock):
         raise invalid("clock", "be 'wall' or 'cpu'", clock)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise invalid("rounds", "be a whole number from 1", rounds)
+    check_whole("rounds", rounds)
     bases = {name: base_of(model) for name, model in models.items()}
     load = _load()
     rows: list[Measured] = []
     for shape in dict.fromkeys(_cut(shape, bases) for shape in shapes):
-        macs = {name: count_macs(base, *shape)[0][""] for name, base in bases.items()}
+        macs = {name: count_macs(base, shape.batch, shape.length)[0][""] for name, base in bases.items()}
         for work, prepared in (("pass", _passes), ("training step", _training_steps)):
             if work == "pass" or train:
                 with prepared(bases, shape) as runs:
-                    rows += _measure(runs, work, shape, macs, bases, rounds, clock, progress)
+                    peaks, seconds = _measure(runs, bases, rounds, clock, progress)
+                rows += _compared(work, shape, macs, peaks, seconds)
     weights = {name: sum(p.numel() * p.element_size() for p in base.parameters()) for name, base in bases.items()}
     return Benchmark(rows, weights, _machine(next(iter(bases.values())).device, clock), load + _load())
 
 
 def _measure(
-    runs: Mapping[str, Callable[[], Any]],
+    runs: Mapping[str, Callable[[], Any]], bases: Mapping[str, PreTrainedModel], rounds: int, clock: Clock,
+    progress: bool,
+) -> tuple[dict[str, int | None], dict[str, list[float]]]:  # fmt: skip
+    """Return each model's peak memory and seconds."""
+    # Before anything else has run: the states of an optimiser appear in its first step, and stay.
+    peaks = {name: peak_bytes(partial(_twice, run), bases[name].device) for name, run in runs.items()}
+    return peaks, time_in_turn(runs, rounds, clock=clock, progress=progress)
+
+
+def _compared(
     work: str,
     shape: Shape,
     macs: Mapping[str, int],
-    bases: Mapping[str, PreTrainedModel],
-    rounds: int,
-    clock: Clock,
-    progress: bool,
+    peaks: Mapping[str, int | None],
+    seconds: Mapping[str, list[float]],
 ) -> list[Measured]:
-    # Before anything else has run: the states of an optimiser appear in its first step, and stay.
-    peaks = {name: peak_bytes(partial(_twice, run), bases[name].device) for name, run in runs.items()}
-    seconds = time_in_turn(runs, rounds, clock=clock, progress=progress)
-    first = next(iter(runs))
+    """Hold what was measured against the first model."""
+    first = next(iter(macs))
     found = []
-    for name in runs:
+    for name in macs:
         ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
         limit = macs[first] / macs[name]
         found.append(Measured(name, shape, work, macs[name], seconds[name], quartiles(ratios), limit, peaks[name]))
@@ -158,7 +166,7 @@ def _passes(bases: Mapping[str, PreTrainedModel], shape: Shape) -> Iterator[dict
     with torch.no_grad(), ExitStack() as modes:
         for base in bases.values():
             modes.enter_context(evaluation_mode(base))
-        yield {name: forward_pass(base, *shape) for name, base in bases.items()}
+        yield {name: forward_pass(base, shape.batch, shape.length) for name, base in bases.items()}
 
 
 @contextmanager
@@ -172,7 +180,7 @@ def _training_steps(bases: Mapping[str, PreTrainedModel], shape: Shape) -> Itera
 
 def _training_step(base: PreTrainedModel, shape: Shape) -> Callable[[], None]:
     """Return a call that takes one step on a stand-in for a loss, at rate 0: each step finds the same weights."""
-    inputs = example_inputs(base, *shape, padding=0)
+    inputs = example_inputs(base, shape.batch, shape.length, padding=0)
     optimizer = torch.optim.AdamW(base.parameters(), lr=0.0, fused=True)  # as the Trainer does
 
     def step() -> None:

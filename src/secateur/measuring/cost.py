@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError
 from secateur.measuring.timing import time_in_turn
+from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs, max_length
-from secateur.models.state import base_of, evaluation_mode, frozen
+from secateur.models.state import evaluation_mode, frozen
 from secateur.sites.gating import count_heads, probe
 from secateur.sites.recipe import read_recipe
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from secateur.measuring.cost import forward_pass
 from secateur.measuring.timing import Clock, quartiles, time_in_turn
 from secateur.measuring.unit_costs import UnitCosts
-from secateur.models.state import base_of, evaluation_mode
+from secateur.models.base_model import base_of
+from secateur.models.state import evaluation_mode
 from secateur.removal.remove import remove_
 from secateur.settings import Shape
 from secateur.sites.layout import Site

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from secateur.measuring.cost import ModelCost, count_macs, count_parameters
-from secateur.models.state import base_of
+from secateur.models.base_model import base_of
 from secateur.sites.layout import Site
 from secateur.units.masks import Mask
 

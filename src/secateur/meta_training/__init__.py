@@ -1,1 +1,1 @@
-"""How pruners are taught: the paper's way, estimates, and trials of masks."""
+"""How pruners learn: the paper's signal and estimates for one, trials of masks for the other."""

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, invalid
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.pruners.map_network import MetaPruner
 from secateur.support.files import (
     LOCK,
     append_line,
+    is_taken,
     one_run,
     read_json,
     read_lines,
@@ -29,6 +30,12 @@ from secateur.support.files import (
 )
 
 _FREE = {"steps", "evaluate_every", "checkpoint_every"}  # settings that may change when a run goes on
+
+
+def check_run_folder(out: Path, resume: bool) -> None:
+    """Raise `InvalidInputError` for a folder that is taken, unless a run there is to go on."""
+    if is_taken(out) and not resume:
+        raise invalid("out", "be a new or empty folder", str(out), "resume the run that is there, or choose another")
 
 
 @contextmanager
@@ -81,16 +88,16 @@ def load_checkpoint(
     try:
         about = read_json(folder / "state.json")
         tensors = load_file(folder / "state.safetensors", device=str(next(pruner.parameters()).device))
-        made_with = MetaTrainingConfig(**about["config"])
+        saved_config = MetaTrainingConfig(**about["config"])
         step = int(about["step"])
     except Exception as error:
         raise CheckpointError(
             f"{folder} is no complete meta-training checkpoint: {error}; without it, a run goes on from the one before"
         ) from None
     for name in sorted({f.name for f in fields(config)} - _FREE):
-        if getattr(made_with, name) != getattr(config, name):
+        if getattr(saved_config, name) != getattr(config, name):
             raise CheckpointError(
-                f"{folder} was made with {name} = {getattr(made_with, name)!r}, not {getattr(config, name)!r}"
+                f"{folder} was made with {name} = {getattr(saved_config, name)!r}, not {getattr(config, name)!r}"
             )
     weights = {k.removeprefix("pruner."): v for k, v in tensors.items() if k.startswith("pruner.")}
     try:
@@ -108,8 +115,8 @@ def load_checkpoint(
 
 def latest_checkpoint(out: Path) -> Path | None:
     """Return the newest complete checkpoint of a run, or None."""
-    found = _checkpoints(out)
-    return found[-1] if found else None
+    checkpoints = _checkpoints(out)
+    return checkpoints[-1] if checkpoints else None
 
 
 def _checkpoints(out: Path) -> list[Path]:

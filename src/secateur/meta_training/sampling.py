@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import invalid
+from secateur.units.masks import vector_of
 
 
 def task_weights(sizes: Sequence[int], power: float = 0.2) -> list[int]:
@@ -48,8 +49,7 @@ def draw_heads(scores: Tensor, num_kept: int, random: torch.Generator, temperatu
         samples.append(hard - soft.detach() + soft)
     union = torch.stack(samples).max(dim=0).values
     # `hard - soft + soft` can miss 0 and 1 by a rounding error; the gates must be exact.
-    exact = torch.zeros_like(union)
-    exact[sorted(chosen)] = 1
+    exact = vector_of(sorted(chosen), len(scores)).to(union)
     return exact - union.detach() + union
 
 

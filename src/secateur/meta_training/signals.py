@@ -16,6 +16,7 @@ from secateur.meta_training.config import MetaTrainingConfig
 from secateur.meta_training.sampling import draw_heads, draw_whole_sites, drop_dimensions
 from secateur.relations import gated_representations, relational_kl
 from secateur.texts.batches import Batch
+from secateur.units.masks import vector_of
 from secateur.units.select import removable
 
 
@@ -48,8 +49,7 @@ def leave_one_out_estimate(
     found = {site: torch.zeros(count) for site, count in heads.items()}
     for site, count in heads.items():
         for head in range(count):
-            gate = torch.ones(count)
-            gate[head] = 0
+            gate = (~vector_of([head], count)).float()
             found[site][head] = relational_kl(dense, gated_representations(model, batch, {site: gate}, is_pair))
     return found
 

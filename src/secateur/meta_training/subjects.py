@@ -9,13 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import UnsupportedModelError, invalid
+from secateur.models.base_model import base_of
 from secateur.models.inputs import forward_arguments
-from secateur.models.state import base_of
 from secateur.sites.gating import count_heads
+from secateur.texts.batches import Batch
 from secateur.texts.data import Task
 from secateur.texts.tokenization import batches
-
-Batch = dict[str, Any]
 
 
 class Subject:
@@ -40,10 +39,10 @@ class Subject:
         """Return one batch of keyword arguments for the model."""
         return self.batches(texts, len(texts), max_length)[0]
 
-    def batches(self, texts: Sequence[Any], batch_size: int, max_length: int) -> list[Batch]:
+    def batches(self, texts: Sequence[Any], batch_size: int, max_length: int) -> Sequence[Batch]:
         """Return consecutive batches of keyword arguments for the model."""
-        made = batches(self.tokenizer, texts, batch_size, max_length, device=self.model.device)
-        return forward_arguments(self.model, made)
+        tokens = batches(self.tokenizer, texts, batch_size, max_length, device=self.model.device)
+        return forward_arguments(self.model, tokens)
 
 
 def check_subjects(subjects: Any) -> None:

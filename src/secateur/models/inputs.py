@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError
+from secateur.models.base_model import base_of
 from secateur.models.offload import device_of
-from secateur.models.state import base_of, evaluation_mode
+from secateur.models.state import evaluation_mode
 
 
 @torch.inference_mode(False)  # inputs made in inference mode could not be differentiated through

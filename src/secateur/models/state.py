@@ -14,23 +14,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.models.base_model import base_of
 from secateur.models.offload import check_loaded, device_of
-
-
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """Return the encoder or decoder inside a task model (`BertModel` inside `BertForSequenceClassification`).
-
-    Sites are named relative to it, so that scores and masks carry over between a base model and its task models.
-    Raises `TypeError` for anything that is no transformers model, with the way to get one.
-    """
-    if not isinstance(model, PreTrainedModel):
-        hint = "pass the transformers model inside it (PEFT: `get_base_model()`, SentenceTransformer: `[0].auto_model`)"
-        raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}; {hint}")
-    base: PreTrainedModel = model.base_model
-    while base.base_model is not base:  # DPR wraps twice
-        base = base.base_model
-    return base
-
 
 _holders: dict[int, tuple[int, int]] = {}  # id of a model or config → the thread that holds it, and how often
 _lock = threading.Lock()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,47 +14,26 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from secateur.errors import invalid
-from secateur.pruners.evidence import (
-    DIRECTION_FEATURES,
-    FEATURES,
-    LEVEL,
-    LEVEL_FEATURES,
-    MAP_FEATURES,
-    PLACE_FEATURES,
-    REDUNDANCY_FEATURES,
-    SIZE,
-    SIZE_FEATURES,
-    Evidence,
-    contribution_scores,
-)
+from secateur.pruners.evidence import Evidence, contribution_scores
+from secateur.pruners.features import DEPTH, EVIDENCE_KINDS, FEATURES, LEVEL, MAP_FEATURES, SIZE
 from secateur.pruners.known_models import KnownModel
+from secateur.pruners.member_network import MemberNetwork
 from secateur.pruners.word_matches import MATCH_WEIGHT
 from secateur.support.checks import check_flag, check_whole, is_number
-
-EVIDENCE_KINDS = {
-    "sizes": SIZE_FEATURES + LEVEL_FEATURES,
-    "direction": DIRECTION_FEATURES,
-    "redundancy": REDUNDANCY_FEATURES,
-    "maps": MAP_FEATURES,
-    "place": PLACE_FEATURES,
-}
-"""Kinds of evidence that a pruner can be made without, for ablations; `prior` looks at a size in any case."""
 
 LEFT_OUT = ("maps", "place")
 """Kinds that networks do not see unless told: without maps attention stays fused, and place says which model it is."""
 
 DISTRUSTED, TRUSTED = 0.8, 0.95  # mean correlation between members
 
-RELATIONS = 4  # same site, likeness, squared likeness, difference in depth
-
 
 class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", license="apache-2.0"):
-    """Several networks that judge all heads of a model together, beside the heads' contributions.
+    """Several networks that score all heads of a model together, beside the heads' contributions.
 
     The score of a head is `prior` times the log of its contribution norm plus the mean of what the `members` make of
     it, each standardised over the model's heads; higher = keep. Members see the same and are fitted from different
-    starts. What trials alone have taught gets other things wrong on tasks that it has not seen than the contribution
-    does, so that the mean of both is better than each; beside what found masks taught it adds nothing, and `prior` is 0
+    starts. What is fitted on trials alone gets other things wrong on tasks that it has not seen than the contribution
+    does, so that the mean of both is better than each; beside a fit on found masks it adds nothing, and `prior` is 0
     in the one that ships. Where they disagree with each other, as on models unlike those that they were fitted on, the
     contribution takes their place: see `trust`. `matching` times log(1 + 8 · the head's matching) is added for pairs of
     texts, as the `matching` scorer counts it: what fine-tuning on pairs needs, and trials of masks on the frozen model
@@ -87,25 +66,17 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         remembered: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("width", width), ("layers", layers), ("attention_heads", attention_heads), ("members", members)
-        ):  # fmt: skip
-            check_whole(name, value, 1, 4096)
+        sizes = {"width": width, "layers": layers, "attention_heads": attention_heads, "members": members}
+        _check_sizes(sizes)
         _check_remembered(remembered)
-        if width % attention_heads:
-            raise invalid("width", f"be a multiple of the {attention_heads} attention heads", width)
         check_flag("joint", joint)
-        if isinstance(without, str) or not isinstance(without, Sequence):
-            raise invalid("without", "be a list of kinds of evidence", without)
-        for kind in without:
-            if kind not in EVIDENCE_KINDS:
-                raise invalid("without", f"name kinds among {', '.join(EVIDENCE_KINDS)}", kind)
+        _check_kinds(without)
         for name, weight in (("prior", prior), ("matching", matching)):
             if not is_number(weight, least=0):
                 raise invalid(name, "be a number from 0", weight)
         left_out = {name for kind in without for name in EVIDENCE_KINDS[kind]}
         self.register_buffer("used", torch.tensor([float(name not in left_out) for name in FEATURES]))
-        self.members = nn.ModuleList(_Member(width, layers, attention_heads, joint) for _ in range(members))
+        self.members = nn.ModuleList(MemberNetwork(width, layers, attention_heads, joint) for _ in range(members))
         self.prior, self.matching = prior, matching
         self.known = nn.ModuleList(KnownModel(*model) for model in remembered)
 
@@ -120,18 +91,19 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
 
     def score_all(self, many: Sequence[Evidence]) -> list[Tensor]:
         """Return what `forward` does for each of several models or sets of texts, at once."""
-        return [self.combine(one, judged) for one, judged in zip(many, self.judge_all(many), strict=True)]
+        return [self.combine(one, scores) for one, scores in zip(many, self.member_scores(many), strict=True)]
 
-    def combine(self, evidence: Evidence, judged: Tensor) -> Tensor:
-        """Return each head's score, given what each member makes of it, `[members, heads]`."""
-        members, contribution = standardised(judged), standardised(contribution_scores(evidence).to(judged))
+    def combine(self, evidence: Evidence, member_scores: Tensor) -> Tensor:
+        """Return each head's score, `[heads]`, from those that each member gives it, `[members, heads]`."""
+        members = standardised(member_scores)
+        contribution = standardised(contribution_scores(evidence).to(member_scores))
         sure = trust(members)
         learned = sure * members.mean(dim=0) + (1 - sure) * contribution
         score = self.prior * contribution + learned
         kept = self.recall(evidence)
         if kept is not None:
-            score = (standardised(score) + standardised(kept.to(judged))) / 2
-        return score + self.matching * matching_scores(evidence).to(judged)
+            score = (standardised(score) + standardised(kept.to(score))) / 2
+        return score + self.matching * matching_scores(evidence).to(score)
 
     def recall(self, evidence: Evidence) -> Tensor | None:
         """Return the share of good masks that keep each head, `[heads]`; None for a model that is not remembered.
@@ -145,24 +117,24 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
                 return kept
         return None
 
-    def judge_all(self, many: Sequence[Evidence]) -> list[Tensor]:
+    def member_scores(self, many: Sequence[Evidence]) -> list[Tensor]:
         """Return the score that each member gives each head, `[members, heads]`, for each of several models."""
-        judged: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
         by_heads: dict[int, list[int]] = defaultdict(list)
         for number, one in enumerate(many):
             by_heads[len(one.features)].append(number)
         for numbers in by_heads.values():  # models with as many heads go through the networks side by side
-            judged.update(zip(numbers, self._judge([many[number] for number in numbers]), strict=True))
-        return [judged[number] for number in range(len(many))]
+            found.update(zip(numbers, self._run_members([many[number] for number in numbers]), strict=True))
+        return [found[number] for number in range(len(many))]
 
-    def _judge(self, many: Sequence[Evidence]) -> Tensor:
+    def _run_members(self, many: Sequence[Evidence]) -> Tensor:
         """Return `[models, members, heads]` for models with as many heads each."""
-        place = self.used.device
-        features = torch.stack([one.features for one in many]).to(place)
-        sites = torch.stack([one.site_numbers for one in many]).to(place)
-        likeness = torch.stack([one.likeness for one in many]).to(place)
-        depth = features[..., FEATURES.index("depth")]
-        relations = torch.stack(
+        device = self.used.device
+        features = torch.stack([one.features for one in many]).to(device)
+        sites = torch.stack([one.site_numbers for one in many]).to(device)
+        likeness = torch.stack([one.likeness for one in many]).to(device)
+        depth = features[..., DEPTH]
+        pair_features = torch.stack(  # as PAIR_FEATURES counts them
             [
                 (sites.unsqueeze(1) == sites.unsqueeze(2)).to(features),
                 likeness,
@@ -174,7 +146,7 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         relative = standardised(features.transpose(1, 2), least=1e-3).transpose(1, 2)
         seen = relative.clamp(-5, 5) * self.used
         sizes, levels = (features[..., column] * self.used[column] for column in (SIZE, LEVEL))
-        return torch.stack([member(seen, relations, sizes, levels) for member in self.members], dim=1)
+        return torch.stack([member(seen, pair_features, sizes, levels) for member in self.members], dim=1)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # The mixin writes what the constructor was given; these may have been set since.
@@ -189,6 +161,21 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         # fit in part, as those of earlier versions would.
         with contextlib.redirect_stdout(io.StringIO()):
             return super()._from_pretrained(**{**options, "strict": True})
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    for name, value in sizes.items():
+        check_whole(name, value, 1, 4096)
+    if sizes["width"] % sizes["attention_heads"]:
+        raise invalid("width", f"be a multiple of the {sizes['attention_heads']} attention heads", sizes["width"])
+
+
+def _check_kinds(without: Any) -> None:
+    if isinstance(without, str) or not isinstance(without, Sequence):
+        raise invalid("without", "be a list of kinds of evidence", without)
+    for kind in without:
+        if kind not in EVIDENCE_KINDS:
+            raise invalid("without", f"name kinds among {', '.join(EVIDENCE_KINDS)}", kind)
 
 
 def _check_remembered(remembered: Any) -> None:
@@ -232,53 +219,3 @@ def standardised(scores: Tensor, least: float = 1e-6) -> Tensor:
     """Shift and scale scores `[…, heads]` to mean 0 and standard deviation 1; a spread below `least` stays below 1."""
     centred = scores - scores.mean(dim=-1, keepdim=True)
     return centred / centred.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=least)
-
-
-class _Member(nn.Module):
-    """One set attention over all heads: adds to the log of a head's contribution what it makes of the evidence.
-
-    The contribution's share of its site and the site's level are scaled apart.
-    """
-
-    def __init__(self, width: int, layers: int, attention_heads: int, joint: bool) -> None:
-        super().__init__()
-        self.embed = nn.Linear(len(FEATURES), width)
-        self.blocks = nn.ModuleList(_Block(width, attention_heads, joint) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        self.size_scale = nn.Parameter(torch.ones(()))
-        self.level_scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, seen: Tensor, relations: Tensor, sizes: Tensor, levels: Tensor) -> Tensor:
-        """Return scores `[models, heads]` for standardised evidence `[models, heads, features]`."""
-        x = self.embed(seen)
-        for block in self.blocks:
-            x = block(x, relations)
-        return self.size_scale * sizes + self.level_scale * levels + self.head(self.norm(x)).squeeze(-1)
-
-
-class _Block(nn.Module):
-    """Attention over all heads with a bias made of their relations, then a feed-forward network."""
-
-    def __init__(self, width: int, heads: int, joint: bool) -> None:
-        super().__init__()
-        self.heads, self.joint = heads, joint
-        if joint:
-            self.norm = nn.LayerNorm(width)
-            self.query_key_value = nn.Linear(width, 3 * width)
-            self.bias = nn.Parameter(torch.zeros(heads, RELATIONS))
-            self.out = nn.Linear(width, width)
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(self, x: Tensor, relations: Tensor) -> Tensor:
-        """Take and return `[models, heads, width]`; `relations` `[models, RELATIONS, heads, heads]`."""
-        if self.joint:
-            parts = self.query_key_value(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            bias = torch.einsum("hr,brij->bhij", self.bias, relations)
-            mixed = nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=bias)
-            x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.feed_forward(x)

@@ -13,7 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from secateur.pruners.evidence import FEATURES, FINGERPRINT, Evidence, contribution_scores
+from secateur.pruners.evidence import Evidence, contribution_scores
+from secateur.pruners.features import IS_PAIR
+from secateur.pruners.writes import FINGERPRINT
 
 KNOWN = 0.9  # mean correlation with a known model's heads; the closest heads of unlike models come to 0.4
 SHARPNESS = 40.0  # for single texts: a sample counts e times as much where contributions correlate 1/40 more
@@ -87,7 +89,7 @@ class KnownModel(nn.Module):
 
 
 def _is_pair(evidence: Evidence) -> bool:
-    return bool(evidence.features[0, FEATURES.index("is pair")])
+    return bool(evidence.features[0, IS_PAIR])
 
 
 def correlations(rows: Tensor, others: Tensor) -> Tensor:

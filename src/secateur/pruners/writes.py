@@ -1,4 +1,4 @@
-"""What heads write into the residual stream: their part of the output projection, and norms through it."""
+"""What heads write into the residual stream: their part of the output projection, norms of it and through it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from secateur.models.offload import weight_of
 from secateur.sites.layout import NOBODY, AttentionSite
+
+FINGERPRINT = 32
+"""Numbers that tell a head from others."""
 
 
 def output_weights(model: Any, site: AttentionSite) -> Tensor:
@@ -32,3 +35,13 @@ def contribution_norms(outputs: Tensor, grams: Tensor) -> Tensor:
     x = outputs.float()
     squared = (torch.einsum("bthi,hij->bthj", x, grams.to(x.device)) * x).sum(dim=-1)
     return squared.clamp(min=0).sqrt()
+
+
+def fingerprints_of(weights: Tensor) -> Tensor:
+    """Return what tells heads from others, whatever they read: `[heads, FINGERPRINT]`.
+
+    `weights` are their parts of the output projection, `[heads, width, model width]`; the norms of the rows, over again
+    where there are fewer.
+    """
+    norms = weights.norm(dim=2)
+    return norms[:, torch.arange(FINGERPRINT, device=norms.device) % norms.shape[1]].cpu()

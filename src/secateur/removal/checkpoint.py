@@ -2,9 +2,10 @@
 
 `PreTrainedModel.post_init` runs at the end of every model's constructor, while the weights are still random or absent.
 It is wrapped once: a model whose config carries a `head_pruning` recipe is narrowed there; any other goes through the
-original function alone. The `pruned_heads` of a transformers-4 config are turned into a recipe on the way. Saving needs
-nothing where the config of the model that is saved carries the recipe. `save_pretrained` is wrapped for the others,
-which lost heads from a model inside them.
+original function alone. Constructors note what they build (construction.py), as it may be a part of another model. The
+`pruned_heads` of a transformers-4 config are turned into a recipe on the way. Saving needs nothing where the config of
+the model that is saved carries the recipe. `save_pretrained` is wrapped for the others, which lost heads from a model
+inside them.
 
 `PreTrainedModel` gets a `__call__` of its own as well, which warns of `head_mask`: transformers 5 ignores it silently.
 """
@@ -12,7 +13,6 @@ which lost heads from a model inside them.
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 
 
 def install() -> None:
-    """Wrap `PreTrainedModel.post_init`, `save_pretrained` and `__call__`; a second call does nothing.
+    """Wrap `PreTrainedModel.post_init`, `save_pretrained` and `__call__`, and note constructors; once is enough.
 
     This runs while transformers is being imported, so everything else is imported when the first recipe turns up.
     """
     from transformers.modeling_utils import PreTrainedModel
 
+    from secateur.removal import construction
+
     original = PreTrainedModel.post_init
     if getattr(original, "_secateur", False):
         return
+    construction.install(PreTrainedModel)
 
     @functools.wraps(original)
     def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +91,7 @@ def _narrow(model: PreTrainedModel) -> None:
     the whole; a task model finds its base model narrowed already. A model of the user's own may hold transformers'
     models as parts, in a row or beside its base model, with recipes that name their sites as its own.
     """
-    from secateur.models.state import base_of
+    from secateur.models.base_model import base_of
     from secateur.removal.replay import missing_sites, rebuild_
     from secateur.sites.recipe import read_recipe
 
@@ -103,21 +106,13 @@ def _narrow(model: PreTrainedModel) -> None:
 
 
 def _builder(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return the model whose constructor builds `model` as a part of it and whose config has the same recipe, if any.
+    """Return the model with the same recipe in its config whose constructor builds `model` as a part of it, if any."""
+    from secateur.removal.construction import under_construction
 
-    A constructor is the only one to know, since the part is handed over when it is finished. What it reads by
-    `from_pretrained` is no such part, but a model of its own.
-    """
-    from transformers.modeling_utils import PreTrainedModel
-
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != "from_pretrained":
-        outer = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
-        if isinstance(outer, PreTrainedModel) and outer is not model:
-            config = getattr(outer, "config", None)
-            if getattr(config, "head_pruning", None) == model.config.head_pruning:
-                return outer
-        frame = frame.f_back
+    for outer in reversed(under_construction()):
+        config = getattr(outer, "config", None)  # none yet, where the part is built first of all
+        if outer is not model and getattr(config, "head_pruning", None) == model.config.head_pruning:
+            return outer
     return None
 
 
@@ -146,7 +141,7 @@ def _complete_config_(model: PreTrainedModel) -> None:
     the model's: where the config does not have it in another place a `SecateurWarning` is issued.
     """
     from secateur.errors import SecateurWarning
-    from secateur.models.state import base_of
+    from secateur.models.base_model import base_of
     from secateur.removal.remove import give_own_configs_
     from secateur.sites.recipe import KEY, REMOVED
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.models.base_model import base_of
 from secateur.models.finite import tensors_of
 from secateur.models.offload import device_of
-from secateur.models.state import base_of, evaluation_mode, without_autocast
+from secateur.models.state import evaluation_mode, without_autocast
 
 TOLERANCE = 1e-4
 """Largest difference in float32 that a proof accepts, relative to the largest output where that is above 1."""

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import RemovalError, invalid
-from secateur.models.failure import locate
+from secateur.models.base_model import base_of
+from secateur.models.failure import place_of, running_modules, site_of
 from secateur.models.finite import check_finite
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import check_loaded
-from secateur.models.state import base_of, check_plain_weights, held, in_float32
+from secateur.models.state import check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
@@ -30,16 +31,16 @@ from secateur.sites.gating import is_probed, probe
 from secateur.sites.layout import Site
 from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe, read_recipe
 from secateur.support.checks import check_mapping
-from secateur.units.masks import Mask, PresentMask
+from secateur.units.masks import Mask, PresentMask, check_mask
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What a removal did: the mask in original numbering, heads before and after, and the proof's difference."""
+    """What a removal did: the mask in original numbering, units before and after, and the proof's difference."""
 
     mask: Mask
-    heads_before: int
-    heads_after: int
+    units_before: int
+    units_after: int
     max_difference: float
 
 
@@ -55,6 +56,7 @@ def gated(model: nn.Module, mask: Mask, sites: Mapping[str, Site] | None = None)
     base_of(model)
     if sites is not None:
         check_mapping("sites", sites)
+    check_mask(mask)
     sites = find_sites(model) if sites is None else sites
     gates = {name: kept.to(torch.float32) for name, kept in mask.present(sites).items()}
     with probe(model, gates=gates):
@@ -89,6 +91,7 @@ def remove_(
     for argument, value in (("inputs", inputs), ("sites", sites), ("record", record)):
         if value is not None:
             check_mapping(argument, value)
+    check_mask(mask)
     _check_record(record or {})
     check_loaded(base, "removing heads")
     check_plain_weights(base)
@@ -99,39 +102,54 @@ def remove_(
     if is_probed(base):
         raise RemovalError("the model is being gated or probed; remove heads outside of that context")
     inputs = example_inputs(base) if inputs is None else inputs
-    undo: list[Callable[[], None]] = []
-    reached: set[str] = set()
     with held(base), in_float32(base):
-        with probe(base, lambda reading: reached.add(reading.site)), gated(base, mask, sites):
-            wanted = hidden_states(base, inputs)
-            for tensor in wanted:
-                check_finite(tensor, base, partial(hidden_states, base, inputs))
-        for name, vector in kept.items():
-            if name not in reached and not vector.all():  # whatever were cut there, the outputs would be equal
-                raise invalid(
-                    "inputs", f"reach the site {name!r}, which loses heads", list(inputs), "pass `inputs` that reach it"
+        wanted = _gated_outputs(base, mask, sites, inputs)
+        with _undone_on_failure() as undo:
+            for name, site in sites.items():
+                cut_site_(base, site, kept[name], undo)
+            difference, special = _prove(base, inputs, wanted, sites, kept, undo)
+            if not difference <= TOLERANCE:
+                raise RemovalError(
+                    f"{type(base).__name__} without the heads differs from the gated model by {difference:.2g} "
+                    f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
                 )
-        with ExitStack() as steps:  # it runs them backwards, and goes on where one fails
-            try:
-                for name, site in sites.items():
-                    cut_site_(base, site, kept[name], undo)
-                difference, special = _prove(base, inputs, wanted, sites, kept, undo)
-                if not difference <= TOLERANCE:
-                    raise RemovalError(
-                        f"{type(base).__name__} without the heads differs from the gated model by {difference:.2g} "
-                        f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
-                    )
-            except BaseException:
-                for step in undo:
-                    steps.callback(step)
-                raise
     _write_recipe(model, sites, kept, special, record or {})
     for holder in (model, base):
         # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
         vars(holder).pop("_cache", None)
-    before = sum(site.num_units for site in sites.values())
-    after = sum(int(v.sum()) for v in kept.values())
-    return Removal(kept.original(sites), before, after, difference)
+    return Removal(kept.original(sites), kept.num_units, kept.num_kept, difference)
+
+
+def _gated_outputs(
+    base: PreTrainedModel, mask: Mask, sites: Mapping[str, Site], inputs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Return what the model says with its units gated. Raises `InvalidInputError` for a cut that `inputs` do not reach.
+
+    Whatever were cut at a site that they do not reach, the outputs would be equal.
+    """
+    reached: set[str] = set()
+    with probe(base, lambda reading: reached.add(reading.site)), gated(base, mask, sites):
+        wanted = hidden_states(base, inputs)
+        for tensor in wanted:
+            check_finite(tensor, base, partial(hidden_states, base, inputs))
+    for name, vector in mask.present(sites).items():
+        if name not in reached and not vector.all():
+            rule = f"reach the site {name!r}, which loses heads"
+            raise invalid("inputs", rule, list(inputs), "pass `inputs` that reach it")
+    return wanted
+
+
+@contextmanager
+def _undone_on_failure() -> Iterator[list[Callable[[], None]]]:
+    """Yield a list of steps that undo what is done, and take them where an exception leaves the block."""
+    undo: list[Callable[[], None]] = []
+    with ExitStack() as steps:  # it runs them backwards, and goes on where one fails
+        try:
+            yield undo
+        except BaseException:
+            for step in undo:
+                steps.callback(step)
+            raise
 
 
 @dataclass(frozen=True)
@@ -153,16 +171,16 @@ def _prove(
     """Return the difference of the cut model to the gated one, and the sites that do not run as they are.
 
     A model that raises is run again: with the code of emptied sites left out, or with the widths corrected that the
-    code of the site which raised asks for.
+    code of the site which was running asks for.
     """
     emptied = [sites[name] for name, vector in kept.items() if not vector.any()]
     special = _Special()
     while True:
         try:
-            return largest_difference(wanted, hidden_states(base, inputs)), special
+            with running_modules(base) as running:
+                return largest_difference(wanted, hidden_states(base, inputs)), special
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            failure = locate(error, base, sites)
-            site = sites.get(failure.site or "")
+            site = sites.get(site_of(running, sites) or "")
             can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_units
             if site is not None and can_reshape and site.name not in special.reshaped:
                 reshape_(base.get_submodule(site.name), site, int(kept[site.name].sum()), undo)
@@ -173,9 +191,10 @@ def _prove(
                     special.bypassed.append(bare.name)
             else:
                 where = f" at site {site.name}" if site is not None else ""
+                place = place_of(error, base.get_submodule(running[-1] if running else ""))
                 raise RemovalError(
                     f"{type(base).__name__} does not run with fewer heads{where}: its code counts on all of them "
-                    f"({failure.place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its heads "
+                    f"({place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its heads "
                     "with `secateur.gated`, which works, as scoring does; the model is unchanged"
                 ) from error
 

@@ -1,7 +1,7 @@
 """From a recipe to the smaller model: weights and attributes narrowed, site by site.
 
-A standalone export ships this file's definitions, and what they use, inside the model folder. So nothing here, nor in
-the modules imported here, may need anything but torch and transformers.
+A standalone export ships this file, and those of this package that it imports, beside the model. So nothing here, nor
+in them, may need anything but torch and transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, shown
-from secateur.models.state import base_of
+from secateur.models.base_model import base_of
 from secateur.removal.adapted import narrow_bias_, set_in_config_
 from secateur.removal.emptied import bypass_
 from secateur.removal.reshaped import reshape_

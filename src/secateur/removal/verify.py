@@ -10,9 +10,9 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModel, PreTrainedModel
 
 from secateur.errors import InvalidInputError, shown
+from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs
 from secateur.models.loading import load_model
-from secateur.models.state import base_of
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
 from secateur.removal.remove import gated
 from secateur.sites.attention import find_sites

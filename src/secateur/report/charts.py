@@ -77,65 +77,85 @@ def marker_name(look: int) -> str:
 
 def drawn(chart: Chart) -> dict[str, Any]:
     """Return what the template places: ticks, paths and markers in the units of the drawing."""
-    points = [point for series in chart.series for point in series.points]
-    x_low, x_high = _range([p.x for p in points], chart.log_x)
-    y_low, y_high = _range([p.y + sign * (p.spread or 0.0) for p in points for sign in (-1, 1)])
-
-    def x(value: float) -> float:
-        part = (
-            place(math.log10(value), math.log10(x_low), math.log10(x_high))
-            if chart.log_x
-            else place(value, x_low, x_high)
-        )
-        return round(LEFT + part * (WIDTH - LEFT - RIGHT), 1)
-
-    def y(value: float) -> float:
-        return round(HEIGHT - BOTTOM - place(value, y_low, y_high) * (HEIGHT - TOP - BOTTOM), 1)
-
-    series = []
-    for one in chart.series:
-        corners = [(x(p.x), y(p.y)) for p in one.points]
-        band = [(x(p.x), y(p.y + (p.spread or 0.0))) for p in one.points]
-        band += [(x(p.x), y(p.y - (p.spread or 0.0))) for p in reversed(one.points)]
-        spreads = [p.spread for p in one.points]
-        joined = one.line and len(corners) > 1
-        # Steps stay level from one point to the next.
-        if one.steps:
-            turns = [(after[0], before[1]) for before, after in pairwise(corners)]
-            corners_of_line = [c for pair in zip(corners, turns, strict=False) for c in pair] + corners[-1:]
-        else:
-            corners_of_line = corners
-        series.append(
-            {
-                "name": one.name,
-                "look": look_name(one.look),
-                "marker": marker_name(one.look),
-                "line": _path(corners_of_line) if joined else None,
-                "band": _path(band) + "Z" if joined and any(spreads) else None,
-                "bars": [(x(p.x), y(p.y - p.spread), y(p.y + p.spread)) for p in one.points if p.spread and not joined],
-                "small": one.small,
-                "points": [(*corner, p.note) for corner, p in zip(corners, one.points, strict=True) if p.marked],
-            }
-        )
-    if chart.x_at:
-        found = [(place(value, x_low, x_high), f"{value:.0%}") for value in chart.x_at]
-    else:
-        found = log_ticks(x_low, x_high) if chart.log_x else ticks(x_low, x_high)
+    axes = _Axes(chart)
     return {
         "slug": chart.slug,
         "title": chart.title,
         "summary": chart.summary,
         "x_label": chart.x_label,
         "y_label": chart.y_label,
-        "x_ticks": [(round(LEFT + part * (WIDTH - LEFT - RIGHT), 1), label) for part, label in found],
-        "y_ticks": [
-            (round(HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM), 1), label) for part, label in ticks(y_low, y_high)
-        ],
-        "series": series,
+        "x_ticks": axes.x_ticks(chart.x_at),
+        "y_ticks": axes.y_ticks(),
+        "series": [_drawn_series(series, axes) for series in chart.series],
         "frame": {"left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM},
         "width": WIDTH,
         "height": HEIGHT,
     }
+
+
+class _Axes:
+    """Where values lie in the drawing: room for all points of a chart and their spreads."""
+
+    def __init__(self, chart: Chart) -> None:
+        points = [point for series in chart.series for point in series.points]
+        self.log_x = chart.log_x
+        self.x_ends = _range([p.x for p in points], chart.log_x)
+        self.y_ends = _range([p.y + sign * (p.spread or 0.0) for p in points for sign in (-1, 1)])
+
+    def x(self, value: float) -> float:
+        """Return the distance from the left."""
+        low, high = self.x_ends
+        if self.log_x:
+            return _across(place(math.log10(value), math.log10(low), math.log10(high)))
+        return _across(place(value, low, high))
+
+    def y(self, value: float) -> float:
+        """Return the distance from the top."""
+        low, high = self.y_ends
+        return round(HEIGHT - BOTTOM - place(value, low, high) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def x_ticks(self, wanted: Sequence[float]) -> list[tuple[float, str]]:
+        """Return ticks at the wanted values as percentages, or at round numbers."""
+        low, high = self.x_ends
+        if wanted:
+            found = [(place(value, low, high), f"{value:.0%}") for value in wanted]
+        else:
+            found = log_ticks(low, high) if self.log_x else ticks(low, high)
+        return [(_across(part), label) for part, label in found]
+
+    def y_ticks(self) -> list[tuple[float, str]]:
+        """Return ticks at round numbers."""
+        low, high = self.y_ends
+        return [(round(HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM), 1), label) for part, label in ticks(low, high)]
+
+
+def _across(part: float) -> float:
+    return round(LEFT + part * (WIDTH - LEFT - RIGHT), 1)
+
+
+def _drawn_series(series: Series, axes: _Axes) -> dict[str, Any]:
+    points = series.points
+    corners = [(axes.x(p.x), axes.y(p.y)) for p in points]
+    band = [(axes.x(p.x), axes.y(p.y + (p.spread or 0.0))) for p in points]
+    band += [(axes.x(p.x), axes.y(p.y - (p.spread or 0.0))) for p in reversed(points)]
+    joined = series.line and len(corners) > 1
+    bars = [(axes.x(p.x), axes.y(p.y - p.spread), axes.y(p.y + p.spread)) for p in points if p.spread]
+    return {
+        "name": series.name,
+        "look": look_name(series.look),
+        "marker": marker_name(series.look),
+        "line": _path(_stepped(corners) if series.steps else corners) if joined else None,
+        "band": _path(band) + "Z" if joined and any(p.spread for p in points) else None,
+        "bars": [] if joined else bars,
+        "small": series.small,
+        "points": [(x, y, p.note) for (x, y), p in zip(corners, points, strict=True) if p.marked],
+    }
+
+
+def _stepped(corners: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return corners of a line that stays level from one point to the next."""
+    turns = [(after[0], before[1]) for before, after in pairwise(corners)]
+    return [corner for pair in zip(corners, turns, strict=False) for corner in pair] + list(corners[-1:])
 
 
 def _range(values: Sequence[float], log: bool = False) -> tuple[float, float]:

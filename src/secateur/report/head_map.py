@@ -68,7 +68,7 @@ def head_map(
                     "verdict": verdict,
                     "look": "gone" if gone else "blank" if score is None else "scored",
                     "facts": facts,
-                    "in_model": f"{place(score, *bounds):.3f}" if bounds and score is not None else "0",
+                    "in_model": f"{place(score, bounds[0], bounds[1]):.3f}" if bounds and score is not None else "0",
                     "in_site": f"{place(score, min(known), max(known)):.3f}" if score is not None else "0",
                 }
             )

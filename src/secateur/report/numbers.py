@@ -69,3 +69,8 @@ def change(value: float, form: str) -> str:
 def signed(number: str) -> str:
     """Write a leading hyphen as the minus sign that screens and fonts treat as a part of the number."""
     return MINUS + number[1:] if number.startswith("-") else number
+
+
+def counted(number: int, word: str) -> str:
+    """Return `1 seed`, `2 seeds`."""
+    return f"{number} {word}" + ("" if number == 1 else "s")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.comparing.summary import summarise
 from secateur.errors import InvalidInputError, invalid
+from secateur.report.agreement import agreement
 from secateur.report.charts import DENSE_LOOK, RANDOM_LOOK, Chart
-from secateur.report.comparison import agreement, cost_charts, curves
+from secateur.report.curves import cost_charts, curves
 from secateur.report.head_map import check_sites, short_labels
 from secateur.report.pruned import refinement_chart
 from secateur.support.files import write_bytes
@@ -145,7 +146,7 @@ def _head_map(sites: list[dict[str, Any]], decided: bool) -> Figure:
 def _histogram(sites: list[dict[str, Any]], decided: bool) -> Figure:
     figure, axes = _axes(4.2, 3)
     sides = {True: "kept", False: "removed"} if decided else {True: "heads"}
-    groups = [
+    scores = [
         [
             score
             for site in sites
@@ -154,7 +155,7 @@ def _histogram(sites: list[dict[str, Any]], decided: bool) -> Figure:
         ]
         for side in sides
     ]
-    axes.hist(groups, bins=32, stacked=True, label=list(sides.values()), color=[COLOURS[0], "#c3cbc6"][: len(groups)])
+    axes.hist(scores, bins=32, stacked=True, label=list(sides.values()), color=[COLOURS[0], "#c3cbc6"][: len(scores)])
     axes.set(xlabel="importance score", ylabel="heads")
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -1,4 +1,4 @@
-"""One pruning, or the scores that came before one: what was kept, what it saved, what it cost, how it was made."""
+"""One pruning, or the scores that came before one: what was kept, what it saved, what it cost, how it was done."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
     head, where `scores` or any of its entries may be null. The sections `cost`, `quality`, `times`, `proof`,
     `refinement`, `attention_maps`, `command`, `environment` and `notes` and the facts `title`, `model`, `created`,
     `scorer`, `allocation`, `budget` and `requested_ratio` are left out where they are absent. `kept`, `heads` and
-    `pruning_ratio` are counted from the sites, and checked where given. The tiles show the first two entries of `cost`
-    and the first of `quality`.
+    `pruning_ratio` are counted from the sites, and checked where they are said. The tiles show the first two entries of
+    `cost` and the first of `quality`.
 
     Raises `InvalidInputError` where a part has another form or contradicts the sites.
     """
@@ -27,42 +27,28 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
     sites = check_sites(data.get("sites"))
     kept, heads = sum(sum(site["kept"]) for site in sites), sum(gone_before(site).count(False) for site in sites)
     ratio = 1 - kept / max(heads, 1)
-    for name, counted, tolerance in (("kept", kept, 0), ("heads", heads, 0), ("pruning_ratio", ratio, 0.005)):
-        given = data.get(name)
-        if given is not None and (not is_number(given) or abs(given - counted) > tolerance):
-            raise invalid(name, f"be {round(counted, 3)} as the sites say, or be left out", given)
-    if data.get("requested_ratio") is not None and not is_number(data["requested_ratio"]):
-        raise invalid("requested_ratio", "be a number", data["requested_ratio"])
-
+    _check_counts(data, kept, heads, ratio)
     known = [score for site in sites for score in site["scores"] if score is not None]
     bounds = (min(known), max(known)) if known else None
     rows = head_map(sites, bounds, decided)
     cost = [_cost(row) for row in _check_rows(data, "cost", ("dense", "pruned"))]
     quality = [_quality(row) for row in _check_rows(data, "quality", ("dense", "pruned"))]
     times = _check_rows(data, "times", ("seconds",))
-    requested = data.get("requested_ratio")
-    facts = [(name.capitalize(), data.get(name)) for name in ("model", "scorer", "allocation", "budget")]
-    facts += [("Requested ratio", None if requested is None else f"{requested:.2f}"), ("Created", data.get("created"))]
     kept_words = f"Kept {kept} of {heads} heads (pruning ratio {ratio:.2f})"
-    tiles = [{"name": "attention heads", "value": f"{kept:,}", "note": f"of {heads:,}"}]
-    tiles += [
-        {"name": t["name"], "value": t["brief"], "note": f"from {t['brief_dense']} ({t['change']})"}
-        for t in [*cost[:2], *quality[:1]]
-    ]
     return {
         "kind": "pruning",
         "title": data.get("title"),
         "name": " ".join(str(x) for x in (data.get("model"), data.get("scorer") and f"by {data['scorer']}") if x),
         "headline": kept_words if decided else f"Scores of {kept:,} heads",
         "decided": decided,
-        "facts": [(name, value) for name, value in facts if value],
+        "facts": _facts(data),
         "scorer": data.get("scorer"),
-        "tiles": tiles if decided else [],
+        "tiles": _tiles(kept, heads, [*cost[:2], *quality[:1]]) if decided else [],
         "rows": rows,
         "looks": {(cell["look"], cell["verdict"]) for row in rows for cell in row["cells"]},
         "columns": max(len(site["kept"]) for site in sites),
         "bounds": bounds and [signed(f"{bound:.3g}") for bound in bounds],
-        "histogram": bounds and histogram(sites, *bounds),
+        "histogram": bounds and histogram(sites, bounds[0], bounds[1]),
         "maps": _maps(data.get("attention_maps")),
         "maps_note": data.get("maps_note"),
         "refinement": _refinement(_check_type(data, "refinement", list, "be a list of numbers")),
@@ -74,6 +60,31 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
         "environment": _check_type(data, "environment", dict, "map names to values"),
         "notes": _check_type(data, "notes", list, "be a list of texts"),
     }
+
+
+def _check_counts(data: dict[str, Any], kept: int, heads: int, ratio: float) -> None:
+    """Refuse numbers that contradict the sites."""
+    for name, counted, tolerance in (("kept", kept, 0), ("heads", heads, 0), ("pruning_ratio", ratio, 0.005)):
+        said = data.get(name)
+        if said is not None and (not is_number(said) or abs(said - counted) > tolerance):
+            raise invalid(name, f"be {round(counted, 3)} as the sites say, or be left out", said)
+    if data.get("requested_ratio") is not None and not is_number(data["requested_ratio"]):
+        raise invalid("requested_ratio", "be a number", data["requested_ratio"])
+
+
+def _facts(data: dict[str, Any]) -> list[tuple[str, Any]]:
+    requested = data.get("requested_ratio")
+    facts = [(name.capitalize(), data.get(name)) for name in ("model", "scorer", "allocation", "budget")]
+    facts += [("Requested ratio", None if requested is None else f"{requested:.2f}"), ("Created", data.get("created"))]
+    return [(name, value) for name, value in facts if value]
+
+
+def _tiles(kept: int, heads: int, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    tiles = [{"name": "attention heads", "value": f"{kept:,}", "note": f"of {heads:,}"}]
+    return tiles + [
+        {"name": row["name"], "value": row["brief"], "note": f"from {row['brief_dense']} ({row['change']})"}
+        for row in rows
+    ]
 
 
 def _check_type(data: dict[str, Any], name: str, kind: type, rule: str) -> Any:
@@ -161,35 +172,40 @@ def _maps(maps: Any) -> dict[str, Any] | None:
     return {"tokens": maps["tokens"], "texts": maps.get("texts"), "sites": maps["sites"]} if maps["sites"] else None
 
 
-def refinement_chart(losses: list[float]) -> Chart:
-    """Return the curve of a refinement: the loss of every mask tried, and the lowest so far."""
-    lowest, best = losses[0], []
-    for number, loss in enumerate(losses):
-        lowest = min(lowest, loss)
+def refinement_chart(tried: list[float]) -> Chart:
+    """Return the curve of a refinement: the relational KL of every mask tried, and the lowest so far."""
+    lowest, best = tried[0], []
+    for number, value in enumerate(tried):
+        lowest = min(lowest, value)
         best.append(Point(number, lowest, marked=False))
-    tried = [Point(n, loss, note=f"mask {n}: {loss:.4f}" if n else f"from the scores: {loss:.4f}")
-             for n, loss in enumerate(losses)]  # fmt: skip
+    points = [
+        Point(number, value, note=f"mask {number}: {value:.4f}" if number else f"from the scores: {value:.4f}")
+        for number, value in enumerate(tried)
+    ]
     return Chart(
-        "refinement",
-        "masks tried, in order",
-        f"Relational KL of {len(losses)} masks, from {losses[0]:.4f} for that of the scores down to {lowest:.4f}",
-        "exchange tried",
-        "relational KL",
-        [Series("tried", 1, tried, line=False, small=True), Series("best so far", 0, best, steps=True)],
+        slug="refinement",
+        title="masks tried, in order",
+        summary=f"Relational KL of {len(tried)} masks, from {tried[0]:.4f} for that of the scores down to {lowest:.4f}",
+        x_label="exchange tried",
+        y_label="relational KL",
+        series=[
+            Series("tried", 1, points, line=False, small=True),
+            Series("best so far", 0, best, steps=True),
+        ],
     )
 
 
-def _refinement(losses: list[Any]) -> dict[str, Any] | None:
-    if len(losses) < 2:
+def _refinement(tried: list[Any]) -> dict[str, Any] | None:
+    if len(tried) < 2:
         return None
-    if not all(is_number(loss) for loss in losses):
-        raise invalid("refinement", "be a list of numbers", losses)
-    first, best = losses[0], min(losses)
+    if not all(is_number(value) for value in tried):
+        raise invalid("refinement", "be a list of numbers", tried)
+    first, best = tried[0], min(tried)
     return {
-        "chart": drawn(refinement_chart(losses)),
+        "chart": drawn(refinement_chart(tried)),
         "first": f"{first:.4f}",
         "best": f"{best:.4f}",
         "change": change(100 * (best / first - 1), ".1f") + " %" if first else DASH,
-        "tried": len(losses) - 1,
-        "better": sum(loss < min(losses[:n]) for n, loss in enumerate(losses) if n),
+        "tried": len(tried) - 1,
+        "better": sum(value < min(tried[:n]) for n, value in enumerate(tried) if n),
     }

@@ -6,24 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.comparing.plan import COMMON
 from secateur.errors import InvalidInputError, invalid, shown
+from secateur.report.relational_kl import distillation_note, reconstruction_note
 from secateur.support.checks import is_number
 from secateur.support.files import read_json, read_lines
-from secateur.units.scores import Scores
-
-ATTENTION_MAPS, DISTILLATION, PRUNING, RESULT, ROWS, SETTINGS = (
-    "attention_maps.json",
-    "distillation.json",
-    "pruning_report.json",
-    "result.json",
-    "runs.jsonl",
-    "settings.json",
+from secateur.support.run_files import (
+    ATTENTION_MAPS,
+    DISTILLATION,
+    PRUNED,
+    PRUNING,
+    RESULT,
+    ROWS,
+    SCORES,
+    SETTINGS,
 )
-_SHARED = (
-    "model", "protocol", "allocation", "num_texts", "threads", "pruners", "max_train", "learning_rate", "epochs",
-    "bf16", "restore", "steps",
-)  # fmt: skip
-"""Settings that comparisons must share for their rows to be set side by side."""
+from secateur.units.scores import Scores
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -50,14 +48,13 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
     """Return the data of a page for what `PruningReport.to_json` returned."""
     try:
         before, after, texts = report["before"], report["after"], report["num_texts"]
-        names = list(report["scores"])
         sites = [
             {
                 "name": name,
-                "scores": report["scores"][name],
-                "kept": [head in report["kept_heads"][name] for head in range(len(report["scores"][name]))],
+                "scores": scores,
+                "kept": [head in report["kept_heads"][name] for head in range(len(scores))],
             }
-            for name in names
+            for name, scores in report["scores"].items()
         ]
         return {
             "kind": "pruning",
@@ -84,33 +81,30 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "notes": _reconstruction(report.get("reconstruction")),
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise InvalidInputError(f"{PRUNING} has another form: {type(error).__name__} {error}") from None
+        raise _another_form(PRUNING, error) from None
 
 
-def _reconstruction(losses: Any) -> list[str]:
+def _reconstruction(relational_kl: Any) -> list[str]:
     """Say what refitting the output projections did, where it was asked for."""
-    if not losses:
+    if not relational_kl:
         return []
-    if not isinstance(losses, list) or len(losses) != 2 or not all(map(is_number, losses)):
-        raise invalid("reconstruction", "hold two numbers, without it and with it", losses)
-    without, after = losses
-    if not after < without:
-        return [f"Reconstruction did not lower the relational KL, {without:.4f}: the weights are those of the model."]
-    return [f"Output projections were refitted on these texts: relational KL {without:.4f} without, {after:.4f} with."]
+    if not isinstance(relational_kl, list) or len(relational_kl) != 2 or not all(map(is_number, relational_kl)):
+        raise invalid("reconstruction", "hold two numbers, without it and with it", relational_kl)
+    before, after = relational_kl
+    return [reconstruction_note(before, after)]
 
 
 def _distillation(about: Any) -> list[str]:
-    """Say what the dense model taught the pruned one, as `secateur distill` wrote it down."""
+    """Say what the pruned model learned from the dense one, as `secateur distill` wrote it down."""
     try:
-        (before, after), steps, texts = about["relational_kl"], about["steps"], about["texts"]
-        if not after < before:
-            return [f"Distillation did not lower the relational KL, {before:.4f}: the weights are those before it."]
-        return [
-            f"Distilled after the proof, in {steps:,} steps on {texts:,} texts: relational KL on texts held out "
-            f"{before:.4f} before, {after:.4f} after."
-        ]
+        before, after = about["relational_kl"]
+        return [distillation_note(before, after, about["steps"], about["texts"])]
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInputError(f"{DISTILLATION} has another form: {type(error).__name__} {error}") from None
+        raise _another_form(DISTILLATION, error) from None
+
+
+def _another_form(file: str, error: Exception) -> InvalidInputError:
+    return InvalidInputError(f"{file} has another form: {type(error).__name__} {error}")
 
 
 def cost_rows(before: dict[str, int], after: dict[str, int]) -> list[dict[str, Any]]:
@@ -130,7 +124,7 @@ def demo_data(result: Any, maps: Any = None) -> dict[str, Any]:
         data["times"] += [{"name": name, "seconds": value} for name, value in result["step_seconds"].items()]
         title = {"title": "secateur demo", "model": result["model"], "command": result.get("command")}
     except (KeyError, TypeError, AttributeError) as error:
-        raise InvalidInputError(f"{RESULT} has another form: {type(error).__name__} {error}") from None
+        raise _another_form(RESULT, error) from None
     notes = [
         "Fine-tuned on the same sentences, in the same order, with the same seed.",
         "One seed on a small set: a difference of a point is noise.",
@@ -141,11 +135,11 @@ def demo_data(result: Any, maps: Any = None) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     if (path / ROWS).is_file():
         settings = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else {}
-        return _comparison(path.resolve().name, read_lines(path / ROWS), settings, path / "scores")
+        return _comparison(path.resolve().name, read_lines(path / ROWS), settings, path / SCORES)
     if path.suffix == ".jsonl" and path.is_file():
         return _comparison(path.stem, read_lines(path), {}, None)
     if (path / RESULT).is_file():
-        return demo_data(read_json(path / RESULT), _maps_of(path / "pruned"))
+        return demo_data(read_json(path / RESULT), _maps_of(path / PRUNED))
     if (path / PRUNING).is_file():
         page = pruning_data(read_json(path / PRUNING), _maps_of(path))
         page["notes"] += _distillation(read_json(path / DISTILLATION)) if (path / DISTILLATION).is_file() else []
@@ -200,14 +194,14 @@ def _check_row(row: Any, where: str) -> None:
             raise InvalidInputError(f"{where}: `{key}` must be a finite number, got {shown(row[key])}")
     if not 0 <= row["ratio"] < 1:
         raise InvalidInputError(f"{where}: `ratio` must be in [0, 1), got {row['ratio']}")
-    cost, kept, made_with = row["cost"], row.get("kept_heads"), row.get("environment")
+    cost, kept, environment = row["cost"], row.get("kept_heads"), row.get("environment")
     if not isinstance(cost, dict) or not all(value is None or is_number(value) for value in cost.values()):
         raise InvalidInputError(f"{where}: `cost` must map names to numbers, got {shown(cost)}")
     heads = kept.values() if isinstance(kept, dict) else [] if kept is None else [kept]
     if not all(isinstance(row, list) and all(isinstance(head, int) for head in row) for row in heads):
         raise InvalidInputError(f"{where}: `kept_heads` must map sites to head numbers, got {shown(kept)}")
-    if made_with is not None and not isinstance(made_with, dict):
-        raise InvalidInputError(f"{where}: `environment` must map names to values, got {shown(made_with)}")
+    if environment is not None and not isinstance(environment, dict):
+        raise InvalidInputError(f"{where}: `environment` must map names to values, got {shown(environment)}")
 
 
 def _joins(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -215,7 +209,7 @@ def _joins(one: dict[str, Any], other: dict[str, Any]) -> bool:
     if one["kind"] != "comparison" or not one["settings"] or not other["settings"]:
         return False
     data = {row["task"]: row["data"] for row in one["rows"]}
-    return all(_setting(one, name) == _setting(other, name) for name in _SHARED) and all(
+    return all(_setting(one, name) == _setting(other, name) for name in COMMON) and all(
         data.get(row["task"], row["data"]) == row["data"] for row in other["rows"]
     )
 

@@ -16,10 +16,11 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from secateur.errors import InvalidInputError, UnsupportedModelError, invalid
 from secateur.finetuning.trainer import train, training_device
+from secateur.models.base_model import base_of
 from secateur.models.inputs import ForwardArguments
 from secateur.models.loading import quiet_transformers
 from secateur.models.offload import check_loaded, device_of
-from secateur.models.state import base_of, check_plain_weights, check_takes_gradients, evaluation_mode, held, in_float32
+from secateur.models.state import check_plain_weights, check_takes_gradients, evaluation_mode, held, in_float32
 from secateur.relations import RELATED, gated_representations, relational_kl, with_relations
 from secateur.settings import Reading, settings_of
 from secateur.sites.recipe import KEY

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, evaluation_mode, held, without_autocast
@@ -25,7 +25,7 @@ from secateur.support.processes import in_order
 from secateur.texts.calibration import PreparedModel, is_pair, listed_texts
 from secateur.texts.halving import in_batches_that_fit
 from secateur.texts.tokenization import Text
-from secateur.units.masks import Mask, PresentMask
+from secateur.units.masks import Mask, PresentMask, check_mask
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths of the ridge that are tried, in units of the mean second moment of what the projection is given."""
@@ -61,6 +61,7 @@ def reconstruct_(
     prepared = PreparedModel.of(model, tokenizer, reading)
     check_loaded(prepared.base, "reconstruction")
     check_plain_weights(prepared.base)
+    check_mask(mask)
     kept = mask.present(prepared.sites)
     if len(texts) < 2 * RELATED:
         raise invalid("texts", f"be at least {2 * RELATED}, {RELATED} for each half that judges the other", len(texts))

@@ -54,7 +54,7 @@ class SmpPlusScorer(Scorer):
             task.model, task.sites, batches, task.is_pair, task.reading.accelerator, special_ids, self.pruner.sees_maps
         )
         with torch.no_grad():
-            (judged,) = self.pruner.eval().judge_all([evidence])
+            (judged,) = self.pruner.eval().member_scores([evidence])
             found = evidence.split(self.pruner.combine(evidence, judged))
         agreed = float(agreement(standardised(judged)))
         if agreed <= DISTRUSTED and self.pruner.recall(evidence) is None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UnsupportedModelError
-from secateur.models.state import base_of, evaluation_mode
+from secateur.models.base_model import base_of
+from secateur.models.state import evaluation_mode
 from secateur.sites.gating import HeadReading, probe
 from secateur.sites.layout import AttentionSite
 from secateur.support.files import write_text

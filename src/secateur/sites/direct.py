@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,9 @@ from transformers.pytorch_utils import Conv1D
 from secateur.errors import UnsupportedModelError
 from secateur.models.inputs import example_inputs
 from secateur.models.state import evaluation_mode, gradients_for_all
+from secateur.sites.binary_codes import sets_of_units
 from secateur.sites.forward import is_emptied
+from secateur.sites.ownership import only
 
 _SOFTMAX = (torch.softmax, torch.nn.functional.softmax, Tensor.softmax)
 _FUSED = torch.nn.functional.scaled_dot_product_attention
@@ -60,7 +63,7 @@ class DirectSite:
     output: str
 
 
-# What was found in which model; None where the model did not run on made-up inputs.
+# What was found in which model; None where the model did not run on example inputs.
 _known: WeakKeyDictionary[nn.Module, dict[str, DirectSite] | None] = WeakKeyDictionary()
 
 
@@ -75,7 +78,7 @@ def known_sites(base: PreTrainedModel) -> dict[str, DirectSite] | None:
 
 
 def look_for_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
-    """Run `base` once, on `inputs` (keyword arguments, made up where absent), and remember its sites.
+    """Run `base` once, on `inputs` (keyword arguments, example inputs where absent), and remember its sites.
 
     To be called while the interface's functions are ours, which tell by `inside_interface` what is theirs.
     """
@@ -112,17 +115,17 @@ def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read) ->
 def _reader(
     site: str, module: nn.Module, seen: dict[str, Computed], read: Read
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
-    other_way = UnsupportedModelError(
+    other_inputs = UnsupportedModelError(
         f"site {site} attends in another way with these inputs than with those on which its heads were found"
     )
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if site not in seen:  # to pass over it would be to ignore a gate without a word
-            raise other_way
+            raise other_inputs
         computed = seen.pop(site)
         by_head = _by_head(computed.result, args[0])
         if by_head is None:
-            raise other_way
+            raise other_inputs
         batch, heads, queries = by_head.shape[:3]
         outputs = args[0].reshape(batch, queries, heads, args[0].shape[-1] // max(heads, 1))
         operands = tuple(t.reshape(batch, -1, *t.shape[-2:]) if heads else t for t in computed.operands)
@@ -194,46 +197,51 @@ def _by_head(result: Tensor, read: Tensor) -> Tensor | None:
 
 def _look(base: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, DirectSite]:
     """Run `base` once and return the sites whose heads can be told apart in the input of a linear layer."""
-    modules = dict(base.named_modules())
-    parents = {name for name, module in modules.items() if any(True for _ in module.parameters())}
-    sites: dict[str, DirectSite] = {}
-    unclear: set[str] = set()  # more than one map for one set of heads: no gate would stand for the head
-    pending: dict[str, Tensor] = {}
-
-    def found(name: str, computed: Computed) -> None:
-        while name and name not in parents:  # an nn.Softmax is no attention block, what holds it is
-            name = name.rpartition(".")[0]
-        if name in pending:
-            unclear.add(name)
-        if computed.result.requires_grad:
-            pending.clear()
-            pending[name] = computed.result
-
-    def read(layer: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            for name, result in list(pending.items()):
-                by_head = _by_head(result, args[0]) if args and isinstance(args[0], Tensor) else None
-                if by_head is not None and reads_heads(result, args[0], by_head.shape[:3]):
-                    del pending[name]
-                    if name in sites and sites[name].output != layer:
-                        unclear.add(name)
-                    sites[name] = DirectSite(name, layer)
-                    return
-            # A layer that also reads something else would let an ungated part of the heads through (ProphetNet).
-            unclear.update(name for name, site in sites.items() if site.output == layer)
-
-        return hook
-
+    search = _Search(base)
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(base))
         stack.enter_context(gradients_for_all(base))
-        for name, module in modules.items():
+        for name, module in search.modules.items():
             weight = getattr(module, "weight", None)
             if isinstance(module, nn.Linear | Conv1D) and isinstance(weight, Tensor) and weight.ndim == 2:
-                stack.callback(module.register_forward_pre_hook(read(name)).remove)
-        stack.enter_context(_Watcher(modules, found))
+                stack.callback(module.register_forward_pre_hook(partial(search.read, name)).remove)
+        stack.enter_context(_Watcher(search.modules, search.see))
         base(**inputs)
-    return {name: site for name, site in sites.items() if name not in unclear}
+    return {name: site for name, site in search.sites.items() if name not in search.unclear}
+
+
+class _Search:
+    """What a pass shows of attention outside the interface: maps, and the linear layers that read their heads."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.modules = dict(base.named_modules())
+        self.parents = {name for name, module in self.modules.items() if any(True for _ in module.parameters())}
+        self.sites: dict[str, DirectSite] = {}
+        self.unclear: set[str] = set()  # more than one map for one set of heads: no gate would stand for the head
+        self.pending: dict[str, Tensor] = {}
+
+    def see(self, name: str, computed: Computed) -> None:
+        """Take what a module computed: from now on a layer that reads its heads is awaited."""
+        while name and name not in self.parents:  # an nn.Softmax is no attention block, what holds it is
+            name = name.rpartition(".")[0]
+        if name in self.pending:
+            self.unclear.add(name)
+        if computed.result.requires_grad:
+            self.pending.clear()
+            self.pending[name] = computed.result
+
+    def read(self, layer: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take the input of a linear layer: is it the heads that are awaited?"""
+        for name, result in list(self.pending.items()):
+            by_head = _by_head(result, args[0]) if args and isinstance(args[0], Tensor) else None
+            if by_head is not None and reads_heads(result, args[0], by_head.shape[:3]):
+                del self.pending[name]
+                if name in self.sites and self.sites[name].output != layer:
+                    self.unclear.add(name)
+                self.sites[name] = DirectSite(name, layer)
+                return
+        # A layer that also reads something else would let an ungated part of the heads through (ProphetNet).
+        self.unclear.update(name for name, site in self.sites.items() if site.output == layer)
 
 
 def reads_heads(result: Tensor, read: Tensor, shape: Sequence[int]) -> bool:
@@ -247,14 +255,16 @@ def reads_heads(result: Tensor, read: Tensor, shape: Sequence[int]) -> bool:
     batch, heads, queries = shape
     chunks = read.reshape(batch, queries, heads, -1)
     random = torch.Generator().manual_seed(0)
-    for head in range(heads):
-        direction = torch.randn(chunks[:, :, head].shape, generator=random).to(chunks)
-        (gradient,) = torch.autograd.grad(chunks[:, :, head], result, direction, retain_graph=True, allow_unused=True)
+    for chosen in sets_of_units(heads):  # equal at every set only where each chunk depends on its own head alone
+        if not chosen.any():
+            continue
+        direction = only(chosen, torch.randn(chunks.shape, generator=random).to(chunks), axis=2)
+        (gradient,) = torch.autograd.grad(chunks, result, direction, retain_graph=True, allow_unused=True)
         if gradient is None:
             return False
         if result.ndim == 4 and tuple(result.shape[:3]) != tuple(shape):
             gradient = gradient.transpose(1, 2)
-        used = (gradient.reshape(batch, heads, -1) != 0).any(dim=-1).any(dim=0).tolist()
-        if used != [h == head for h in range(heads)]:
+        used = (gradient.reshape(batch, heads, -1) != 0).any(dim=-1).any(dim=0).cpu()
+        if not torch.equal(used, chosen):
             return False
     return True

@@ -26,8 +26,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.models.base_model import base_of
 from secateur.models.offload import is_offloaded
-from secateur.models.state import base_of, held, without_autocast
+from secateur.models.state import held, without_autocast
 from secateur.sites.direct import Computed, inside_interface, is_known, known_sites, look_for_sites, watch
 
 _PREFIX = "secateur_"
@@ -129,7 +130,7 @@ def _probing(
 
 
 def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
-    """Look for attention outside the interface, with `inputs` where the model does not run on made-up ones.
+    """Look for attention outside the interface, with `inputs` where the model does not run on example ones.
 
     Not where weights are fetched layer by layer: gradients through the whole model would hold all of them.
     """

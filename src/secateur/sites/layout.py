@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -85,6 +85,19 @@ class Site(ABC):
             state = torch.where(wanted, 2, torch.where(used, 0, 1))
             stays[piece.parameter, piece.axis] = state if before is None else _merge(before, state)
         return {key: (state > 0).nonzero().flatten() for key, state in stays.items()}
+
+    def kept_slices(self, kept: Tensor) -> tuple[Slice, ...]:
+        """Return what the units in `kept` (bool `[units]`) own once the others are gone, by their numbers then."""
+        if not kept.any():
+            return ()
+        stays = self.kept_indices(kept)
+        slices = []
+        for piece in self.slices:
+            owners_left = self.kept_owners(piece.role, kept).nonzero().flatten().tolist()
+            numbers = {old: new for new, old in enumerate(owners_left)}
+            indices = stays[piece.parameter, piece.axis].tolist()
+            slices.append(replace(piece, owners=tuple(numbers.get(piece.owners[i], NOBODY) for i in indices)))
+        return tuple(slices)
 
     @abstractmethod
     def kept_owners(self, role: str, kept: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""Which rows and columns of which weights belong to each head: found by gradients, without naming any model.
+"""Which rows and columns of which weights belong to each unit: found by gradients, without naming any model.
 
-A head owns an index of a weight if the gradient of something that the head computed reaches the index and no other
-head's does.
+A unit owns an index of a weight if the gradient of something that the unit computed reaches the index and no other
+unit's does. Units are asked in sets, by the bits of their numbers: see binary_codes.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,45 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedModelError
-from secateur.sites.layout import NOBODY, Slice
+from secateur.sites.binary_codes import owners_along, sets_of_units
+from secateur.sites.layout import Slice
+
+
+@dataclass(frozen=True)
+class Part:
+    """What units compute in one role: of heads, their queries, keys, values, or what the output makes of them.
+
+    `computed_by(chosen)` returns what the units in `chosen` (bool `[units]`) alone computed, with its gradients.
+    """
+
+    role: str
+    num_units: int
+    computed_by: Callable[[Tensor], Sequence[Tensor]]
+
+    @classmethod
+    def along_first_axis(cls, role: str, *tensors: Tensor) -> Part:
+        """Return the part whose units are the entries of `tensors`, each `[units, …]`."""
+
+        def computed_by(chosen: Tensor) -> list[Tensor]:
+            return [only(chosen, tensor, axis=0) for tensor in tensors]
+
+        return cls(role, len(tensors[0]), computed_by)
+
+
+def only(chosen: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    """Return `tensor` with zeros for all but the units in `chosen` (bool `[units]`), which lie along `axis`."""
+    shape = [1] * tensor.ndim
+    shape[axis] = len(chosen)
+    return tensor * chosen.to(tensor).view(shape)
 
 
 class Ownership:
-    """Asks which parameters of a model single heads use; `random` draws the directions of the gradients."""
+    """Asks which parameters of a model single units use; messages call them by their `kind`, such as heads."""
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, kind: str) -> None:
         self.base = base
-        self.random = torch.Generator().manual_seed(0)
+        self.kind = kind
+        self.random = torch.Generator().manual_seed(0)  # draws the directions of the gradients
         self.names: dict[int, str] = {}
 
     def look_up_names(self) -> None:
@@ -33,13 +64,11 @@ class Ownership:
         """Is it more than a bias that is divided?"""
         return self.base.get_parameter(piece.parameter).ndim > 1
 
-    def slices(
-        self, site: str, module: nn.Module, role: str, per_head: list[Tensor], leave_out: Collection[str] = ()
-    ) -> list[Slice]:
-        """Back-propagate from each head alone; an axis along which the heads reach different indices is theirs.
+    def slices(self, site: str, module: nn.Module, part: Part, leave_out: Collection[str] = ()) -> list[Slice]:
+        """Back-propagate from sets of units; an axis along which they reach different indices is theirs.
 
-        `per_head` holds, for each head, something that it alone computed with parameters of `module`; parameters named
-        in `leave_out` are not looked at. Raises `UnsupportedModelError` for an index that some heads share.
+        `part` was computed with parameters of `module`; those named in `leave_out` are not looked at. Raises
+        `UnsupportedModelError` for an index that some units share.
         """
         holders = {
             id(p): holder for holder in module.modules() for p in holder.parameters(recurse=False) if p.requires_grad
@@ -49,52 +78,55 @@ class Ownership:
             for p in module.parameters()
             if id(p) in holders and id(p) in self.names and self.names[id(p)] not in leave_out
         ]
-        if not parameters or not per_head[0].requires_grad:
-            return []
-        reached: dict[tuple[int, int], list[Tensor]] = {}
-        for tensor in per_head:
-            direction = torch.randn(tensor.shape, generator=self.random).to(tensor)
-            gradients = torch.autograd.grad(tensor, parameters, direction, retain_graph=True, allow_unused=True)
-            for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-                for axis in range(parameter.ndim):
-                    others = [a for a in range(parameter.ndim) if a != axis]
-                    hit = (
-                        torch.zeros(parameter.shape[axis], dtype=torch.bool)
-                        if gradient is None
-                        else ((gradient != 0).any(dim=others) if others else gradient != 0).cpu()
-                    )
-                    reached.setdefault((number, axis), []).append(hit)
         pieces = []
-        for (number, axis), hits in reached.items():
-            parameter = parameters[number]
-            holder = holders[id(parameter)]
-            owners = _owners(torch.stack(hits), _only_head_axis(holder, parameter, role) == axis)
-            if owners == "mixed":
-                raise UnsupportedModelError(
-                    f"site {site}: an index of {self.names[id(parameter)]} is used by several heads but not by all"
-                )
-            if isinstance(owners, tuple):
-                pieces.append(Slice(self.names[id(parameter)], axis, role, owners))
+        for parameter, by_axis in zip(parameters, self._reached(parameters, part), strict=True):
+            for axis, reached in enumerate(by_axis):
+                if part.num_units == 1 and _only_unit_axis(holders[id(parameter)], parameter, part.role) != axis:
+                    continue  # a lone unit reaches both axes of its matrix: only the layer's kind tells which is which
+                owners = owners_along(reached)
+                if owners == "mixed":
+                    raise UnsupportedModelError(
+                        f"site {site}: an index of {self.names[id(parameter)]} is used by several {self.kind} but not "
+                        "by all"
+                    )
+                if owners is not None:
+                    pieces.append(Slice(self.names[id(parameter)], axis, part.role, owners))
         return pieces
 
+    def _reached(self, parameters: list[nn.Parameter], part: Part) -> list[list[Tensor]]:
+        """Return, for each parameter and each of its axes, which sets of units reach which indices: `[sets, indices]`.
 
-def _owners(hits: Tensor, is_only_axis: bool) -> tuple[int, ...] | str | None:
-    """Turn `hits` [heads, indices] into an owner for each index; None = no head's own, "mixed" = cannot be told."""
-    used = hits.any(dim=0)
-    if not bool(used.any()):
-        return None
-    if len(hits) == 1:  # a single head reaches both axes of its matrix: only the layer's kind tells which is which
-        if not is_only_axis:
-            return None
-    elif bool((hits == hits[0]).all()):
-        return None
-    elif bool((hits.sum(dim=0) > 1).any()):
-        return "mixed"
-    return tuple(torch.where(used, hits.int().argmax(dim=0), NOBODY).tolist())
+        The gradients of one set are there at a time.
+        """
+        sets = sets_of_units(part.num_units)
+        reached = [[torch.zeros(len(sets), size, dtype=torch.bool) for size in p.shape] for p in parameters]
+        for number, chosen in enumerate(sets):
+            if not parameters or not chosen.any():
+                continue
+            for by_axis, gradient in zip(reached, self._gradients(part.computed_by(chosen), parameters), strict=True):
+                for axis, used in enumerate([] if gradient is None else _used_by_axis(gradient)):
+                    by_axis[axis][number] = used
+        return reached
+
+    def _gradients(self, computed: Sequence[Tensor], parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
+        """Return the gradients of `computed` in a random direction, None where there is none."""
+        computed = [tensor for tensor in computed if tensor.requires_grad]
+        if not computed:
+            return [None] * len(parameters)
+        directions = [torch.randn(tensor.shape, generator=self.random).to(tensor) for tensor in computed]
+        return torch.autograd.grad(computed, parameters, directions, retain_graph=True, allow_unused=True)
 
 
-def _only_head_axis(holder: nn.Module, parameter: nn.Parameter, role: str) -> int | None:
-    """Return the axis that would be a lone head's: what a linear layer writes for q, k, v, what the output reads."""
+def _used_by_axis(gradient: Tensor) -> list[Tensor]:
+    """Return, for each axis, which indices have a gradient that is not zero: bool `[indices]`."""
+    used = gradient != 0
+    if used.ndim == 1:
+        return [used.cpu()]
+    return [used.any(dim=[a for a in range(used.ndim) if a != axis]).cpu() for axis in range(used.ndim)]
+
+
+def _only_unit_axis(holder: nn.Module, parameter: nn.Parameter, role: str) -> int | None:
+    """Return the axis that would be a lone unit's: what a linear layer writes for it, or what the output reads."""
     if not isinstance(holder, nn.Linear | Conv1D):
         return None
     if parameter.ndim == 1:

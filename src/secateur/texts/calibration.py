@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import InvalidInputError, invalid
+from secateur.models.base_model import base_of
 from secateur.models.inputs import ForwardArguments, max_length
 from secateur.models.loading import load_tokenizer
 from secateur.models.offload import device_of
 from secateur.models.sentence_transformers import transformer_of
-from secateur.models.state import base_of
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.sites.layout import AttentionSite

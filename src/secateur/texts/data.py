@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,10 @@ from typing import Any, Literal
 
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.support.checks import check_whole, is_number
-from secateur.texts.rows import FILE_FORMATS, one_line, read_columns, stem_and_format
+from secateur.texts.hub import hub_id, hub_split
+from secateur.texts.rows import FILE_FORMATS, SPLIT_NAMES, read_columns, stem_and_format
 from secateur.texts.tokenization import Text, check_texts, is_text
 
-# The file names that stand for a split, in the order in which they are looked for; the Hub's split names too.
-SPLIT_NAMES = {
-    "train": ("train",),
-    "dev": ("dev", "validation", "valid", "dev_matched", "validation_matched"),
-    "test": ("test", "test_matched"),
-}
 # Pairs come first because QNLI's columns are `question` and `sentence`.
 TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
@@ -31,7 +25,6 @@ TEXT_COLUMNS = (
 )
 MOST_CLASSES = 100_000
 """A model needs an output for each class up to the highest; a larger number was not meant as one."""
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ class Task:
         return len(self.texts)
 
     def head(self, n: int, seed: int | None = None) -> Task:
-        """Return a task with the first `n` rows or, given a `seed`, with `n` random ones; all rows if there are fewer.
+        """Return a task with the first `n` rows or, with a `seed`, with `n` random ones; all rows if there are fewer.
 
         Raises `InvalidInputError` where `n` is below 1.
         """
@@ -140,7 +133,8 @@ def load_task(
         name = file.absolute().parent.name if is_split_name else stem
     else:
         repository, config = hub_id(data)
-        source, columns = str(data), read_hub(str(data), repository, config, split)
+        rows = hub_split(data, split)
+        source, columns = str(data), rows.select_columns(needed_columns(rows.column_names, str(data)))[:]
         name = config if repository == "nyu-mll/glue" and config else str(data)
 
     texts = _texts(columns, source)
@@ -170,39 +164,6 @@ def _split_file(folder: Path, split: str) -> Path:
         f"{folder} holds no {split} file: expected {' or '.join(SPLIT_NAMES[split])} with one of the endings "
         f"{', '.join(FILE_FORMATS)}"
     )
-
-
-def hub_id(data: str | Path) -> tuple[str, str | None]:
-    """Split a Hub id into repository and configuration, or raise for what can only be a path."""
-    text = str(data)
-    is_path = (
-        isinstance(data, Path) or text.startswith((".", "/", "~")) or stem_and_format(Path(text))[1] in FILE_FORMATS
-    )
-    match = _HUB_ID.fullmatch(text)
-    if is_path or match is None:
-        remedy = "" if is_path else "a Hub id looks like glue/sst2, owner/name or owner/name:config"
-        raise invalid("data", "name a file or a folder that exists", text, remedy)
-    if text.startswith("glue/"):
-        return "nyu-mll/glue", text.removeprefix("glue/")
-    return match[1], match[2]
-
-
-def read_hub(source: str, repository: str, config: str | None, split: str) -> dict[str, list[Any]]:
-    """Load a split of a Hub data set into the columns that a task needs."""
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(repository, config)
-    except Exception as error:  # the Hub, the network and each file format fail with types of their own
-        raise InvalidInputError(
-            f"{source!r} is no local file or folder, and the Hub did not give it ({one_line(error)}); "
-            "give a local file instead"
-        ) from error
-    name = next((name for name in SPLIT_NAMES[split] if name in splits), None)
-    if name is None:
-        raise InvalidInputError(f"{source} has no {split} split: found {', '.join(splits)}")
-    rows = splits[name]
-    return rows.select_columns(needed_columns(rows.column_names, source))[:]
 
 
 def _read_file(path: Path) -> dict[str, list[Any]]:

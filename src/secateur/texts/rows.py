@@ -16,6 +16,12 @@ from typing import Any
 
 from secateur.errors import InvalidInputError, shown
 
+# The file names that stand for a split, in the order in which they are looked for; the Hub's split names too.
+SPLIT_NAMES = {
+    "train": ("train",),
+    "dev": ("dev", "validation", "valid", "dev_matched", "validation_matched"),
+    "test": ("test", "test_matched"),
+}
 FILE_FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 Choose = Callable[[Sequence[str], str], list[str]]
 
@@ -27,7 +33,7 @@ def stem_and_format(path: Path) -> tuple[str, str]:
 
 
 def read_columns(path: Path, choose: Choose) -> dict[str, list[Any]]:
-    """Return the columns that `choose` names when it is given those of the file, and the file's own name.
+    """Return the columns that `choose` names when it gets those of the file, and the file's own name.
 
     Raises what `read_rows` raises, and `InvalidInputError` where there are no rows.
     """
@@ -128,10 +134,10 @@ def _json(path: Path, lines: Iterator[str]) -> Iterator[Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         raise ValueError("an object has one name twice")
-    return made
+    return row
 
 
 def _parquet(path: Path, choose: Choose) -> Iterator[dict[str, Any]]:

@@ -6,60 +6,20 @@ import glob
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 from secateur.errors import InvalidInputError, invalid, shown
-from secateur.texts.data import SPLIT_NAMES, hub_id, needed_columns
-from secateur.texts.rows import FILE_FORMATS, one_line, read_rows, stem_and_format
-from secateur.texts.tokenization import Text, batches, check_texts
+from secateur.texts.data import needed_columns
+from secateur.texts.hub import hub_split
+from secateur.texts.rows import FILE_FORMATS, SPLIT_NAMES, read_rows, stem_and_format
+from secateur.texts.tokenization import Text
 
 Item = TypeVar("Item")
 
 BUFFER = 10_000
 """Texts among which a stream is shuffled."""
-
-
-class BatchStream:
-    """Batches of texts that come one after the other, in unknown number; it can be read once.
-
-    Batches are the lists of `parts`, which `make` turns into keyword arguments of the model: whoever shares the work
-    reads every part and makes few. Raises `InvalidInputError` for no texts and for what `check_texts` refuses.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        texts: Iterable[Text],
-        batch_size: int,
-        max_length: int,
-        device: torch.device,
-        arguments: Callable[[Mapping[str, Tensor]], Mapping[str, Any]],
-    ) -> None:
-        if batch_size < 1:
-            raise invalid("batch_size", "be at least 1", batch_size)
-        left = iter(texts)
-        self.first = list(itertools.islice(left, 1))
-        check_texts(self.first)
-        self.texts = itertools.chain(self.first, left)
-        self.options = (batch_size, max_length, device)
-        self.tokenizer, self.arguments = tokenizer, arguments
-        self.seen = 0
-
-    def parts(self) -> Iterator[list[Text]]:
-        """Yield the texts of one batch after the other."""
-        while part := list(itertools.islice(self.texts, self.options[0])):
-            check_texts([*self.first, *part])  # all of one kind
-            self.seen += len(part)
-            yield part
-
-    def make(self, part: list[Text]) -> Mapping[str, Any]:
-        """Tokenise one batch."""
-        return self.arguments(batches(self.tokenizer, part, *self.options)[0])
 
 
 def stream_texts(data: str | Path, split: str = "train", seed: int | None = None) -> Iterator[Text]:
@@ -73,8 +33,11 @@ def stream_texts(data: str | Path, split: str = "train", seed: int | None = None
     Raises `InvalidInputError` for whatever is missing or unreadable, naming the file and the row.
     """
     files = _files(str(data), split)
-    rows = itertools.chain.from_iterable(map(_texts_of, files)) if files else _hub(data, split)
-    return rows if seed is None else shuffled(rows, random.Random(seed))
+    if files:
+        texts: Iterator[Text] = itertools.chain.from_iterable(map(_texts_of, files))
+    else:
+        texts = _chosen(iter(hub_split(data, split, streaming=True)), str(data))
+    return texts if seed is None else shuffled(texts, random.Random(seed))
 
 
 def shuffled(items: Iterable[Item], draw: random.Random, buffer: int = BUFFER) -> Iterator[Item]:
@@ -127,17 +90,3 @@ def _chosen(rows: Iterator[Mapping[str, Any]], source: str) -> Iterator[Text]:
         yield values[0] if len(values) == 1 else tuple(values)  # type: ignore[misc]
     if not names:
         raise InvalidInputError(f"{source} holds no rows")
-
-
-def _hub(data: str | Path, split: str) -> Iterator[Text]:
-    import datasets
-
-    repository, config = hub_id(data)
-    try:
-        splits = datasets.load_dataset(repository, config, streaming=True)
-    except Exception as error:  # the Hub, the network and each file format fail with types of their own
-        raise InvalidInputError(f"{str(data)!r} is no file, and the Hub did not give it ({one_line(error)})") from error
-    name = next((name for name in SPLIT_NAMES[split] if name in splits), None)
-    if name is None:
-        raise InvalidInputError(f"{data} has no {split} split: found {', '.join(splits)}")
-    return _chosen(iter(splits[name]), str(data))

@@ -122,6 +122,12 @@ class PresentMask(_Verdicts):
         return Mask({name: original_vector(site, self.get(name)) for name, site in sites.items()})
 
 
+def check_mask(mask: Any) -> None:
+    """Raise `InvalidInputError` unless this is a `Mask`: one among the units that are there now will not do."""
+    if not isinstance(mask, Mask):
+        raise invalid("mask", "be a Mask", mask)
+
+
 def original_vector(site: Site, kept: Tensor | None = None) -> Tensor:
     """Return bool `[original units]` for verdicts on the units there now, bool `[units]`; None keeps all of these."""
     left = site.units if kept is None else itertools.compress(site.units, kept.tolist())

@@ -1,0 +1,133 @@
+"""`secateur prune`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from secateur.cli.options import (
+    Ratio,
+    command_line,
+    data_option,
+    json_option,
+    out_option,
+    print_json,
+    reading_of,
+    together,
+)
+from secateur.cli.saving import save_model
+from secateur.cli.scoring import calibration_of, ends_as_main, processes, scorer_of, scoring_options, settled
+from secateur.support.defaults import FLOOR, PRUNING_RATIO
+from secateur.support.files import check_new_folder, new_folder
+from secateur.support.run_files import PAGE
+
+if TYPE_CHECKING:
+    from secateur.pruning import PruningReport
+    from secateur.texts.tokenization import Text
+
+cutting_options = together(
+    click.option(
+        "--ratio", default=PRUNING_RATIO, show_default=True, type=Ratio(),
+        help="Fraction of heads to remove, in [0, 1).",
+    ),
+    click.option(
+        "--budget", default=None, metavar="QUANTITY=SHARE",
+        help="Instead of a ratio, what may remain: heads=0.5, params=0.95, macs=0.85, latency=0.8x@8x128.",
+    ),
+    click.option(
+        "--allocation", default="uniform", show_default=True, type=click.Choice(["uniform", "ranking"]),
+        help="The same ratio at every site, or one ranking over the model.",
+    ),
+    click.option(
+        "--floor", default=FLOOR, show_default=True, type=click.IntRange(0), help="Heads a site keeps at least."
+    ),
+    click.option(
+        "--refine", default=0, show_default=True, type=click.IntRange(0),
+        help="Exchanges of heads to try on the texts after scoring, no labels; each takes a pass.",
+    ),
+    click.option(
+        "--restore", default="none", show_default=True, type=click.Choice(["none", "reconstruct"]),
+        help="reconstruct: refit what the kept heads write on the texts, no labels, so that it makes up for the "
+        "others.",
+    ),
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("model")
+@data_option
+@cutting_options
+@click.option("--maps/--no-maps", default=True, show_default=True, help="Keep mean attention maps for the report page.")
+@scoring_options
+@out_option
+@json_option
+@click.pass_context
+def prune(context: click.Context, model: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder.
+
+    Under `accelerate launch` or torchrun each process scores a share of the texts, and the first one saves.
+    """
+    from dataclasses import replace
+
+    from secateur.models.loading import load_tokenizer
+    from secateur.pruning import prune as prune_model
+    from secateur.report import write_report
+    from secateur.report.pruning_files import save_pruning
+    from secateur.report.reading import read_runs
+
+    accelerator, device = processes(options["device"])
+    is_main = accelerator.is_main_process
+    if is_main:
+        check_new_folder(out)
+    cut = _cut(context, options)
+    scorer = scorer_of(options)
+    texts, labels = calibration_of(data, options)
+    tokenizer = load_tokenizer(model)
+    reading = reading_of(options, device=str(device), accelerator=accelerator, maps=options["maps"], progress=is_main)
+    # Of the processes that a launcher started, the first one holds the folder and saves.
+    with new_folder(out) if is_main else nullcontext(out) as folder:
+        pruned, report = prune_model(
+            model, texts, **cut, scorer=scorer, labels=labels, tokenizer=tokenizer, reading=reading
+        )
+        if not ends_as_main(accelerator):
+            return
+        report = replace(report, command=command_line())
+        save_model(pruned, tokenizer, model, folder)
+        save_pruning(report, folder)
+        write_report(read_runs([folder]), folder / PAGE)
+    if as_json:
+        print_json({**report.to_json(), "out": str(out)})
+    else:
+        _echo(report, texts, out)
+
+
+def _cut(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what goes and how far quality is restored, by the names of `secateur.prune`."""
+    from secateur.settings import Budget
+
+    budget = options["budget"]
+    if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("`ratio` must be left out where there is a `--budget`")
+    named = {name: options[name] for name in ("allocation", "floor", "refine", "restore")}
+    return {"pruning_ratio": options["ratio"], "budget": None if budget is None else Budget.parse(budget), **named}
+
+
+def _echo(report: PruningReport, texts: Iterable[Text], out: Path) -> None:
+    """Say what was removed, what that saves, and what each step gave."""
+    from secateur.cli.tables import print_table, pruning_table
+    from secateur.report.relational_kl import reconstruction_line, refinement_line
+
+    print_table(pruning_table(report))
+    click.echo(f"{report}\nproof: largest difference to the gated model {report.max_difference:.1e}")
+    if report.agreement is not None:
+        click.echo(settled(report.num_texts, texts, report.agreement))
+    if report.refinement:
+        click.echo(refinement_line(report.refinement))
+    if report.reconstruction:
+        before, after = report.reconstruction
+        click.echo(reconstruction_line(before, after))
+    click.echo(f"model: {out}\nreport: {out / PAGE}")

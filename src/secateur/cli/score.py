@@ -1,0 +1,56 @@
+"""`secateur score`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from secateur.cli.options import Place, data_option, json_option, print_json, reading_of
+from secateur.cli.scoring import calibration_of, ends_as_main, processes, scorer_of, scoring_options, settled
+from secateur.support.files import check_can_write
+
+
+@click.command()
+@click.argument("model")
+@data_option
+@scoring_options
+@click.option("--out", type=Place(dir_okay=False), help="Write the scores to this JSON file.")
+@json_option
+def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Score every attention head of MODEL on a task's texts; some scorers need their labels too.
+
+    Under `accelerate launch` or torchrun each process scores a share of the texts. `--device auto` is for a model that
+    is larger than a GPU: it is spread over GPUs, memory and disk (`device_map="auto"`).
+    """
+    from secateur.cli.tables import print_table, scores_table
+    from secateur.errors import invalid
+    from secateur.models.loading import load_model, load_tokenizer
+    from secateur.scorers.score import score as score_model
+
+    if out is not None and out.parent != Path() and not out.parent.is_dir():
+        raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
+    if out is not None:
+        check_can_write(out.parent)
+    spread = options["device"] == "auto"
+    accelerator, device = processes(None if spread else options["device"])
+    if spread and accelerator.num_processes > 1:
+        raise invalid("device", "be one of its own for each process that a launcher started", "auto")
+    scorer = scorer_of(options)
+    texts, labels = calibration_of(data, options)
+    reading = reading_of(options, accelerator=accelerator, progress=accelerator.is_main_process)
+    placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
+    loaded = load_model(model, device, **placed)
+    scores = score_model(loaded, texts, scorer, load_tokenizer(model), labels=labels, reading=reading)
+    if not ends_as_main(accelerator):
+        return
+    if scores.agreement is not None:
+        click.echo(settled(scores.num_texts, texts, scores.agreement), err=True)
+    if out is not None:
+        scores.save(out)
+        click.echo(f"scores of {len(scores)} sites: {out}", err=True)
+    if as_json:
+        print_json(scores.to_json())
+    elif out is None:
+        print_table(scores_table(scores))

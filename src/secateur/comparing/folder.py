@@ -1,0 +1,76 @@
+"""The folder of a comparison: its settings, scores and rows, for one process at a time and to go on with.
+
+It holds `settings.json`, one file of scores for each scorer, task and seed in `scores/`, and one line for each finished
+run in `runs.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from secateur.comparing.plan import CELLS, COMMON, Run, Settings
+from secateur.comparing.splits import splits
+from secateur.errors import InvalidInputError, invalid, shown
+from secateur.scorers import scorer_class
+from secateur.support.files import LOCK, is_taken, one_run, read_json, read_lines, remove_unfinished, write_text
+from secateur.support.run_files import ROWS, SCORES, SETTINGS, scores_stem
+
+
+@contextmanager
+def owned(out: Path, settings: Settings) -> Iterator[None]:
+    """Hold the folder for this process alone, and check or write its settings."""
+    file = out / SETTINGS
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if is_taken(out) and not file.is_file():
+        raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
+    if file.is_file():
+        found = read_json(file)
+        if not isinstance(found, dict) or not {"model", "data", "scorers"} <= set(found):
+            raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
+        names = differences(found, wanted)
+        if names:
+            raise InvalidInputError(f"{out} holds a comparison with other {', '.join(names)}; choose another folder")
+    with one_run(out / LOCK, out):
+        remove_unfinished(out)
+        write_text(file, json.dumps(wanted, indent=1))
+        yield
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return the settings that forbid to go on; what only adds runs to those that are there may grow."""
+    # A folder from before a setting was known has its default.
+    found = {**{f.name: f.default for f in fields(Settings)}, "pruners": {}, **found}
+    names = [name for name in CELLS if not _grows(found[name], wanted[name])]
+    # A scorer that is added may bring its pruner.
+    if any(found["pruners"].get(scorer) != wanted["pruners"].get(scorer) for scorer in found["scorers"]):
+        names.append("pruners")
+    return names + sorted(name for name in COMMON if name != "pruners" and found[name] != wanted[name])
+
+
+def _grows(found: Any, wanted: Any) -> bool:
+    """Whether a number, or a list of names, is in another."""
+    return bool(found <= wanted if isinstance(found, int) else set(found) <= set(wanted))
+
+
+def rows_by_run(out: Path) -> dict[Run, dict[str, Any]]:
+    """Return the rows of the finished runs. Raises `InvalidInputError` for a row that is none."""
+    return {run_of(row): row for row in read_lines(out / ROWS)}
+
+
+def run_of(row: Any) -> Run:
+    """Return the run that a row is of. Raises `InvalidInputError` for a row that is of none."""
+    try:
+        return Run(row["data"], row["scorer"], row["ratio"], row["seed"])
+    except (KeyError, TypeError):
+        raise InvalidInputError(f"{ROWS} has a row that is no run: {shown(row)}") from None
+
+
+def scores_file(out: Path, run: Run) -> Path:
+    """Return where the scores of a run are: for all ratios, where the scorer allows it."""
+    ratio = run.ratio if scorer_class(run.scorer).needs_ratio else None
+    return out / SCORES / f"{scores_stem(splits(run.data)[0].name, run.scorer, run.seed, ratio)}.json"

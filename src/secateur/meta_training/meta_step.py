@@ -1,0 +1,142 @@
+"""One step of meta-training: batches are drawn, heads are scored, and the loss gives the pruner its gradient.
+
+Every random draw of a step comes from a generator made of (seed, step, number of the batch in the step). So a run
+resumed from a checkpoint takes the identical next step, and any number of processes takes the same steps as one. The
+running statistics of BatchNorm, which no step uses, are averaged over the processes and do depend on their number.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.errors import InvalidInputError, SecateurError
+from secateur.meta_training.config import MetaTrainingConfig
+from secateur.meta_training.sampling import task_weights
+from secateur.meta_training.signals import (
+    leave_one_out_estimate,
+    random_masks_estimate,
+    ranking_loss,
+    straight_through_loss,
+)
+from secateur.meta_training.subjects import Subject
+from secateur.pruners.map_network import PAIR, SINGLE, MetaPruner, to_network_size
+from secateur.relations import by_first_token, represent
+from secateur.sites.gating import HeadReading, probe
+from secateur.support.randomness import generator
+from secateur.texts.batches import Batch
+from secateur.texts.data import Task
+from secateur.texts.tokenization import check_texts
+
+
+class MetaTraining:
+    """One run: the pruner, its optimiser, and how many updates it has had."""
+
+    def __init__(
+        self, subjects: Sequence[Subject], tasks: Sequence[Task], config: MetaTrainingConfig, accelerator: Accelerator
+    ) -> None:
+        for task in tasks:
+            check_texts(task.texts)
+            if len(task) < config.batch_size:
+                raise InvalidInputError(
+                    f"task {task.name} has {len(task)} texts, fewer than one batch of {config.batch_size}"
+                )
+        self.subjects, self.tasks, self.config, self.accelerator = subjects, tasks, config, accelerator
+        self.weights = torch.tensor(task_weights([len(t) for t in tasks], config.task_power), dtype=torch.float64)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.pruner = MetaPruner(initial_std=config.initial_std).to(accelerator.device)
+        kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
+        self.optimizer: torch.optim.Optimizer = kind(self.pruner.parameters(), lr=config.learning_rate)
+        self.step = 0
+        self._estimates: dict[tuple[int, int, int], dict[str, Tensor]] = {}
+
+    def gradients(self, step: int) -> dict[str, list[float]]:
+        """Leave the averaged gradient of one step in the pruner, and return each task's losses (this process's).
+
+        The step's batches are shared out among the processes; their sum does not depend on how many there are. Raises
+        `SecateurError` for a loss that is not finite.
+        """
+        self.pruner.train()
+        self.pruner.zero_grad()
+        losses: dict[str, list[float]] = {}
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        for number in range(rank, self.config.batches_per_step, world):
+            task, loss = self.loss(step, number)
+            if not bool(torch.isfinite(loss)):
+                raise SecateurError(f"meta-training: the loss is {float(loss)} at step {step + 1}, task {task.name}")
+            (loss / self.config.batches_per_step).backward()
+            losses.setdefault(task.name, []).append(float(loss.detach()))
+        for parameter in self.pruner.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if world > 1:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        if world > 1:  # each process has seen other maps: their running statistics are averaged
+            for buffer in self.pruner.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.accelerator.reduce(buffer.clone(), "mean"))
+        return losses
+
+    def loss(self, step: int, number: int) -> tuple[Task, Tensor]:
+        """Return the loss of one batch of one step, and its task (paper, steps 1 to 5)."""
+        config = self.config
+        random = generator(config.seed, step, number)
+        subject_number, task_number, place = self.draw(random)
+        subject, task = self.subjects[subject_number], self.tasks[task_number]
+        chooser = generator(config.seed, -1 - task_number, place) if config.pool else random
+        rows = torch.randperm(len(task), generator=chooser)[: config.batch_size].tolist()
+        batch = subject.batch([task.texts[i] for i in rows], config.max_length)
+        maps, dense = dense_pass(subject.model, batch, task.is_pair)
+        scores = self.scores(maps, task.is_pair)
+        if config.signal == "straight_through":
+            return task, straight_through_loss(subject.model, batch, dense, scores, task.is_pair, config, random)
+        key = (subject_number, task_number, place)
+        if key not in self._estimates or place < 0:
+            if config.signal == "leave_one_out":
+                targets = leave_one_out_estimate(subject.model, batch, dense, subject.heads, task.is_pair)
+            else:
+                targets = random_masks_estimate(
+                    subject.model, batch, dense, subject.heads, task.is_pair, config, chooser
+                )
+            self._estimates[key] = targets
+        return task, ranking_loss(scores, self._estimates[key])
+
+    def draw(self, random: torch.Generator) -> tuple[int, int, int]:
+        """Return the numbers of a model, of a task (paper, step 1) and, with a pool, of one of its batches, else -1."""
+        subject = int(torch.randint(len(self.subjects), (1,), generator=random))
+        task = int(torch.multinomial(self.weights, 1, generator=random))
+        place = int(torch.randint(self.config.pool, (1,), generator=random)) if self.config.pool else -1
+        return subject, task, place
+
+    def scores(self, maps: Mapping[str, Tensor], is_pair: bool) -> dict[str, Tensor]:
+        """Score all sites' maps `[texts, heads, 128, 128]` in one pass; return `[heads]` a site, the mean over texts.
+
+        One pass, since BatchNorm in train mode sees all maps of a batch together, as in the authors' code.
+        """
+        flat = self.pruner(torch.cat([m.flatten(0, 1) for m in maps.values()]))[:, PAIR if is_pair else SINGLE]
+        parts = flat.split([m.shape[0] * m.shape[1] for m in maps.values()])
+        return {site: part.view(m.shape[:2]).mean(dim=0) for (site, m), part in zip(maps.items(), parts, strict=True)}
+
+
+@torch.no_grad()
+def dense_pass(model: PreTrainedModel, batch: Batch, is_pair: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Return every site's maps `[texts, heads, 128, 128]` and the representations `[texts, width]` (paper, step 2).
+
+    A site that layers share is read once for each, texts after texts.
+    """
+    read: dict[str, list[Tensor]] = defaultdict(list)
+    first_token = by_first_token(model, is_pair)
+
+    def keep(reading: HeadReading) -> None:
+        assert reading.weights is not None  # asked for below
+        read[reading.site].append(to_network_size(reading.weights.float(), batch.get("attention_mask")))
+
+    with probe(model, keep, weights=True):
+        dense = represent(model, model(**batch), batch, first_token)
+    return {site: torch.cat(parts) for site, parts in read.items()}, dense

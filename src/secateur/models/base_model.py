@@ -1,0 +1,21 @@
+"""The model inside a task model, which holds the sites; it lies beside every standalone export too."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """Return the encoder or decoder inside a task model (`BertModel` inside `BertForSequenceClassification`).
+
+    Sites are named relative to it, so that scores and masks carry over between a base model and its task models.
+    Raises `TypeError` for anything that is no transformers model, with the way to get one.
+    """
+    if not isinstance(model, PreTrainedModel):
+        hint = "pass the transformers model inside it (PEFT: `get_base_model()`, SentenceTransformer: `[0].auto_model`)"
+        raise TypeError(f"`model` must be a transformers PreTrainedModel, got {type(model).__name__}; {hint}")
+    base: PreTrainedModel = model.base_model
+    while base.base_model is not base:  # DPR wraps twice
+        base = base.base_model
+    return base
