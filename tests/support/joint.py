@@ -3,7 +3,8 @@
 import torch
 
 from secateur.models.inputs import forward_arguments
-from secateur.pruners.evidence import FEATURES, Evidence, gather_evidence
+from secateur.pruners.evidence import Evidence, gather_evidence
+from secateur.pruners.features import FEATURES
 from secateur.pruners.joint_network import JointPruner
 from secateur.sites.attention import find_sites
 from secateur.texts.data import Task

@@ -39,7 +39,7 @@ RANDOM = torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 30, 32])
-def testsecond_moments_in_blocks_are_those_of_the_whole(width):
+def test_second_moments_in_blocks_are_those_of_the_whole(width):
     rows = torch.randn(20, width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
     torch.testing.assert_close(second_moments(rows), rows.T @ rows)
 

@@ -13,7 +13,7 @@ from secateur.scorers.score import score
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.texts.data import Task
-from secateur.texts.halving import halves_batches, is_out_of_memory
+from secateur.texts.halving import in_batches_that_fit, is_out_of_memory
 from secateur.units.scores import Scores
 from secateur.units.select import select
 from tests.support.memory import CPU, full_above, poisoned
@@ -103,9 +103,11 @@ def test_other_errors_and_other_processes_are_left_alone():
     class Accelerator:
         num_processes = 2
 
-    @halves_batches
-    def work(error, *, batch_size=8, accelerator=None):
-        raise error
+    def work(error, **reading):
+        def fails(_):
+            raise error
+
+        in_batches_that_fit(fails, Reading(batch_size=8, **reading))
 
     for error in (RuntimeError("shapes do not fit"), ValueError(CPU), OutOfMemoryError("told already")):
         with pytest.raises(type(error)) as caught:
