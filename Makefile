@@ -40,7 +40,7 @@ test-oldest: $(OLDEST)/.installed
 
 # What was tried against it and what came of it, from the tests that say so. Writes docs/robustness.md.
 robustness: $(STAMP)
-	$(BIN)/python -m pytest --outcomes=docs/robustness.md
+	FUZZ_CASES=2000 $(BIN)/python -m pytest --outcomes=docs/robustness.md
 
 # The damaged recipes, scores and masks of tests/contract/test_fuzz.py, 100,000 of the first two kinds and new ones each
 # time; about a quarter of an hour. Writes what came of them.

@@ -9,23 +9,16 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what the tests start: see below
 
 import secateur  # noqa: F401 - reloading is part of what every test relies on
 
 torch.set_num_threads(1)  # tests run in as many processes as there are cores, and their matrices are tiny
 
+pytest.register_assert_rewrite("tests.support")
 pytest_plugins = ["tests.support.outcomes"]
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
-
-SENTENCES = [
-    "a stirring , funny and finally transporting film",
-    "the plot is thin and the jokes are thinner",
-    "an honest , sensitive story from a first-time director",
-    "it never rises above its clichés",
-    "good",
-    "this is a long sentence that goes on for quite a while so that the padding of the others is real padding",
-]
 
 
 @pytest.fixture
@@ -74,6 +67,8 @@ def tokenizer(minilm_folder):
 
 @pytest.fixture
 def batch(tokenizer):
+    from tests.support.sentences import SENTENCES
+
     return dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
 
 

@@ -20,8 +20,7 @@ from secateur.finetuning.finetune import finetune
 from secateur.settings import Reading
 from secateur.texts.data import Task, load_task
 from secateur.texts.tokenization import batches
-from tests.support.tiny import tiny_classifier, tiny_model, tiny_tokenizer
-from tests.unit.test_data import decoder_tokenizer
+from tests.support.tiny import decoder_tokenizer, tiny_classifier, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -43,19 +43,8 @@ from secateur.removal.replay import missing_sites
 from secateur.sites.attention import find_sites
 from secateur.sites.recipe import Recipe, read_recipe
 from secateur.units.masks import Mask
+from tests.support.pruned import assert_equal, pruned
 from tests.support.tiny import CONFIGS, tiny_model, uneven_mask
-
-
-def pruned(kind, empty=False):
-    model = tiny_model(kind)
-    remove_(model, uneven_mask(find_sites(model), empty))
-    return model
-
-
-def assert_equal(one, other):
-    a, b = one.state_dict(), other.state_dict()
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -213,32 +202,31 @@ def test_half_precision_and_from_config(tmp_path):
 
 
 def test_models_without_a_recipe_load_exactly_as_before(tmp_path):
-    """The same folder, read with and without secateur, in processes of their own: same weights, classes and modules."""
+    """The same folder, read before and after secateur is imported: same weights, classes and modules."""
     tiny_model("bert").save_pretrained(tmp_path)
     script = """
 import sys, hashlib, json
-if sys.argv[2] == "with": import secateur
 from transformers import AutoModelForSequenceClassification
 import torch
-torch.manual_seed(0)
-m = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-digest = hashlib.sha256()
-for n, v in m.state_dict().items(): digest.update(n.encode() + v.numpy().tobytes())
-names = [type(x).__name__ + n + str(sorted(k for k in vars(x) if "secateur" in k)) for n, x in m.named_modules()]
-ours = [k for k in sys.modules if k.startswith("secateur.")]
-print(json.dumps([digest.hexdigest(), names, m.config.to_dict(), ours]))
+def seen():
+    torch.manual_seed(0)
+    m = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+    digest = hashlib.sha256()
+    for n, v in m.state_dict().items(): digest.update(n.encode() + v.numpy().tobytes())
+    names = [type(x).__name__ + n + str(sorted(k for k in vars(x) if "secateur" in k)) for n, x in m.named_modules()]
+    ours = [k for k in sys.modules if k.startswith("secateur.")]
+    return [digest.hexdigest(), names, m.config.to_dict(), ours]
+without = seen()
+import secateur
+print(json.dumps([without, seen()]))
 """
-    seen = []
-    for way in ("with", "without"):
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path), way], capture_output=True, text=True, check=True
-        )
-        seen.append(json.loads(done.stdout))
-    assert seen[0][:3] == seen[1][:3]
-    assert seen[1][3] == []
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    without, found = json.loads(done.stdout)
+    assert found[:3] == without[:3]
+    assert without[3] == []
     # With secateur imported, not even its model code is loaded for a model without a recipe.
     ours = ["removal", "removal.checkpoint", "removal.construction", "support", "support.versions"]
-    assert sorted(seen[0][3]) == [f"secateur.{name}" for name in ours]
+    assert sorted(found[3]) == [f"secateur.{name}" for name in ours]
 
 
 def test_the_hook_is_installed_once():

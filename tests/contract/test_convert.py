@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from secateur import MetaPruner, cli
 from secateur.models.inputs import example_inputs
-from tests.contract.test_legacy import v4_folder
+from tests.support.legacy import v4_folder
 from tests.support.tiny import tiny_classifier, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

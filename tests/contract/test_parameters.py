@@ -54,9 +54,10 @@ CALLS = {
         "accelerator": PROCESSES,
     },
     "prune": {
-        "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3], "allocation": ALLOCATION,
-        "floor": LEAST, "stop": [0, -1, "soon", "", None, 1.5], "refine": LEAST, "tokenizer": [3, "", object()],
-        "labels": [3, ""], "batch_size": COUNT, "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
+        "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3],
+        "allocation": ALLOCATION, "floor": LEAST, "stop": [0, -1, "soon", "", None, 1.5], "refine": LEAST,
+        "tokenizer": [3, "", object()], "labels": [3, ""], "batch_size": COUNT,
+        "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
         "device": ["abacus", "", 3.5, []], "maps": FLAG, "progress": FLAG, "budget": BUDGET, "accelerator": PROCESSES,
         "bf16": FLAG, "reconstruct": FLAG,
     },
@@ -70,8 +71,9 @@ CALLS = {
         "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED, "bf16": FLAG, "progress": FLAG,
     },
     "refine_mask": {
-        "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": LEAST, "allocation": ALLOCATION,
-        "floor": LEAST, "batch_size": COUNT, "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
+        "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": LEAST,
+        "allocation": ALLOCATION, "floor": LEAST, "batch_size": COUNT,
+        "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
         "progress": FLAG, "accelerator": PROCESSES,
     },
     "Scores": {

@@ -1,4 +1,4 @@
-"""The gradient of one meta-training step; as a module, run with FOLDER SIGNAL ..., it writes one file for each signal."""
+"""The gradient of one meta-training step; run as a module with FOLDER SIGNAL ..., one file for each signal."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Folders as the commands write them, and comparisons made by rule, for the tests of the page."""
 
 import json
+from html.parser import HTMLParser
 
 import torch
 
@@ -110,3 +111,33 @@ def write_comparison(folder, rows=None, scores=True, **settings):
                 name = f"{row['task'].replace('/', '-')}-{row['scorer']}-{row['seed']}.json"
                 (folder / "scores" / name).write_text(json.dumps(data))
     return folder
+
+
+class Page(HTMLParser):
+    """Collects the tags with their attributes and the text outside of styles and scripts."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.words, self.inside = [], [], ""
+        self.feed(html)
+        self.heads = [a for tag, a in self.tags if tag == "button" and "data-head" in a]
+        # Plain characters are easier to read and to type in the tests below.
+        text = " ".join(" ".join(self.words).split())
+        self.text = text.replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "~")
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside not in ("style", "script"):
+            self.words.append(data)
+
+    def verdicts(self):
+        return {(a["data-site"], int(a["data-head"])): a["data-verdict"] for a in self.heads}
+
+    def facts(self, site, head):
+        return next(a["aria-label"] for a in self.heads if (a["data-site"], a["data-head"]) == (site, str(head)))

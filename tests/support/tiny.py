@@ -157,3 +157,10 @@ def tiny_texts(count: int, seed: int = 0, pairs: bool = False) -> list:
         return " ".join(draw.choices(WORDS, k=draw.randint(2, 9)))
 
     return [(sentence(), sentence()) if pairs else sentence() for _ in range(count)]
+
+
+def decoder_tokenizer(**tokens):
+    """A tokenizer of single words as decoders have them: no padding token."""
+    inner = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "good": 2, "bad": 3, "film": 4}, unk_token="<end>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **tokens)

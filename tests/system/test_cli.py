@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from transformers import AutoModel
 
 from secateur import cli, demo
 from secateur.errors import SecateurError
-from tests.conftest import SENTENCES
+from tests.support.sentences import SENTENCES
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 
@@ -154,9 +155,10 @@ def test_finetune_and_evaluate_a_pruned_model(minilm_folder, texts, tmp_path, ca
 
 @pytest.mark.real
 def test_the_demo_end_to_end_on_less_data(minilm_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "TRAIN_TEXTS", 64)
-    monkeypatch.setattr(demo, "DEV_TEXTS", 32)
+    monkeypatch.setattr(demo, "TRAIN_TEXTS", 32)
+    monkeypatch.setattr(demo, "DEV_TEXTS", 16)
     monkeypatch.setattr(demo, "CALIBRATION_TEXTS", 16)
+    monkeypatch.setattr(demo, "compare_latency", partial(demo.compare_latency, rounds=1))
     out = tmp_path / "demo"
     code, text, err = run(capsys, "demo", "--out", out)
     assert code == 0

@@ -15,17 +15,11 @@ from secateur.models.sentence_transformers import copy_modules
 from secateur.pruning import prune
 from secateur.removal.remove import remove_
 from secateur.sites.attention import find_sites
-from tests.contract.test_checkpoint import assert_equal
 from tests.support.hub import REPOSITORY, Hub
+from tests.support.pruned import assert_equal, pruned_classifier
 from tests.support.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def pruned_classifier(kind="bert"):
-    model = tiny_classifier(kind)
-    remove_(model, uneven_mask(find_sites(model)))
-    return model
 
 
 def inputs_of(model, **more):

@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import asdict, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -40,21 +42,40 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def settings(folder, monkeypatch):
-    monkeypatch.setitem(PROTOCOLS, "lite", Protocol(max_train=16, max_length=16, epochs=1, learning_rate=1e-3))
+SHORT = Protocol(max_train=16, max_length=16, epochs=1, learning_rate=1e-3)
+
+
+def settings_of(folder):
     return Settings(
         str(folder / "model"), (str(folder / "singles"), str(folder / "pairs")), ("random", "contribution"),
         ratios=(0.5,), seeds=2, num_texts=8,
     )  # fmt: skip
 
 
+@pytest.fixture
+def settings(folder, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "lite", SHORT)
+    return settings_of(folder)
+
+
 def without_cost(rows):
     return [{name: value for name, value in row.items() if name != "cost"} for row in rows]
 
 
-def test_every_cell_once_with_its_dense_partner(settings, tmp_path):
-    rows = compare(settings, tmp_path / "c", progress=False)
+def in_order(rows):
+    return sorted(without_cost(rows), key=lambda row: (row["seed"], row["task"], row["scorer"], row["ratio"]))
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The rows of a whole comparison, and its folder."""
+    out = tmp_path_factory.mktemp("whole") / "c"
+    with mock.patch.dict(PROTOCOLS, lite=SHORT):
+        return compare(settings_of(folder), out, progress=False), out
+
+
+def test_every_cell_once_with_its_dense_partner(whole):
+    rows, out = whole
     assert [(r["task"], r["scorer"], r["ratio"], r["seed"]) for r in rows] == [
         (task, scorer, ratio, seed)
         for seed in (0, 1)
@@ -65,16 +86,15 @@ def test_every_cell_once_with_its_dense_partner(settings, tmp_path):
     assert all(len(kept) == 2 for r in pruned for kept in r["kept_heads"].values())
     assert all(r["cost"]["scoring_seconds"] > 0 for r in pruned)
     assert len({r["value"] for r in rows}) > 1
-    assert sorted(p.name for p in (tmp_path / "c" / "scores").iterdir())[0] == "pairs-contribution-0.json"
+    assert sorted(p.name for p in (out / "scores").iterdir())[0] == "pairs-contribution-0.json"
 
 
-def test_stopped_and_resumed_gives_the_rows_of_one_go(settings, tmp_path, monkeypatch):
-    whole = compare(settings, tmp_path / "whole", progress=False)
-    trained = []
+def test_stopped_and_resumed_gives_the_rows_of_one_go(settings, whole, tmp_path, monkeypatch):
+    settings, expected, trained = replace(settings, seeds=1), [row for row in whole[0] if row["seed"] == 0], []
     inner = comparison.train_run
 
     def interrupted(*arguments):
-        if len(trained) in (4, 7):
+        if len(trained) in (2, 4):
             trained.append("stopped")
             raise KeyboardInterrupt
         trained.append(arguments[1])
@@ -86,21 +106,23 @@ def test_stopped_and_resumed_gives_the_rows_of_one_go(settings, tmp_path, monkey
             compare(settings, tmp_path / "parts", progress=False)
         table = tmp_path / "parts" / "runs.jsonl"
         table.write_bytes(table.read_bytes() + b'{"data": "half a li')
-    assert without_cost(compare(settings, tmp_path / "parts", progress=False)) == without_cost(whole)
-    assert len(read_lines(table)) == len(whole)
+    assert without_cost(compare(settings, tmp_path / "parts", progress=False)) == without_cost(expected)
+    assert len(read_lines(table)) == len(expected)
     runs = [run for run in trained if run != "stopped"]
-    assert len(runs) == len(set(runs)) == len(whole)  # nothing was done twice
+    assert len(runs) == len(set(runs)) == len(expected) == 6  # nothing was done twice
 
 
-def test_what_only_adds_runs_goes_on_and_other_settings_do_not_mix(settings, tmp_path):
+def test_what_only_adds_runs_goes_on_and_other_settings_do_not_mix(settings, whole, tmp_path):
     first = replace(settings, data=settings.data[:1], scorers=("random",), seeds=1)
     one = compare(first, tmp_path / "c", progress=False)
-    grown = replace(settings, scorers=("contribution", "random"), ratios=(0.25, 0.5), seeds=2)
+    shutil.copytree(tmp_path / "c", tmp_path / "ratios")
+    more = compare(replace(first, ratios=(0.25, 0.5)), tmp_path / "ratios", progress=False)
+    grown = replace(settings, scorers=("contribution", "random"))
     rows = compare(grown, tmp_path / "c", progress=False)
-    assert len(rows) == 2 * 2 * (1 + 2 * 2)
-    assert [row for row in rows if row in one] == one  # timings too: they were not done again
-    alone = compare(grown, tmp_path / "alone", progress=False)
-    assert without_cost(rows) == without_cost(alone)
+    assert [len(found) for found in (one, more, rows)] == [1 + 1, 1 + 2, 2 * 2 * (1 + 2)]
+    for found in (more, rows):
+        assert [row for row in found if row in one] == one  # timings too: they were not done again
+    assert in_order(rows) == in_order(whole[0])
     for change in (
         {"ratios": (0.25,)}, {"seeds": 1}, {"data": settings.data[1:]}, {"scorers": ("random",)}, {"num_texts": 9},
         {"bf16": True}, {"scorers": ("random", "contribution", "smp"), "pruners": {"smp": "x"}, "threads": 2},
@@ -115,7 +137,7 @@ def test_what_only_adds_runs_goes_on_and_other_settings_do_not_mix(settings, tmp
 
 
 def test_pruned_runs_may_be_reconstructed(settings, tmp_path):
-    settings = replace(settings, seeds=1, num_texts=24)
+    settings = replace(settings, data=settings.data[1:], seeds=1, num_texts=24)
     plain = compare(settings, tmp_path / "plain", progress=False)
     rows = compare(replace(settings, reconstruct=True), tmp_path / "c", progress=False)
     for one, other in zip(plain, rows, strict=True):
@@ -136,20 +158,22 @@ def test_a_pruner_may_come_with_its_scorer_and_not_after_it(settings):
 
 
 def test_a_folder_from_before_a_setting_was_known_goes_on(settings, tmp_path):
-    compare(replace(settings, seeds=1), tmp_path / "c", progress=False)
+    settings = replace(settings, data=settings.data[:1], scorers=("random",), seeds=1)
+    compare(settings, tmp_path / "c", progress=False)
     file = tmp_path / "c/settings.json"
     old = json.loads(file.read_text())
     assert old.pop("learning_rate", 0) is None
     file.write_text(json.dumps(old))
-    assert len(compare(replace(settings, seeds=1), tmp_path / "c", progress=False)) == 6
+    assert len(compare(settings, tmp_path / "c", progress=False)) == 2
 
 
-def test_the_learning_rate_and_the_epochs_replace_the_protocols(settings, tmp_path):
-    changed = replace(settings, seeds=1, learning_rate=1e-9, epochs=2.0)
+def test_the_learning_rate_and_the_epochs_replace_the_protocols(settings, whole, tmp_path):
+    few = replace(settings, data=settings.data[:1], scorers=("random",), seeds=1)
+    changed = replace(few, learning_rate=1e-9, epochs=2.0)
     assert (changed.training.learning_rate, changed.training.epochs, changed.training.max_train) == (1e-9, 2.0, 16)
     assert settings.training == PROTOCOLS["lite"]
     slow = compare(changed, tmp_path / "slow", progress=False)[0]
-    usual = compare(replace(settings, seeds=1), tmp_path / "usual", progress=False)[0]
+    usual = whole[0][0]
     assert slow["train_loss"] > usual["train_loss"]
 
 

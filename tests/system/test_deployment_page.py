@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from secateur import cli
-from tests.contract.test_legacy import v4_folder
+from tests.support.legacy import v4_folder
+from tests.support.pruned import pruned_classifier
 from tests.support.tiny import tiny_tokenizer
-from tests.system.test_company import pruned_classifier
 
 PAGE = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
 

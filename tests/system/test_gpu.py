@@ -17,9 +17,9 @@ from secateur.models.offload import is_offloaded
 from secateur.scorers import SCORERS
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
-from tests.contract.test_scorers import LABELS, condition, inputs_of, model_for, options
+from tests.support.joint import SMALL, TASKS
+from tests.support.scoring import LABELS, condition, inputs_of, model_for, options
 from tests.support.tiny import CONFIGS, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
-from tests.system.test_joint_runs import SMALL, TASKS
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.usefixtures("one_thread"),

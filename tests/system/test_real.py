@@ -20,7 +20,7 @@ from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
 from secateur.units.masks import Mask
-from tests.conftest import SENTENCES
+from tests.support.sentences import SENTENCES
 
 pytestmark = pytest.mark.real
 

@@ -17,8 +17,7 @@ from secateur.report.numbers import DASH
 from secateur.report.pruned import pruning_view
 from secateur.report.reading import read_runs
 from secateur.units.scores import Scores
-from tests.support.report_data import EVIL, comparison_rows, maps_of, pruning_json, write_comparison, write_pruned
-from tests.unit.test_report import Page
+from tests.support.report_data import EVIL, Page, comparison_rows, maps_of, pruning_json, write_comparison, write_pruned
 
 
 def write_distilled(folder, about):

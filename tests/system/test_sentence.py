@@ -15,8 +15,8 @@ from secateur.errors import InvalidInputError
 from secateur.models.sentence_transformers import copy_modules, transformer_folder
 from secateur.removal.remove import gated
 from secateur.units.masks import Mask
-from tests.conftest import SENTENCES
-from tests.system.test_standalone import BARE
+from tests.support.bare import BARE
+from tests.support.sentences import SENTENCES
 
 pytestmark = [
     pytest.mark.real, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning"),

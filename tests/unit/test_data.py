@@ -7,12 +7,12 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertTokenizer, PreTrainedTokenizerFast
+from transformers import BertTokenizer
 
 from secateur.errors import InvalidInputError
 from secateur.texts.data import Task, load_task
 from secateur.texts.tokenization import batches, check_texts, tokenize
+from tests.support.tiny import decoder_tokenizer
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 GLUE = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
@@ -34,13 +34,6 @@ def bert_tokenizer(tmp_path):
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "film"]))
     return BertTokenizer(str(vocabulary), model_max_length=12)
-
-
-def decoder_tokenizer(**tokens):
-    """A tokenizer of single words as decoders have them: no padding token."""
-    inner = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "good": 2, "bad": 3, "film": 4}, unk_token="<end>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **tokens)
 
 
 def write(path, text):

@@ -20,8 +20,8 @@ from secateur.restoring.distillation import _share, distill_
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
+from tests.support.memory import poisoned
 from tests.support.tiny import CONFIGS, tiny_model, tiny_texts, tiny_tokenizer
-from tests.unit.test_memory_and_numbers import poisoned
 
 TEXTS = tiny_texts(64)
 QUICK = {"steps": 30, "learning_rate": 2e-3, "max_length": 16, "batch_size": 16}

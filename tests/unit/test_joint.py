@@ -32,36 +32,14 @@ from secateur.scorers.smp_plus import SmpPlusScorer
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
 from secateur.units.masks import Mask
+from tests.support.joint import batches_of, column, evidence_of, learned, permuted
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 RANDOM = torch.Generator().manual_seed(0)
 
 
-def batches_of(model, count=8, size=4, seed=0):
-    from secateur.texts.tokenization import batches
-
-    return forward_arguments(model, batches(tiny_tokenizer(), tiny_texts(count, seed), size, 16))
-
-
-def evidence_of(model, made=None, is_pair=False):
-    return gather_evidence(model, find_sites(model), batches_of(model) if made is None else made, is_pair)
-
-
-def column(evidence, name):
-    return evidence.features[:, FEATURES.index(name)]
-
-
-def learned(seed=0, **options):
-    """A pruner whose scores depend on everything it sees; a new one looks at the size alone, as do several at odds."""
-    torch.manual_seed(seed)
-    pruner = JointPruner(**{"members": 1, **options})
-    for parameter in pruner.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return pruner.eval()
-
-
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 30, 32])
-def testsecond_moments_in_blocks_are_those_of_the_whole(width):
+def test_second_moments_in_blocks_are_those_of_the_whole(width):
     rows = torch.randn(20, width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
     torch.testing.assert_close(second_moments(rows), rows.T @ rows)
 
@@ -218,10 +196,6 @@ def test_three_texts_are_too_few():
 
 
 # --- the network
-
-
-def permuted(evidence, order):
-    return Evidence(evidence.features[order], evidence.likeness[order][:, order], evidence.heads)
 
 
 def test_heads_of_a_site_may_come_in_any_order():

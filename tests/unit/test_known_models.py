@@ -17,8 +17,8 @@ from secateur.pruners.known_models import KnownModel
 from secateur.removal.remove import remove_
 from secateur.scorers.score import score
 from secateur.sites.attention import find_sites
+from tests.support.joint import batches_of, column, evidence_of, learned, permuted
 from tests.support.tiny import tiny_model, uneven_mask
-from tests.unit.test_joint import batches_of, column, evidence_of, learned, permuted
 
 SHARES = torch.stack([torch.linspace(0, 1, 12), torch.linspace(1, 0, 12)])
 

@@ -13,30 +13,17 @@ from secateur.scorers.score import score
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.texts.data import Task
-from secateur.texts.halving import halves_batches, is_out_of_memory
+from secateur.texts.halving import in_batches_that_fit, is_out_of_memory
 from secateur.units.scores import Scores
 from secateur.units.select import select
+from tests.support.memory import CPU, full_above, poisoned
 from tests.support.processes import command
 from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEMORY, NUMBERS = "Out of memory", "NaN and infinity"
 TEXTS = tiny_texts(8)
-CPU = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
 GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB"
-
-
-def full_above(model, most, error=RuntimeError, text=CPU):
-    """Let the model run out of memory for batches of more than `most` texts, and return the sizes it was given."""
-    sizes = []
-
-    def hook(module, args, kwargs):
-        sizes.append(len(kwargs["input_ids"]))
-        if sizes[-1] > most:
-            raise error(text)
-
-    model.register_forward_pre_hook(hook, with_kwargs=True)
-    return sizes
 
 
 @pytest.mark.parametrize(
@@ -116,9 +103,11 @@ def test_other_errors_and_other_processes_are_left_alone():
     class Accelerator:
         num_processes = 2
 
-    @halves_batches
-    def work(error, *, batch_size=8, accelerator=None):
-        raise error
+    def work(error, **reading):
+        def fails(_):
+            raise error
+
+        in_batches_that_fit(fails, Reading(batch_size=8, **reading))
 
     for error in (RuntimeError("shapes do not fit"), ValueError(CPU), OutOfMemoryError("told already")):
         with pytest.raises(type(error)) as caught:
@@ -150,17 +139,6 @@ def test_a_real_process_with_little_memory(tmp_path, outcome):
 
 
 # --- not finite
-
-
-def poisoned(model, value=float("nan"), above=2):
-    """Let the second layer compute a value that is not finite for batches of more than `above` texts."""
-
-    def hook(module, args, output):
-        if len(output) > above:
-            output[0, 0] = value
-
-    model.base_model.get_submodule("encoder.layer.1.attention.self.query").register_forward_hook(hook)
-    return model
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -241,7 +219,7 @@ def test_threads_change_rounding_and_nothing_else(minilm, tokenizer, outcome):
     found = {}
     for threads in (1, 2, 1, 2):
         torch.set_num_threads(threads)
-        scores = score(minilm, tiny_texts(32), "contribution", tokenizer)
+        scores = score(minilm, tiny_texts(8), "contribution", tokenizer)
         found.setdefault(threads, []).append(torch.stack(list(scores.values())))
     for one, again in found.values():
         assert torch.equal(one, again)

@@ -23,8 +23,8 @@ from secateur.restoring.reconstruction import _Moments, reconstruct_
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
+from tests.support.memory import full_above, poisoned
 from tests.support.tiny import CONFIGS, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
-from tests.unit.test_memory_and_numbers import full_above, poisoned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = tiny_texts(64)

@@ -1,44 +1,14 @@
 import json
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 
 from secateur.errors import InvalidInputError
 from secateur.report import render_report, write_report
+from tests.support.report_data import Page
 
 EVIL = "<script>alert('x')</script>\"'&"
-
-
-class Page(HTMLParser):
-    """Collects the tags with their attributes and the text outside of styles and scripts."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.words, self.inside = [], [], ""
-        self.feed(html)
-        self.heads = [a for tag, a in self.tags if tag == "button" and "data-head" in a]
-        # Plain characters are easier to read and to type in the tests below.
-        text = " ".join(" ".join(self.words).split())
-        self.text = text.replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "~")
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.inside = tag
-
-    def handle_endtag(self, tag):
-        self.inside = ""
-
-    def handle_data(self, data):
-        if self.inside not in ("style", "script"):
-            self.words.append(data)
-
-    def verdicts(self):
-        return {(a["data-site"], int(a["data-head"])): a["data-verdict"] for a in self.heads}
-
-    def facts(self, site, head):
-        return next(a["aria-label"] for a in self.heads if (a["data-site"], a["data-head"]) == (site, str(head)))
 
 
 def minimal(sites=None):

@@ -27,7 +27,7 @@ from secateur.sites.attention import find_sites
 from secateur.sites.gating import HeadReading, probe
 from secateur.units.scores import Scores
 from secateur.units.select import select
-from tests.contract.test_scorers import condition
+from tests.support.scoring import condition
 from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 SMALL = {
@@ -441,7 +441,10 @@ def test_the_head_that_the_classes_hang_on_is_learned(name):
         for layer in model.encoder.layer:
             layer.attention.output.dense.weight[:, :24] *= 0.01
             layer.attention.output.dense.weight[:, 24:] *= 3
-    scores = score(model, TEXTS * 4, name, tiny_tokenizer(), labels=[1, 0] * 16, epochs=10, learning_rate=3e-3, warmup_epochs=5, warmup_learning_rate=3e-3, reading=Reading(batch_size=8))  # fmt: skip
+    scores = score(
+        model, TEXTS * 4, name, tiny_tokenizer(), labels=[1, 0] * 16, epochs=10, learning_rate=3e-3, warmup_epochs=5,
+        warmup_learning_rate=3e-3, reading=Reading(batch_size=8),
+    )  # fmt: skip
     total = torch.stack(list(scores.values())).sum(dim=0)
     assert int(total.argmax()) == 3
 

@@ -57,7 +57,9 @@ def test_a_budget_reads_what_it_writes():
     assert Budget.parse("macs=0.85").shape == Shape(1, 128)
 
 
-@pytest.mark.parametrize(("option", "where"), [("max_length", "reading=secateur.Reading"), ("floor", "cut=secateur.Cut")])
+@pytest.mark.parametrize(
+    ("option", "where"), [("max_length", "reading=secateur.Reading"), ("floor", "cut=secateur.Cut")]
+)
 def test_a_setting_among_the_scorers_options_is_told_where_it_belongs(option, where):
     with pytest.raises(InvalidInputError, match=f"`{option}` belongs into .*{where}"):
         secateur.score(tiny_model("bert"), tiny_texts(4), "contribution", tiny_tokenizer(), **{option: 8})
