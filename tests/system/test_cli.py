@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+import typing
+from dataclasses import MISSING, fields
 from functools import partial
 
 import pytest
 from transformers import AutoModel
 
+import secateur
 from secateur import cli, demo
+from secateur.comparing.plan import Settings
 from secateur.errors import SecateurError
 from tests.support.sentences import SENTENCES
 from tests.support.tiny import tiny_model, tiny_tokenizer
@@ -186,6 +190,25 @@ def test_the_home_folder_is_found_where_the_shell_leaves_it(tmp_path, capsys, mo
     monkeypatch.chdir(tmp_path)
     code, _, _ = run(capsys, "score", "model", "--scorer", "magnitude", "--out=~draft.json", "--data", "x.csv")
     assert (code, (tmp_path / "~draft.json").is_file()) == (0, True)  # nobody's home
+
+
+def config_of(function):
+    return typing.get_args(typing.get_type_hints(function)["config"])[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [
+        ("compare", Settings),
+        ("meta-train", config_of(secateur.train_meta_pruner)),
+        ("joint-train", config_of(secateur.train_joint_pruner)),
+    ],
+)
+def test_defaults_are_those_of_the_settings(command, config):
+    defaults = {one.name: one.default for one in fields(config) if one.default is not MISSING}
+    shown = {one.name: one.default for one in cli.cli.commands[command].params if getattr(one, "show_default", None)}
+    assert len(shown) > 5
+    assert shown == {name: defaults[name] for name in shown}
 
 
 def test_help_imports_no_torch():
