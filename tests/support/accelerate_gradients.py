@@ -1,4 +1,4 @@
-"""The gradient of one meta-training step; as a module, run with FOLDER SIGNAL ..., it writes one file for each signal."""
+"""The gradient of one meta-training step; as a module, run with FOLDER SIGNAL ..., it writes a file for each signal."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ class JointTrainingConfig:
             if len(task) < fewest:
                 raise InvalidInputError(
                     f"task {task.name} has {len(task)} texts, fewer than the {fewest} that a sample takes: `num_texts` "
-                    f"({self.num_texts}) for evidence and a batch ({self.batch_size}) that judges masks; give more "
-                    "texts, or lower either"
+                    f"({self.num_texts}) for evidence and a batch ({self.batch_size}) that masks are evaluated on; "
+                    "give more texts, or lower either"
                 )
 
 
