@@ -25,19 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from secateur.units.values import HeadMask, HeadScores
 
 from other_texts import DRAWS, SCORERS, other_loss
 from provenance import provenance
 from representations import LENGTH, RATIOS, TASKS
 from secateur.comparing.workers import each, workers
 from secateur.demo import CALIBRATION_TEXTS, demo_model
-from secateur.meta_training.joint import Sample, found_over_the_whole_model
+from secateur.meta_training.sample import Sample
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.scorers.score import score_heads
 from secateur.support.files import read_json, write_text
 from secateur.texts.data import load_task
 from secateur.units.select import Scope, select_heads
-from secateur.units.values import HeadMask, HeadScores
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES = RESULTS / "deep_samples"
@@ -51,7 +51,7 @@ def judge_task(glue: Path, fits: Path, task: str) -> list[dict[str, Any]]:
     loss, rows = other_loss(model, tokenizer, load_task(glue / task, "dev")), []
     samples = [Sample.load(path) for path in sorted(SAMPLES.glob(f"minilm-{task}-*"))]
     evidence = samples[0].evidence
-    found = torch.stack([found_over_the_whole_model(sample) for sample in samples])  # [searches, ratios, heads]
+    found = torch.stack([sample.found_by_ranking for sample in samples])  # [searches, ratios, heads]
     for number, ratio in enumerate(RATIOS):
         masks = [(FOUND, draw, HeadMask(evidence.split(mask))) for draw, mask in enumerate(found[:, number])]
         # Where as many searches keep two heads, the one that they keep at more ratios stays.

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from reconstruction import made
 from representations import JUDGED, LENGTH, SCORED, TASKS, similarity
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.demo import demo_model
 from secateur.models.inputs import forward_arguments
 from secateur.models.loading import load_model, load_tokenizer

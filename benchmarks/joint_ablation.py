@@ -27,14 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from secateur.units.values import HeadMask, HeadScores
 from tqdm import tqdm
 
 from joint_pruner import family, fitted, load
 from provenance import provenance
 from representations import JUDGED, LENGTH, SCORED, similarity
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.demo import demo_model
-from secateur.meta_training.joint import LEAVE_ONE_OUT, FitConfig
+from secateur.meta_training.fitting import FitConfig
+from secateur.meta_training.sample import LEAVE_ONE_OUT
 from secateur.models.inputs import forward_arguments
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.models.state import evaluation_mode
@@ -44,7 +46,6 @@ from secateur.sites.attention import find_sites
 from secateur.support.files import append_line, read_json, read_lines, write_text
 from secateur.texts.data import batches, load_task
 from secateur.units.select import Scope, select_heads
-from secateur.units.values import HeadMask, HeadScores
 
 RESULTS = Path(__file__).parent / "results"
 FOLDS = (("mnli", "qnli"), ("qqp", "mrpc"), ("sst2", "cola"), ("stsb", "rte"))

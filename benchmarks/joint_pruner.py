@@ -32,12 +32,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.comparing.workers import each, workers
-from secateur.meta_training.joint import BESIDE_FOUND, FitConfig, Sample, TrialConfig, collect, fit, remember
-from secateur.pruners.evidence import fingerprints_of
+from secateur.meta_training.collecting import TrialConfig, collect
+from secateur.meta_training.fitting import BESIDE_FOUND, FitConfig, fit
+from secateur.meta_training.remembering import remember
+from secateur.meta_training.sample import Sample
 from secateur.pruners.joint_network import JointPruner
-from secateur.pruners.writes import output_weights
+from secateur.pruners.writes import fingerprints_of, output_weights
 from secateur.sites.attention import find_sites
 from secateur.texts.data import load_task
 from subjects import READ_ENGLISH, SUBJECTS, Subject, tokenised
@@ -99,9 +101,12 @@ def collect_one(
     judges = [MaskLoss(judge, placed(made, judging.device, dtype), is_pair) for made in read]
     unseen = family(name) if kind == OWN else task_of(kind)
     earlier = JointPruner.from_pretrained(pruner.format(unseen=unseen)) if pruner else None
-    about = name, kind, config, seed, earlier
     sites, scored = find_sites(subject.model), placed(scored, judging.device)
-    collect(subject.model, sites, scored, judges, is_pair, *about).save(path)
+    sample = collect(
+        subject.model, sites, scored, judges, is_pair,
+        subject=name, task=kind, config=config, seed=seed, pruner=earlier,
+    )  # fmt: skip
+    sample.save(path)
 
 
 def placed(batches: list[dict], device: str, dtype: torch.dtype | None = None) -> list[dict]:
@@ -161,8 +166,8 @@ def fitted(samples: list[Sample], seed: int = 0, groups: tuple[int, ...] | None 
     torch.manual_seed(seed)
     beside = BESIDE_FOUND if any(sample.found is not None for sample in samples) else {}
     pruner = JointPruner(**{**beside, **network})
-    usable = samples if groups is None else [s for s in samples if set(groups) & set(s.groups.tolist())]
-    fit(pruner, usable, FitConfig(seed=seed, groups=groups))
+    usable = samples if groups is None else [s for s in samples if set(groups) & set(s.trial_sets.tolist())]
+    fit(pruner, usable, FitConfig(seed=seed, trial_sets=groups))
     return pruner
 
 

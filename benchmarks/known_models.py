@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from secateur.units.values import HeadScores
 from torch import Tensor
 
 from joint_pruner import fingerprints
 from provenance import provenance
 from representations import JUDGED, LENGTH, RATIOS, TASKS
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.comparing.workers import each, workers
 from secateur.demo import CALIBRATION_TEXTS, demo_model
 from secateur.models.inputs import forward_arguments
@@ -45,7 +46,6 @@ from secateur.sites.attention import find_sites
 from secateur.support.files import write_text
 from secateur.texts.data import Task, batches, load_task
 from secateur.units.select import Scope, select_heads
-from secateur.units.values import HeadScores
 
 RESULTS = Path(__file__).parent / "results"
 DRAWS = (0, 1)
@@ -72,7 +72,7 @@ def draws_of(model: Any, tokenizer: Any, train: Task, pruner: JointPruner) -> li
         made = forward_arguments(model, batches(tokenizer, texts, 32, LENGTH))
         special = special_ids_of(tokenizer) if train.is_pair else None
         evidence = gather_evidence(model, find_sites(model), made, train.is_pair, special_ids=special, maps=False)
-        found.append((evidence, pruner.judge_all([evidence])[0]))
+        found.append((evidence, pruner.member_scores([evidence])[0]))
     return found
 
 

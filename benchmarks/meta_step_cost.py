@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 from provenance import provenance
 from secateur.demo import demo_model, demo_task
 from secateur.meta_training.config import MetaTrainingConfig
-from secateur.meta_training.paper import MetaTraining
+from secateur.meta_training.meta_step import MetaTraining
 from secateur.meta_training.subjects import Subject
 from secateur.pruners.map_network import to_network_size
 from secateur.relations import relational_kl, represent

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from provenance import provenance
 from representations import JUDGED, LENGTH, RATIOS, SCORED, TASKS
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.comparing.workers import each, workers
 from secateur.demo import CALIBRATION_TEXTS, demo_model
 from secateur.models.inputs import forward_arguments

@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from secateur.units.values import HeadMask
 from tqdm import tqdm
 
 from provenance import machine, today
 from representations import JUDGED, LENGTH, SCORED, TASKS, similarity
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.demo import demo_model, demo_task
 from secateur.models.inputs import forward_arguments
 from secateur.models.loading import load_model, load_tokenizer
@@ -41,7 +42,6 @@ from secateur.support.files import append_line, read_lines
 from secateur.support.versions import environment
 from secateur.texts.data import batches, load_task
 from secateur.units.select import Scope, select_heads
-from secateur.units.values import HeadMask
 from subjects import ANTIBODY, SUBJECTS
 
 RESULTS = Path(__file__).parent / "results"

@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from secateur.units.values import HeadMask
 from tqdm import tqdm
 
 from embeddings import embeddings
 from provenance import provenance
+from secateur.choosing.mask_loss import MaskLoss
 from secateur.choosing.refinement import refine_mask
-from secateur.choosing.search import MaskLoss
 from secateur.demo import demo_model
 from secateur.finetuning.evaluate import regression_metrics
 from secateur.models.inputs import forward_arguments
@@ -38,7 +39,6 @@ from secateur.sites.gating import probe
 from secateur.support.files import read_json, write_text
 from secateur.texts.data import Task, batches, load_task
 from secateur.units.select import select_heads
-from secateur.units.values import HeadMask
 
 TASKS = ["mnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte", "qnli"]
 RATIOS = [0.25, 0.5, 0.75]

@@ -31,7 +31,7 @@ from secateur.demo import demo_task
 from secateur.measuring.memory import cpu_allocations
 from secateur.measuring.timing import quartiles, time_in_turn
 from secateur.models.inputs import forward_arguments
-from secateur.pruners.evidence import _Site
+from secateur.pruners.site_sums import SiteSums
 from secateur.scorers import make_scorer
 from secateur.scorers.base import ScoringTask
 from secateur.sites.attention import find_sites
@@ -67,7 +67,7 @@ def kind_of(operator: str) -> str:
 @contextmanager
 def readings_marked(scorer: Any) -> Iterator[None]:
     """Mark in profiles what a scorer does with the reading of a site."""
-    owner = type(scorer) if hasattr(scorer, "read") else _Site
+    owner = type(scorer) if hasattr(scorer, "read") else SiteSums
     original = owner.read
 
     def read(*arguments: Any) -> Any:

@@ -30,9 +30,10 @@ import torch
 
 import subjects
 from provenance import machine, today
-from secateur.choosing.search import MaskLoss
+from secateur.choosing.mask_loss import MaskLoss
+from secateur.meta_training.joint_config import JointTrainingConfig
+from secateur.meta_training.joint_training import train_joint_pruner
 from secateur.meta_training.subjects import Subject
-from secateur.meta_training.trials import SCOPES, JointTrainingConfig, train_joint_pruner
 from secateur.scorers.score import score_heads
 from secateur.support.files import read_json, write_text
 from secateur.support.versions import environment
@@ -42,6 +43,7 @@ from secateur.units.select import select_heads
 RESULTS = Path(__file__).parent / "results"
 OUT = RESULTS / "teaching.json"
 RATIOS = (0.25, 0.5, 0.75)
+SCOPES = ("uniform", "ranking")
 SCORED, JUDGED = 96, 128
 CONTRIBUTION = "contribution"
 BY_TRIALS, BY_SEARCHES = "smp-plus, taught this model", "smp-plus, taught this model by searches"

@@ -26,7 +26,8 @@ import torch
 from joint_pruner import LENGTH, SCORED, TASKS, family, load, task_of
 from provenance import provenance
 from secateur.demo import demo_model
-from secateur.meta_training.joint import Sample, trial_loss
+from secateur.meta_training.fitting import trial_loss
+from secateur.meta_training.sample import Sample
 from secateur.models.inputs import forward_arguments
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.pruners.evidence import contribution_scores, gather_evidence
@@ -43,7 +44,7 @@ DRAWS = 2
 @torch.no_grad()
 def row(pruner: JointPruner, sample: Sample) -> dict[str, float]:
     """Return what one fit makes of one sample that it has not seen."""
-    (members,) = pruner.judge_all([sample.evidence])
+    (members,) = pruner.member_scores([sample.evidence])
     members = standardised(members)
     scores = {
         "contribution": contribution_scores(sample.evidence),
@@ -65,7 +66,7 @@ def trust_on_texts(fits: Path, glue: Path) -> list[dict[str, Any]]:
         evidence = gather_evidence(model, sites, made, texts.is_pair, maps=False)
         for unseen, name in (("task", task), ("model", MODEL)):
             pruner = JointPruner.from_pretrained(str(fits / name)).eval()
-            (members,) = pruner.judge_all([evidence])
+            (members,) = pruner.member_scores([evidence])
             rows.append({"unseen": unseen, "task": task, "seed": seed, "trust": float(trust(standardised(members)))})
     return rows
 
