@@ -251,8 +251,9 @@ def joint_train(
 
     from secateur.cli.tables import held_out_table, print_table
     from secateur.errors import InvalidInputError, invalid
-    from secateur.meta_training.joint_config import SETTINGS, JointTrainingConfig
+    from secateur.meta_training.joint_config import JointTrainingConfig
     from secateur.meta_training.joint_held_out import check_held_out, held_out_losses
+    from secateur.meta_training.joint_settings import SETTINGS
     from secateur.meta_training.joint_training import train_joint_pruner
     from secateur.meta_training.subjects import Subject
     from secateur.models.loading import load_model, load_tokenizer
