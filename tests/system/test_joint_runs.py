@@ -64,7 +64,7 @@ def whole(tmp_path_factory):
     return out, train(out)
 
 
-def test_every_task_has_its_samples_and_later_ones_lie_near_what_earlier_ones_taught(whole):
+def test_every_task_has_its_samples_and_later_ones_lie_near_what_a_fit_on_earlier_ones_chooses(whole):
     out, pruner = whole
     found = samples(out)
     assert list(found) == ["0-0-0.safetensors", "0-0-1.safetensors", "0-1-0.safetensors", "0-1-1.safetensors"]
@@ -87,9 +87,9 @@ def test_it_explains_the_trials_better_than_the_contribution_does(whole):
     out, pruner = whole
     found = list(samples(out).values())
     with torch.no_grad():
-        taught = statistics.mean(float(trial_loss(pruner(sample.evidence), sample)) for sample in found)
+        fitted = statistics.mean(float(trial_loss(pruner(sample.evidence), sample)) for sample in found)
         plain = statistics.mean(float(trial_loss(contribution_scores(sample.evidence), sample)) for sample in found)
-    assert taught < 0.9 * plain, (taught, plain)
+    assert fitted < 0.9 * plain, (fitted, plain)
 
 
 def test_a_stopped_run_goes_on_to_the_identical_end(whole, tmp_path, monkeypatch):
@@ -115,13 +115,13 @@ def test_as_many_masks_are_evaluated_as_it_says(config):
     subject, calls = Subject(model, tiny_tokenizer()), mock.Mock()
     evaluators = [CountedMaskLoss(model, subject.batches(tiny_texts(4, seed=n), 4, 16), False, calls) for n in range(3)]
     batches = subject.batches(tiny_texts(8), 4, 16)
-    for pruner, rankings in ((None, 1), (JointPruner().eval(), 3)):
+    for pruner in (None, JointPruner().eval()):
         calls.reset_mock()
         collect(
             model, find_sites(model), batches, evaluators, False,
             subject="tiny", task="words", config=config, seed=0, pruner=pruner,
         )  # fmt: skip
-        assert calls.update.call_count == config.passes(rankings, len(evaluators))
+        assert calls.update.call_count == config.passes(len(evaluators), pruner is not None)
 
 
 def test_a_task_with_few_texts_has_fewer_evaluation_batches(tmp_path, monkeypatch, capsys):
@@ -135,7 +135,7 @@ def test_a_task_with_few_texts_has_fewer_evaluation_batches(tmp_path, monkeypatc
     few = [Task(str(count), tiny_texts(count)) for count in (12, 15, 16, 200)]
     train(tmp_path / "run", tasks=few, samples=1)
     assert numbers == [1, 1, 2, 3]  # whole batches of 4 beyond the 8 that are scored, 3 at most
-    passes = TrialConfig(near=NEAR).passes(1, 1)
+    passes = TrialConfig(near=NEAR).passes(1, False)
     train(tmp_path / "bar", tasks=few[:1], samples=1, progress=True)
     assert f"{passes}/{passes}" in capsys.readouterr().err
     with pytest.raises(
@@ -145,7 +145,7 @@ def test_a_task_with_few_texts_has_fewer_evaluation_batches(tmp_path, monkeypatc
     assert not (tmp_path / "few").exists()
 
 
-def test_what_searches_find_is_taught_and_remembered(tmp_path):
+def test_what_searches_find_is_learned_and_remembered(tmp_path):
     subjects = [Subject(tiny_model(kind, seed), tiny_tokenizer()) for kind, seed in (("bert", 0), ("llama", 0))]
     out = tmp_path / "run"
     config = JointTrainingConfig(**SMALL, samples=1, search=2)
@@ -180,7 +180,7 @@ def test_runs_of_versions_without_a_search_go_on_and_may_ask_for_more(whole, tmp
 
 
 @pytest.mark.parametrize("kind", ["llama", "albert", "bart"])
-def test_other_kinds_are_taught_and_left_as_they_were(kind, tmp_path):
+def test_other_kinds_are_learned_on_and_left_as_they_were(kind, tmp_path):
     model = tiny_model(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     subject = Subject(model, tiny_tokenizer())
@@ -209,10 +209,10 @@ def test_the_held_out_losses_are_those_of_the_masks_that_the_scorers_choose(whol
             assert losses[name] == pytest.approx(loss(secateur.select(scores, 0.5, allocation)), rel=1e-4)
     with pytest.raises(InvalidInputError, match="held-out task dev has 7 texts, fewer than 8; give more dev texts"):
         held_out_losses(subject, Task("dev", tiny_texts(7)), pruner)
-    for name, given in (("subject", model), ("task", texts), ("pruner", "shipped"), ("config", {})):
+    for name, wrong in (("subject", model), ("task", texts), ("pruner", "shipped"), ("config", {})):
         right = {"subject": subject, "task": task, "pruner": pruner}
         with pytest.raises(InvalidInputError, match=f"`{name}` must be a "):
-            held_out_losses(**{**right, name: given})
+            held_out_losses(**{**right, name: wrong})
 
 
 def test_runs_that_cannot_go_on(whole, tmp_path):
@@ -261,7 +261,7 @@ def with_heads(count):
     return Subject(AutoModel.from_config(config), tiny_tokenizer())
 
 
-def test_what_teaches_nothing_is_refused(tmp_path):
+def test_what_nothing_can_be_learned_from_is_refused(tmp_path):
     with pytest.raises(
         InvalidInputError, match=r"masks all cost the same on the texts of task same, .*; give texts that"
     ):

@@ -117,7 +117,7 @@ def test_sites_of_a_real_model(minilm):
 
 
 def test_the_shipped_meta_pruners_beat_random_heads(minilm, tokenizer):
-    """On sentences that it was not trained on, judged on others than those scored."""
+    """On sentences that it was not trained on, with masks evaluated on others than those scored."""
     from secateur.demo import demo_task
     from secateur.meta_training.subjects import Subject
 

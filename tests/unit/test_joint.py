@@ -154,10 +154,10 @@ def test_what_maps_look_like_by_hand():
 @pytest.mark.parametrize("kind", ["bert", "albert", "vit", "gpt2", "llama", "bart"])
 def test_evidence_is_finite_for_every_kind(kind):
     model = tiny_model(kind)
-    made = forward_arguments(
+    inputs = forward_arguments(
         model, [example_inputs(model, batch=4, length=10), example_inputs(model, batch=2, length=7)]
     )
-    evidence = evidence_of(model, made)
+    evidence = evidence_of(model, inputs)
     assert evidence.features.shape == (sum(s.num_units for s in find_sites(model).values()), len(FEATURES))
     assert bool(evidence.features.isfinite().all())
     assert float(evidence.likeness.abs().max()) <= 1
@@ -168,8 +168,8 @@ def test_padding_and_batching_and_order_change_nothing():
     (whole,) = batches_of(model, 8, 8)
     parts = batches_of(model, 8, 2)
     one = evidence_of(model, [whole])
-    for made in (parts, parts[::-1]):
-        other = evidence_of(model, made)
+    for inputs in (parts, parts[::-1]):
+        other = evidence_of(model, inputs)
         torch.testing.assert_close(other.features, one.features, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(other.likeness, one.likeness, atol=1e-4, rtol=1e-4)
     wider = {k: torch.nn.functional.pad(v, (0, 5)) if isinstance(v, torch.Tensor) else v for k, v in whole.items()}
@@ -183,8 +183,8 @@ def test_the_side_of_the_padding_changes_nothing(is_pair):
     model, tokenizer, found = tiny_model("llama"), tiny_tokenizer(), []
     for side in ("right", "left"):
         tokenizer.padding_side = side
-        made = forward_arguments(model, batches(tokenizer, tiny_texts(8, 0, is_pair), 8, 32))
-        found.append(evidence_of(model, made, is_pair))
+        inputs = forward_arguments(model, batches(tokenizer, tiny_texts(8, 0, is_pair), 8, 32))
+        found.append(evidence_of(model, inputs, is_pair))
     torch.testing.assert_close(found[1].features, found[0].features, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(found[1].likeness, found[0].likeness, atol=1e-4, rtol=1e-4)
 
@@ -240,12 +240,12 @@ def test_members_are_trusted_as_far_as_they_agree():
 
 def test_networks_that_disagree_say_so():
     model = tiny_model("bert")
-    made = batches_of(model)
+    inputs = batches_of(model)
     with pytest.warns(SecateurWarning, match=r"disagree on this model \(mean correlation -?0\.\d\d, trusted above 0.8"):
-        score(model, inputs=made, scorer="smp-plus", pruner=learned(members=3))
+        score(model, inputs=inputs, scorer="smp-plus", pruner=learned(members=3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        score(model, inputs=made, scorer="smp-plus", pruner=JointPruner())
+        score(model, inputs=inputs, scorer="smp-plus", pruner=JointPruner())
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.2, 2.0])
@@ -305,9 +305,9 @@ def test_heads_are_scored_together_unless_told_otherwise():
 
 def test_maps_are_made_only_for_networks_that_see_them():
     model = tiny_model("bert")
-    sites, made = find_sites(model), batches_of(model)
-    plain = gather_evidence(model, sites, made, False, maps=False)
-    whole = gather_evidence(model, sites, made, False)
+    sites, inputs = find_sites(model), batches_of(model)
+    plain = gather_evidence(model, sites, inputs, False, maps=False)
+    whole = gather_evidence(model, sites, inputs, False)
     seen = [FEATURES.index(name) for name in FEATURES if name not in MAP_FEATURES]
     torch.testing.assert_close(plain.features[:, seen], whole.features[:, seen], atol=1e-5, rtol=1e-5)
     assert float(plain.features[:, [FEATURES.index(name) for name in MAP_FEATURES]].abs().max()) == 0
@@ -317,8 +317,8 @@ def test_maps_are_made_only_for_networks_that_see_them():
             "secateur.pruners.evidence.probe", lambda *a, weights: asked.append(weights) or probe(*a, weights=weights)
         )
         for without in (("maps",), ()):
-            score(model, inputs=made, scorer=SmpPlusScorer(learned(without=without)))
-    assert asked == [False] * len(made) + [True] * len(made)
+            score(model, inputs=inputs, scorer=SmpPlusScorer(learned(without=without)))
+    assert asked == [False] * len(inputs) + [True] * len(inputs)
 
 
 @pytest.mark.parametrize("kind", EVIDENCE_KINDS)
@@ -381,7 +381,7 @@ def test_neither_level_nor_scale_of_a_kind_of_evidence_counts():
 
 def test_the_loss_of_a_mask_is_the_objective():
     model = tiny_model("bert")
-    made = batches_of(model)
+    inputs = batches_of(model)
     mask = uneven_mask(find_sites(model))
     gates = {site: row.float() for site, row in mask.items()}
     with torch.no_grad():
@@ -389,9 +389,9 @@ def test_the_loss_of_a_mask_is_the_objective():
             float(
                 relational_kl(gated_representations(model, b, {}, False), gated_representations(model, b, gates, False))
             )
-            for b in made
+            for b in inputs
         ]
-    assert MaskLoss(model, made, False)(mask) == pytest.approx(sum(expected) / 2)
+    assert MaskLoss(model, inputs, False)(mask) == pytest.approx(sum(expected) / 2)
     with pytest.raises(InvalidInputError, match=r"`texts` must be at least 3 a batch.*got 2; give more texts"):
         MaskLoss(model, batches_of(model, 4, 2), False)
 
@@ -518,9 +518,9 @@ def test_search_goes_on_from_the_best():
 
 def test_slopes_are_the_derivatives_of_the_loss_on_the_gates():
     model = tiny_model("bert").double()
-    made = batches_of(model)
+    inputs = batches_of(model)
     mask = uneven_mask(find_sites(model))
-    loss = MaskLoss(model, made, False)
+    loss = MaskLoss(model, inputs, False)
     loss(mask)
     found = loss.slopes(mask)
     assert found.shape == (sum(len(row) for row in mask.values()),)
@@ -711,7 +711,7 @@ def test_a_search_begins_at_the_choice_of_the_pruner():
     assert distances[0] != 2
 
 
-def test_found_masks_and_the_trials_on_the_way_to_them_teach():
+def test_a_fit_learns_from_found_masks_and_the_trials_on_the_way_to_them():
     samples = [
         sample_of(tiny_model("bert", seed), seed, search=8, allocations=("uniform", "ranking")) for seed in range(4)
     ]
@@ -777,7 +777,7 @@ def test_the_regression_by_hand():
     told = torch.tensor([0.0, 0.0, 1.0]) - 1 / 3
     expected = 1 - float(centred @ told / centred.norm() / told.norm())
     assert float(trial_loss(torch.tensor([1.0, 0.0, 0.0]), sample)) == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(InvalidInputError, match="`groups` must name groups"):
+    with pytest.raises(InvalidInputError, match="`trial_sets` must name sets"):
         trial_loss(importance, sample, [7])
 
 

@@ -48,8 +48,8 @@ def test_a_decoder_beside_an_encoder_matches_nothing():
     plain, found = (score(model, PAIRS, name, tokenizer) for name in ("contribution", "matching"))
     for site in plain:
         assert torch.allclose(plain[site], found[site], atol=1e-6) == site.startswith("decoder."), site
-    made = forward_arguments(model, batches(tokenizer, PAIRS))
-    evidence = gather_evidence(model, find_sites(model), made, True, special_ids=special_ids_of(tokenizer))
+    inputs = forward_arguments(model, batches(tokenizer, PAIRS))
+    evidence = gather_evidence(model, find_sites(model), inputs, True, special_ids=special_ids_of(tokenizer))
     by_site = evidence.split(evidence.matching)
     assert all(bool((row > 0).any()) != site.startswith("decoder.") for site, row in by_site.items())
 
@@ -137,8 +137,8 @@ def test_pairs_score_as_contribution_times_matching_and_single_texts_as_contribu
 
 def pairs_task(model, tokenizer, is_pair=True):
     texts = PAIRS if is_pair else [first for first, _ in PAIRS]
-    made = list(forward_arguments(model, batches(tokenizer, texts, 3)))
-    return ScoringTask(model, find_sites(model), made, is_pair, special_ids=special_ids_of(tokenizer))
+    inputs = list(forward_arguments(model, batches(tokenizer, texts, 3)))
+    return ScoringTask(model, find_sites(model), inputs, is_pair, special_ids=special_ids_of(tokenizer))
 
 
 def test_heads_that_match_are_those_from_a_tenth_on(monkeypatch):
@@ -202,15 +202,15 @@ def test_minilm_matches_words_with_two_heads_which_stay_at_every_ratio():
 
 def test_the_joint_pruner_adds_matching_to_its_scores_for_pairs():
     model, tokenizer = tiny_model("bert"), tiny_tokenizer()
-    made = list(forward_arguments(model, batches(tokenizer, PAIRS, 4)))
+    inputs = list(forward_arguments(model, batches(tokenizer, PAIRS, 4)))
     special = frozenset({tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id})
-    pairs = gather_evidence(model, find_sites(model), made, True, special_ids=special)
+    pairs = gather_evidence(model, find_sites(model), inputs, True, special_ids=special)
     assert bool((pairs.matching > 0).any())
     with torch.no_grad():
         less, more = (JointPruner(members=1, matching=weight).eval() for weight in (0.0, 2.0))
         more.load_state_dict(less.state_dict())
         torch.testing.assert_close(more(pairs) - less(pairs), 2 * (1 + 8 * pairs.matching).log())
-    singles = gather_evidence(model, find_sites(model), made, False, special_ids=special)
+    singles = gather_evidence(model, find_sites(model), inputs, False, special_ids=special)
     assert matching_scores(singles).tolist() == [0.0] * 12
 
 

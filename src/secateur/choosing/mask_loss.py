@@ -21,8 +21,8 @@ from secateur.units.masks import PresentMask
 class MaskLoss:
     """The relational KL of masks on fixed texts; the dense pass is made once.
 
-    The processes of `accelerator`, if any, evaluate a share of the batches each and get the same loss. Batches of one
-    or two texts are left out, as they have no relations. Raises `InvalidInputError` where none is left.
+    The processes of `accelerator`, if any, evaluate a share of the batches each and get the same loss. Batches that are
+    too small to have relations are left out; see `with_relations`, also for what it raises.
     """
 
     def __init__(

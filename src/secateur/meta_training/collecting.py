@@ -57,14 +57,14 @@ class TrialConfig:
     spread: float = 1.0
     leave_one_out: bool = False
 
-    def passes(self, rankings: int, evaluators: int) -> int:
-        """Return how many times at most an evaluator looks at a mask for a sample.
+    def passes(self, evaluators: int, with_pruner: bool) -> int:
+        """Return how many times at most an evaluator looks at a mask for a sample, made with a pruner or without.
 
         Each trial meets one evaluator, and each set's reference all of them, but for those that lead a search: these
         meet each mask of it. Gradients, and heads dropped alone, come on top; sets whose ratio removes no head of a
         model are passed over, and a search ends early where no exchange is left.
         """
-        sets = len(self.trial_sets)
+        sets, rankings = len(self.trial_sets), 3 if with_pruner else 1
         if not self.search:
             return sets * (self.own * rankings + self.near + self.at_random + evaluators)
         guides = min(self.guides, evaluators)

@@ -1,4 +1,4 @@
-"""The settings of a meta-training; their defaults are the paper's."""
+"""The settings of a meta-training; their defaults are the paper's. Importing this is cheap: the command reads them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from secateur.errors import invalid
-from secateur.relations import RELATED
 
 Signal = Literal["straight_through", "leave_one_out", "random_masks"]
 
@@ -51,6 +50,8 @@ class MetaTrainingConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
+        from secateur.relations import RELATED  # here, as it imports torch
+
         for name in ("steps", "batch_size", "batches_per_step", "max_length", "evaluate_every", "checkpoint_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

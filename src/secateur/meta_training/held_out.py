@@ -20,6 +20,8 @@ from secateur.texts.data import Task
 from secateur.units.scores import PresentScores
 from secateur.units.select import select
 
+_SCORED_AT_ONCE, _EVALUATED_AT_ONCE = 16, 32  # texts a batch
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -44,12 +46,12 @@ def held_out_kl(
     with evaluation_mode(pruner):
         for part in held_out:
             texts, is_pair = part.task.texts, part.task.is_pair
-            calibration = subject.batches(texts[: part.calibration], 16, max_length)
+            calibration = subject.batches(texts[: part.calibration], _SCORED_AT_ONCE, max_length)
             mask = select(PresentScores(_summed_scores(pruner, subject, calibration, is_pair)), pruning_ratio)
             evaluation = texts[part.calibration : part.calibration + part.evaluation]
             with evaluation_mode(subject.model):
-                loss = MaskLoss(subject.model, subject.batches(evaluation, 32, max_length), is_pair)
-                found[part.task.name] = loss(mask)
+                batches = subject.batches(evaluation, _EVALUATED_AT_ONCE, max_length)
+                found[part.task.name] = MaskLoss(subject.model, batches, is_pair)(mask)
     return found
 
 

@@ -1,24 +1,17 @@
-"""The settings of teaching a joint pruner, and the file by which a run knows them again."""
+"""The settings of teaching a joint pruner. Importing this is cheap: the command reads its defaults here."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from secateur.errors import CheckpointError, InvalidInputError, invalid
-from secateur.meta_training.subjects import Subject
-from secateur.relations import RELATED
+from secateur.errors import InvalidInputError
 from secateur.support.checks import check_flag, check_seed, check_whole
-from secateur.support.files import read_json, write_text
-from secateur.texts.data import Task
 
-SETTINGS = "settings.json"
+if TYPE_CHECKING:
+    from secateur.texts.data import Task
+
 FEWEST_SCORED = 4
 """Texts that evidence needs: see `gather_evidence`."""
 
@@ -45,6 +38,8 @@ class JointTrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        from secateur.relations import RELATED  # here, as it imports torch
+
         check_whole("samples", self.samples)
         check_whole("search", self.search, 0)
         check_whole("num_texts", self.num_texts, FEWEST_SCORED)
@@ -65,50 +60,6 @@ class JointTrainingConfig:
             if len(task) < fewest:
                 raise InvalidInputError(
                     f"task {task.name} has {len(task)} texts, fewer than the {fewest} that a sample takes: `num_texts` "
-                    f"({self.num_texts}) for evidence and a batch ({self.batch_size}) that judges masks; give more "
-                    "texts, or lower either"
+                    f"({self.num_texts}) for evidence and a batch ({self.batch_size}) that masks are evaluated on; "
+                    "give more texts, or lower either"
                 )
-
-
-def settle(out: Path, subjects: Sequence[Subject], tasks: Sequence[Task], config: JointTrainingConfig) -> None:
-    """Write what the run is made of, or check that it is what the folder holds; samples alone may be added."""
-    wanted = {
-        "models": [f"{type(subject.model).__name__} {_digest_of_model(subject)}" for subject in subjects],
-        "tasks": [f"{task.name}, {len(task)} texts {_digest(repr(task.texts).encode())}" for task in tasks],
-        **_saved(config),
-    }
-    file = out / SETTINGS
-    if file.is_file():
-        there = read_json(file)
-        there = {"search": 0, **there} if isinstance(there, dict) else {}  # earlier versions knew no search
-        if not set(wanted) <= set(there):
-            raise CheckpointError(f"{file} is of no run of this kind; choose another folder")
-        for name in sorted(set(wanted) - {"samples"}):
-            if there[name] != wanted[name]:
-                raise CheckpointError(
-                    f"{out} was made with {name} = {there[name]!r}, not {wanted[name]!r}; go on with the same, or "
-                    "choose another folder"
-                )
-        if config.samples < there["samples"]:
-            raise invalid("samples", f"be at least the {there['samples']} of the run in {out}", config.samples)
-    write_text(file, json.dumps(wanted, indent=1))
-
-
-def _saved(config: JointTrainingConfig) -> dict[str, Any]:
-    """Return the settings by the names that the file has for them; one is the command line's."""
-    return {"judges" if name == "evaluation_batches" else name: value for name, value in asdict(config).items()}
-
-
-def _digest_of_model(subject: Subject) -> str:
-    """Tell a model from others, wherever it was loaded from: by the first numbers of every weight."""
-    parts = []
-    for name, value in subject.model.state_dict().items():
-        if not isinstance(value, Tensor) or value.is_meta:
-            continue
-        first = value.flatten()[:16].double().cpu().numpy().tobytes()  # exact from any dtype, on any device
-        parts.append(f"{name} {tuple(value.shape)} ".encode() + first)
-    return _digest(*parts)
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.blake2b(b"".join(parts), digest_size=6).hexdigest()

@@ -22,7 +22,7 @@ _EVALUATED = 128  # texts, at most
 
 
 def check_held_out(task: Task) -> None:
-    """Raise `InvalidInputError` unless the task has enough texts to judge a pruner by."""
+    """Raise `InvalidInputError` unless the task has enough texts to measure a pruner by."""
     if len(task) < 2 * FEWEST_SCORED:
         raise InvalidInputError(
             f"held-out task {task.name} has {len(task)} texts, fewer than {2 * FEWEST_SCORED}; give more dev texts, "

@@ -68,9 +68,8 @@ class SampleFolder:
         }
         mine = list(cells.items())[accelerator.process_index :: accelerator.num_processes]
         missing = [(path, i, j) for path, (i, j) in mine if not path.is_file()]
-        rankings = 1 if earlier is None else 3
         counts = [self.config.evaluation_batches_of(task) for task in self.tasks]
-        total = sum(self.trials.passes(rankings, counts[j]) for _, _, j in missing)
+        total = sum(self.trials.passes(counts[j], earlier is not None) for _, _, j in missing)
         name = f"sample {number + 1} of {self.config.samples}"
         with tqdm(total=total, desc=name, unit="mask", disable=not (progress and accelerator.is_main_process)) as bar:
             for i, of_model in groupby(missing, key=lambda item: item[1]):

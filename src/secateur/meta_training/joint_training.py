@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from secateur.errors import invalid
 from secateur.meta_training.collecting import TrialConfig
 from secateur.meta_training.fitting import BESIDE_FOUND, FitConfig, fit
-from secateur.meta_training.joint_config import SETTINGS, JointTrainingConfig, settle
+from secateur.meta_training.joint_config import JointTrainingConfig
 from secateur.meta_training.joint_samples import SampleFolder
+from secateur.meta_training.joint_settings import SETTINGS, settle
 from secateur.meta_training.remembering import remember
 from secateur.meta_training.runs import check_run_folder, held_run
 from secateur.meta_training.sample import Sample

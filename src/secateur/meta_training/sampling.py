@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from secateur.errors import invalid
+from secateur.meta_training.config import MetaTrainingConfig
 from secateur.units.masks import vector_of
 
 
-def task_weights(sizes: Sequence[int], power: float = 0.2) -> list[int]:
+def task_weights(sizes: Sequence[int], power: float = MetaTrainingConfig.task_power) -> list[int]:
     """Return how often each task is drawn, in proportion: floor(texts ** power), at least 1 (paper, step 1)."""
     if not sizes or min(sizes) < 1:
         raise invalid("sizes", "give at least one task, each with texts", list(sizes))
@@ -24,7 +25,9 @@ def draw_whole_sites(num_sites: int, fraction: float, random: torch.Generator) -
     return set(torch.randperm(num_sites, generator=random)[: math.floor(fraction * num_sites + 1e-9)].tolist())
 
 
-def draw_heads(scores: Tensor, num_kept: int, random: torch.Generator, temperature: float = 1.0) -> Tensor:
+def draw_heads(
+    scores: Tensor, num_kept: int, random: torch.Generator, temperature: float = MetaTrainingConfig.temperature
+) -> Tensor:
     """Draw a gate of `num_kept` ones among the heads of one site, with straight-through gradients (paper, step 3).
 
     Hard Gumbel-softmax samples of `scores` `[heads]` (taken as logits) are united until `num_kept` distinct heads are
