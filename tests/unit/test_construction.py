@@ -91,7 +91,7 @@ def test_classes_look_and_copy_as_before():
     assert pickle.loads(pickle.dumps(BertModel.__init__)) is BertModel.__init__
 
 
-def test_models_that_were_defined_before_secateur_was_imported_are_noted():
+def test_models_that_were_defined_before_secateur_was_imported_are_noted(tmp_path):
     script = """
 from transformers import BertConfig, BertModel, BertPreTrainedModel
 assert not hasattr(BertModel.__init__, "__wrapped__")
@@ -108,4 +108,5 @@ from secateur.removal.construction import under_construction
 pair = Pair(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9))
 assert [id(model) for model in pair.other.seen] == [id(pair), id(pair.other)]
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    (tmp_path / "script.py").write_text(script)  # transformers 5.0 looks for the file of a model's class
+    subprocess.run([sys.executable, tmp_path / "script.py"], check=True)
