@@ -3,7 +3,8 @@
 Scores all-MiniLM-L6-v2's heads on 96 training texts of at most 64 tokens, as results/rivals.jsonl does, whose masks it
 takes where there are any (but for smp-plus: fitted without the task). `masks` says which are wanted, the first first:
 allocation, scorer, ratio, texts that output projections are refitted on, steps of distillation. Each mask is
-fine-tuned once for each task and seed (one that two scorers choose counts for both); none is started after `seconds`. Masks and runs
+fine-tuned once for each task and seed (one that two scorers choose counts for both); none is started after `seconds`.
+Masks and runs
 are kept in --work: start again to go on. Prints what they keep: the mean over tasks of pruned / dense, mean over seeds;
 the same without CoLA, which the dense model hardly learns; and the mean over tasks of the quotient of the means over
 seeds.
