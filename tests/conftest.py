@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -51,11 +52,16 @@ def minilm_folder() -> Path:
         pytest.skip(str(error))
 
 
-@pytest.fixture
-def minilm(minilm_folder):
+@pytest.fixture(scope="session")
+def loaded_minilm(minilm_folder):
     from transformers import AutoModel
 
     return AutoModel.from_pretrained(minilm_folder).eval()
+
+
+@pytest.fixture
+def minilm(loaded_minilm):
+    return copy.deepcopy(loaded_minilm)
 
 
 @pytest.fixture(scope="session")
@@ -81,16 +87,26 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def onnx_classifier(tmp_path_factory) -> Path:
-    """A folder with `pruned`, a tiny classifier with an emptied site, and `onnx`, its export by the command."""
+    """A folder with `pruned`, a tiny classifier with an emptied site, and `onnx`, its export by the command.
+
+    It is made once for all processes of a test run: an export takes seconds.
+    """
+    from filelock import FileLock
+
     from secateur import cli
     from secateur.removal.remove import remove_
     from secateur.sites.attention import find_sites
     from tests.support.tiny import tiny_classifier, tiny_tokenizer, uneven_mask
 
-    folder = tmp_path_factory.mktemp("onnx")
-    model = tiny_classifier("bert")
-    remove_(model, uneven_mask(find_sites(model), empty=True))
-    model.save_pretrained(folder / "pruned")
-    tiny_tokenizer().save_pretrained(folder / "pruned")
-    assert cli.main(["export", str(folder / "pruned"), "--format", "onnx", "--out", str(folder / "onnx")]) == 0
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+    folder = common / "onnx"
+    with FileLock(common / "onnx.lock"):
+        if not (folder / "onnx").is_dir():
+            model = tiny_classifier("bert")
+            remove_(model, uneven_mask(find_sites(model), empty=True))
+            model.save_pretrained(folder / "pruned")
+            tiny_tokenizer().save_pretrained(folder / "pruned")
+            assert cli.main(["export", str(folder / "pruned"), "--format", "onnx", "--out", str(folder / "onnx")]) == 0
     return folder

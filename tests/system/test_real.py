@@ -122,7 +122,7 @@ def test_the_shipped_meta_pruners_beat_random_heads(minilm, tokenizer):
     from secateur.meta_training.subjects import Subject
 
     texts, sites = demo_task()[0].texts, find_sites(minilm)
-    mask_loss = MaskLoss(minilm, Subject(minilm, tokenizer).batches(texts[64:128], 32, 64), is_pair=False)
+    mask_loss = MaskLoss(minilm, Subject(minilm, tokenizer).batches(texts[64:96], 32, 64), is_pair=False)
 
     def loss(scorer, seed=0):
         scores = secateur.score(minilm, texts[:32], scorer, tokenizer, reading=Reading(max_length=64, seed=seed))
