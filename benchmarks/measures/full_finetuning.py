@@ -40,7 +40,8 @@ def measure(run: Run, *, masks: list[list[Any]], dense: bool, bf16: bool, second
     done = {key(row): row for row in read_lines(runs)}
     rows = [row | done[key(row)] | row for row in read_lines(chosen) if key(row) in done]
     write_lines(run.out, rows)
-    print(tasks_table(rows, run.tasks))
+    if rows:
+        print(tasks_table(rows, run.tasks))
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
