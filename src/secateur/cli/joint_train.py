@@ -40,7 +40,7 @@ config_options = together(
         help="Search for the best masks by N exchanges of heads each, and remember them of the model.",
     ),
     click.option(
-        "--judges", default=JOINT_JUDGES, show_default=True, type=click.IntRange(1),
+        "--judges", "evaluation_batches", default=JOINT_JUDGES, show_default=True, type=click.IntRange(1),
         help="Batches that judge masks.",
     ),
     click.option(
