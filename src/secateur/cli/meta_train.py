@@ -25,7 +25,8 @@ from secateur.support.run_files import LOG, PRUNER
 
 config_options = together(
     click.option(
-        "--steps", default=MetaTrainingConfig.steps, show_default=True, type=click.IntRange(1), help="Optimiser updates."
+        "--steps", default=MetaTrainingConfig.steps, show_default=True, type=click.IntRange(1),
+        help="Optimiser updates.",
     ),
     click.option(
         "--batch-size", default=MetaTrainingConfig.batch_size, show_default=True, type=click.IntRange(3),
@@ -49,7 +50,9 @@ config_options = together(
         help="Batches a task drawn again; 0 = fresh.",
     ),
     click.option("--temperature", default=MetaTrainingConfig.temperature, show_default=True, type=Positive()),
-    click.option("--evaluate-every", default=MetaTrainingConfig.evaluate_every, show_default=True, type=click.IntRange(1)),
+    click.option(
+        "--evaluate-every", default=MetaTrainingConfig.evaluate_every, show_default=True, type=click.IntRange(1)
+    ),
     click.option(
         "--checkpoint-every", default=MetaTrainingConfig.checkpoint_every, show_default=True, type=click.IntRange(1)
     ),
