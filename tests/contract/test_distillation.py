@@ -98,7 +98,7 @@ def test_one_text_of_ten_judges_and_does_not_teach(monkeypatch):
     distill_(half(teacher), teacher, TEXTS, tiny_tokenizer(), **{**QUICK, "steps": 1})
     assert judged == TEXTS[::10]
     assert taught == [text for number, text in enumerate(TEXTS) if number % 10]
-    monkeypatch.setattr(distillation, "MOST_JUDGES", 4)
+    monkeypatch.setattr(distillation, "MOST_HELD_OUT", 4)
     judged.clear()
     distill_(half(teacher), teacher, TEXTS, tiny_tokenizer(), **{**QUICK, "steps": 1})
     assert judged == TEXTS[::16]
