@@ -53,8 +53,8 @@ PACKAGES = ("secateur", "torch", "transformers", "pytest", "hypothesis", "cosmic
 
 # Each module with the tests that are about it, but for the slow ones.
 MODULES = {
-    "selection.py": ["unit/test_selection.py"],
-    "model/removal.py": [
+    "units/select.py": ["unit/test_selection.py"],
+    "removal/remove.py": [
         "contract/test_removal.py",
         "unit/test_reshaped.py",
         "contract/test_checkpoint.py::test_the_recipe_records_what_was_done",
@@ -66,7 +66,7 @@ MODULES = {
         "contract/test_concurrency.py::test_two_models_of_one_config_object_in_two_threads",
         "contract/test_memory_and_numbers.py::test_nothing_is_proved_with_values_that_are_not_finite",
     ],
-    "model/checkpoint.py": [
+    "removal/checkpoint.py": [
         "contract/test_checkpoint.py::test_round_trip_and_saving_again[bert]",
         "contract/test_checkpoint.py::test_round_trip_and_saving_again[t5]",
         "contract/test_checkpoint.py::test_every_auto_class_reads_a_base_checkpoint",
@@ -78,7 +78,12 @@ MODULES = {
         "contract/test_checkpoint.py::test_models_are_built_whole_where_the_hook_is_off",
         "contract/test_legacy.py",
     ],
-    "model/recipe.py": [
+    "removal/construction.py": [
+        "unit/test_construction.py",
+        "contract/test_checkpoint.py::test_every_auto_class_reads_a_base_checkpoint",
+        "contract/test_checkpoint.py::test_models_are_built_whole_where_the_hook_is_off",
+    ],
+    "sites/recipe.py": [
         "contract/test_checkpoint.py::test_sites_that_are_alike_share_a_layout_and_others_do_not",
         "contract/test_checkpoint.py::test_round_trip_and_saving_again[bert]",
         "contract/test_checkpoint.py::test_an_emptied_site_comes_back[gpt2]",
@@ -87,7 +92,7 @@ MODULES = {
         "unit/test_reshaped.py::test_a_module_that_asks_for_the_full_width_is_pruned_again_and_reloads",
         "unit/test_reshaped.py::test_a_recipe_that_reshapes_an_unknown_site_is_refused",
     ],
-    "model/replay.py": [
+    "removal/replay.py": [
         "contract/test_checkpoint.py",
         "contract/test_removal.py",
         "unit/test_reshaped.py",
@@ -95,8 +100,8 @@ MODULES = {
     ],
 }
 SLOW = [
-    "--deselect=tests/test_reshaped.py::test_it_trains_and_compiles",
-    "--deselect=tests/test_legacy.py::test_the_call_compiles_as_before",
+    "--deselect=tests/unit/test_reshaped.py::test_it_trains_and_compiles",
+    "--deselect=tests/contract/test_legacy.py::test_the_call_compiles_as_before",
 ]
 # Not imported before the processes fork: what is mutated, what tests it, and what runs the tests.
 OURS = ("secateur", "tests", "_pytest", "pytest", "__main__")

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,12 +20,14 @@ from secateur.restoring import distillation
 from secateur.restoring.distillation import _share, distill_
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
+from secateur.texts.calibration import PreparedModel
 from secateur.units.masks import Mask
 from tests.support.memory import poisoned
 from tests.support.tiny import CONFIGS, tiny_model, tiny_texts, tiny_tokenizer
 
 TEXTS = tiny_texts(64)
-QUICK = {"steps": 30, "learning_rate": 2e-3, "max_length": 16, "batch_size": 16}
+SHORT = Reading(batch_size=16, max_length=16)
+QUICK = {"steps": 30, "learning_rate": 2e-3, "reading": SHORT}
 
 
 def half(model):
@@ -80,8 +83,8 @@ def test_it_lowers_the_relational_kl_of_a_tiny_model_by_far(kind):
 def test_a_real_model_comes_nearer_on_texts_that_did_not_teach():
     teacher, tokenizer = load_model(demo_model(), "cpu"), load_tokenizer(demo_model())
     texts = demo_task()[0].texts[:180]
-    quick = {"steps": 15, "learning_rate": 2e-4, "max_length": 32, "batch_size": 16}
-    before, after = distill_(half(teacher), teacher, texts, tokenizer, **quick)
+    reading = Reading(batch_size=16, max_length=32)
+    before, after = distill_(half(teacher), teacher, texts, tokenizer, steps=15, learning_rate=2e-4, reading=reading)
     assert after < 0.9 * before
 
 
@@ -89,13 +92,13 @@ def test_one_text_of_ten_judges_and_does_not_teach(monkeypatch):
     taught, judged = [], []
     tokens = distillation.tokenize
     monkeypatch.setattr(distillation, "tokenize", lambda *args: taught.extend(args[1]) or tokens(*args))
-    calls = distillation.calibration_batches
-    monkeypatch.setattr(distillation, "calibration_batches", lambda *args: judged.extend(args[1]) or calls(*args))
+    calls = PreparedModel.batches
+    monkeypatch.setattr(PreparedModel, "batches", lambda *args: judged.extend(args[1]) or calls(*args))
     teacher = tiny_model("bert")
     distill_(half(teacher), teacher, TEXTS, tiny_tokenizer(), **{**QUICK, "steps": 1})
     assert judged == TEXTS[::10]
     assert taught == [text for number, text in enumerate(TEXTS) if number % 10]
-    monkeypatch.setattr(distillation, "MOST_JUDGES", 4)
+    monkeypatch.setattr(distillation, "MOST_HELD_OUT", 4)
     judged.clear()
     distill_(half(teacher), teacher, TEXTS, tiny_tokenizer(), **{**QUICK, "steps": 1})
     assert judged == TEXTS[::16]
@@ -107,7 +110,9 @@ def test_the_same_seed_gives_the_same_weights_and_pairs_of_texts_will_do():
     for seed, around in ((0, torch.enable_grad()), (0, torch.no_grad()), (1, torch.inference_mode())):
         student = half(teacher)
         with around:
-            before, after = distill_(student, teacher, pairs, tiny_tokenizer(), reading=Reading(seed=seed), **QUICK)
+            before, after = distill_(
+                student, teacher, pairs, tiny_tokenizer(), **{**QUICK, "reading": replace(SHORT, seed=seed)}
+            )
         assert after < before
         found.append(state(student))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

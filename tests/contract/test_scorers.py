@@ -68,7 +68,8 @@ def test_passes_in_bfloat16_change_rounding_alone(name, kind):
     model, chosen = model_for(name, kind), options(name)
     before = condition(model)
     exact, rounded = (
-        torch.cat(list(score_inputs(model, name, bf16=bf16, **chosen).values())) for bf16 in (False, True)
+        torch.cat(list(score_inputs(model, name, reading=Reading(bf16=bf16), **chosen).values()))
+        for bf16 in (False, True)
     )
     assert condition(model) == before
     assert torch.equal(exact, rounded) != scorer_class(name).needs_texts

@@ -50,10 +50,10 @@ def test_a_distilled_folder_says_what_it_gave(tmp_path):
 
 def test_a_comparison_says_what_was_done_before_fine_tuning(tmp_path):
     said = []
-    for number, settings in enumerate(({}, {"distill": 40}, {"distill": 40, "reconstruct": True})):
+    for number, settings in enumerate(({}, {"restore": "reconstruct"}, {"restore": "distill", "steps": 40})):
         folder = write_comparison(tmp_path / str(number), **settings)
         said.append(dict(comparison_view(read_runs([folder])[0])["facts"]).get("Before fine-tuning"))
-    assert said == [None, "distilled in 40 steps", "output projections refitted, distilled in 40 steps"]
+    assert said == [None, "output projections refitted", "output projections refitted, distilled in 40 steps"]
 
 
 def test_without_maps_it_says_so(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -207,7 +208,7 @@ class SaysGood(torch.nn.Module):
 def test_predictions_stay_with_their_labels(tokenizer, pairs, capfd):
     model = SaysGood()
     task = toy_task(30, seed=0, pairs=pairs)
-    kwargs = {"batch_size": 4, "progress": False}
+    kwargs = {"reading": Reading(batch_size=4)}
     assert evaluate_model(model, tokenizer, task, **kwargs) == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
     wrong = Task("toy", task.texts, [1 - task.labels[0], *task.labels[1:]])
     assert evaluate_model(model, tokenizer, wrong, **kwargs)["accuracy"] == pytest.approx(29 / 30)
@@ -261,7 +262,8 @@ def test_evaluation_refuses_models_that_do_not_fit(tokenizer):
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
 
-FAST = {"epochs": 1, "batch_size": 8, "device": "cpu", "progress": False}
+ON_CPU = Reading(batch_size=8, device="cpu")
+FAST = {"epochs": 1, "reading": ON_CPU}
 
 
 def test_a_tiny_model_learns_which_word_matters(base, tmp_path, tokenizer, transformers_warnings, capfd, caplog):
@@ -307,7 +309,7 @@ def test_a_tiny_model_learns_which_word_matters(base, tmp_path, tokenizer, trans
 
 def test_the_seed_fixes_everything_and_nothing_is_printed(base, capfd):
     task = toy_task(32, seed=1)
-    states = [finetune(base, task, reading=Reading(seed=seed), **FAST)[0].state_dict() for seed in (3, 3, 4)]
+    states = [finetune(base, task, epochs=1, reading=replace(ON_CPU, seed=seed))[0].state_dict() for seed in (3, 3, 4)]
     equal = [all(torch.equal(states[0][name], other[name]) for name in states[0]) for other in states[1:]]
     assert equal == [True, False]
     assert capfd.readouterr() == ("", "")
@@ -318,13 +320,15 @@ def test_bfloat16_changes_the_training_and_not_what_comes_back(tokenizer):
     losses = []
     for bf16 in (False, True, True):
         torch.manual_seed(0)
-        model, result = finetune(tiny_bert(), train, dev, tokenizer=tokenizer, reading=Reading(bf16=bf16), **FAST)
+        model, result = finetune(
+            tiny_bert(), train, dev, tokenizer=tokenizer, epochs=1, reading=replace(ON_CPU, bf16=bf16)
+        )
         losses.append(result.train_loss)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert not {"forward", "_original_forward"} & set(vars(model))  # no autocast stays behind
         logits = model(**tokenizer("good", return_tensors="pt")).logits
         assert logits.bfloat16().float().ne(logits).any()
-    finetune(tiny_bert(), train, tokenizer=tokenizer, reading=Reading(bf16=True), **{**FAST, "device": None})
+    finetune(tiny_bert(), train, tokenizer=tokenizer, epochs=1, reading=replace(ON_CPU, bf16=True, device=None))
     assert losses[0] != losses[1] == losses[2]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -349,7 +353,7 @@ def test_regression_learns(base):
         task = toy_task(n, seed, name="stars")
         return Task("stars", task.texts, [4.5 if label else 0.5 for label in task.labels])
 
-    settings = {"epochs": 8, "learning_rate": 5e-3, "batch_size": 16, "device": "cpu", "progress": False}
+    settings = {"epochs": 8, "learning_rate": 5e-3, "reading": replace(ON_CPU, batch_size=16)}
     model, result = finetune(base, stars(160, 1), stars(60, 2), **settings)
     assert model.config.problem_type == "regression"
     assert model.config.num_labels == 1
@@ -385,7 +389,11 @@ def test_an_empty_text_of_which_the_tokenizer_makes_nothing():
     )
     task, tokenizer = Task("t", ["", "good", "", "bad"], [0, 1, 0, 1]), decoder_tokenizer()
     model, result = finetune(
-        GPT2ForSequenceClassification(config), task, tokenizer=tokenizer, **{**FAST, "epochs": 1, "batch_size": 1}
+        GPT2ForSequenceClassification(config),
+        task,
+        tokenizer=tokenizer,
+        epochs=1,
+        reading=replace(ON_CPU, batch_size=1),
     )
     assert result.steps == 4
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -404,12 +412,11 @@ def test_the_head_has_room_for_the_classes_of_both_splits(base):
         ({"task": Task("t", ["a"])}, "`task` must have labels, got 't'"),
         ({"dev": Task("d", ["a"])}, "`task` must have labels, got 'd'"),
         ({"dev": Task("d", ["a"], [0.5])}, "`dev` must be a regression or a classification as the training task is"),
-        ({"epochs": 0}, "`epochs` must be above 0, got 0"),
-        ({"learning_rate": -1.0}, r"`learning_rate` must be above 0, got -1\.0"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"max_length": 2}, "`max_length` must be a whole number from 4, got 2"),
-        ({"device": "abacus"}, "`device` must be a device that this machine has"),
-        ({"device": "cpu:1"}, "`device` must name no other device than the first"),
+        ({"epochs": 0}, "`epochs` must be a number above 0, got 0"),
+        ({"learning_rate": -1.0}, r"`learning_rate` must be a number above 0, got -1\.0"),
+        ({"reading": 8}, r"`reading` must be a Reading, such as secateur.Reading\(\), got 8"),
+        ({"reading": Reading(device="abacus")}, "`device` must be a device that this machine has"),
+        ({"reading": Reading(device="cpu:1")}, "`device` must name no other device than the first"),
         ({"tokenizer": None}, "`tokenizer` must be given with a loaded model, got None"),
         ({"model_or_path": "./missing"}, r"`model` must be a folder that exists, or a Hub id, got '\./missing'"),
     ],
@@ -446,7 +453,7 @@ def test_models_that_do_not_load_or_fit(base, tmp_path, tokenizer):
         with pytest.raises(
             InvalidInputError, match="`device` must be a device that this machine has, such as 'cpu', got 'cuda'"
         ):
-            finetune(base, three, **{**FAST, "device": "cuda"})
+            finetune(base, three, epochs=1, reading=replace(ON_CPU, device="cuda"))
 
 
 def test_a_loss_that_explodes_is_an_error(base, tmp_path):

@@ -241,11 +241,13 @@ TEXTS = [f"{word} {filler}" for filler in ("film", "plot", "actor", "scene") for
 @pytest.mark.parametrize("name", LABELLED)
 def test_a_base_model_gets_a_head_on_a_copy(name):
     model, scores = tiny_model("bert").train(), []
-    given = {"labels": [1, 0] * 4, "max_length": 16, "batch_size": 4}
+    given = {"labels": [1, 0] * 4}
     for seed in (0, 0, 2**32 - 1):
         torch.rand(1), random.random(), np.random.rand()  # the seed alone decides, not the state of a generator
         before = condition(model)
-        scores.append(score(model, TEXTS, name, tiny_tokenizer(), warmup_epochs=1, reading=Reading(seed=seed), **given))
+        scores.append(
+            score(model, TEXTS, name, tiny_tokenizer(), warmup_epochs=1, reading=Reading(4, 16, seed), **given)
+        )
         assert condition(model) == before
     assert list(scores[0]) == list(find_sites(model))
     assert all(torch.equal(scores[0][s], scores[1][s]) for s in scores[0])
@@ -416,7 +418,8 @@ def test_dsp_keeps_as_many_heads_as_the_ratio_leaves(monkeypatch):
 
     monkeypatch.setattr(learned, "text_losses", losses)
     monkeypatch.setattr(dsp, "relaxed_top_k", remember)
-    model, given = tiny_classifier("bert"), {"labels": [0, 1, 2, 0], "batch_size": 2, "tokenizer": tiny_tokenizer()}
+    model = tiny_classifier("bert")
+    given = {"labels": [0, 1, 2, 0], "reading": Reading(batch_size=2), "tokenizer": tiny_tokenizer()}
     score(model, tiny_texts(4), "dsp", final_temperature=0.04, epochs=1.5, cut=Cut(pruning_ratio=0.75), **given)
     assert [s[0] for s in seen] == [3] * 3
     assert [s[1] for s in seen] == pytest.approx([1.0, 0.2, 0.04])

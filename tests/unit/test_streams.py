@@ -34,7 +34,7 @@ class Watched(str):
 
 def test_a_generator_gives_the_scores_of_a_list_and_is_held_batch_by_batch():
     model, tokenizer, texts = tiny_model("bert"), tiny_tokenizer(), tiny_texts(20, pairs=True)
-    options = {"tokenizer": tokenizer, "batch_size": 8}
+    options = {"tokenizer": tokenizer, "reading": Reading(batch_size=8)}
     for scorer in ("contribution", "leave_one_out"):
         listed = secateur.score(model, texts, scorer, **options)
         found = secateur.score(model, iter(texts), scorer, **options)
@@ -52,13 +52,13 @@ def test_a_generator_gives_the_scores_of_a_list_and_is_held_batch_by_batch():
             most = max(most, len(alive))
             yield watched
 
-    scores = secateur.score(model, endless(), reading=Reading(stop=400), **options)
+    scores = secateur.score(model, endless(), tokenizer=tokenizer, reading=Reading(batch_size=8, stop=400))
     assert scores.num_texts == 400
     assert 8 <= most <= 24  # equal texts count once
-    settled = secateur.score(model, endless(), reading=Reading(stop="auto"), **options)
+    settled = secateur.score(model, endless(), tokenizer=tokenizer, reading=Reading(batch_size=8, stop="auto"))
     assert settled.agreement >= 0.95
     assert settled.num_texts >= 32
-    short = secateur.score(model, iter(tiny_texts(20)), reading=Reading(stop="auto"), **options)
+    short = secateur.score(model, iter(tiny_texts(20)), tokenizer=tokenizer, reading=Reading(batch_size=8, stop="auto"))
     assert (short.num_texts, short.agreement) == (20, 1.0)
 
 

@@ -19,7 +19,7 @@ from secateur.cli.options import (
     tasks_option,
     together,
 )
-from secateur.support.defaults import BATCH_SIZE, JOINT_JUDGES, JOINT_SAMPLES, JOINT_SEARCH, JOINT_TEXTS
+from secateur.meta_training.joint_config import JointTrainingConfig
 from secateur.support.files import is_taken
 from secateur.support.run_files import PRUNER, SETTINGS
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 config_options = together(
     click.option(
-        "--samples", default=JOINT_SAMPLES, show_default=True, type=click.IntRange(1),
+        "--samples", default=JointTrainingConfig.samples, show_default=True, type=click.IntRange(1),
         help="Samples of each task and model.",
     ),
     click.option(
-        "--texts", "num_texts", default=JOINT_TEXTS, show_default=True, type=click.IntRange(4),
+        "--texts", "num_texts", default=JointTrainingConfig.num_texts, show_default=True, type=click.IntRange(4),
         help="Texts a sample.",
     ),
     click.option(
-        "--search", default=JOINT_SEARCH, show_default=True, type=click.IntRange(0), metavar="N",
+        "--search", default=JointTrainingConfig.search, show_default=True, type=click.IntRange(0), metavar="N",
         help="Search for the best masks by N exchanges of heads each, and remember them of the model.",
     ),
     click.option(
-        "--judges", default=JOINT_JUDGES, show_default=True, type=click.IntRange(1),
-        help="Batches that judge masks.",
+        "--judges", "evaluation_batches", default=JointTrainingConfig.evaluation_batches, show_default=True,
+        type=click.IntRange(1), help="Batches that judge masks.",
     ),
     click.option(
-        "--batch-size", default=BATCH_SIZE, show_default=True, type=click.IntRange(3),
+        "--batch-size", default=JointTrainingConfig.batch_size, show_default=True, type=click.IntRange(3),
         help="Texts a batch.",
     ),
 )  # fmt: skip
@@ -70,7 +70,6 @@ def joint_train(
     remembers which heads they keep of this model. Dev texts judge it, those of every task but a single file.
     """
     from secateur.cli.tables import held_out_table, print_table
-    from secateur.meta_training.joint_config import JointTrainingConfig
     from secateur.meta_training.joint_held_out import check_held_out, held_out_losses
     from secateur.meta_training.joint_training import train_joint_pruner
     from secateur.meta_training.subjects import Subject

@@ -18,51 +18,43 @@ from secateur.cli.options import (
     tasks_option,
     together,
 )
-from secateur.support.defaults import (
-    META_BATCH_SIZE,
-    META_BATCHES_PER_STEP,
-    META_CHECKPOINT_EVERY,
-    META_EVALUATE_EVERY,
-    META_OPTIMIZER,
-    META_POOL,
-    META_RATE,
-    META_SIGNAL,
-    META_STEPS,
-    META_TEMPERATURE,
-    PRUNING_RATIO,
-)
+from secateur.meta_training.config import MetaTrainingConfig
+from secateur.support.defaults import PRUNING_RATIO
 from secateur.support.files import is_taken
 from secateur.support.run_files import LOG, PRUNER
 
 config_options = together(
     click.option(
-        "--steps", default=META_STEPS, show_default=True, type=click.IntRange(1), help="Optimiser updates."
+        "--steps", default=MetaTrainingConfig.steps, show_default=True, type=click.IntRange(1),
+        help="Optimiser updates.",
     ),
     click.option(
-        "--batch-size", default=META_BATCH_SIZE, show_default=True, type=click.IntRange(3),
+        "--batch-size", default=MetaTrainingConfig.batch_size, show_default=True, type=click.IntRange(3),
         help="Texts a batch.",
     ),
     click.option(
-        "--batches-per-step", default=META_BATCHES_PER_STEP, show_default=True, type=click.IntRange(1)
+        "--batches-per-step", default=MetaTrainingConfig.batches_per_step, show_default=True, type=click.IntRange(1)
     ),
-    click.option("--learning-rate", default=META_RATE, show_default=True, type=Positive()),
+    click.option("--learning-rate", default=MetaTrainingConfig.learning_rate, show_default=True, type=Positive()),
     click.option(
-        "--optimizer", default=META_OPTIMIZER, show_default=True, type=click.Choice(["sgd", "adam"])
+        "--optimizer", default=MetaTrainingConfig.optimizer, show_default=True, type=click.Choice(["sgd", "adam"])
     ),
     click.option("--ratio", "pruning_ratio", default=PRUNING_RATIO, show_default=True, type=Ratio()),
     click.option(
-        "--signal", default=META_SIGNAL, show_default=True,
+        "--signal", default=MetaTrainingConfig.signal, show_default=True,
         type=click.Choice(["straight_through", "leave_one_out", "random_masks"]),
         help="What teaches the pruner; the first is the paper's.",
     ),
     click.option(
-        "--pool", default=META_POOL, show_default=True, type=click.IntRange(0),
+        "--pool", default=MetaTrainingConfig.pool, show_default=True, type=click.IntRange(0),
         help="Batches a task drawn again; 0 = fresh.",
     ),
-    click.option("--temperature", default=META_TEMPERATURE, show_default=True, type=Positive()),
-    click.option("--evaluate-every", default=META_EVALUATE_EVERY, show_default=True, type=click.IntRange(1)),
+    click.option("--temperature", default=MetaTrainingConfig.temperature, show_default=True, type=Positive()),
     click.option(
-        "--checkpoint-every", default=META_CHECKPOINT_EVERY, show_default=True, type=click.IntRange(1)
+        "--evaluate-every", default=MetaTrainingConfig.evaluate_every, show_default=True, type=click.IntRange(1)
+    ),
+    click.option(
+        "--checkpoint-every", default=MetaTrainingConfig.checkpoint_every, show_default=True, type=click.IntRange(1)
     ),
 )  # fmt: skip
 
@@ -88,7 +80,6 @@ def meta_train(
     from accelerate import Accelerator
 
     from secateur.errors import InvalidInputError, invalid
-    from secateur.meta_training.config import MetaTrainingConfig
     from secateur.meta_training.held_out import HeldOut
     from secateur.meta_training.paper import train_meta_pruner
     from secateur.meta_training.runs import latest_checkpoint

@@ -99,8 +99,8 @@ def _name_axes(file: Path) -> None:
 
     proto = onnx.load(file, load_external_data=False)
     graph = proto.graph
-    made = [dim.dim_param for dim in graph.input[0].type.tensor_type.shape.dim]
-    names = {name: axis for name, axis in zip(made, AXES, strict=True) if name}
+    arguments = [dim.dim_param for dim in graph.input[0].type.tensor_type.shape.dim]
+    names = {name: axis for name, axis in zip(arguments, AXES, strict=True) if name}
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:  # a name, or a sum or product of names
@@ -174,8 +174,8 @@ class _OneZero:
 
 def _inputs(model: PreTrainedModel, batch: int, length: int, padding: int) -> dict[str, Tensor]:
     length = min(length, max_length(model, length))
-    made = example_inputs(model, batch, length, min(padding, length - 1))
-    inputs = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+    arguments = example_inputs(model, batch, length, min(padding, length - 1))
+    inputs = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     if "token_type_ids" in inspect.signature(model.forward).parameters and (
         getattr(model.config, "type_vocab_size", 0) > 1
     ):

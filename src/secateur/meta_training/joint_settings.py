@@ -15,9 +15,8 @@ from secateur.errors import CheckpointError, invalid
 from secateur.meta_training.joint_config import JointTrainingConfig
 from secateur.meta_training.subjects import Subject
 from secateur.support.files import read_json, write_text
+from secateur.support.run_files import SETTINGS
 from secateur.texts.data import Task
-
-SETTINGS = "settings.json"
 
 
 def settle(out: Path, subjects: Sequence[Subject], tasks: Sequence[Task], config: JointTrainingConfig) -> None:

@@ -28,6 +28,7 @@ from secateur.meta_training.subjects import Subject, check_subjects, check_tasks
 from secateur.pruners.joint_network import JointPruner
 from secateur.support.checks import check_accelerator, check_flag, check_path
 from secateur.support.files import is_taken, replaced_folder
+from secateur.support.run_files import PRUNER, SAMPLES
 from secateur.texts.data import Task
 
 
@@ -57,7 +58,7 @@ def train_joint_pruner(
     main = accelerator.is_main_process
     if main:
         _check_folder(out, resume)
-    folder = SampleFolder(out / "samples", subjects, tasks, config, TrialConfig(search=config.search))
+    folder = SampleFolder(out / SAMPLES, subjects, tasks, config, TrialConfig(search=config.search))
     with held_run(out) if main else nullcontext():
         if main:
             settle(out, subjects, tasks, config)
@@ -70,7 +71,7 @@ def train_joint_pruner(
             samples += folder.collected(number, earlier, accelerator, progress)
         pruner = _fitted(samples, config)
         if main:
-            with replaced_folder(out / "pruner") as place:
+            with replaced_folder(out / PRUNER) as place:
                 pruner.save_pretrained(place)
     return pruner
 

@@ -32,6 +32,7 @@ from secateur.meta_training.subjects import Subject, check_subjects, check_tasks
 from secateur.pruners.map_network import MetaPruner
 from secateur.support.checks import check_accelerator, check_flag, check_path, check_positive
 from secateur.support.files import replaced_folder
+from secateur.support.run_files import LOG, PRUNER
 from secateur.texts.data import Task
 
 
@@ -119,7 +120,7 @@ def run(
     accelerator.end_training()
     pruner.eval()
     if record is not None and training.step >= config.steps:
-        with replaced_folder(out / "pruner") as folder:
+        with replaced_folder(out / PRUNER) as folder:
             pruner.save_pretrained(folder)
     return pruner
 
@@ -129,7 +130,7 @@ class _Record:
 
     def __init__(self, training: MetaTraining, out: Path, held_out: Sequence[HeldOut], progress: bool) -> None:
         self.training, self.out, self.held_out = training, out, held_out
-        self.log = Log(out / "log.jsonl", training.step)
+        self.log = Log(out / LOG, training.step)
         if held_out and training.step == 0:
             self._evaluate()
         steps = training.config.steps

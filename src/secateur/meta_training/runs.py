@@ -28,6 +28,7 @@ from secateur.support.files import (
     replaced_folder,
     write_text,
 )
+from secateur.support.run_files import CHECKPOINT
 
 _FREE = {"steps", "evaluate_every", "checkpoint_every"}  # settings that may change when a run goes on
 
@@ -70,7 +71,7 @@ def save_checkpoint(
             for key, value in state.items()
             if value is not None
         }
-    with replaced_folder(out / f"checkpoint-{step}") as folder:
+    with replaced_folder(out / f"{CHECKPOINT}{step}") as folder:
         save_file(tensors, folder / "state.safetensors")
         write_text(folder / "state.json", json.dumps({"step": step, "config": asdict(config)}, indent=1))
     for old in _checkpoints(out)[:-2]:
@@ -120,5 +121,6 @@ def latest_checkpoint(out: Path) -> Path | None:
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    found = [p for p in out.glob("checkpoint-*") if (p / "state.json").is_file() and p.name[11:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[11:]))
+    found = [folder for folder in out.glob(f"{CHECKPOINT}*") if (folder / "state.json").is_file()]
+    numbered = {int(number): folder for folder in found if (number := folder.name.removeprefix(CHECKPOINT)).isdigit()}
+    return [numbered[number] for number in sorted(numbered)]

@@ -17,7 +17,7 @@ from secateur.models.offload import device_of
 from secateur.models.state import evaluation_mode
 
 
-@torch.inference_mode(False)  # inputs made in inference mode could not be differentiated through
+@torch.inference_mode(False)  # inputs batches in inference mode could not be differentiated through
 def example_inputs(
     model: PreTrainedModel, batch: int = 2, length: int = 12, padding: int = 3, seed: int = 0
 ) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def example_inputs(
         inputs["input_features"] = _features(config, batch, random)
     else:
         raise UnsupportedModelError(
-            f"{type(base).__name__} takes `{name}`, for which no example can be made; pass `inputs`"
+            f"{type(base).__name__} takes `{name}`, for which no example can be batches; pass `inputs`"
         )
     if "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _token_ids(config, batch, length, random)
@@ -64,9 +64,9 @@ def example_inputs(
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
-def forward_arguments(model: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+def forward_arguments(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
     """Return each batch as the base model takes it: see `ForwardArguments`."""
-    return list(ForwardArguments(model, made))
+    return list(ForwardArguments(model, batches))
 
 
 class ForwardArguments(Sequence[dict[str, Any]]):
@@ -77,19 +77,19 @@ class ForwardArguments(Sequence[dict[str, Any]]):
     is taught to repeat it, unless the batch has some.
     """
 
-    def __init__(self, model: PreTrainedModel, made: Sequence[Mapping[str, Tensor]]) -> None:
-        self.made = made
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self.batches = batches
         base = base_of(model)
         self.accepted = inspect.signature(base.forward).parameters
         reads = base.main_input_name == "input_ids" and "decoder_input_ids" in self.accepted
         self.start = _start_of_decoder(base) if reads else None
 
     def __len__(self) -> int:
-        return len(self.made)
+        return len(self.batches)
 
     def __getitem__(self, number: Any) -> Any:
         """Return the arguments for the batch of that number."""
-        return self.of(self.made[number])
+        return self.of(self.batches[number])
 
     def of(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the arguments for a batch."""

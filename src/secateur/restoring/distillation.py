@@ -29,9 +29,9 @@ from secateur.support.defaults import DISTILLATION_RATE, DISTILLATION_STEPS
 from secateur.texts.calibration import PreparedModel, is_pair, listed_texts
 from secateur.texts.tokenization import Text, padding_token, rows_of, tokenize
 
-JUDGES = 10  # one of so many texts judges the distillation and teaches nothing …
-MOST_JUDGES = 256  # … up to that many
-FEWEST = JUDGES * (RELATED - 1) + 1  # texts of which so many judge that they have relations
+HELD_OUT = 10  # one of so many texts evaluates the distillation and teaches nothing …
+MOST_HELD_OUT = 256  # … up to that many
+FEWEST = HELD_OUT * (RELATED - 1) + 1  # texts of which so many evaluate that they have relations
 
 
 def distill_(
@@ -74,22 +74,22 @@ def distill_(
     check_takes_gradients(student)
     prepared = PreparedModel(model, tokenizer, reading)
     reading = replace(reading, device=str(training_device(device_of(student))))
-    every = max(JUDGES, math.ceil(len(texts) / MOST_JUDGES))
-    judging, teaching = texts[::every], [text for number, text in enumerate(texts) if number % every]
+    every = max(HELD_OUT, math.ceil(len(texts) / MOST_HELD_OUT))
+    held_out, training = texts[::every], [text for number, text in enumerate(texts) if number % every]
     device = torch.device(str(reading.device))
     with held(student), held(master), evaluation_mode(student), _on(master, device), torch.inference_mode(False):
-        made = with_relations(prepared.batches(judging, reading.batch_size))
+        batches = with_relations(prepared.batches(held_out, reading.batch_size))
         pair = _Pair(student, master)
-        _check_same_shapes(pair, made[0])
-        judge = partial(_relational_kl, pair, made, is_pair(texts))
-        before = judge()
+        _check_same_shapes(pair, batches[0])
+        evaluate = partial(_relational_kl, pair, batches, is_pair(texts))
+        before = evaluate()
         after = _kept_if_lower(
-            pair, before, judge, partial(_teach, pair, prepared, teaching, steps, learning_rate, reading)
+            pair, before, evaluate, partial(_teach, pair, prepared, training, steps, learning_rate, reading)
         )
     return before, after
 
 
-def _kept_if_lower(pair: _Pair, before: float, judge: Callable[[], float], teach: Callable[[], None]) -> float:
+def _kept_if_lower(pair: _Pair, before: float, evaluate: Callable[[], float], teach: Callable[[], None]) -> float:
     """Teach, and return the lower of the losses before and after; the weights are put back where it did not fall."""
     student = pair.student
     with in_float32(student), _changing(student) as parameters:
@@ -97,7 +97,7 @@ def _kept_if_lower(pair: _Pair, before: float, judge: Callable[[], float], teach
         is_lower = False
         try:
             teach()
-            after = judge()
+            after = evaluate()
             is_lower = after < before
             if is_lower and isinstance(entry := getattr(student.config, KEY, None), dict):
                 entry["distilled"] = True
@@ -137,18 +137,18 @@ class _Pair(nn.Module):
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Return the loss of a batch of token ids."""
-        given, (student, teacher) = self.arguments.of(batch), self.models
+        arguments, (student, teacher) = self.arguments.of(batch), self.models
         with torch.no_grad():
-            wanted = _hidden_states(teacher, given)
-        found = _hidden_states(student, given)
-        mask = given.get("attention_mask")
+            wanted = _hidden_states(teacher, arguments)
+        found = _hidden_states(student, arguments)
+        mask = arguments.get("attention_mask")
         shares = [_share(one, other, mask) for one, other in zip(found, wanted, strict=True)]
         return {"loss": torch.stack(shares).mean()}
 
 
-def _hidden_states(model: PreTrainedModel, given: Mapping[str, Any]) -> list[Tensor]:
+def _hidden_states(model: PreTrainedModel, arguments: Mapping[str, Any]) -> list[Tensor]:
     """Return the hidden states of every layer, the embeddings first, of an encoder and of a decoder where there are."""
-    outputs = model(**given, output_hidden_states=True)
+    outputs = model(**arguments, output_hidden_states=True)
     names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
     found = [state for name in names for state in getattr(outputs, name, None) or ()]
     if not found:
@@ -182,8 +182,8 @@ def _relational_kl(pair: _Pair, batches: Sequence[Mapping[str, Any]], is_pair: b
     """Return the mean over batches of KL(teacher ‖ student) between the relations of their texts."""
     values = []
     for batch in batches:
-        given = pair.arguments.of(batch)
-        student, teacher = (gated_representations(model, given, {}, is_pair) for model in pair.models)
+        arguments = pair.arguments.of(batch)
+        student, teacher = (gated_representations(model, arguments, {}, is_pair) for model in pair.models)
         values.append(float(relational_kl(teacher, student)))
     return statistics.fmean(values)
 

@@ -79,10 +79,12 @@ def _reconstruct_(
     count = 2 * math.ceil(len(texts) / (2 * reading.batch_size))
     size = math.ceil(len(texts) / count)
     with held(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad():
-        made = list(prepared.batches(texts, size))
-        losses = [MaskLoss(base, made[half::2], is_pair(texts), reading.accelerator) for half in (0, 1)]
-        before = statistics.fmean(loss(kept) for loss in losses)  # and of the dense model, before its weights change
-        moments = _second_moments(base, projections, made, reading)
+        batches = list(prepared.batches(texts, size))
+        evaluators = [MaskLoss(base, batches[half::2], is_pair(texts), reading.accelerator) for half in (0, 1)]
+        before = statistics.fmean(
+            loss(kept) for loss in evaluators
+        )  # and of the dense model, before its weights change
+        moments = _second_moments(base, projections, batches, reading)
         weights = {name: one.weight.data for name, one in projections.items()}
         refits = {name: one.refits(moments.pop(name)) for name, one in projections.items()}
 
@@ -93,9 +95,9 @@ def _reconstruct_(
         is_lower = False
         try:
             crossed = []
-            for fitted, judged in ((0, 1), (1, 0)):
+            for fitted, other in ((0, 1), (1, 0)):
                 set_weights(fitted)
-                crossed.append(losses[judged](kept))
+                crossed.append(evaluators[other](kept))
             after = statistics.fmean(crossed)
             is_lower = after < before
             set_weights(2)
@@ -191,11 +193,11 @@ def _reading(projections: Mapping[str, _Projection], batch: Mapping[str, Any]) -
     mask = batch.get("attention_mask")
 
     def read(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach().float()
-        rows = given.flatten(0, -2)
-        if mask is not None and mask.shape == given.shape[:-1]:
-            rows = given[mask.bool().to(given.device)]  # without padding
-        with without_autocast(given.device):
+        inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach().float()
+        rows = inputs.flatten(0, -2)
+        if mask is not None and mask.shape == inputs.shape[:-1]:
+            rows = inputs[mask.bool().to(inputs.device)]  # without padding
+        with without_autocast(inputs.device):
             moments = (rows.T @ rows).cpu()
         found[name] = found[name] + moments if name in found else moments
 

@@ -57,8 +57,8 @@ class LabelledScorer(Scorer):
         Random states are put back at the end. Raises `InvalidInputError` where the head does not fit the labels, and
         where there is none and no texts to train one on.
         """
-        given, labelled = supervision(task).model, supervision(task).task
-        has_head = is_classifier(given)
+        original, labelled = supervision(task).model, supervision(task).task
+        has_head = is_classifier(original)
         epochs = self.warmup_epochs if self.warmup_epochs is not None else 0.0 if has_head else WARMUP_EPOCHS
         tokenizer, seed = supervision(task).tokenizer, task.reading.seed % 2**32  # numpy takes no other seeds
         if epochs and tokenizer is None:
@@ -76,9 +76,9 @@ class LabelledScorer(Scorer):
             if not has_head:
                 model = with_new_head(task.model, labelled.num_labels, labelled.is_regression)
             else:
-                check_model_fits(given, labelled)
-                model = copy.deepcopy(given).float() if own or epochs else given
-            if model is not given:
+                check_model_fits(original, labelled)
+                model = copy.deepcopy(original).float() if own or epochs else original
+            if model is not original:
                 model.requires_grad_(True)
             if epochs:
                 finetune(

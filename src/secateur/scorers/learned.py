@@ -92,13 +92,15 @@ class GateLearningScorer(LabelledScorer):
 
 def _shuffled(task: ScoringTask) -> Iterator[tuple[Batch, Tensor]]:
     """Yield batches with their labels without end, in a new random order each epoch: texts, or else whole batches."""
-    taught = supervision(task)
-    texts, labels, size = taught.task.texts, torch.cat(list(taught.labels)), len(taught.labels[0])
+    supervised = supervision(task)
+    texts, labels, size = supervised.task.texts, torch.cat(list(supervised.labels)), len(supervised.labels[0])
     while True:
-        if taught.tokenizer is None:
+        if supervised.tokenizer is None:
             for i in torch.randperm(len(task.batches)).tolist():
-                yield task.batches[i], taught.labels[i]
+                yield task.batches[i], supervised.labels[i]
         else:
             order = torch.randperm(len(texts)).tolist()
-            made = batches(taught.tokenizer, [texts[i] for i in order], size, taught.max_length, labels.device)
-            yield from zip(forward_arguments(task.model, made), labels[order].split(size), strict=True)
+            ordered = batches(
+                supervised.tokenizer, [texts[i] for i in order], size, supervised.max_length, labels.device
+            )
+            yield from zip(forward_arguments(task.model, ordered), labels[order].split(size), strict=True)

@@ -54,9 +54,9 @@ class SmpPlusScorer(Scorer):
             task.model, task.sites, batches, task.is_pair, task.reading.accelerator, special_ids, self.pruner.sees_maps
         )
         with torch.no_grad():
-            (judged,) = self.pruner.eval().member_scores([evidence])
-            found = evidence.split(self.pruner.combine(evidence, judged))
-        agreed = float(agreement(standardised(judged)))
+            (by_member,) = self.pruner.eval().member_scores([evidence])
+            found = evidence.split(self.pruner.combine(evidence, by_member))
+        agreed = float(agreement(standardised(by_member)))
         if agreed <= DISTRUSTED and self.pruner.recall(evidence) is None:
             matched = " and their matching" if self.pruner.matching and task.is_pair else ""
             message = (
