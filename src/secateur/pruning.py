@@ -38,7 +38,7 @@ from secateur.support.files import write_text
 from secateur.support.processes import is_shared
 from secateur.support.versions import __version__, environment
 from secateur.texts.calibration import PreparedModel, texts_of
-from secateur.texts.sources import FIRST, reading_order
+from secateur.texts.sources import reading_order
 from secateur.texts.tokenization import Text
 from secateur.units.masks import Mask
 from secateur.units.scores import Scores
@@ -212,8 +212,9 @@ class _Pruning:
             self.texts: Iterable[Text] | None = texts
         else:
             left = iter(texts)
-            self.read = list(itertools.islice(left, FIRST))
+            self.read = list(itertools.islice(left, MAX_TEXTS))
             self.texts = itertools.chain(self.read, left)
+        self.prepared.keeps = frozenset(self.read) if self.read else None
         if texts is not None:
             self.prepared.tokenizer  # noqa: B018 - a model without one is refused before any work
         check_loaded(self.model, "pruning")

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from accelerate import Accelerator
 
 from secateur.errors import InvalidInputError, invalid
+from secateur.models.loading import check_device
 from secateur.support.checks import check_accelerator, check_flag, check_seed, check_whole, is_number
 from secateur.support.defaults import BATCH_SIZE, FLOOR, MAX_LENGTH, PRUNING_RATIO
 from secateur.units.select import Allocation, check_selection
@@ -61,6 +62,8 @@ class Reading:
         check_whole("max_length", self.max_length, 4)
         check_seed(self.seed)
         check_stop(self.stop)
+        if self.device is not None:
+            check_device(self.device)
         check_flag("bf16", self.bf16)
         check_accelerator(self.accelerator)
         check_flag("maps", self.maps)
@@ -177,6 +180,8 @@ class Cut:
 
     def __post_init__(self) -> None:
         check_selection(self.pruning_ratio, self.allocation, self.floor)
+        if self.budget is not None:
+            object.__setattr__(self, "budget", Budget.of(self.budget))
 
 
 def settings_of(value: Any, kind: type[Settings]) -> Settings:

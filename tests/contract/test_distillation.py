@@ -115,8 +115,8 @@ def test_the_same_seed_gives_the_same_weights_and_pairs_of_texts_will_do():
             )
         assert after < before
         found.append(state(student))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert not all(torch.equal(found[0][name], found[2][name]) for name in found[0])
+    assert all(torch.equal(found["none"][name], found[1][name]) for name in found["none"])
+    assert not all(torch.equal(found["none"][name], found[2][name]) for name in found["none"])
 
 
 def test_a_tasks_head_what_is_frozen_and_modes_stay():
@@ -254,18 +254,18 @@ def test_a_comparison_distils_pruned_runs_on_all_texts_and_leaves_dense_ones(tmp
         rows = "".join(f"{text}\t{number % 2}\n" for number, text in enumerate(TEXTS[:count]))
         (tmp_path / "task" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
     found = {}
-    for steps in (0, 3):
+    for restore in ("none", "distill"):
         settings = Settings(
             str(tmp_path / "model"), (str(tmp_path / "task"),), ("contribution",), seeds=1, num_texts=8, epochs=1.0,
-            max_train=24, distill=steps,
+            max_train=24, restore=restore, steps=3,
         )  # fmt: skip
-        rows = compare(settings, tmp_path / str(steps), device="cpu", progress=False)
-        found[steps] = {row["scorer"]: row for row in rows}
-    assert "distillation" not in found[3]["dense"]
-    assert "distillation" not in found[0]["contribution"]
-    assert found[3]["dense"]["train_loss"] == found[0]["dense"]["train_loss"]
-    assert len(found[3]["contribution"]["distillation"]) == 2
-    assert found[3]["contribution"]["cost"]["distillation_seconds"] > 0
+        rows = compare(settings, tmp_path / restore, device="cpu", progress=False)
+        found[restore] = {row["scorer"]: row for row in rows}
+    assert "distillation" not in found["distill"]["dense"]
+    assert "distillation" not in found["none"]["contribution"]
+    assert found["distill"]["dense"]["train_loss"] == found["none"]["dense"]["train_loss"]
+    assert len(found["distill"]["contribution"]["distillation"]) == 2
+    assert found["distill"]["contribution"]["cost"]["distillation_seconds"] > 0
     assert taught == [TEXTS[:40]]  # of which 24 are for fine-tuning
-    with pytest.raises(InvalidInputError, match="`distill` must be a whole number from 0"):
-        Settings("m", ("d",), ("contribution",), distill=-1)
+    with pytest.raises(InvalidInputError, match="`steps` must be a whole number from 1"):
+        Settings("m", ("d",), ("contribution",), steps=0)

@@ -57,7 +57,7 @@ def check_message(error):
     assert text == text.strip() != ""
     assert "\n" not in text
     assert len(text) < 1000
-    assert "`" in text or "head_" in text or ".json" in text  # a parameter or a file is named
+    assert "`" in text or "is no " in text or ".json" in text  # a parameter or a file is named
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ PATH = [None, 3, "", [], "a\0b"]
 CONFIG = [3, "", {}]
 LEARNED_ON = [None, 3, "", [], ["a"], {}]
 INPUTS = [3, "", {}, {3: 1}]
+SETTINGS = [3, "", {}, {"batch_size": 4}]
 
 CALLS = {
     "find_sites": {"model": MODEL, "inputs": INPUTS},
@@ -48,37 +49,35 @@ CALLS = {
     },
     "score": {
         "model": MODEL, "texts": LISTED, "scorer": ["best", "", None, 3],
-        "tokenizer": [3, "", object()], "labels": [3, ""], "inputs": [3, "", [], [{}], [3]], "batch_size": COUNT,
-        "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED, "pruning_ratio": RATIO, "allocation": ALLOCATION,
-        "floor": LEAST, "stop": [0, -1, "soon", "", None, 1.5], "bf16": FLAG, "progress": FLAG,
-        "accelerator": PROCESSES,
+        "tokenizer": [3, "", object()], "labels": [3, ""], "inputs": [3, "", [], [{}], [3]], "cut": SETTINGS, "reading": SETTINGS,
     },
     "prune": {
         "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3],
-        "allocation": ALLOCATION, "floor": LEAST, "stop": [0, -1, "soon", "", None, 1.5], "refine": LEAST,
-        "tokenizer": [3, "", object()], "labels": [3, ""], "batch_size": COUNT,
-        "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
-        "device": ["abacus", "", 3.5, []], "maps": FLAG, "progress": FLAG, "budget": BUDGET, "accelerator": PROCESSES,
-        "bf16": FLAG, "reconstruct": FLAG,
+        "allocation": ALLOCATION, "floor": LEAST, "refine": LEAST, "restore": [True, "", None, "distill"],
+        "tokenizer": [3, "", object()], "labels": [3, ""], "budget": BUDGET, "reading": SETTINGS,
     },
     "reconstruct_": {
-        "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "batch_size": COUNT,
-        "max_length": [3, -1, 4.5, "9", None, True, ""], "progress": FLAG, "accelerator": PROCESSES,
+        "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()],
+        "reading": SETTINGS,
     },
     "distill_": {
         "model": MODEL, "teacher": MODEL, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": COUNT,
-        "learning_rate": [0, -1, float("nan"), float("inf"), "1", None, True], "batch_size": COUNT,
-        "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED, "bf16": FLAG, "progress": FLAG,
+        "learning_rate": [0, -1, float("nan"), float("inf"), "1", None, True],
+        "reading": SETTINGS,
     },
     "refine_mask": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": LEAST,
-        "allocation": ALLOCATION, "floor": LEAST, "batch_size": COUNT,
-        "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
-        "progress": FLAG, "accelerator": PROCESSES,
+        "allocation": ALLOCATION, "floor": LEAST, "reading": SETTINGS,
     },
+    "Reading": {
+        "batch_size": COUNT, "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
+        "stop": [0, -1, "soon", "", None, 1.5], "bf16": FLAG, "maps": FLAG, "progress": FLAG, "accelerator": PROCESSES,
+        "device": ["abacus", "", 3.5, []],
+    },
+    "Cut": {"pruning_ratio": RATIO, "allocation": ALLOCATION, "floor": LEAST, "budget": [3, "", {}]},
     "Scores": {
         "values_by_site": [None, 3, "", {}, {3: [1.0]}, {"a": []}, {"a": "x"}, {"a": [float("nan")]}, {"a": [[1.0]]}],
-        "key_value_heads": [None, 3, "", {"a": 0}, {"a": 3}, {"a": "1"}],
+        "num_groups": [None, 3, "", {"a": 0}, {"a": 3}, {"a": "1"}],
         "scorer": [None, 3], "interactions": [None, 3, "", {"b": [[1.0]]}, {"a": "x"}, {"a": [1.0]}],
         "num_texts": [-1, "3", 1.5, True], "agreement": [-0.1, 1.1, "1", float("nan")],
     },
@@ -179,7 +178,7 @@ def options():
             kind = option.type
             wrong = []
             if isinstance(kind, click.Choice):
-                wrong = ["none", ""]
+                wrong = ["nothing", ""]
             elif isinstance(kind, click.IntRange):
                 wrong = ["x", "", "1.5", str((kind.min or 0) - 1)]
             elif kind.name in ("ratio", "all|auto|N", "number"):

@@ -246,7 +246,7 @@ def test_a_budget_that_heads_cannot_reach_is_refused_before_scoring(monkeypatch)
 
 def test_refining_between_sites_could_exceed_a_budget():
     texts, tokenizer = tiny_texts(4), tiny_tokenizer()
-    with pytest.raises(InvalidInputError, match="`refine` must be 0 with allocation 'ranking' with the budget macs="):
+    with pytest.raises(InvalidInputError, match="`refine` must be 0 with allocation 'ranking' and the budget macs="):
         secateur.prune(
             tiny_model("bert"), texts, budget="macs=0.9", allocation="ranking", refine=2, tokenizer=tokenizer
         )

@@ -24,6 +24,8 @@ from secateur.scorers.matching import MatchingScorer, heads_that_match
 from secateur.scorers.score import score
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
+from secateur.texts.calibration import PreparedModel
+from secateur.texts.sources import ReadyInputs
 from secateur.texts.tokenization import batches
 from secateur.units.masks import Mask
 from secateur.units.select import select
@@ -138,7 +140,8 @@ def test_pairs_score_as_contribution_times_matching_and_single_texts_as_contribu
 def pairs_task(model, tokenizer, is_pair=True):
     texts = PAIRS if is_pair else [first for first, _ in PAIRS]
     inputs = list(forward_arguments(model, batches(tokenizer, texts, 3)))
-    return ScoringTask(model, find_sites(model), inputs, is_pair, special_ids=special_ids_of(tokenizer))
+    source = ReadyInputs(PreparedModel(model), inputs, is_pair)
+    return ScoringTask(model, find_sites(model), source, special_ids=special_ids_of(tokenizer))
 
 
 def test_heads_that_match_are_those_from_a_tenth_on(monkeypatch):
@@ -155,7 +158,9 @@ def test_heads_that_match_are_those_from_a_tenth_on(monkeypatch):
     assert {site: row.tolist() for site, row in alone.items()} == {site: [False] * 4 for site in task.sites}
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
     seeing = AutoModel.from_config(Data2VecVisionConfig(**size)).eval()
-    without_maps = ScoringTask(seeing, find_sites(seeing), [example_inputs(seeing)], is_pair=True)
+    without_maps = ScoringTask(
+        seeing, find_sites(seeing), ReadyInputs(PreparedModel(seeing), [example_inputs(seeing)], is_pair=True)
+    )
     with pytest.raises(UnsupportedModelError, match="does not compute attention maps"):
         MatchingScorer().score(without_maps)
     assert not bool(torch.cat(list(heads_that_match(without_maps).values())).any())

@@ -304,7 +304,7 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "texts.csv").write_text("\n".join(["sentence", *TEXTS]))
     arguments = [tmp_path / "model", "--data", tmp_path / "texts.csv", "--scorer", "contribution", "--no-maps"]
-    assert run("prune", *arguments, "--reconstruct", "--out", tmp_path / "small") == 0
+    assert run("prune", *arguments, "--restore", "reconstruct", "--out", tmp_path / "small") == 0
     assert "with reconstruction 0." in capsys.readouterr().out
     report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
     without, after = report["reconstruction"]

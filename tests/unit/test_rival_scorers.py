@@ -431,7 +431,7 @@ def test_dsp_keeps_as_many_heads_as_the_ratio_leaves(monkeypatch):
 def test_gumbel_noise_has_its_mean_and_spread(monkeypatch):
     monkeypatch.setattr(dsp, "relaxed_top_k", lambda keys, *rest: keys)
     torch.manual_seed(0)
-    keys = make_scorer("dsp").gates(torch.full((200_000,), 5.0), SimpleNamespace(pruning_ratio=0.5), 0.0)
+    keys = make_scorer("dsp").gates(torch.full((200_000,), 5.0), SimpleNamespace(cut=Cut()), 0.0)
     assert float(keys.mean()) == pytest.approx(5 + 0.5772, abs=0.02)  # Euler's constant
     assert float(keys.var()) == pytest.approx(math.pi**2 / 6, abs=0.03)
 

@@ -23,7 +23,7 @@ from secateur.sites.attention import find_sites
 from secateur.sites.layout import AttentionSite, Site
 from secateur.units.masks import Mask
 from secateur.units.scores import PresentScores, Scores
-from secateur.units.select import Allocation, check_selection, groups_of, select
+from secateur.units.select import Allocation, check_scores, check_selection, groups_of, select
 
 _ROUNDING = 1e-9
 
@@ -178,6 +178,7 @@ def allocate(
     The other arguments are those of `select`. Raises `InvalidInputError` for a budget that cannot be reached.
     """
     check_selection(allocation=allocation, floor=floor)
+    check_scores(scores)
     return BudgetedSelection(model, Budget.of(budget), allocation, floor).select(scores)[0]
 
 

@@ -76,7 +76,7 @@ def score(
     cannot_repeat = ""
     if inputs is not None:
         cannot_repeat = "a batch of `inputs` does not fit into memory; make smaller ones"
-    elif texts is not None and not isinstance(texts, Sequence):
+    elif texts is not None and not isinstance(texts, Sequence) and reading.batch_size > 1:
         cannot_repeat = smaller_batches(reading.batch_size)
     run = partial(_score, prepared, criterion, texts, labels, inputs, cut)
     return in_batches_that_fit(run, reading, cannot_repeat)

@@ -27,8 +27,11 @@ class PreparedModel:
     """A model with its base model, sites and tokenizer, each looked up once, and texts tokenised once.
 
     Every step of a pruning may be handed one in place of the model: then they share what was found. `model` is a
-    transformers model or a SentenceTransformer; `tokenizer` is looked up by the model's name where it is None.
+    transformers model or a SentenceTransformer; `tokenizer` is looked up by the model's name where it is None. `keeps`
+    says of which texts the tokens are kept, for steps that read them again: None = of all.
     """
+
+    keeps: frozenset[Text] | None = frozenset()
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, reading: Reading | None = None
@@ -85,13 +88,12 @@ class PreparedModel:
         check_tokenizer(self.tokenizer)
         return TextBatches(self, texts, batch_size)
 
-    def batch(self, texts: Sequence[Text], keep: bool = True) -> dict[str, Any]:
-        """Return one batch of keyword arguments for the base model; `keep` remembers the tokens of its texts."""
+    def batch(self, texts: Sequence[Text]) -> dict[str, Any]:
+        """Return one batch of keyword arguments for the base model."""
         new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
         made = dict(zip(new, rows_of(tokenize(self.tokenizer, new, self.longest)), strict=True)) if new else {}
         rows = [made[text] if text in made else self._tokens[text] for text in texts]
-        if keep:
-            self._tokens |= made
+        self._tokens |= {text: row for text, row in made.items() if self.keeps is None or text in self.keeps}
         return self._arguments.of(padded(self.tokenizer, rows, device_of(self.base)))
 
     @cached_property

@@ -13,14 +13,10 @@ import torch
 from secateur.errors import invalid
 from secateur.models.inputs import ForwardArguments
 from secateur.settings import Reading
-from secateur.sites.attention_maps import MAX_TEXTS
 from secateur.support.checks import check_mapping
 from secateur.texts.batches import Batch
 from secateur.texts.calibration import PreparedModel, check_reads_texts, is_pair
 from secateur.texts.tokenization import Text, check_texts
-
-FIRST = MAX_TEXTS
-"""Texts of a stream that are remembered: for attention maps, and for a proof."""
 
 
 class Source(ABC):
@@ -43,10 +39,6 @@ class Source(ABC):
     def make(self, part: Any) -> Batch:
         """Return a batch."""
 
-    def first(self, count: int) -> Sequence[Text]:
-        """Return up to `count` of the texts that were read first."""
-        return []
-
 
 class ListedTexts(Source):
     """Texts in a list, which may be read again and again."""
@@ -64,10 +56,6 @@ class ListedTexts(Source):
         """Return the batch of that number."""
         return self.batches[part]
 
-    def first(self, count: int) -> Sequence[Text]:
-        """Return the first texts of the list."""
-        return self.texts[:count]
-
 
 class StreamedTexts(Source):
     """Texts that come one after the other, in unknown number; they can be read once.
@@ -78,7 +66,7 @@ class StreamedTexts(Source):
     def __init__(self, prepared: PreparedModel, texts: Iterable[Text], batch_size: int) -> None:
         check_reads_texts(prepared.model)
         left = iter(texts)
-        self._first = list(itertools.islice(left, FIRST))
+        self._first = list(itertools.islice(left, 1))
         check_texts(self._first)
         self._texts = itertools.chain(self._first, left)
         self._prepared, self._batch_size = prepared, batch_size
@@ -87,17 +75,13 @@ class StreamedTexts(Source):
     def parts(self) -> Iterator[list[Text]]:
         """Yield the texts of one batch after the other."""
         while part := list(itertools.islice(self._texts, self._batch_size)):
-            check_texts([self._first[0], *part])  # all of one kind
+            check_texts([*self._first, *part])  # all of one kind
             self.seen += len(part)  # type: ignore[operator]
             yield part
 
     def make(self, part: list[Text]) -> Batch:
-        """Tokenise one batch; the first texts' tokens are kept, since a proof reads these again."""
-        return self._prepared.batch(part, keep=not set(self._first).isdisjoint(part))
-
-    def first(self, count: int) -> Sequence[Text]:
-        """Return the texts that came first."""
-        return self._first[:count]
+        """Tokenise one batch."""
+        return self._prepared.batch(part)
 
 
 class ReadyInputs(Source):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -51,8 +51,7 @@ def select(
     Raises `InvalidInputError` for values outside their ranges.
     """
     check_selection(pruning_ratio, allocation, floor)
-    if not isinstance(scores, Scores | PresentScores):
-        raise invalid("scores", "be Scores", type(scores).__name__)
+    check_scores(scores)
     if allocation == "uniform":
         rows = {site: _select_in_site(scores, site, pruning_ratio, floor) for site in scores}
     else:
@@ -61,6 +60,12 @@ def select(
         if scores.num_groups[site] == scores[site].numel():
             rows[site] = _rearranged(rows[site], scores[site], scores.interactions[site])
     return Mask(rows) if isinstance(scores, Scores) else PresentMask(rows)
+
+
+def check_scores(scores: Any) -> None:
+    """Raise `InvalidInputError` unless these are scores."""
+    if not isinstance(scores, Scores | PresentScores):
+        raise invalid("scores", "be Scores", type(scores).__name__)
 
 
 def check_selection(pruning_ratio: float = 0.5, allocation: str = "uniform", floor: int = 1) -> None:
