@@ -49,7 +49,8 @@ CALLS = {
     },
     "score": {
         "model": MODEL, "texts": LISTED, "scorer": ["best", "", None, 3],
-        "tokenizer": [3, "", object()], "labels": [3, ""], "inputs": [3, "", [], [{}], [3]], "cut": SETTINGS, "reading": SETTINGS,
+        "tokenizer": [3, "", object()], "labels": [3, ""], "inputs": [3, "", [], [{}], [3]],
+        "cut": SETTINGS, "reading": SETTINGS,
     },
     "prune": {
         "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3],

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ TEXTS = 44  # in batches of 4: 3 processes get no equal shares
 def results(accelerator: Any, folder: Path) -> dict[str, Any]:
     """Return plain data of scores, masks, stops and a joint pruner taught in `folder`, exact to the last bit."""
     model, tokenizer, texts = tiny_model("bert"), tiny_tokenizer(), tiny_texts(TEXTS)
-    common: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": 4, "accelerator": accelerator}
+    reading = Reading(batch_size=4, accelerator=accelerator)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "reading": reading}
     scores = {}
     for scorer in ("contribution", "smp", "smp-plus", "leave_one_out", "relational_taylor", "random"):
         scores[scorer] = secateur.score(model, texts, scorer, **common)
@@ -49,12 +51,12 @@ def results(accelerator: Any, folder: Path) -> dict[str, Any]:
     scores["shared layers"] = secateur.score(tiny_model("albert"), texts, **common)
     more = tiny_texts(4000, seed=1)
     scores["auto"] = secateur.score(
-        model, more, "entropy", cut=Cut(allocation="ranking"), reading=Reading(stop="auto"), **common
+        model, more, "entropy", tokenizer, cut=Cut(allocation="ranking"), reading=replace(reading, stop="auto")
     )
-    scores["stream"] = secateur.score(model, iter(more), reading=Reading(stop=61), **common)
+    scores["stream"] = secateur.score(model, iter(more), tokenizer=tokenizer, reading=replace(reading, stop=61))
     found = {name: row.to_json() for name, row in scores.items()}
     smaller, report = secateur.prune(
-        model, texts, refine=4, restore="reconstruct", reading=Reading(maps=True), **common
+        model, texts, refine=4, restore="reconstruct", tokenizer=tokenizer, reading=replace(reading, maps=True)
     )
     found["prune"] = {"mask": report.mask.kept, "losses": report.refinement, "texts": report.num_texts}
     found["reconstruction"] = {
