@@ -57,7 +57,7 @@ MODULES = {
     "removal/remove.py": [
         "contract/test_removal.py",
         "unit/test_reshaped.py",
-        "contract/test_checkpoint.py::test_the_recipe_records_what_was_done",
+        "contract/test_recipe.py::test_the_recipe_records_what_was_done",
         "contract/test_offload.py::test_what_would_hold_all_weights_is_refused_and_told_what_works",
         *(
             f"contract/test_parameters.py::test_a_wrong_value_is_named[{name}]"
@@ -73,8 +73,8 @@ MODULES = {
         "contract/test_checkpoint.py::test_a_pruned_task_model_is_read_by_its_class_and_as_a_base",
         "contract/test_checkpoint.py::test_models_without_a_recipe_load_exactly_as_before",
         "contract/test_checkpoint.py::test_the_hook_is_installed_once",
-        "contract/test_checkpoint.py::test_a_recipe_of_another_model_names_the_missing_site",
-        "contract/test_checkpoint.py::test_a_missing_site_is_named_where_the_class_is_not_the_checkpoints_or_in_no_mapping",
+        "contract/test_recipe.py::test_a_recipe_of_another_model_names_the_missing_site",
+        "contract/test_recipe.py::test_a_missing_site_is_named_where_the_class_is_not_the_checkpoints_or_in_no_mapping",
         "contract/test_checkpoint.py::test_models_are_built_whole_where_the_hook_is_off",
         "contract/test_legacy.py",
     ],
@@ -84,16 +84,18 @@ MODULES = {
         "contract/test_checkpoint.py::test_models_are_built_whole_where_the_hook_is_off",
     ],
     "sites/recipe.py": [
-        "contract/test_checkpoint.py::test_sites_that_are_alike_share_a_layout_and_others_do_not",
+        "contract/test_recipe.py::test_sites_that_are_alike_share_a_layout_and_others_do_not",
         "contract/test_checkpoint.py::test_round_trip_and_saving_again[bert]",
         "contract/test_checkpoint.py::test_an_emptied_site_comes_back[gpt2]",
-        "contract/test_checkpoint.py::test_damaged_recipes_are_refused_before_any_weight_is_read",
-        "contract/test_checkpoint.py::test_the_recipe_records_what_was_done",
+        "contract/test_recipe.py::test_damaged_recipes_are_refused_before_any_weight_is_read",
+        "contract/test_recipe.py::test_the_recipe_records_what_was_done",
         "unit/test_reshaped.py::test_a_module_that_asks_for_the_full_width_is_pruned_again_and_reloads",
         "unit/test_reshaped.py::test_a_recipe_that_reshapes_an_unknown_site_is_refused",
     ],
     "removal/replay.py": [
         "contract/test_checkpoint.py",
+        "contract/test_parts.py",
+        "contract/test_recipe.py",
         "contract/test_removal.py",
         "unit/test_reshaped.py",
         "system/test_standalone.py::test_without_secateur_the_outputs_are_the_same_bit_for_bit",
