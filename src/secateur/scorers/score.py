@@ -67,9 +67,9 @@ def score(
     Raises `InvalidInputError` for bad arguments, missing texts or labels, and non-finite scores,
     `UnsupportedModelError` where heads cannot be told apart.
     """
+    cut, reading = settings_of(cut, Cut), settings_of(reading, Reading)
     prepared = PreparedModel.of(model, tokenizer, reading)
     criterion = scorer_of(scorer, options)
-    cut, reading = settings_of(cut, Cut), settings_of(reading, Reading)
     labels = None if labels is None else _plain_numbers(labels)
     texts = _listed_unless_streamed(texts_of(texts), criterion, labels, inputs)
     _check_possible(criterion, prepared, texts, inputs, reading)
@@ -153,8 +153,6 @@ def _listed_unless_streamed(texts: Any, criterion: Scorer, labels: Any, inputs: 
     """Return texts that come one by one as they are where the criterion can read them so, and else in a list."""
     if texts is None or isinstance(texts, Sequence):
         return texts
-    if not isinstance(texts, Iterable):
-        raise invalid("texts", "be strings or pairs of strings, in a list or one after the other", texts)
     streams = isinstance(criterion, StreamingScorer) and labels is None and inputs is None
     return texts if streams else list(texts)
 

@@ -121,8 +121,11 @@ class TextBatches(Sequence[dict[str, Any]]):
 def texts_of(texts: Iterable[Text] | None) -> Iterable[Text] | None:
     """Return an array or a column of a table as a list, and other texts as they are.
 
-    Raises `InvalidInputError` for a table or mapping as a whole, which would be read as the names of its columns.
+    Raises `InvalidInputError` for what cannot be iterated over, and for a table or mapping as a whole, which would be
+    read as the names of its columns.
     """
+    if texts is not None and not isinstance(texts, Iterable):
+        raise invalid("texts", "be strings or pairs of strings, in a list or one after the other", texts)
     if isinstance(texts, Mapping) or hasattr(texts, "columns"):
         raise invalid("texts", "be one column of a table", type(texts).__name__, "such as table['sentence']")
     return list(texts) if hasattr(texts, "__array__") and isinstance(texts, Iterable) else texts
