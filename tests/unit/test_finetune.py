@@ -198,7 +198,7 @@ def test_a_tiny_model_learns_which_word_matters(base, tmp_path, tokenizer, trans
         out=tmp_path / "out",
         epochs=8,
         learning_rate=5e-3,
-        reading=Reading(batch_size=16, device="cpu"),
+        reading=Reading(batch_size=16, device="cpu", progress=True),
     )
     assert logging.get_verbosity() == logging.WARNING
     assert result.metrics["accuracy"] > 0.9
