@@ -124,7 +124,7 @@ def test_what_only_adds_runs_goes_on_and_other_settings_do_not_mix(settings, who
     for change in (
         {"ratios": (0.25,)}, {"seeds": 1}, {"data": settings.data[1:]}, {"scorers": ("random",)}, {"num_texts": 9},
         {"bf16": True}, {"scorers": ("random", "contribution", "smp"), "pruners": {"smp": "x"}, "threads": 2},
-        {"reconstruct": True},
+        {"restore": "reconstruct"},
     ):  # fmt: skip
         with pytest.raises(InvalidInputError, match=f"other {list(change)[-1]};"):
             compare(replace(grown, **change), tmp_path / "c", progress=False)
@@ -137,7 +137,7 @@ def test_what_only_adds_runs_goes_on_and_other_settings_do_not_mix(settings, who
 def test_pruned_runs_may_be_reconstructed(settings, tmp_path):
     settings = replace(settings, data=settings.data[1:], seeds=1, num_texts=24)
     plain = compare(settings, tmp_path / "plain", progress=False)
-    rows = compare(replace(settings, reconstruct=True), tmp_path / "c", progress=False)
+    rows = compare(replace(settings, restore="reconstruct"), tmp_path / "c", progress=False)
     for one, other in zip(plain, rows, strict=True):
         assert one["kept_heads"] == other["kept_heads"]
         assert ("reconstruction" in other) == ("reconstruction_seconds" in other["cost"]) == (one["scorer"] != DENSE)
