@@ -37,11 +37,11 @@ def by_number_of_heads(model: Any, shape: Shape, rounds: int, clock: Clock) -> l
     for level in kind.levels:
         limit = costs.dense.macs / (costs.dense.macs - len(kind.sites) * level.saved_macs)
         ratios = quartiles([a / b for a, b in zip(whole, level.seconds, strict=True)])
-        found = {"shape": str(shape), "heads": level.heads, "limit": limit, "speed_up_quartiles": ratios}
+        found = {"shape": str(shape), "heads": level.units, "limit": limit, "speed_up_quartiles": ratios}
         efficiency = {"efficiency": ratios[1] / limit, "fastest": min(whole) / min(level.seconds) / limit}
-        rows.append({**found, **efficiency, "rounded": kind.rounded(level.heads), "seconds": level.seconds})
+        rows.append({**found, **efficiency, "rounded": kind.rounded(level.units), "seconds": level.seconds})
         print(
-            f"{shape!s:6s} {level.heads:2d} heads: limit {limit:.3f}, efficiency {ratios[1] / limit:.3f}, "
+            f"{shape!s:6s} {level.units:2d} heads: limit {limit:.3f}, efficiency {ratios[1] / limit:.3f}, "
             f"by the fastest rounds {efficiency['fastest']:.3f}; {rows[-1]['rounded']} heads measured faster",
             flush=True,
         )

@@ -315,7 +315,7 @@ def test_the_table_is_measured_by_kind_of_site(kind):
     table = measure_latency(model, UnitCosts(model, sites), Shape(1, 4), rounds=1)
     (only,) = table.kinds
     assert set(only.sites) == set(sites)
-    heads = [level.heads for level in only.levels]
+    heads = [level.units for level in only.levels]
     assert heads[0] == next(iter(sites.values())).num_units
     assert heads[-1] == 1
     assert sorted(level.saved_macs for level in only.levels) == [level.saved_macs for level in only.levels]

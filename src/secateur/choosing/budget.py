@@ -87,7 +87,7 @@ class BudgetedSelection:
     """Finds for a model the smallest pruning ratio whose mask keeps within a budget, see `within_budget`.
 
     `heads`, `params` and `macs` are counted, exactly. Latency is read from a table that is measured here, once, on this
-    machine; a site keeps more heads than its share where the table shows that to be faster. `expected_ratio` is the
+    machine; a site keeps more units than its share where the table shows that to be faster. `expected_ratio` is the
     ratio for equal scores, which is what any scores get where all sites are alike.
 
     Raises `InvalidInputError` where even the largest ratio exceeds the budget, and says what that ratio reaches, and
@@ -152,7 +152,7 @@ class BudgetedSelection:
         return BudgetOutcome(self.budget, expected, left, self.table)
 
     def _rounded(self, scores: Scores, mask: Mask) -> Mask:
-        """Give sites the best of their dropped heads back where more heads were measured to be faster."""
+        """Give sites the best of their dropped units back where more were measured to be faster."""
         assert self.table is not None
         rows = dict(mask)
         for kind in self.table.kinds:

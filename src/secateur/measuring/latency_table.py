@@ -1,4 +1,4 @@
-"""How much sooner a model is done with fewer heads at a site: measured on copies, in turn, by kind of site."""
+"""How much sooner a model is done with fewer units at a site: measured on copies, in turn, by kind of site."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from secateur.sites.layout import Site
 from secateur.units.masks import Mask, original_vector
 
 MOST_LEVELS = 12
-"""Numbers of heads that are timed for one kind of site; the others lie on straight lines between them."""
+"""Numbers of units that are timed for one kind of site; the others lie on straight lines between them."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """A kind of site with `heads` heads left: the multiply-accumulates that one site saves, and what the model takes.
+    """A kind of site with `units` units left: the multiply-accumulates that one site saves, and what the model takes.
 
     `seconds` are those of the whole model with every site of the kind cut down to this, round by round.
     """
 
-    heads: int
+    units: int
     saved_macs: float
     seconds: list[float]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Sites of one build that do the same work, and what was measured of them, from all heads down to the fewest."""
+    """Sites of one build that do the same work, and what was measured of them, from all units down to the fewest."""
 
     sites: tuple[str, ...]
     levels: tuple[Level, ...]
@@ -62,18 +62,18 @@ class Kind:
         raw = [quartiles([1 - a / b for a, b in zip(level.seconds, whole, strict=True)])[1] for level in self.levels]
         return isotonic_regression(raw, sample_weight=[1e6] + [1] * (len(raw) - 1), y_min=0)
 
-    def rounded(self, heads: int) -> int:
-        """Return the largest number of heads, `heads` or more, that was faster in three of four rounds."""
-        by_heads = {level.heads: level.seconds for level in reversed(self.levels)}
-        here = by_heads.get(heads)
+    def rounded(self, units: int) -> int:
+        """Return the largest number of units, `units` or more, that was faster in three of four rounds."""
+        by_units = {level.units: level.seconds for level in reversed(self.levels)}
+        here = by_units.get(units)
         if here is None:
-            return heads
+            return units
         faster = [
             more
-            for more, seconds in by_heads.items()
-            if more > heads and quartiles([a / b for a, b in zip(seconds, here, strict=True)])[2] <= 1
+            for more, seconds in by_units.items()
+            if more > units and quartiles([a / b for a, b in zip(seconds, here, strict=True)])[2] <= 1
         ]
-        return max(faster, default=heads)
+        return max(faster, default=units)
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def measure_latency(
     clock: Clock = "wall",
     progress: bool = False,
 ) -> LatencyTable:
-    """Time the base model whole, and with the sites of one kind at a time cut to fewer and fewer heads.
+    """Time the base model whole, and with the sites of one kind at a time cut to fewer and fewer units.
 
-    What heads do not own is shared with the copies that are cut, so they take the memory of the attention's weights.
+    What units do not own is shared with the copies that are cut, so they take the memory of the attention's weights.
     """
     base = base_of(model)
     groups: dict[Any, list[Site]] = {}
@@ -126,22 +126,22 @@ def measure_latency(
     kinds = []
     for number, sites in enumerate(groups.values()):
         measured = [
-            Level(heads, macs, seconds[str((number, i) if i else (-1, 0))])
-            for i, (heads, macs) in enumerate(levels[number])
+            Level(units, macs, seconds[str((number, i) if i else (-1, 0))])
+            for i, (units, macs) in enumerate(levels[number])
         ]
         kinds.append(Kind(tuple(site.name for site in sites), tuple(measured)))
     return LatencyTable(shape, tuple(kinds))
 
 
 def shared_copy(base: nn.Module, sites: Any) -> Any:
-    """Return a copy that may lose heads while `base` keeps them; parameters that no head owns are the same objects."""
+    """Return a copy that may lose units while `base` keeps them; parameters that no unit owns are the same objects."""
     owned = {piece.parameter for site in sites.values() for piece in site.slices}
     shared = {id(p): p for name, p in base.named_parameters(remove_duplicate=False) if name not in owned}
     return copy.deepcopy(base, shared)
 
 
 def _fewer(site: Site, costs: UnitCosts) -> Iterator[Tensor]:
-    """Yield masks of the heads there now, each saving more: fewer groups, and fewer heads in each."""
+    """Yield masks of the units there now, each saving more: fewer groups, and fewer units in each."""
     shapes = itertools.product(range(1, site.num_groups + 1), range(1, site.group_size + 1))
     masks = {}
     for groups, per_group in shapes:

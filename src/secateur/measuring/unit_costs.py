@@ -24,8 +24,8 @@ class UnitCosts:
         self.sites = sites
         base = base_of(model)
         macs, length = count_macs(base, batch, length)
-        heads = sum(site.num_units for site in sites.values())
-        self.dense = ModelCost(heads, count_parameters(model), macs[""], batch, length)
+        units = sum(site.num_units for site in sites.values())
+        self.dense = ModelCost(units, count_parameters(model), macs[""], batch, length)
         owned = {piece.parameter for site in sites.values() for piece in site.slices}
         self._shapes = {name: tuple(base.get_parameter(name).shape) for name in owned}
         # Only matrices are multiplied with; a bias lies in the same module and must not count a second time.
@@ -37,14 +37,14 @@ class UnitCosts:
     def after(self, mask: Mask) -> ModelCost:
         """Return the cost without the units that `mask` drops."""
         kept = mask.present(self.sites)
-        heads = sum(int(vector.sum()) for vector in kept.values())
+        units = sum(int(vector.sum()) for vector in kept.values())
         parameters, macs = 0, 0.0
         for name, site in self.sites.items():
             weights, work = self._saved(site, kept[name])
             parameters += weights
             macs += work
         dense = self.dense
-        return ModelCost(heads, dense.parameters - parameters, dense.macs - round(macs), dense.batch, dense.length)
+        return ModelCost(units, dense.parameters - parameters, dense.macs - round(macs), dense.batch, dense.length)
 
     def saved_macs(self, site: str, kept: Tensor) -> float:
         """Return the multiply-accumulates that one site saves with the units in `kept` (bool `[units there now]`)."""

@@ -95,7 +95,7 @@ def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def cut_site_(base: PreTrainedModel, site: Site, kept: Tensor, undo: list[Callable[[], None]] | None = None) -> None:
-    """Narrow the weights and attributes of one site to the heads in `kept` (bool `[heads]`); works on meta weights.
+    """Narrow the weights and attributes of one site to the units in `kept` (bool `[units]`); works on meta weights.
 
     `undo` collects what puts them back, in order. Nothing is proved here: see `remove_`.
     """

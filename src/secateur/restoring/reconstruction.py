@@ -141,16 +141,16 @@ class _Projection:
 
 
 class _Moments:
-    """Second moments `[inputs, inputs]` of some texts, and what they say of changing the kept heads' rows."""
+    """Second moments `[inputs, inputs]` of some texts, and what they say of changing the kept units' rows."""
 
     def __init__(self, gram: Tensor, kept: Tensor, rows: Tensor) -> None:
         gone = rows[~kept]
         self.among, self.across = gram[kept][:, kept], gram[kept][:, ~kept] @ gone
-        # The squared difference to what all heads wrote, summed over tokens, where nothing changes.
+        # The squared difference to what all units wrote, summed over tokens, where nothing changes.
         self.lost = float((gone * (gram[~kept][:, ~kept] @ gone)).sum())
 
     def change(self, ridge: float) -> Tensor:
-        """Return the change with which the kept heads write what the others wrote, as nearly as the ridge lets."""
+        """Return the change with which the kept units write what the others wrote, as nearly as the ridge lets."""
         loaded = self.among + ridge * torch.eye(len(self.among), dtype=self.among.dtype)
         return torch.cholesky_solve(self.across, torch.linalg.cholesky(loaded))
 

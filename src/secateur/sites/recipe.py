@@ -1,6 +1,6 @@
 """The `head_pruning` entry of a `config.json`: what a pruned checkpoint tells its reader.
 
-It holds `format_version`, `kept_heads` (site → original indices), `layouts` (what each head owned in the unpruned
+It holds `format_version`, `kept_heads` (site → original indices), `layouts` (what each unit owned in the unpruned
 model, once for each kind of site), and for the record `scorer`, `pruning_ratio`, `allocation`, `base_model` and
 `secateur_version`.
 """
@@ -26,7 +26,7 @@ OWN_NAMES = frozenset({"format_version", "kept_heads", "layouts", "bypassed", "r
 class Recipe:
     """How to make the pruned model out of the unpruned one.
 
-    `kept` maps each site to the original indices of its heads that stay; `sites` describes the unpruned sites;
+    `kept` maps each site to the original indices of its units that stay; `sites` describes the unpruned sites;
     `bypassed` names emptied sites whose own code is left out, since it needs a head to run, and
     `reshaped` sites whose code asks for the width of all heads (reshaped.py); `record` is what a reader may want to
     know and no code depends on.

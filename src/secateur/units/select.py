@@ -1,4 +1,4 @@
-"""From scores to a mask at a ratio. Lowest scores go first; of equal heads the one with the lower index stays."""
+"""From scores to a mask at a ratio. Lowest scores go first; of equal units the one with the lower index stays."""
 
 from __future__ import annotations
 
@@ -82,21 +82,21 @@ def check_pruning_ratio(pruning_ratio: float) -> None:
         raise invalid("pruning_ratio", "be in [0, 1)", pruning_ratio)
 
 
-def removable(heads: int, pruning_ratio: float) -> int:
-    """Return how many of `heads` may go; the small term undoes rounding, as in 0.29 * 100 = 28.999…"""
-    return math.floor(pruning_ratio * heads + 1e-9)
+def removable(units: int, pruning_ratio: float) -> int:
+    """Return how many of `units` may go; the small term undoes rounding, as in 0.29 * 100 = 28.999…"""
+    return math.floor(pruning_ratio * units + 1e-9)
 
 
 def _ranked(vector: Tensor) -> list[int]:
-    """Return indices from the highest score to the lowest, earlier heads first among equals."""
+    """Return indices from the highest score to the lowest, earlier units first among equals."""
     return torch.argsort(vector, descending=True, stable=True).tolist()
 
 
 def groups_of(scores: AnyScores, site: str) -> list[list[int]]:
-    """Return, for each key-value head that is there, its query heads that are there."""
+    """Return, for each group that is there, its units that are there."""
     rows = torch.arange(scores[site].numel()).view(scores.num_groups[site], -1).tolist()
     there = (scores[site] > -math.inf).tolist()
-    present = [[h for h in row if there[h]] for row in rows]
+    present = [[unit for unit in row if there[unit]] for row in rows]
     return [row for row in present if row]
 
 
@@ -115,10 +115,10 @@ def _select_in_site(scores: AnyScores, site: str, pruning_ratio: float, floor: i
 
 
 def _best_of_shape(vector: Tensor, groups: list[list[int]], num_groups: int, per_group: int) -> list[int]:
-    """Return the best `per_group` heads of the `num_groups` groups where they add up to most."""
-    best = [sorted(group, key=lambda h: (-float(vector[h]), h))[:per_group] for group in groups]
-    order = _ranked(torch.stack([vector[heads].sum() for heads in best]))
-    return [h for g in order[:num_groups] for h in best[g]]
+    """Return the best `per_group` units of the `num_groups` groups where they add up to most."""
+    best = [sorted(group, key=lambda unit: (-float(vector[unit]), unit))[:per_group] for group in groups]
+    order = _ranked(torch.stack([vector[units].sum() for units in best]))
+    return [unit for g in order[:num_groups] for unit in best[g]]
 
 
 def _select_by_ranking(scores: AnyScores, pruning_ratio: float, floor: int) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def _select_by_ranking(scores: AnyScores, pruning_ratio: float, floor: int) -> d
     left = {site: sum(len(g) for g in groups_of(scores, site)) for site in scores}
     allowed = removable(sum(left.values()), pruning_ratio)
     values = {site: vector > -math.inf for site, vector in scores.items()}
-    if not units:  # every head is gone already
+    if not units:  # every unit is gone already
         return values
     means = torch.stack([scores[site][group].mean() for site, group in units])
     for number in reversed(_ranked(means)):
@@ -139,19 +139,19 @@ def _select_by_ranking(scores: AnyScores, pruning_ratio: float, floor: int) -> d
 
 
 def _rearranged(kept: Tensor, vector: Tensor, matrix: Tensor) -> Tensor:
-    """Swap kept heads of a site against dropped ones while the sum of `matrix` over the dropped ones falls."""
+    """Swap kept units of a site against dropped ones while the sum of `matrix` over the dropped ones falls."""
     kept = kept.clone()
-    for head in reversed(_ranked(torch.where(kept, vector, -math.inf))[: int(kept.sum())]):
+    for unit in reversed(_ranked(torch.where(kept, vector, -math.inf))[: int(kept.sum())]):
         dropped = (~kept & (vector > -math.inf)).nonzero().flatten()
         if not len(dropped):
             break
         sums = matrix[:, dropped].sum(dim=1)
-        # What the sum over the dropped heads gains when `head` joins them and one of them, in turn, leaves.
+        # What the sum over the dropped units gains when `unit` joins them and one of them, in turn, leaves.
         gains = (
-            matrix[head, head] + 2 * (sums[head] - matrix[head, dropped])
+            matrix[unit, unit] + 2 * (sums[unit] - matrix[unit, dropped])
             - 2 * sums[dropped] + matrix[dropped, dropped]
         )  # fmt: skip
         best = int(gains.argmin())
         if float(gains[best]) < 0:
-            kept[head], kept[dropped[best]] = False, True
+            kept[unit], kept[dropped[best]] = False, True
     return kept
