@@ -343,7 +343,7 @@ def test_prune_within_a_latency_budget(monkeypatch):
     found = json.loads(json.dumps(report.to_json()))["budget"]
     assert found["asked"] == "latency=1@1x4"
     assert found["reached"] > 0
-    assert [level["heads"] for level in found["latency_table"]["kinds"][0]["levels"]] == [4, 3, 2, 1]
+    assert [level["units"] for level in found["latency_table"]["kinds"][0]["levels"]] == [4, 3, 2, 1]
     assert "(budget latency=1@1x4)" in str(report)
 
 
