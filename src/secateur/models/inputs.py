@@ -17,7 +17,7 @@ from secateur.models.offload import device_of
 from secateur.models.state import evaluation_mode
 
 
-@torch.inference_mode(False)  # inputs batches in inference mode could not be differentiated through
+@torch.inference_mode(False)  # inputs made in inference mode could not be differentiated through
 def example_inputs(
     model: PreTrainedModel, batch: int = 2, length: int = 12, padding: int = 3, seed: int = 0
 ) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def example_inputs(
         inputs["input_features"] = _features(config, batch, random)
     else:
         raise UnsupportedModelError(
-            f"{type(base).__name__} takes `{name}`, for which no example can be batches; pass `inputs`"
+            f"{type(base).__name__} takes `{name}`, for which no example can be made; pass `inputs`"
         )
     if "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _token_ids(config, batch, length, random)

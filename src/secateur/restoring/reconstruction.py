@@ -81,9 +81,8 @@ def _reconstruct_(
     with held(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad():
         batches = list(prepared.batches(texts, size))
         evaluators = [MaskLoss(base, batches[half::2], is_pair(texts), reading.accelerator) for half in (0, 1)]
-        before = statistics.fmean(
-            loss(kept) for loss in evaluators
-        )  # and of the dense model, before its weights change
+        # The evaluators look at the dense model here, before its weights change.
+        before = statistics.fmean(loss(kept) for loss in evaluators)
         moments = _second_moments(base, projections, batches, reading)
         weights = {name: one.weight.data for name, one in projections.items()}
         refits = {name: one.refits(moments.pop(name)) for name, one in projections.items()}
