@@ -70,15 +70,20 @@ _WHERE = {
 }
 __all__ = sorted(_WHERE)
 
+# Reached as `secateur.errors.WriteError`; without this it works only once something else has imported them.
+_MODULES = ("errors", "settings")
+
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"secateur.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'secateur' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_WHERE]
+    return sorted({*globals(), *_WHERE, *_MODULES})
 
 
 @wrapt.when_imported("transformers.modeling_utils")

@@ -218,6 +218,16 @@ def test_help_imports_no_torch():
     assert "leave_one_out" in done.stdout
 
 
+@pytest.mark.parametrize("reached", ["errors.WriteError", "settings.Reading"])
+def test_modules_are_reached_by_attribute_and_the_package_stays_cheap(reached):
+    script = (
+        "import sys, secateur; assert not {'torch', 'transformers'} & set(sys.modules); "
+        f"assert {reached.partition('.')[0]!r} in dir(secateur); print(secateur.{reached}.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == reached.partition(".")[2], done.stderr
+
+
 GOOD = "sentence,label\nfine,1\nbad,0\n"
 
 

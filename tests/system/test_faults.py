@@ -1,9 +1,12 @@
 """What is left when a run is killed, stopped, or refused by the disk, and what the next run makes of it."""
 
+import contextlib
 import errno
 import json
 import os
+import re
 import signal
+import stat
 import subprocess
 import threading
 import time
@@ -17,8 +20,9 @@ from safetensors.torch import load_file
 from secateur import cli
 from secateur.comparing import workers
 from secateur.errors import InvalidInputError, SecateurError, WriteError
-from secateur.support.files import append_line, check_new_folder, new_folder, read_lines, write_text
+from secateur.support.files import append_line, check_can_write, check_new_folder, new_folder, read_lines, write_text
 from tests.support.processes import command, touches
+from tests.support.report_data import write_pruned
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -287,6 +291,127 @@ def test_files_have_the_mode_that_the_user_wants(tmp_path):
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_file_that_is_replaced_hands_on_its_mode(mode, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    path.chmod(mode)
+    write_text(path, "after")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("after", mode)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_that_root_replaces_stays_its_owners(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    os.chown(path, 12345, 23456)
+    path.chmod(0o600)
+    write_text(path, "after")
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12345, 23456, 0o600)
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("there", "absent"):
+        (tmp_path / name).symlink_to(Path("elsewhere") / name)
+    (tmp_path / "elsewhere" / "there").write_text("before")
+    for name in ("there", "absent"):
+        write_text(tmp_path / name, "after")
+        assert os.readlink(tmp_path / name) == f"elsewhere/{name}"
+        assert (tmp_path / "elsewhere" / name).read_text() == "after"
+    assert sorted(os.listdir(tmp_path / "elsewhere")) == ["absent", "there"]
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(WriteError, match="circle cannot be written: Too many levels of symbolic links"):
+        write_text(tmp_path / "circle", "x")
+    with pytest.raises(WriteError, match="circle cannot be written: Too many levels"):
+        check_can_write(tmp_path / "circle")
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """A named pipe, and what came out of it."""
+    path, came = tmp_path / "pipe", []
+    os.mkfifo(path)
+    # Both ends open, so that nothing waits: what is written is small enough to lie in the pipe.
+    handle = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def read():
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(handle, 1 << 16):
+                came.append(part)
+        return b"".join(came)
+
+    yield path, read
+    os.close(handle)
+
+
+def test_a_pipe_is_written_to_and_stays_one(pipe, tmp_path):
+    path, read = pipe
+    (tmp_path / "link").symlink_to("pipe")
+    check_can_write(tmp_path / "link")
+    write_text(path, "one ")
+    write_text(tmp_path / "link", "two")
+    assert read() == b"one two"
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_scores_go_into_a_pipe(pipe, given, capsys):
+    path, read = pipe
+    words = ["score", given / "model", "--data", given / "task", "--scorer", "magnitude", "--out", path]
+    code, err = run(capsys, words)
+    assert code == 0, err
+    assert json.loads(read())["kind"] == "scores"
+    assert stat.S_ISFIFO(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["report --plots", "prune", "finetune", "compare", "meta-train", "joint-train"])
+def test_a_pipe_where_a_folder_is_meant_is_refused(name, pipe, given, tmp_path, capsys):
+    path, read = pipe
+    if name == "report --plots":
+        words = ["report", write_pruned(tmp_path / "p"), "--out", tmp_path / "page.html", "--plots", path]
+    else:
+        words = line(name, given, path)
+    code, err = run(capsys, words)
+    assert code == 2
+    assert re.search(r"`(out|plots)` must be a (new )?(or empty )?folder", err), err
+    assert read() == b""
+    assert stat.S_ISFIFO(path.stat().st_mode)
+
+
+def node(path, kind, major, minor):
+    try:
+        os.mknod(path, kind | 0o600, os.makedev(major, minor))
+        os.close(os.open(path, os.O_WRONLY)) if stat.S_ISCHR(kind) else None
+    except OSError as error:
+        pytest.skip(f"no permission to make a device: {error}")
+
+
+def test_a_device_is_written_to_and_stays_one(tmp_path):
+    null, full = tmp_path / "null", tmp_path / "full"
+    node(null, stat.S_IFCHR, 1, 3)
+    node(full, stat.S_IFCHR, 1, 7)
+    write_text(null, "x")
+    with pytest.raises(WriteError, match="No space left on device; a part of it may have gone in"):
+        write_text(full, "x")
+    assert stat.S_ISCHR(null.stat().st_mode)
+    assert stat.S_ISCHR(full.stat().st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["full", "null"]
+
+
+def test_a_disk_is_not_overwritten(tmp_path, monkeypatch):
+    path = tmp_path / "disk"
+    path.write_text("file systems")
+    found = path.stat()
+    block = os.stat_result((stat.S_IFBLK | 0o600, *found[1:]))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda *args, **kwargs: block)
+        with pytest.raises(InvalidInputError, match="`path` must name no disk"):
+            write_text(path, "x")
+    assert path.read_text() == "file systems"
 
 
 def test_a_line_that_does_not_fit_leaves_the_lines_before_it(disk, outcome):

@@ -17,6 +17,7 @@ from secateur.report.numbers import DASH
 from secateur.report.pruned import pruning_view
 from secateur.report.reading import read_runs
 from secateur.units.scores import Scores
+from tests.support.pruned import pruned
 from tests.support.report_data import EVIL, Page, comparison_rows, maps_of, pruning_json, write_comparison, write_pruned
 
 
@@ -259,6 +260,25 @@ def test_bad_runs_are_one_line(make, message, tmp_path, capsys):
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_a_model_without_its_report_is_told_where_that_comes_from(place, tmp_path, capsys):
+    """As `prune` in Python and `save_pretrained` leave it, of sentence-transformers too; saved, the report is read."""
+    folder = tmp_path / "small"
+    pruned("bert").save_pretrained(folder / place)
+    if place:
+        (folder / "modules.json").write_text(
+            json.dumps([{"name": "0", "path": place, "type": "sentence_transformers.models.Transformer"}])
+        )
+    words = ["report", str(folder), "--out", str(tmp_path / "page.html")]
+    capsys.readouterr()  # transformers' own bars
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"`run` must hold pruning_report.json beside the model, got '{folder}'; " in line
+    assert 'report.save(folder / "pruning_report.json")' in line
+    (folder / "pruning_report.json").write_text(json.dumps(pruning_json()))
+    assert cli.main(words) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Models and tokenizers from folders: what is not there, and what is there but cannot be loaded."""
 
+import json
 import warnings
 
 import pytest
@@ -61,6 +62,24 @@ def test_the_head_of_a_class_that_was_asked_for_is_not_warned_of(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(folder, "cpu", AutoModelForSequenceClassification)
+
+
+def test_an_encoder_is_not_evaluated_before_it_is_fine_tuned(folder, tmp_path, capsys):
+    tiny_tokenizer().save_pretrained(folder)
+    (tmp_path / "dev.csv").write_text("sentence,label\ngood,1\nbad,0\n")
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(folder), "--data", str(tmp_path / "dev.csv"), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"`model` must be fine-tuned for classification, got '{folder}'; it is a BertModel; " in line
+    assert f"fine-tune it first: secateur finetune {folder} --data DATA --out FOLDER" in line
+
+
+def test_a_classifier_that_lacks_its_head_is_damaged(folder):
+    """Its config says that it has one, so fine-tuning is not what is missing."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"]}))
+    with pytest.raises(CheckpointError, match="lacks weights of BertForSequenceClassification, such as classifier"):
+        load_model(folder, "cpu", AutoModelForSequenceClassification, whole=True)
 
 
 def test_the_meta_device_computes_nothing():

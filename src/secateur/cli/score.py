@@ -32,7 +32,7 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
     if out is not None and out.parent != Path() and not out.parent.is_dir():
         raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
     if out is not None:
-        check_can_write(out.parent)
+        check_can_write(out)
     spread = options["device"] == "auto"
     accelerator, device = processes(None if spread else options["device"])
     if spread and accelerator.num_processes > 1:

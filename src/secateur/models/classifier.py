@@ -8,12 +8,13 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 
 from secateur.errors import UnsupportedModelError
 
-_ENDINGS = ("ForSequenceClassification", "ForImageClassification")
+CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+"""How the names of such classes end."""
 
 
 def is_classifier(model: PreTrainedModel) -> bool:
     """Return whether `model` has a head that puts whole texts or images into classes, by the name of its class."""
-    return any(parent.__name__.endswith(_ENDINGS) for parent in type(model).__mro__)
+    return any(parent.__name__.endswith(CLASSIFIERS) for parent in type(model).__mro__)
 
 
 def with_new_head(base: PreTrainedModel, num_labels: int, is_regression: bool) -> PreTrainedModel:

@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid
+from secateur.models.classifier import CLASSIFIERS, is_classifier
 from secateur.models.sentence_transformers import transformer_folder
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
@@ -35,8 +36,9 @@ def load_model(
     `options` has `trust_remote_code=True`, and a folder is read without asking the Hub, whatever its files name. Raises
     `InvalidInputError` where there is no model, and `CheckpointError` where a pruned one cannot be rebuilt.
 
-    Weights that the files lack are random. With `whole` that is a `CheckpointError`; else a `SecateurWarning`, but for
-    another class than the config names: who asks for one, such as one with a new head, knows what is new in it.
+    Weights that the files lack are random. With `whole` that is a `CheckpointError`, or an `InvalidInputError` where a
+    classifier is asked for and the config names none; else a `SecateurWarning`, but for another class than the config
+    names: who asks for one, such as one with a new head, knows what is new in it.
     """
     _check_exists(model)
     own_class = model_class is None
@@ -58,6 +60,7 @@ def load_model(
     if missing := sorted(loading["missing_keys"]) if whole or own_class else []:
         lost = f"{model} lacks weights of {type(loaded).__name__}, such as {missing[0]}"
         if whole:
+            _check_fine_tuned(model, loaded)
             raise CheckpointError(f"{lost}; get its files again or, where it has a new head, fine-tune it first")
         warnings.warn(f"{lost}: {len(missing)} are random here", SecateurWarning, stacklevel=2)
     if from_file:
@@ -148,6 +151,14 @@ def _named_class(config: Any) -> Any:
     named = next(iter(getattr(config, "architectures", None) or []), None)
     found = getattr(transformers, named, None) if isinstance(named, str) else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
+
+
+def _check_fine_tuned(model: str | Path, loaded: PreTrainedModel) -> None:
+    """Raise `InvalidInputError` where a classifier was made of a model whose config names none: nothing got lost."""
+    named = next(iter(loaded.config.architectures or []), None)
+    if is_classifier(loaded) and isinstance(named, str) and not named.endswith(CLASSIFIERS):
+        remedy = f"it is a {named}; fine-tune it first: secateur finetune {model} --data DATA --out FOLDER"
+        raise invalid("model", "be fine-tuned for classification", str(model), remedy)
 
 
 def _is_gguf(path: Path) -> bool:

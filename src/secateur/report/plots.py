@@ -27,11 +27,13 @@ MARKERS = "s^DPvo_"
 def write_plots(runs: Sequence[dict[str, Any]], folder: str | Path, kind: str = "svg") -> list[Path]:
     """Write every picture of `runs`, as `read_runs` returns them, to `folder`, and return the files.
 
-    Names begin with the run's number where there are several. Raises `InvalidInputError` for an unknown format, and
-    where matplotlib is not installed.
+    Names begin with the run's number where there are several. Raises `InvalidInputError` for an unknown format,
+    for what is no folder, and where matplotlib is not installed.
     """
     if kind not in FORMATS:
         raise invalid("plot_format", f"be one of {', '.join(FORMATS)}", kind)
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise invalid("plots", "be a folder, or a name that is free for one", str(folder))
     try:
         import matplotlib
     except ImportError:

@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.comparing.plan import COMMON
 from secateur.errors import InvalidInputError, invalid, shown
+from secateur.models.sentence_transformers import transformer_folder
 from secateur.report.relational_kl import distillation_note, reconstruction_note
 from secateur.support.checks import is_number
 from secateur.support.files import read_json, read_lines
@@ -150,8 +151,16 @@ def _read(path: Path) -> dict[str, Any]:
         return pruning_data(data, _maps_of(path.parent))
     if kind == "scores":
         return _scores(data)
+    raise _no_run(path)
+
+
+def _no_run(path: Path) -> InvalidInputError:
+    if (transformer_folder(path) / "config.json").is_file():  # `save_pretrained` writes the model alone
+        remedy = f'in Python it is the second result of `secateur.prune`: report.save(folder / "{PRUNING}")'
+        rule = f"hold {PRUNING} beside the model"
+        return invalid("run", rule, str(path), f"`secateur prune` writes it, and {remedy}")
     rule = "be a pruned folder, a scores file, a comparison's folder or a demo's folder"
-    raise invalid("run", rule, str(path), "" if path.exists() else "there is no such file or folder")
+    return invalid("run", rule, str(path), "" if path.exists() else "there is no such file or folder")
 
 
 def _budget(found: Any) -> str | None:

@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all, whatever ends the run that writes them.
 
 Everything is written beside its place under a hidden name (a folder: `.NAME.unfinished`), brought to the disk, and
-renamed. So a reader, also one after a kill or a power cut, finds what was there before or what is there now.
+renamed. So a reader, also one after a kill or a power cut, finds what was there before or what is there now. A link
+stays one, and a file that is replaced hands on its mode; pipes and devices are written to and never replaced.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +28,7 @@ LOCK = ".lock"
 """The file in a folder that grows with the work, which a run holds meanwhile."""
 
 _UNFINISHED = "unfinished"
+_NOTHING = "nothing half-written is left"
 # What the disk says no to, whoever was writing; other errors of a folder's contents are those of reading something.
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -36,23 +39,71 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write as `write_text` does. Raises `WriteError`, and leaves what was there, where the disk does not take it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{_UNFINISHED}")
+    """Write as `write_text` does, to the target where `path` is a link; into a pipe or a device as it stands.
+
+    Raises `WriteError`, and leaves what was there, where the disk does not take it, and `InvalidInputError` for a disk.
+    """
+    path, left = Path(path), _NOTHING
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync(path.parent)
+        there = _status(path)
+        if _is_stream(there):
+            left = "a part of it may have gone in"
+            _write_through(path, content)
+        else:
+            _replace(Path(os.path.realpath(path)), there, content)
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise _write_error(path, error, left) from error
+
+
+def _replace(path: Path, there: os.stat_result | None, content: bytes) -> None:
+    """Put a file with the content in the place of the one that is `there`."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{_UNFINISHED}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("xb") as file:
+            if there is not None:
+                _hand_on(there, file.fileno())  # before there is anything in it that others could read
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _hand_on(there: os.stat_result, handle: int) -> None:
+    """Give an open file the owner, where we may, and the mode of another."""
+    new = os.fstat(handle)
+    if (new.st_uid, new.st_gid) != (there.st_uid, there.st_gid):
+        with suppress(PermissionError):
+            os.fchown(handle, there.st_uid, there.st_gid)
+    if stat.S_IMODE(new.st_mode) != stat.S_IMODE(there.st_mode):
+        os.fchmod(handle, stat.S_IMODE(there.st_mode))
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    """Write into what stands at `path`. It cannot be replaced, so a reader may see a part."""
+    # A pipe waits for its reader here, as it does everywhere.
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOCTTY), "wb") as file:
+        file.write(content)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Return what stands at `path` or, for a link, at its target; None where there is nothing yet."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISBLK(found.st_mode):
+        raise invalid("path", "name no disk, of which the file systems would be lost", str(path), "name a file on it")
+    return found
+
+
+def _is_stream(found: os.stat_result | None) -> bool:
+    """Is it a pipe, a device or a socket, into which is written, and which no file may replace?"""
+    return found is not None and not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode)
 
 
 def read_json(path: str | Path) -> Any:
@@ -137,10 +188,16 @@ def is_taken(path: Path) -> bool:
     return any(inside.name != LOCK and not inside.name.endswith(f".{_UNFINISHED}") for inside in path.iterdir())
 
 
-def check_can_write(folder: str | Path) -> None:
-    """Raise `WriteError` where nothing can be written into `folder`: to be found out before the work, not after it."""
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise WriteError(f"{folder} cannot be written to; choose another place, or get permission to write there")
+def check_can_write(path: str | Path) -> None:
+    """Raise `WriteError` where `write_bytes` could not write `path`: to be found out before the work, not after it."""
+    path = Path(path)
+    try:
+        stream = _is_stream(_status(path))
+    except OSError as error:
+        raise _write_error(path, error) from error
+    place = path if stream else Path(os.path.realpath(path)).parent
+    if not os.access(place, os.W_OK if stream else os.W_OK | os.X_OK):
+        raise WriteError(f"{place} cannot be written to; choose another place, or get permission to write there")
 
 
 @contextmanager
@@ -275,6 +332,6 @@ def _refusal(error: BaseException) -> OSError | None:
     return OSError(number, os.strerror(number)) if number in _REFUSALS else None
 
 
-def _write_error(path: Path, error: OSError) -> WriteError:
+def _write_error(path: Path, error: OSError, left: str = _NOTHING) -> WriteError:
     reason = error.strerror or str(error)
-    return WriteError(f"{path} cannot be written: {reason}; nothing half-written is left")
+    return WriteError(f"{path} cannot be written: {reason}; {left}")
