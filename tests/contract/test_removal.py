@@ -434,9 +434,9 @@ def test_a_deep_copy_can_be_pruned_alone():
         ("t5", False, 1),
         ("mpnet", False, 1),
         ("phi3", False, 0),
-        ("gpt2", True, 1),
-        ("opt", True, 1),
-        ("bloom", True, 2),
+        ("gpt2", True, 2),
+        ("opt", True, 2),
+        ("bloom", True, 3),
     ],
 )
 def test_a_pruned_model_is_pickled_and_copied_with_what_was_mixed_in(kind, empty, mixed):

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, shown
 from secateur.models.base_model import base_of
 from secateur.removal.adapted import narrow_bias_, set_in_config_
-from secateur.removal.emptied import bypass_
+from secateur.removal.emptied import bypass_, count_tokens_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.forward import takes_bias
 from secateur.sites.layout import Site
@@ -134,6 +134,8 @@ def cut_site_(base: PreTrainedModel, site: Site, kept: Tensor, undo: list[Callab
     module = base.get_submodule(site.name)
     if takes_bias(module):
         narrow_bias_(module, site, tuple(itertools.compress(site.units, kept.tolist())), undo)
+    if not kept.any():
+        count_tokens_(module, undo)
 
 
 def _is_count(base: PreTrainedModel, path: str) -> bool:
