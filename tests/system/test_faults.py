@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from secateur import cli
 from secateur.comparing import workers
 from secateur.errors import InvalidInputError, SecateurError, WriteError
+from secateur.support import files
 from secateur.support.files import append_line, check_can_write, check_new_folder, new_folder, read_lines, write_text
 from tests.support.processes import command, touches
 from tests.support.report_data import write_pruned
@@ -311,6 +312,22 @@ def test_a_file_that_root_replaces_stays_its_owners(tmp_path):
     write_text(path, "after")
     found = path.stat()
     assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12345, 23456, 0o600)
+
+
+def test_an_owner_that_cannot_be_kept_stops_no_writing(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("before")
+    path.chmod(0o600)
+    there = path.stat()
+
+    def refused(*args):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_status", lambda path: os.stat_result((*there[:4], 12345, *there[5:])))
+        patch.setattr(os, "fchown", refused)
+        write_text(path, "after")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("after", 0o600)
 
 
 def test_a_link_stays_and_its_target_is_written(tmp_path):

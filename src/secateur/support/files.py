@@ -74,13 +74,13 @@ def _replace(path: Path, there: os.stat_result | None, content: bytes) -> None:
 
 
 def _hand_on(there: os.stat_result, handle: int) -> None:
-    """Give an open file the owner, where we may, and the mode of another."""
+    """Give an open file the mode and, where we may, the owner of another."""
     new = os.fstat(handle)
-    if (new.st_uid, new.st_gid) != (there.st_uid, there.st_gid):
-        with suppress(PermissionError):
-            os.fchown(handle, there.st_uid, there.st_gid)
     if stat.S_IMODE(new.st_mode) != stat.S_IMODE(there.st_mode):
         os.fchmod(handle, stat.S_IMODE(there.st_mode))
+    if (new.st_uid, new.st_gid) != (there.st_uid, there.st_gid):
+        with suppress(OSError):  # not root, or root of a container that does not know the owner
+            os.fchown(handle, there.st_uid, there.st_gid)
 
 
 def _write_through(path: Path, content: bytes) -> None:
