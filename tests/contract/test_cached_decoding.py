@@ -8,10 +8,14 @@ from transformers import (
     StaticCache,
 )
 
+from secateur.errors import RemovalError
+from secateur.models.inputs import example_inputs
+from secateur.removal import emptied as emptied_blocks
+from secateur.removal.proof import cached_step
 from secateur.removal.remove import remove_
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
-from tests.support.tiny import CONFIGS
+from tests.support.tiny import CONFIGS, tiny_model
 
 DECODERS = ["gpt2", "llama", "qwen2", "gpt_neox", "opt", "phi3", "falcon", "bloom", "xglm"]
 ENCODER_DECODERS = ["t5", "bart"]
@@ -28,16 +32,19 @@ def language_model(kind):
     return model.eval()
 
 
-def emptied(kind, which):
-    """Remove every head of the chosen sites, of encoder and decoder alike."""
-    model = language_model(kind)
+def emptying(model, which):
+    """Drop every head of the chosen sites, of encoder and decoder alike."""
     sites = find_sites(model)
     stacks = {}
     for name in sites:
         stacks.setdefault((name.partition(".")[0], name.rpartition(".")[2]), []).append(name)
     bare = {name for names in stacks.values() for name in names[EMPTIED[which]]}
-    mask = Mask({name: torch.full((site.num_units,), name not in bare) for name, site in sites.items()})
-    assert remove_(model, mask).max_difference <= 1e-4
+    return Mask({name: torch.full((site.num_units,), name not in bare) for name, site in sites.items()})
+
+
+def emptied(kind, which):
+    model = language_model(kind)
+    assert remove_(model, emptying(model, which)).max_difference <= 1e-4
     return model
 
 
@@ -117,3 +124,23 @@ def test_a_cache_of_an_emptied_layer_is_cropped_and_reordered_like_any_other(kin
     cache.reorder_cache(torch.tensor([1, 0]))
     numbers = sum(layer.keys[0].numel() for layer in cache.layers[:1])
     assert numbers == 8  # one a token
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODER_DECODERS])
+def test_a_removal_that_is_wrong_with_a_cache_alone_is_refused(kind, monkeypatch):
+    monkeypatch.setattr(emptied_blocks, "_update", lambda update, *args: update(*args))
+    model = language_model(kind)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RemovalError, match=r"differs from the gated model|does not run with fewer heads"):
+        remove_(model, emptying(model, "first"))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_cached_step_is_compared_where_there_is_a_cache(kind):
+    model = tiny_model(kind)
+    step = cached_step(model, example_inputs(model))
+    if kind in (*DECODERS, *ENCODER_DECODERS, "qwen3_next"):
+        assert step[0].shape[1] == 11
+    else:
+        assert step is None

@@ -41,8 +41,8 @@ class EmptiedAttention(Mixin):
         given = {**given, **given.get("kwargs", {})}
         cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
         if cache is not None and all(given.get(name) is None for name in _OTHER_KEYS):
-            one = hidden_states.new_ones(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            getattr(cache, "self_attention_cache", cache).update(one, one, self.layer_idx)
+            nothing = hidden_states.new_zeros(hidden_states.shape[0], 0, hidden_states.shape[1], 0)
+            _update(getattr(cache, "self_attention_cache", cache).update, nothing, nothing, self.layer_idx)
         if not self.secateur_output:
             return hidden_states.new_zeros(*hidden_states.shape[:-1], 0), None
         projection: Any = self.get_submodule(self.secateur_output)

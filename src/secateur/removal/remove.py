@@ -23,7 +23,7 @@ from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
 from secateur.removal.emptied import bypass_
-from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
+from secateur.removal.proof import TOLERANCE, cached_step, hidden_states, largest_difference
 from secateur.removal.replay import cut_site_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.attention import find_sites
@@ -32,6 +32,8 @@ from secateur.sites.layout import Site
 from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe, read_recipe
 from secateur.support.checks import check_mapping
 from secateur.units.masks import Mask, PresentMask, check_mask
+
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)  # of code that counts on all heads
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ def remove_(
     """Delete from `model`, in place, the weights of every head that `mask` drops.
 
     The smaller model is compared with the gated one on `inputs` (keyword arguments of the base model's forward; made
-    up where absent), in float32. Where they differ by more than 1e-4, or the smaller model does not run, everything is
-    put back and `RemovalError` raised. Parameters keep their identity, but an optimiser that already holds state for
-    them must be made anew.
+    up where absent), in float32, and where the model keeps a cache, also with the first token cached. Where they differ
+    by more than 1e-4, or the smaller model does not run, everything is put back and `RemovalError` raised. Parameters
+    keep their identity, but an optimiser that already holds state for them must be made anew.
 
     Heads go only where the proof looks: `InvalidInputError` names a site that loses heads and that `inputs` do not
     reach.
@@ -120,23 +122,35 @@ def remove_(
     return Removal(kept.original(sites), kept.num_units, kept.num_kept, difference)
 
 
-def _gated_outputs(
-    base: PreTrainedModel, mask: Mask, sites: Mapping[str, Site], inputs: Mapping[str, Any]
-) -> list[Tensor]:
+@dataclass(frozen=True)
+class _Wanted:
+    """What the cut model has to say: its `outputs`, and those of a `step` with a cache, or None where none runs."""
+
+    outputs: list[Tensor]
+    step: list[Tensor] | None
+
+
+def _gated_outputs(base: PreTrainedModel, mask: Mask, sites: Mapping[str, Site], inputs: Mapping[str, Any]) -> _Wanted:
     """Return what the model says with its units gated. Raises `InvalidInputError` for a cut that `inputs` do not reach.
 
     Whatever were cut at a site that they do not reach, the outputs would be equal.
     """
     reached: set[str] = set()
     with probe(base, lambda reading: reached.add(reading.site)), gated(base, mask, sites):
-        wanted = hidden_states(base, inputs)
-        for tensor in wanted:
+        outputs = hidden_states(base, inputs)
+        for tensor in outputs:
             check_finite(tensor, base, partial(hidden_states, base, inputs))
+        try:
+            step = cached_step(base, inputs)
+        except _FAILURES:  # with these inputs the whole model has no such step either
+            step = None
     for name, vector in mask.present(sites).items():
         if name not in reached and not vector.all():
             rule = f"reach the site {name!r}, which loses heads"
             raise invalid("inputs", rule, list(inputs), "pass `inputs` that reach it")
-    return wanted
+    if step is not None and not all(bool(torch.isfinite(tensor).all()) for tensor in step):
+        step = None  # as where the first token, all that the cache holds, is padding
+    return _Wanted(outputs, step)
 
 
 @contextmanager
@@ -163,7 +177,7 @@ class _Special:
 def _prove(
     base: PreTrainedModel,
     inputs: Mapping[str, Any],
-    wanted: list[Tensor],
+    wanted: _Wanted,
     sites: Mapping[str, Site],
     kept: PresentMask,
     undo: list[Callable[[], None]],
@@ -178,8 +192,11 @@ def _prove(
     while True:
         try:
             with running_modules(base) as running:
-                return largest_difference(wanted, hidden_states(base, inputs)), special
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+                difference = largest_difference(wanted.outputs, hidden_states(base, inputs))
+                if wanted.step is not None:
+                    difference = max(difference, largest_difference(wanted.step, cached_step(base, inputs) or []))
+                return difference, special
+        except _FAILURES as error:
             site = sites.get(site_of(running, sites) or "")
             can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_units
             if site is not None and can_reshape and site.name not in special.reshaped:

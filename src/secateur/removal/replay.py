@@ -111,18 +111,7 @@ def cut_site_(base: PreTrainedModel, site: Site, kept: Tensor, undo: list[Callab
         # instead of training weights that are no longer part of the model.
         _set_data(parameter, narrowed)
         holder = base.get_submodule(name.rpartition(".")[0])
-        if isinstance(holder, nn.Linear):
-            sizes = {"out_features": holder.weight.shape[0], "in_features": holder.weight.shape[1]}
-        elif isinstance(holder, Conv1D):
-            sizes = {"nx": holder.weight.shape[0], "nf": holder.weight.shape[1]}
-        elif isinstance(holder, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            # A filter for each head (Nyströmformer): where channels are kept apart, groups go with them.
-            groups = holder.groups * holder.weight.shape[0] // holder.out_channels
-            written, read = holder.weight.shape[:2]
-            sizes = {"groups": groups, "out_channels": written, "in_channels": groups * read}
-        else:
-            sizes = {}
-        for attribute, size in sizes.items():
+        for attribute, size in _sizes(holder).items():
             _set_attribute(holder, attribute, size, undo)
     counts = site.counts(kept)
     for path, quantity in site.attributes.items():
@@ -136,6 +125,20 @@ def cut_site_(base: PreTrainedModel, site: Site, kept: Tensor, undo: list[Callab
         narrow_bias_(module, site, tuple(itertools.compress(site.units, kept.tolist())), undo)
     if not kept.any():
         count_tokens_(module, undo)
+
+
+def _sizes(holder: nn.Module) -> dict[str, int]:
+    """Return the attributes with which a layer of torch or transformers tells the shape that its weight has now."""
+    if isinstance(holder, nn.Linear):
+        return {"out_features": holder.weight.shape[0], "in_features": holder.weight.shape[1]}
+    if isinstance(holder, Conv1D):
+        return {"nx": holder.weight.shape[0], "nf": holder.weight.shape[1]}
+    if isinstance(holder, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        # A filter for each head (Nyströmformer): where channels are kept apart, groups go with them.
+        groups = holder.groups * holder.weight.shape[0] // holder.out_channels
+        written, read = holder.weight.shape[:2]
+        return {"groups": groups, "out_channels": written, "in_channels": groups * read}
+    return {}
 
 
 def _is_count(base: PreTrainedModel, path: str) -> bool:
