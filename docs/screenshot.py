@@ -13,7 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.browser import browser, opened  # from the root of the repository
+from tests.support.browser import browser, opened  # from the root of the repository
 
 SIZE = {"width": 1100, "height": 1010}
 
