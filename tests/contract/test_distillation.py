@@ -262,8 +262,8 @@ def test_a_comparison_distils_pruned_runs_on_all_texts_and_leaves_dense_ones(tmp
         rows = compare(settings, tmp_path / restore, device="cpu", progress=False)
         found[restore] = {row["scorer"]: row for row in rows}
     assert "distillation" not in found["distill"]["dense"]
-    assert "distillation" not in found[0]["contribution"]
-    assert found["distill"]["dense"]["train_loss"] == found[0]["dense"]["train_loss"]
+    assert "distillation" not in found["none"]["contribution"]
+    assert found["distill"]["dense"]["train_loss"] == found["none"]["dense"]["train_loss"]
     assert len(found["distill"]["contribution"]["distillation"]) == 2
     assert found["distill"]["contribution"]["cost"]["distillation_seconds"] > 0
     assert taught == [TEXTS[:40]]  # of which 24 are for fine-tuning
