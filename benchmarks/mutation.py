@@ -56,6 +56,7 @@ MODULES = {
     "units/select.py": ["unit/test_selection.py"],
     "removal/remove.py": [
         "contract/test_removal.py",
+        "contract/test_parts.py",
         "unit/test_reshaped.py",
         "contract/test_recipe.py::test_the_recipe_records_what_was_done",
         "contract/test_offload.py::test_what_would_hold_all_weights_is_refused_and_told_what_works",
@@ -77,6 +78,8 @@ MODULES = {
         "contract/test_recipe.py::test_a_missing_site_is_named_where_the_class_is_not_the_checkpoints_or_in_no_mapping",
         "contract/test_checkpoint.py::test_models_are_built_whole_where_the_hook_is_off",
         "contract/test_legacy.py",
+        "contract/test_parts.py",
+        "unit/test_construction.py",
     ],
     "removal/construction.py": [
         "unit/test_construction.py",

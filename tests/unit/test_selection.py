@@ -5,9 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError
-from secateur.units.scores import Scores
-from secateur.units.select import select
+from secateur.removal.remove import gated, remove_
+from secateur.sites.attention import find_sites
+from secateur.units.masks import Mask, PresentMask
+from secateur.units.scores import PresentScores, Scores
+from secateur.units.select import check_selection, select
+from tests.support.tiny import tiny_model
 
 UNEQUAL = {"a": torch.tensor([0.1, 0.9, 0.5, 0.4]), "b": torch.tensor([5.0, 6.0, 7.0, 8.0])}
 
@@ -181,3 +186,29 @@ def test_other_bad_arguments():
             select(Scores(UNEQUAL), 0.5, floor=wrong)
     with pytest.raises(InvalidInputError, match="`scores` must be Scores"):
         select(UNEQUAL, 0.5)
+
+
+def test_a_mask_is_in_the_numbering_of_its_scores():
+    rows = {"a": [1.0, 2.0, 3.0, 4.0]}
+    original, present = select(Scores(rows)), select(PresentScores(rows))
+    assert (type(original), type(present)) == (Mask, PresentMask)
+    assert original.kept == present.kept == {"a": [2, 3]}
+    assert original != present
+
+
+def test_what_counts_otherwise_is_no_mask_for_a_model():
+    model = tiny_model("bert")
+    present = PresentMask({name: torch.ones(4, dtype=torch.bool) for name in find_sites(model)})
+    with pytest.raises(InvalidInputError, match="`mask` must be a Mask"):
+        remove_(model, present)
+    with pytest.raises(InvalidInputError, match="`mask` must be a Mask"), gated(model, present):
+        pass
+    with pytest.raises(InvalidInputError, match="`mask` must be a Mask"):
+        refine_mask(model, present, ["a", "b", "c"])
+
+
+def test_the_defaults_are_checked_as_they_are_selected_with():
+    check_selection()
+    for wrong in ({"pruning_ratio": 1}, {"allocation": "layer"}, {"floor": -1}):
+        with pytest.raises(InvalidInputError, match=f"`{next(iter(wrong))}` must"):
+            check_selection(**wrong)
