@@ -165,6 +165,7 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
 def _without_annotations(source: str) -> str:
     """Return what a module computes where its annotations are not evaluated. Raises `SyntaxError` where nothing."""
     tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not _is_overload(node)]
     for node in ast.walk(tree):
         if isinstance(node, ast.arguments) and node.posonlyargs:
             raise SyntaxError("a mark of keyword arguments, `*`, was taken for an operator")
@@ -175,6 +176,11 @@ def _without_annotations(source: str) -> str:
         elif isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(None)
     return ast.dump(tree)
+
+
+def _is_overload(node: ast.stmt) -> bool:
+    """Whether this is a function of no body, which tells a type checker of the one that follows it."""
+    return isinstance(node, ast.FunctionDef) and ast.unparse(node.body) == "..."
 
 
 class Quickest:

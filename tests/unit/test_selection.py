@@ -207,8 +207,9 @@ def test_what_counts_otherwise_is_no_mask_for_a_model():
         refine_mask(model, present, ["a", "b", "c"])
 
 
-def test_the_defaults_are_checked_as_they_are_selected_with():
-    check_selection()
+def test_what_is_selected_with_is_checked_without_scores():
+    right = {"pruning_ratio": 0, "allocation": "ranking", "floor": 0}
+    check_selection(**right)
     for wrong in ({"pruning_ratio": 1}, {"allocation": "layer"}, {"floor": -1}):
         with pytest.raises(InvalidInputError, match=f"`{next(iter(wrong))}` must"):
-            check_selection(**wrong)
+            check_selection(**right | wrong)

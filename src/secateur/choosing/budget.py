@@ -177,7 +177,7 @@ def allocate(
 
     The other arguments are those of `select`. Raises `InvalidInputError` for a budget that cannot be reached.
     """
-    check_selection(allocation=allocation, floor=floor)
+    check_selection(0, allocation, floor)
     check_scores(scores)
     return BudgetedSelection(model, Budget.of(budget), allocation, floor).select(scores)[0]
 

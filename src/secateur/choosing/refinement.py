@@ -51,7 +51,7 @@ def refine_mask(
     Raises `InvalidInputError` for fewer than three texts a batch, steps below 0, and a mask that does not fit.
     """
     check_whole("steps", steps, 0)
-    check_selection(allocation=allocation, floor=floor)
+    check_selection(0, allocation, floor)
     reading, texts = settings_of(reading, Reading), listed_texts(texts)
     check_mask(mask)
     prepared = PreparedModel.of(model, tokenizer, reading)

@@ -68,7 +68,7 @@ def check_scores(scores: Any) -> None:
         raise invalid("scores", "be Scores", type(scores).__name__)
 
 
-def check_selection(pruning_ratio: float = 0.5, allocation: str = "uniform", floor: int = 1) -> None:
+def check_selection(pruning_ratio: float, allocation: str, floor: int) -> None:
     """Raise `InvalidInputError` unless `select` takes these, whatever the scores are."""
     check_pruning_ratio(pruning_ratio)
     if allocation not in get_args(Allocation):
