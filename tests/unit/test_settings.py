@@ -4,6 +4,7 @@ import pytest
 
 import secateur
 from secateur.errors import InvalidInputError
+from secateur.models.inputs import example_inputs
 from secateur.settings import Budget, Cut, Reading, Shape, settings_of
 from secateur.sites import attention
 from secateur.texts import calibration
@@ -49,6 +50,14 @@ def test_defaults_stand_for_none_and_other_kinds_are_refused():
     assert settings_of(given, Reading) is given
     with pytest.raises(InvalidInputError, match=r"`reading` must be a Reading, such as secateur.Reading\(\), got 32"):
         settings_of(32, Reading)
+
+
+def test_ready_inputs_need_no_texts_beside_them():
+    model = tiny_model("bert")
+    inputs = [example_inputs(model)]
+    alone, beside = (secateur.score(model, texts, "contribution", inputs=inputs) for texts in (None, []))
+    assert alone == beside
+    assert alone.num_texts is None
 
 
 def test_a_budget_reads_what_it_writes():

@@ -21,7 +21,7 @@ from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer
 from secateur.scorers.base import Scorer, ScoringTask, StreamingScorer, Supervision
 from secateur.settings import Cut, Reading, settings_of
 from secateur.sites.layout import AttentionSite
-from secateur.texts.calibration import PreparedModel, texts_of
+from secateur.texts.calibration import PreparedModel, is_pair, texts_of
 from secateur.texts.data import Task
 from secateur.texts.halving import in_batches_that_fit, smaller_batches
 from secateur.texts.sources import ListedTexts, ReadyInputs, Source, StreamedTexts, by_length, reading_order
@@ -95,8 +95,8 @@ def _score(
     with held(base), evaluation_mode(prepared.model), torch.inference_mode(False), torch.enable_grad():
         source: Source | None = None
         if inputs is not None:
-            is_pair = isinstance(texts, Sequence) and not isinstance(texts[0], str)
-            source, texts = ReadyInputs(prepared, inputs, is_pair), None
+            paired = isinstance(texts, Sequence) and is_pair(texts)
+            source, texts = ReadyInputs(prepared, inputs, paired), None
         elif isinstance(texts, Sequence):
             texts, labels = _in_reading_order(texts, labels, criterion, reading)
             source = ListedTexts(prepared, texts, reading.batch_size)
