@@ -8,11 +8,11 @@ operators that could stand in for an arithmetic one, the opposite one does. No t
 words of messages.
 
 A mutant is tested in a process forked from this one, which has imported what the tests import, on a copy of the
-project. It is killed where a test fails, or where the tests take twice as long as they do without it. What was found
-is kept in build/mutation.jsonl, so that a stopped run goes on; `--again` tests survivors that have no reason yet once
-more, for when there are new tests; with `--only` the other modules' mutants that were never tested stay "untested".
-Writes benchmarks/results/mutation.json, with the reason of benchmarks/survivors.json for each mutant that survives,
-and ends with exit code 1 where one has none.
+project. It is killed where a test fails, or where the tests take twice the processor time that they take without it;
+what else the machine does changes nothing. What was found is kept in build/mutation.jsonl, so that a stopped run goes
+on; `--again` tests survivors that have no reason yet once more, for when there are new tests; with `--only` the other
+modules' mutants that were never tested stay "untested". Writes benchmarks/results/mutation.json, with the reason of
+benchmarks/survivors.json for each mutant that survives, and ends with exit code 1 where one has none.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import difflib
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -197,7 +199,9 @@ class Quickest:
 
 
 def outcome(folder: Path, tests: list[str], limit: float, seconds: dict[str, float], seen: Path | None = None) -> str:
-    """Run tests of the project in `folder` in a forked process: "survived", "killed", "timeout" after `limit` seconds.
+    """Run tests of the project in `folder` in a forked process: "survived", "killed", or "timeout".
+
+    A timeout comes after `limit` seconds of processor time, or five times that while it waits.
 
     The process writes what it has imported in the end, and what each test took, into `seen`.
     """
@@ -206,20 +210,28 @@ def outcome(folder: Path, tests: list[str], limit: float, seconds: dict[str, flo
         code = 99
         with suppress(BaseException):
             plugin = Quickest(seconds)
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(_cpu_seconds() + limit), resource.RLIM_INFINITY))
             code = _run_tests(folder, tests, plugin)
             if seen is not None:
                 seen.write_text(json.dumps([list(sys.modules), plugin.seconds]))
         os._exit(code)
-    end = time.monotonic() + limit
+    end = time.monotonic() + 5 * limit
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+                return "timeout"
             return "killed" if status else "survived"
         if time.monotonic() > end:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return "timeout"
         time.sleep(0.02)
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def _run_tests(folder: Path, tests: list[str], plugin: Quickest) -> int:
