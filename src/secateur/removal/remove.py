@@ -1,8 +1,9 @@
-"""Deleting heads for real: smaller weights, proved equal to the gated model, or the model as it was."""
+"""Deleting units for real: smaller weights, proved equal to the gated model, or the model as it was."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,13 +24,18 @@ from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
 from secateur.removal.emptied import bypass_
+from secateur.removal.moved import moved_path, moved_site
 from secateur.removal.proof import TOLERANCE, cached_step, hidden_states, largest_difference
 from secateur.removal.replay import cut_site_
 from secateur.removal.reshaped import reshape_
-from secateur.sites.attention import find_sites
+from secateur.removal.shortened import shorten_
+from secateur.sites.finding import units_named
 from secateur.sites.gating import is_probed, probe
-from secateur.sites.layout import Site
+from secateur.sites.layers import LayerSite
+from secateur.sites.layout import AttentionSite, Site
+from secateur.sites.narrowing import Undo
 from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe, read_recipe
+from secateur.sites.unit_gates import reached
 from secateur.support.checks import check_mapping
 from secateur.units.masks import Mask, PresentMask, check_mask
 
@@ -48,18 +54,18 @@ class Removal:
 
 @contextmanager
 def gated(model: nn.Module, mask: Mask, sites: Mapping[str, Site] | None = None) -> Iterator[None]:
-    """Within this context the heads that `mask` drops write nothing: a preview of the removal that undoes itself.
+    """Within this context the units that `mask` drops write nothing: a preview of the removal that undoes itself.
 
     With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and without the
     gates their gradients are others.
 
-    Raises what `Mask.present` and `find_sites` raise.
+    Raises what `Mask.present` and `find_units` raise.
     """
     base_of(model)
     if sites is not None:
         check_mapping("sites", sites)
     check_mask(mask)
-    sites = find_sites(model) if sites is None else sites
+    sites = units_named(model, mask) if sites is None else sites
     gates = {name: kept.to(torch.float32) for name, kept in mask.present(sites).items()}
     with probe(model, gates=gates):
         yield
@@ -74,20 +80,20 @@ def remove_(
     sites: Mapping[str, Site] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> Removal:
-    """Delete from `model`, in place, the weights of every head that `mask` drops.
+    """Delete from `model`, in place, the weights of every head, neuron and layer that `mask` drops.
 
     The smaller model is compared with the gated one on `inputs` (keyword arguments of the base model's forward; made
     up where absent), in float32, and where the model keeps a cache, also with the first token cached. Where they differ
     by more than 1e-4, or the smaller model does not run, everything is put back and `RemovalError` raised. Parameters
     keep their identity, but an optimiser that already holds state for them must be made anew.
 
-    Heads go only where the proof looks: `InvalidInputError` names a site that loses heads and that `inputs` do not
-    reach.
+    Units go only where the proof looks: `InvalidInputError` names a site that loses units and that `inputs` do not
+    reach. Where layers go, the sites in the layers after them have other names from then on, as their modules have.
 
     Grouped queries: in each site either whole key-value groups go, or the same number of query heads in every group
     that stays; `InvalidInputError` names a mask that does neither.
 
-    `record` is written to the config's `head_pruning` beside the kept heads.
+    `record` is written to the config's `head_pruning` beside the kept units.
     """
     base = base_of(model)
     for argument, value in (("inputs", inputs), ("sites", sites), ("record", record)):
@@ -95,31 +101,58 @@ def remove_(
             check_mapping(argument, value)
     check_mask(mask)
     _check_record(record or {})
-    check_loaded(base, "removing heads")
+    check_loaded(base, "removing units")
     check_plain_weights(base)
-    sites = find_sites(base) if sites is None else sites
+    sites = units_named(base, mask) if sites is None else sites
     kept = mask.present(sites)
     for name, vector in kept.items():
         sites[name].check(vector)
     if is_probed(base):
-        raise RemovalError("the model is being gated or probed; remove heads outside of that context")
+        raise RemovalError("the model is being gated or probed; remove units outside of that context")
     inputs = example_inputs(base) if inputs is None else inputs
     with held(base), in_float32(base):
         wanted = _gated_outputs(base, mask, sites, inputs)
         with _undone_on_failure() as undo:
-            for name, site in sites.items():
-                cut_site_(base, site, kept[name], undo)
-            difference, special = _prove(base, inputs, wanted, sites, kept, undo)
+            left = _Left.of(model, sites, kept, undo)
+            for name, site in left.sites.items():
+                cut_site_(base, site, left.kept[name], undo)
+            difference, special = _prove(base, inputs, wanted, left, undo)
             if not difference <= TOLERANCE:
                 raise RemovalError(
-                    f"{type(base).__name__} without the heads differs from the gated model by {difference:.2g} "
+                    f"{type(base).__name__} without the units differs from the gated model by {difference:.2g} "
                     f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
                 )
-    _write_recipe(model, sites, kept, special, record or {})
+    _write_recipe(model, left, special, record or {})
     for holder in (model, base):
         # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
         vars(holder).pop("_cache", None)
     return Removal(kept.original(sites), kept.num_units, kept.num_kept, difference)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What to cut once layers are gone: `sites` by their names then, and which of their units are `kept`.
+
+    `layers` has the lists that lost some, with the original numbers of those that stay.
+    """
+
+    sites: dict[str, Site]
+    kept: dict[str, Tensor]
+    layers: dict[str, tuple[LayerSite, tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, sites: Mapping[str, Site], kept: PresentMask, undo: Undo) -> _Left:
+        """Take layers out of `model` where the mask drops some, and say what is left to be cut."""
+        moved: dict[str, str | None] = {}
+        layers: dict[str, tuple[LayerSite, tuple[int, ...]]] = {}
+        for name, site in sites.items():
+            if isinstance(site, LayerSite) and not kept[name].all():
+                moved |= shorten_(model, site, kept[name], undo)
+                layers[name] = (site, tuple(itertools.compress(site.units, kept[name].tolist())))
+        others = {name: site for name, site in sites.items() if not isinstance(site, LayerSite)}
+        names = {name: new for name in others if (new := moved_path(name, moved)) is not None}
+        here = {new: moved_site(others[name], moved) for name, new in names.items()}
+        return cls(here, {new: kept[name] for name, new in names.items()}, layers)
 
 
 @dataclass(frozen=True)
@@ -135,8 +168,9 @@ def _gated_outputs(base: PreTrainedModel, mask: Mask, sites: Mapping[str, Site],
 
     Whatever were cut at a site that they do not reach, the outputs would be equal.
     """
-    reached: set[str] = set()
-    with probe(base, lambda reading: reached.add(reading.site)), gated(base, mask, sites):
+    found: set[str] = set()
+    others = [name for name, site in sites.items() if not isinstance(site, AttentionSite)]
+    with probe(base, lambda reading: found.add(reading.site)), reached(base, others, found), gated(base, mask, sites):
         outputs = hidden_states(base, inputs)
         for tensor in outputs:
             check_finite(tensor, base, partial(hidden_states, base, inputs))
@@ -145,8 +179,8 @@ def _gated_outputs(base: PreTrainedModel, mask: Mask, sites: Mapping[str, Site],
         except _FAILURES:  # with these inputs the whole model has no such step either
             step = None
     for name, vector in mask.present(sites).items():
-        if name not in reached and not vector.all():
-            rule = f"reach the site {name!r}, which loses heads"
+        if name not in found and not vector.all():
+            rule = f"reach the site {name!r}, which loses units"
             raise invalid("inputs", rule, list(inputs), "pass `inputs` that reach it")
     if step is not None and not all(bool(torch.isfinite(tensor).all()) for tensor in step):
         step = None  # as where the first token, all that the cache holds, is padding
@@ -178,16 +212,17 @@ def _prove(
     base: PreTrainedModel,
     inputs: Mapping[str, Any],
     wanted: _Wanted,
-    sites: Mapping[str, Site],
-    kept: PresentMask,
-    undo: list[Callable[[], None]],
+    left: _Left,
+    undo: Undo,
 ) -> tuple[float, _Special]:
     """Return the difference of the cut model to the gated one, and the sites that do not run as they are.
 
     A model that raises is run again: with the code of emptied sites left out, or with the widths corrected that the
     code of the site which was running asks for.
     """
-    emptied = [sites[name] for name, vector in kept.items() if not vector.any()]
+    sites = {name: site for name, site in left.sites.items() if isinstance(site, AttentionSite)}
+    kept = left.kept
+    emptied = [site for name, site in sites.items() if not kept[name].any()]
     special = _Special()
     while True:
         try:
@@ -210,8 +245,8 @@ def _prove(
                 where = f" at site {site.name}" if site is not None else ""
                 place = place_of(error, base.get_submodule(running[-1] if running else ""))
                 raise RemovalError(
-                    f"{type(base).__name__} does not run with fewer heads{where}: its code counts on all of them "
-                    f"({place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its heads "
+                    f"{type(base).__name__} does not run with fewer units{where}: its code counts on all of them "
+                    f"({place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its units "
                     "with `secateur.gated`, which works, as scoring does; the model is unchanged"
                 ) from error
 
@@ -226,35 +261,44 @@ def _check_record(record: Mapping[str, Any]) -> None:
         raise invalid("record", "hold what JSON can hold", dict(record)) from None
 
 
-def _write_recipe(
-    model: nn.Module,
-    sites: Mapping[str, Site],
-    kept: PresentMask,
-    special: _Special,
-    record: Mapping[str, Any],
-) -> None:
+def _write_recipe(model: nn.Module, left: _Left, special: _Special, record: Mapping[str, Any]) -> None:
     """Put the recipe into the config of the model, and of its base model where that is another object.
 
     Sites that an earlier recipe knows and this removal did not see stay in it as they are.
     """
     give_own_configs_(model)
     base = base_of(model)
-    earlier = read_recipe(base.config) or Recipe({}, {})
-    kept_units = {name: tuple(units) for name, units in kept.original(sites).kept.items()}
-    kept_units |= {name: units for name, units in earlier.kept.items() if name not in kept_units}
-    # What an earlier recipe says of a site is of the unpruned model; a site that none names is unpruned now.
-    originals = earlier.sites | {name: site for name, site in sites.items() if name not in earlier.sites}
-    ratio = 1 - sum(map(len, kept_units.values())) / sum(site.original_num_units for site in originals.values())
-    recipe = Recipe(
-        kept_units,
-        originals,
-        bypassed=tuple(dict.fromkeys([*earlier.bypassed, *special.bypassed])),
-        reshaped=tuple(dict.fromkeys([*earlier.reshaped, *special.reshaped])),
-        record={**earlier.record, **record, "pruning_ratio": round(ratio, 6)},
-    )
+    recipe = _recipe(read_recipe(base.config) or Recipe({}, {}), left, special, record)
     for config in (model.config, base.config):
         setattr(config, KEY, recipe.to_json())
     setattr(base, REMOVED, True)
+
+
+def _recipe(earlier: Recipe, left: _Left, special: _Special, record: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of all removals so far; `earlier` has the names already that sites have now."""
+    kept = PresentMask({name: left.kept[name] for name in left.sites}).original(left.sites).kept
+    kept_units = {name: tuple(units) for name, units in kept.items()}
+    # What an earlier recipe says of a site is of the unpruned model; a site that none names is unpruned now.
+    now = left.sites | {name: site for name, (site, _) in left.layers.items()}
+    sites = earlier.sites | {name: site for name, site in now.items() if name not in earlier.sites}
+    kept_units = earlier.kept | kept_units | {name: units for name, (_, units) in left.layers.items()}
+    there = {
+        name: site
+        for name, site in sites.items()
+        if isinstance(site, AttentionSite) or len(kept_units[name]) < site.original_num_units
+    }
+    heads = [site for site in there.values() if isinstance(site, AttentionSite)]
+    of_heads = {}
+    if heads:
+        ratio = 1 - sum(len(kept_units[s.name]) for s in heads) / sum(s.original_num_units for s in heads)
+        of_heads["pruning_ratio"] = round(ratio, 6)
+    return Recipe(
+        {name: kept_units[name] for name in there},
+        there,
+        bypassed=tuple(dict.fromkeys([*earlier.bypassed, *special.bypassed])),
+        reshaped=tuple(dict.fromkeys([*earlier.reshaped, *special.reshaped])),
+        record={**earlier.record, **record, **of_heads},
+    )
 
 
 def give_own_configs_(model: nn.Module) -> None:

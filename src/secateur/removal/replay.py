@@ -7,13 +7,11 @@ in them, may need anything but torch and transformers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, shown
 from secateur.models.base_model import base_of
@@ -21,7 +19,9 @@ from secateur.removal.adapted import narrow_bias_, set_in_config_
 from secateur.removal.emptied import bypass_, count_tokens_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.forward import takes_bias
-from secateur.sites.layout import Site
+from secateur.sites.layers import LayerSite
+from secateur.sites.layout import AttentionSite, Site
+from secateur.sites.narrowing import Undo, narrow_, set_attribute_
 from secateur.sites.recipe import KEY, Recipe, read_recipe
 
 _DONE = "_secateur_narrowed"  # on a base model: its recipe has been followed
@@ -71,6 +71,8 @@ def missing_sites(base: PreTrainedModel, recipe: Recipe) -> list[str]:
 def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
     """Narrow an unpruned, perhaps weightless, base model as `recipe` says. Raises where the two do not fit."""
     for name, site in recipe.sites.items():
+        if isinstance(site, LayerSite):  # the config asks for the layers that are left
+            continue
         for piece in site.slices:
             try:
                 shape = base.get_parameter(piece.parameter).shape
@@ -94,7 +96,7 @@ def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
             reshape_(base.get_submodule(name), site, len(recipe.kept[name]))
 
 
-def cut_site_(base: PreTrainedModel, site: Site, kept: Tensor, undo: list[Callable[[], None]] | None = None) -> None:
+def cut_site_(base: PreTrainedModel, site: Site, kept: Tensor, undo: Undo | None = None) -> None:
     """Narrow the weights and attributes of one site to the units in `kept` (bool `[units]`); works on meta weights.
 
     `undo` collects what puts them back, in order. Nothing is proved here: see `remove_`.
@@ -102,43 +104,21 @@ def cut_site_(base: PreTrainedModel, site: Site, kept: Tensor, undo: list[Callab
     if bool(kept.all()):
         return
     undo = [] if undo is None else undo
-    for (name, axis), indices in site.kept_indices(kept).items():
-        parameter = base.get_parameter(name)
-        undo.append(_setter(parameter, parameter.data, parameter.grad))
-        parameter.grad = None
-        narrowed = parameter.data.index_select(axis, indices.to(parameter.device))
-        # The Parameter stays the same object, so that a tied copy follows and an optimiser built before fails loudly
-        # instead of training weights that are no longer part of the model.
-        _set_data(parameter, narrowed)
-        holder = base.get_submodule(name.rpartition(".")[0])
-        for attribute, size in _sizes(holder).items():
-            _set_attribute(holder, attribute, size, undo)
+    narrow_(base, site, kept, undo)
     counts = site.counts(kept)
     for path, quantity in site.attributes.items():
         holder_path, _, attribute = path.rpartition(".")
         if holder_path.endswith(".config"):
             set_in_config_(base, path, counts[quantity], undo)
         else:
-            _set_attribute(base.get_submodule(holder_path), attribute, counts[quantity], undo)
+            set_attribute_(base.get_submodule(holder_path), attribute, counts[quantity], undo)
+    if not isinstance(site, AttentionSite):
+        return
     module = base.get_submodule(site.name)
     if takes_bias(module):
         narrow_bias_(module, site, tuple(itertools.compress(site.units, kept.tolist())), undo)
     if not kept.any():
         count_tokens_(module, undo)
-
-
-def _sizes(holder: nn.Module) -> dict[str, int]:
-    """Return the attributes with which a layer of torch or transformers tells the shape that its weight has now."""
-    if isinstance(holder, nn.Linear):
-        return {"out_features": holder.weight.shape[0], "in_features": holder.weight.shape[1]}
-    if isinstance(holder, Conv1D):
-        return {"nx": holder.weight.shape[0], "nf": holder.weight.shape[1]}
-    if isinstance(holder, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        # A filter for each head (Nyströmformer): where channels are kept apart, groups go with them.
-        groups = holder.groups * holder.weight.shape[0] // holder.out_channels
-        written, read = holder.weight.shape[:2]
-        return {"groups": groups, "out_channels": written, "in_channels": groups * read}
-    return {}
 
 
 def _is_count(base: PreTrainedModel, path: str) -> bool:
@@ -152,29 +132,3 @@ def _is_count(base: PreTrainedModel, path: str) -> bool:
         owner = getattr(owner, "config", None)
     value = getattr(owner, name, None)
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _setter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
-    def put_back() -> None:
-        parameter.grad = None
-        _set_data(parameter, data)
-        parameter.grad = grad
-
-    return put_back
-
-
-def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter values of another shape, also while an output that was computed with the old ones lives on.
-
-    Such an output keeps the node that collects the parameter's gradients, which the next pass would take over together
-    with the old shape. Only a change of dtype makes torch part with it.
-    """
-    other = torch.bfloat16 if data.dtype == torch.float16 else torch.float16
-    parameter.data = data.new_empty(0, dtype=other)
-    parameter.data = data
-
-
-def _set_attribute(module: nn.Module, name: str, value: int, undo: list[Callable[[], None]]) -> None:
-    old = getattr(module, name)
-    undo.append(lambda: setattr(module, name, old))
-    setattr(module, name, value)

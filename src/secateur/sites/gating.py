@@ -30,6 +30,7 @@ from secateur.models.base_model import base_of
 from secateur.models.offload import is_offloaded
 from secateur.models.state import held, without_autocast
 from secateur.sites.direct import Computed, inside_interface, is_known, known_sites, look_for_sites, watch
+from secateur.sites.unit_gates import takes_plain_gates, unit_gates
 
 _PREFIX = "secateur_"
 
@@ -80,8 +81,9 @@ def probe(
     Args:
         model: any transformers model.
         callback: called once for each attention site and forward pass, as soon as the site has run.
-        gates: site name → factors for the heads that are there now, `[heads]`, or `[batch, heads]` for a gate of its
-            own for each text; differentiable. Sites without an entry are left alone.
+        gates: site name → factors for the units that are there now, `[units]`, or `[batch, units]` for a gate of its
+            own for each text; differentiable. Sites without an entry are left alone. Neurons and layers are gated by
+            plain hooks (see `unit_gates`).
         weights: whether the callback needs attention maps. They are computed one site at a time and never kept here;
             without them PyTorch's fused attention runs where the model supports it.
 
@@ -89,8 +91,10 @@ def probe(
     that can be reached, and `SecateurError` where another thread is probing the same model, or one that shares its
     config, and where contexts of one model do not end in reverse order.
     """
-    base = base_of(model)
-    with held(base), _probing(base, callback, gates or {}, weights):
+    base, gates = base_of(model), gates or {}
+    plain = {name: gate for name, gate in gates.items() if takes_plain_gates(base.get_submodule(name))}
+    of_heads = {name: gate for name, gate in gates.items() if name not in plain}
+    with held(base), _probing(base, callback, of_heads, weights), unit_gates(base, plain):
         yield
 
 

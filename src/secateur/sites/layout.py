@@ -15,7 +15,7 @@ from secateur.errors import invalid
 NOBODY = -1  # an index that no single head owns: shared by all of them, or used by none
 # Far beyond any model, so that a few bytes of a damaged recipe cannot ask for all memory.
 _MOST_HEADS = 10_000
-_LONGEST_AXIS = 1_000_000
+LONGEST_AXIS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,46 @@ class Site(ABC):
     def to_json(self) -> dict[str, Any]:
         """Return the unpruned site's layout, relative to the block that holds it: equal for all blocks of one kind."""
 
+    def relative(self) -> dict[str, Any]:
+        """Return where the site's parts are, as `to_json` has it: by paths below the block, the longest path above."""
+        block = self._block()
+        return {
+            "site": _below(self.name, block),
+            "output": _below(self.output, block),
+            "slices": [[_below(s.parameter, block), s.axis, s.role, _to_runs(s.owners)] for s in self.slices],
+            "attributes": {_below(path, block): quantity for path, quantity in self.attributes.items()},
+        }
+
+    def _block(self) -> str:
+        """Return the longest module path above the site, its output projection, and all that its units own."""
+        paths = [self.name, self.output, *(piece.parameter for piece in self.slices), *self.attributes]
+        common = []
+        for parts in zip(*(path.split(".") for path in paths), strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        return ".".join(common)
+
+
+def absolute(name: str, data: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
+    """Return what `Site.relative` gave, as arguments of the site `name`; `limits` has how many owners a role has.
+
+    Raises `KeyError`, `TypeError` or `ValueError` for other data.
+    """
+    suffix = data["site"]
+    if not (name == suffix or not suffix or name.endswith("." + suffix)):
+        raise ValueError(f"site {name} does not end in {suffix}")
+    block = name[: len(name) - len(suffix)].rstrip(".")
+    slices = [
+        Slice(_above(parameter, block), whole_number(axis, 0, 9), role, _from_runs(runs, limits[role]))
+        for parameter, axis, role, runs in data["slices"]
+    ]
+    return {
+        "slices": tuple(slices),
+        "attributes": {_above(path, block): quantity for path, quantity in data["attributes"].items()},
+        "output": _above(data["output"], block),
+    }
+
 
 @dataclass(frozen=True)
 class AttentionSite(Site):
@@ -150,56 +190,33 @@ class AttentionSite(Site):
 
     def to_json(self) -> dict[str, Any]:
         """Return the layout relative to the attention block, equal for all blocks of one kind."""
-        block = self._block()
         return {
-            "site": _below(self.name, block),
             "num_heads": self.original_num_units,
             "num_key_value_heads": self.original_num_groups,
             "head_dim": self.width,
-            "output": _below(self.output, block),
-            "slices": [[_below(s.parameter, block), s.axis, s.role, _to_runs(s.owners)] for s in self.slices],
-            "attributes": {_below(path, block): quantity for path, quantity in self.attributes.items()},
+            **self.relative(),
         }
 
     @classmethod
     def from_json(cls, name: str, data: dict[str, Any]) -> AttentionSite:
         """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
-        suffix = data["site"]
-        if not (name == suffix or not suffix or name.endswith("." + suffix)):
-            raise ValueError(f"site {name} does not end in {suffix}")
-        block = name[: len(name) - len(suffix)].rstrip(".")
-        heads, kv_heads = (_whole(data[name], 1, _MOST_HEADS) for name in ("num_heads", "num_key_value_heads"))
+        heads, kv_heads = (whole_number(data[name], 1, _MOST_HEADS) for name in ("num_heads", "num_key_value_heads"))
         if heads % kv_heads:
             raise ValueError(f"{heads} heads do not divide among {kv_heads} key-value heads")
-        slices = []
-        for parameter, axis, role, runs in data["slices"]:
-            limit = {"query": heads, "head": heads, "output": heads, "key": kv_heads, "value": kv_heads}[role]
-            slices.append(Slice(_above(parameter, block), _whole(axis, 0, 9), role, _from_runs(runs, limit)))
-        attributes = {_above(path, block): quantity for path, quantity in data["attributes"].items()}
-        if not set(attributes.values()) <= {"heads", "key_value_heads", "group", "width"}:
-            raise ValueError(f"unknown quantity among {sorted(set(attributes.values()))}")
+        limits = {"query": heads, "head": heads, "output": heads, "key": kv_heads, "value": kv_heads}
+        parts = absolute(name, data, limits)
+        if not set(parts["attributes"].values()) <= {"heads", "key_value_heads", "group", "width"}:
+            raise ValueError(f"unknown quantity among {sorted(set(parts['attributes'].values()))}")
         return cls(
             name=name,
             num_units=heads,
             num_groups=kv_heads,
-            width=_whole(data["head_dim"], 1, _LONGEST_AXIS),
-            slices=tuple(slices),
-            attributes=attributes,
-            output=_above(data["output"], block),
+            width=whole_number(data["head_dim"], 1, LONGEST_AXIS),
             units=tuple(range(heads)),
             original_num_units=heads,
             original_num_groups=kv_heads,
+            **parts,
         )
-
-    def _block(self) -> str:
-        """Return the longest module path above the site, its output projection, and all that its heads own."""
-        paths = [self.name, self.output, *(piece.parameter for piece in self.slices), *self.attributes]
-        common = []
-        for parts in zip(*(path.split(".") for path in paths), strict=False):
-            if len(set(parts)) > 1:
-                break
-            common.append(parts[0])
-        return ".".join(common)
 
 
 def _merge(one: Tensor, other: Tensor) -> Tensor:
@@ -209,22 +226,38 @@ def _merge(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _to_runs(owners: tuple[int, ...]) -> str:
-    """Write `(0, 0, 1, 1)` as "0x2 1x2"; `NOBODY` is "-"."""
-    return " ".join(f"{'-' if o == NOBODY else o}x{len(list(run))}" for o, run in groupby(owners))
+    """Write `(0, 0, 1, 1)` as "0x2 1x2", and `(0, 1, 2)`, of which each owns one index, as "0:3"; `NOBODY` is "-"."""
+    runs = [(owner, len(list(run))) for owner, run in groupby(owners)]
+    texts: list[str] = []
+    place = 0
+    while place < len(runs):
+        owner, length = runs[place]
+        end = place + 1
+        while end < len(runs) and length == 1 and owner != NOBODY and runs[end] == (owner + end - place, 1):
+            end += 1
+        texts.append(
+            f"{owner}:{owner + end - place}" if end > place + 1 else f"{'-' if owner == NOBODY else owner}x{length}"
+        )
+        place = end
+    return " ".join(texts)
 
 
 def _from_runs(text: str, limit: int) -> tuple[int, ...]:
     owners: list[int] = []
     for run in text.split():
-        owner, _, length = run.partition("x")
-        number = NOBODY if owner == "-" else int(owner)
-        if not (NOBODY <= number < limit) or not 0 < int(length) <= _LONGEST_AXIS - len(owners):
-            raise ValueError(f"impossible run {run!r} among {limit} heads")
-        owners += [number] * int(length)
+        owner, mark, length = run.partition(":" if ":" in run else "x")
+        first = NOBODY if owner == "-" else int(owner)
+        count = int(length) - first if mark == ":" else int(length)
+        last = first + count - 1 if mark == ":" else first
+        lowest = 0 if mark == ":" else NOBODY
+        if not (lowest <= first <= last < limit) or not 0 < count <= LONGEST_AXIS - len(owners):
+            raise ValueError(f"impossible run {run!r} among {limit} units")
+        owners += range(first, last + 1) if mark == ":" else [first] * count
     return tuple(owners)
 
 
-def _whole(value: Any, least: int, most: int) -> int:
+def whole_number(value: Any, least: int, most: int) -> int:
+    """Return a whole number from `least` to `most`. Raises `ValueError` for anything else."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{value!r} is no whole number from {least} to {most}")
     return value

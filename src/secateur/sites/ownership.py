@@ -6,7 +6,7 @@ unit's does. Units are asked in sets, by the bits of their numbers: see binary_c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,12 @@ class Ownership:
             for p in module.parameters()
             if id(p) in holders and id(p) in self.names and self.names[id(p)] not in leave_out
         ]
+        return self.slices_of(site, parameters, holders, part)
+
+    def slices_of(
+        self, site: str, parameters: Sequence[nn.Parameter], holders: Mapping[int, nn.Module], part: Part
+    ) -> list[Slice]:
+        """Ask about these parameters alone; `holders` has the module of each by its id. See `slices`."""
         pieces = []
         for parameter, by_axis in zip(parameters, self._reached(parameters, part), strict=True):
             for axis, reached in enumerate(by_axis):
@@ -93,12 +99,19 @@ class Ownership:
                     pieces.append(Slice(self.names[id(parameter)], axis, part.role, owners))
         return pieces
 
-    def _reached(self, parameters: list[nn.Parameter], part: Part) -> list[list[Tensor]]:
+    def divides(self, parameters: Sequence[nn.Parameter], part: Part) -> bool:
+        """Does the lowest bit of the units' numbers divide an axis of any of these? What two passes can say."""
+        pair = self._reached(parameters, part, sets_of_units(part.num_units)[:2])
+        return any(bool(reached.any()) and not (reached[0] & reached[1]).any() for axes in pair for reached in axes)
+
+    def _reached(
+        self, parameters: Sequence[nn.Parameter], part: Part, sets: Tensor | None = None
+    ) -> list[list[Tensor]]:
         """Return, for each parameter and each of its axes, which sets of units reach which indices: `[sets, indices]`.
 
         The gradients of one set are there at a time.
         """
-        sets = sets_of_units(part.num_units)
+        sets = sets_of_units(part.num_units) if sets is None else sets
         reached = [[torch.zeros(len(sets), size, dtype=torch.bool) for size in p.shape] for p in parameters]
         for number, chosen in enumerate(sets):
             if not parameters or not chosen.any():
@@ -108,7 +121,7 @@ class Ownership:
                     by_axis[axis][number] = used
         return reached
 
-    def _gradients(self, computed: Sequence[Tensor], parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
+    def _gradients(self, computed: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
         """Return the gradients of `computed` in a random direction, None where there is none."""
         computed = [tensor for tensor in computed if tensor.requires_grad]
         if not computed:

@@ -1,8 +1,8 @@
 """The `head_pruning` entry of a `config.json`: what a pruned checkpoint tells its reader.
 
-It holds `format_version`, `kept_heads` (site → original indices), `layouts` (what each unit owned in the unpruned
-model, once for each kind of site), and for the record `scorer`, `pruning_ratio`, `allocation`, `base_model` and
-`secateur_version`.
+It holds `format_version`, `kept_heads` (site → original indices), `kept_neurons` and `kept_layers` (the same, packed),
+`layouts` (what each unit owned in the unpruned model, once for each kind of site), and for the record `scorer`,
+`pruning_ratio`, `allocation`, `base_model` and `secateur_version`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,21 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError, shown
+from secateur.sites.feed_forward import FeedForwardSite
+from secateur.sites.layers import LayerSite
 from secateur.sites.layout import AttentionSite, Site
+from secateur.sites.packing import pack, unpack
 
 KEY = "head_pruning"
 REMOVED = "_secateur_removed"  # on a base model: heads were removed from it, which its own config tells
-FORMAT_VERSION = 1
-OWN_NAMES = frozenset({"format_version", "kept_heads", "layouts", "bypassed", "reshaped"})
+FORMAT_VERSION = 2
+KINDS: dict[str, type[AttentionSite | FeedForwardSite | LayerSite]] = {
+    cls.kind: cls for cls in (AttentionSite, FeedForwardSite, LayerSite)
+}
+"""The class of site for each kind of unit."""
+
+_KEPT = {kind: f"kept_{kind}" for kind in KINDS}
+OWN_NAMES = frozenset({"format_version", "layouts", "bypassed", "reshaped", *_KEPT.values()})
 """What a recipe is made of; every other name in it is for the record."""
 
 
@@ -51,12 +60,17 @@ class Recipe:
                 layouts.append({"sites": [name], **layout})
         return {
             "format_version": FORMAT_VERSION,
-            "kept_heads": {site: list(heads) for site, heads in self.kept.items()},
+            **{_KEPT[kind]: kept for kind in KINDS if (kept := self._kept(kind)) or kind == "heads"},
             **({"bypassed": list(self.bypassed)} if self.bypassed else {}),
             **({"reshaped": list(self.reshaped)} if self.reshaped else {}),
             **self.record,
             "layouts": layouts,
         }
+
+    def _kept(self, kind: str) -> dict[str, Any]:
+        """Return the units that stay of one kind by site: heads as a list, and what may be thousands packed."""
+        kept = {name: units for name, units in self.kept.items() if self.sites[name].kind == kind}
+        return {name: list(units) if kind == "heads" else pack(units) for name, units in kept.items()}
 
     @classmethod
     def from_json(cls, data: Any) -> Recipe:
@@ -71,18 +85,21 @@ class Recipe:
             )
         try:
             sites: dict[str, Site] = {
-                str(name): AttentionSite.from_json(str(name), layout)
+                str(name): KINDS[layout.get("kind", AttentionSite.kind)].from_json(str(name), layout)
                 for layout in data["layouts"]
                 for name in layout["sites"]
             }
             kept = {str(site): tuple(indices) for site, indices in data["kept_heads"].items()}
+            for kind in (FeedForwardSite.kind, LayerSite.kind):
+                for site, text in data.get(_KEPT[kind], {}).items():
+                    kept[str(site)] = unpack(text, sites[site].num_units)
             bypassed, reshaped = (tuple(map(str, data.get(key, []))) for key in ("bypassed", "reshaped"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error)[:200].split())
             raise CheckpointError(f"`{KEY}` in the config is damaged: {type(error).__name__}: {reason}") from None
         if not kept or set(kept) != set(sites):
             raise CheckpointError(
-                f"`{KEY}` must give kept heads and a layout for the same sites, got {shown(sorted(kept)[:3])}"
+                f"`{KEY}` must give kept units and a layout for the same sites, got {shown(sorted(kept)[:3])}"
             )
         for site, indices in kept.items():
             total = sites[site].num_units

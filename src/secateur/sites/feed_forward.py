@@ -1,0 +1,80 @@
+"""Feed-forward blocks as sites: each hidden number between two projections, a neuron, is a unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from secateur.sites.layout import LONGEST_AXIS, Site, Slice, absolute, whole_number
+
+Projection = nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d
+"""What may read the neurons: the same mixture of channels at every place."""
+
+
+@dataclass(frozen=True)
+class FeedForwardSite(Site):
+    """A feed-forward block, whose units are its neurons: the numbers that its last projection reads.
+
+    It is named by that projection, which is also its `output`. What a neuron owns of the projections before it, its
+    rows, has the role "neuron"; what the last one reads it with, a column, the role "output". Neurons stand alone: a
+    group is one neuron, one number wide.
+    """
+
+    kind: ClassVar[str] = "neurons"
+
+    def kept_owners(self, role: str, kept: Tensor) -> Tensor:
+        """Return which owners are left: the neurons in `kept` (bool `[neurons]`)."""
+        return kept
+
+    def counts(self, kept: Tensor) -> dict[str, int]:
+        """Return what each kind of attribute counts once only the neurons in `kept` (bool `[neurons]`) are left."""
+        return {"neurons": int(kept.sum())}
+
+    def check(self, kept: Tensor) -> None:
+        """Any neurons may stay."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the layout relative to the block that holds the projections, equal for all blocks of one kind."""
+        return {"kind": self.kind, "num_neurons": self.original_num_units, **self.relative()}
+
+    @classmethod
+    def from_json(cls, name: str, data: dict[str, Any]) -> FeedForwardSite:
+        """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
+        count = whole_number(data["num_neurons"], 1, LONGEST_AXIS)
+        return cls.unpruned(name, count, **absolute(name, data, {"neuron": count, "output": count}))
+
+    @classmethod
+    def unpruned(cls, name: str, num_units: int, **others: Any) -> FeedForwardSite:
+        """Return the site as it is before any neuron goes."""
+        units = tuple(range(num_units))
+        return cls(
+            name=name, num_units=num_units, num_groups=num_units, width=1, units=units,
+            original_num_units=num_units, original_num_groups=num_units, **others,
+        )  # fmt: skip
+
+
+def channel_axis(projection: nn.Module) -> int:
+    """Return the axis of a projection's input that holds its channels: the last, or for a convolution the second."""
+    return 1 if isinstance(projection, nn.Conv1d | nn.Conv2d) else -1
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Does the module mix channels alike at every place: a linear layer, or a convolution of width one?"""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        ones = (1,) * len(module.kernel_size)
+        return module.groups == 1 and module.kernel_size == module.stride == ones
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def num_channels(projection: Any) -> int:
+    """Return how many channels a projection reads."""
+    return projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.weight.shape[1]
+
+
+def read_slice(name: str, projection: nn.Module) -> Slice:
+    """Return the columns with which the projection at path `name` reads its channels."""
+    axis = 0 if isinstance(projection, Conv1D) else 1
+    return Slice(f"{name}.weight", axis, "output", tuple(range(num_channels(projection))))

@@ -1,0 +1,73 @@
+"""Weights narrowed to the units that stay, in place and so that it can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from secateur.sites.layout import Site
+
+Undo = list[Callable[[], None]]
+
+
+def narrow_(base: PreTrainedModel, site: Site, kept: Tensor, undo: Undo) -> None:
+    """Narrow the weights of one site to the units in `kept` (bool `[units]`), and what layers of torch say of them.
+
+    Works on meta weights too. `undo` collects what puts them back, in order.
+    """
+    for (name, axis), indices in site.kept_indices(kept).items():
+        parameter = base.get_parameter(name)
+        undo.append(_setter(parameter, parameter.data, parameter.grad))
+        parameter.grad = None
+        narrowed = parameter.data.index_select(axis, indices.to(parameter.device))
+        # The Parameter stays the same object, so that a tied copy follows and an optimiser built before fails loudly
+        # instead of training weights that are no longer part of the model.
+        _set_data(parameter, narrowed)
+        holder = base.get_submodule(name.rpartition(".")[0])
+        for attribute, size in _sizes(holder).items():
+            set_attribute_(holder, attribute, size, undo)
+
+
+def set_attribute_(module: nn.Module, name: str, value: object, undo: Undo) -> None:
+    """Set an attribute of a module; `undo` collects what puts the old value back."""
+    old = getattr(module, name)
+    undo.append(lambda: setattr(module, name, old))
+    setattr(module, name, value)
+
+
+def _sizes(holder: nn.Module) -> dict[str, int]:
+    """Return the attributes with which a layer of torch or transformers tells the shape that its weight has now."""
+    if isinstance(holder, nn.Linear):
+        return {"out_features": holder.weight.shape[0], "in_features": holder.weight.shape[1]}
+    if isinstance(holder, Conv1D):
+        return {"nx": holder.weight.shape[0], "nf": holder.weight.shape[1]}
+    if isinstance(holder, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        # A filter for each head (Nyströmformer): where channels are kept apart, groups go with them.
+        groups = holder.groups * holder.weight.shape[0] // holder.out_channels
+        written, read = holder.weight.shape[:2]
+        return {"groups": groups, "out_channels": written, "in_channels": groups * read}
+    return {}
+
+
+def _setter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
+    def put_back() -> None:
+        parameter.grad = None
+        _set_data(parameter, data)
+        parameter.grad = grad
+
+    return put_back
+
+
+def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter values of another shape, also while an output that was computed with the old ones lives on.
+
+    Such an output keeps the node that collects the parameter's gradients, which the next pass would take over together
+    with the old shape. Only a change of dtype makes torch part with it.
+    """
+    other = torch.bfloat16 if data.dtype == torch.float16 else torch.float16
+    parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data
