@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.choosing.budget import BudgetedSelection, BudgetOutcome
 from secateur.choosing.refinement import refine_mask
-from secateur.errors import InvalidInputError, invalid
+from secateur.errors import InvalidInputError, UnsupportedModelError, invalid
 from secateur.measuring.cost import ModelCost, check_heads, measure_cost
 from secateur.models.base_model import base_of
 from secateur.models.loading import load_model, load_tokenizer
@@ -29,10 +29,10 @@ from secateur.removal.proof import TOLERANCE
 from secateur.removal.remove import remove_
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers import DEFAULT_SCORER
-from secateur.scorers.base import Scorer
-from secateur.scorers.score import Labels, score
-from secateur.settings import Budget, Cut, Reading, settings_of
+from secateur.scorers.score import AnyScorer, Labels, score
+from secateur.settings import AnyBudget, Cut, Reading, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
+from secateur.sites.packing import pack
 from secateur.support.checks import check_whole
 from secateur.support.files import write_text
 from secateur.support.processes import is_shared
@@ -40,7 +40,7 @@ from secateur.support.versions import __version__, environment
 from secateur.texts.calibration import PreparedModel, texts_of
 from secateur.texts.sources import reading_order
 from secateur.texts.tokenization import Text
-from secateur.units.masks import Mask
+from secateur.units.masks import Mask, units_left
 from secateur.units.scores import Scores
 from secateur.units.select import Allocation, select
 
@@ -74,7 +74,8 @@ class PruningReport:
     max_difference: float
     scoring_seconds: float
     agreement: float | None = None
-    budget: BudgetOutcome | None = None
+    budget: tuple[BudgetOutcome, ...] = ()
+    units: dict[str, tuple[int, int]] = field(default_factory=dict)
     refinement: tuple[float, ...] = ()
     reconstruction: tuple[float, ...] = ()
     tolerance: float = TOLERANCE
@@ -86,12 +87,15 @@ class PruningReport:
     @property
     def pruning_ratio(self) -> float:
         """Fraction of the heads present before that were removed."""
-        return 1 - self.after.heads / self.before.heads
+        return 1 - self.after.heads / max(self.before.heads, 1)
 
     def __str__(self) -> str:
         """Say in one line what was kept."""
-        kept = f"kept {self.after.heads} of {self.before.heads} heads (pruning ratio {self.pruning_ratio:.2f})"
-        return kept if self.budget is None else f"{kept}, {self.budget}"
+        if set(self.units) <= {"heads"}:
+            kept = f"kept {self.after.heads} of {self.before.heads} heads (pruning ratio {self.pruning_ratio:.2f})"
+        else:
+            kept = "kept " + ", ".join(f"{after} of {before} {kind}" for kind, (before, after) in self.units.items())
+        return ", ".join([kept, *map(str, self.budget)])
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -110,15 +114,26 @@ class PruningReport:
             "tolerance": self.tolerance,
             "scoring_seconds": self.scoring_seconds,
             "agreement": self.agreement,
-            "budget": None if self.budget is None else self.budget.to_json(),
+            "budget": [outcome.to_json() for outcome in self.budget],
+            "units": {kind: list(counts) for kind, counts in self.units.items()},
             "refinement": list(self.refinement),
             "reconstruction": list(self.reconstruction),
-            "scores": self.scores.to_json()["scores"],
-            "kept_heads": self.mask.kept,
+            "scores": self._of_heads(self.scores.to_json()["scores"]),
+            "kept_heads": self._of_heads(self.mask.kept),
+            "kept_neurons": {
+                site: pack(kept) for site, kept in self.mask.kept.items() if self._kind(site) == "neurons"
+            },
+            "kept_layers": {site: kept for site, kept in self.mask.kept.items() if self._kind(site) == "layers"},
             "versions": self.versions,
             "created": self.created,
             "command": self.command,
         }
+
+    def _kind(self, site: str) -> str:
+        return self.scores.kinds.get(site, "heads")
+
+    def _of_heads(self, rows: Mapping[str, Any]) -> dict[str, Any]:
+        return {site: row for site, row in rows.items() if self._kind(site) == "heads"}
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -131,10 +146,12 @@ def prune(
     texts: Iterable[Text] | None = None,
     pruning_ratio: float = 0.5,
     *,
-    budget: str | Budget | None = None,
-    scorer: str | Scorer = DEFAULT_SCORER,
+    budget: AnyBudget | None = None,
+    units: Collection[str] | None = None,
+    scorer: AnyScorer = DEFAULT_SCORER,
     allocation: Allocation = "uniform",
     floor: int = 1,
+    exclude: Sequence[str] = (),
     refine: int = 0,
     restore: Literal["none", "reconstruct"] = "none",
     labels: Labels | None = None,
@@ -148,12 +165,15 @@ def prune(
         model: a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned and returned. A
             SentenceTransformer is returned as one, its transformer pruned and its other modules as they were.
         texts: calibration texts, as `score` takes them; the proof runs on the first few.
-        pruning_ratio: fraction of the heads that go, in [0, 1).
-        budget: how much of the model may remain, such as "macs=0.85" or "latency=0.8x@8x128" (see `Budget.parse`); the
-            smallest pruning ratio within it takes the place of `pruning_ratio`.
-        scorer: the criterion, with `options` for its constructor.
+        pruning_ratio: fraction of the units that go, in [0, 1).
+        budget: how much of the model may remain, such as "macs=0.5", "latency=0.8x@8x128" or "heads=0.75,neurons=0.5"
+            (see `budgets_of`); the smallest pruning ratio within it takes the place of `pruning_ratio`.
+        units: kinds of units that may go, of "heads", "neurons" and "layers". None = those that the budget names, heads
+            and neurons for a budget that counts all, and heads for a ratio.
+        scorer: the criterion, or one for each kind of unit, as `score` takes it, with `options` for its constructor.
         allocation: the same share at every site ("uniform"), or by one ranking of the whole model ("ranking").
-        floor: heads that every site keeps at least.
+        floor: units that every site keeps at least.
+        exclude: patterns of the names of sites that stay whole, such as "encoder.layer.0.*".
         refine: exchanges of heads that `refine_mask` tries on the scored texts.
         restore: "reconstruct" refits what the kept heads write on these texts, as `reconstruct_` does; "none" does not.
         labels: one for each text, for scorers that need them.
@@ -166,7 +186,7 @@ def prune(
     if restore not in ("none", "reconstruct"):
         raise invalid("restore", "be 'none' or 'reconstruct'", restore)
     reading, texts = settings_of(reading, Reading), texts_of(texts)
-    cut = Cut(pruning_ratio, allocation, floor, None if budget is None else Budget.of(budget))
+    cut = Cut(pruning_ratio, allocation, floor, budget, units, exclude=tuple(exclude))
     _check_steps(texts, cut, refine, restore, reading)
     work = _Pruning(model, texts, tokenizer, cut, reading)
     scores = work.score(scorer, labels, options)
@@ -184,12 +204,16 @@ def _check_steps(texts: Any, cut: Cut, refine: int, restore: str, reading: Readi
     if (refine or restore != "none") and not isinstance(texts, Sequence):
         needs = "`refine` needs `texts` to judge masks by" if refine else "`restore` needs `texts` to fit on"
         raise InvalidInputError(f"{needs}, in a list, as it reads them again")
-    wanted = cut.budget
-    if refine and cut.allocation == "ranking" and wanted is not None and wanted.quantity != "heads":
-        rule = f"be 0 with allocation 'ranking' and the budget {wanted}, which exchanges may exceed"
-        raise invalid("refine", rule, refine)
-    if wanted is not None and wanted.quantity == "latency" and is_shared(reading.accelerator):
-        raise invalid("budget", "be of another kind under a launcher, whose processes would time each other", wanted)
+    if refine and cut.kinds != ("heads",):
+        raise invalid("refine", f"be 0 where {', '.join(cut.kinds)} go, as it exchanges heads alone", refine)
+    for wanted in cut.budgets:
+        if refine and cut.allocation == "ranking" and wanted.quantity != "heads":
+            rule = f"be 0 with allocation 'ranking' and the budget {wanted}, which exchanges may exceed"
+            raise invalid("refine", rule, refine)
+        if wanted.quantity == "latency" and is_shared(reading.accelerator):
+            raise invalid(
+                "budget", "be of another kind under a launcher, whose processes would time each other", wanted
+            )
 
 
 class _Pruning:
@@ -220,23 +244,36 @@ class _Pruning:
         check_loaded(self.model, "pruning")
         check_plain_weights(self.prepared.base)
         before = measure_cost(self.model)
-        check_heads(self.model, before.heads)
+        self.cut = cut = replace(cut, units=self._kinds_there(cut))
+        self.sites = self.prepared.sites_of(cut.kinds)
+        if "heads" in cut.kinds:
+            check_heads(self.model, before.heads)
         self.within: BudgetedSelection | None = None
-        if cut.budget is not None:
-            self.within = BudgetedSelection(
-                self.model, cut.budget, cut.allocation, cut.floor, reading.progress, self.prepared.sites
-            )
+        if cut.budgets:
+            self.within = BudgetedSelection(self.model, cut, reading.progress, self.sites)
             self.cut = replace(cut, pruning_ratio=self.within.expected_ratio)
         self.facts: dict[str, Any] = {
             "model": self.name, "allocation": cut.allocation, "seed": reading.seed, "before": before,
         }  # fmt: skip
         self.record: dict[str, Any] = {}
 
-    def score(self, scorer: str | Scorer, labels: Any, options: Mapping[str, Any]) -> Scores:
-        """Score every head, and see which texts that took."""
+    def _kinds_there(self, cut: Cut) -> tuple[str, ...]:
+        """Return the kinds of units that may go. Neurons that nobody named may be missing, as those of experts are."""
+        unnamed = cut.units is None and all(budget.quantity != "neurons" for budget in cut.budgets)
+        try:
+            self.prepared.sites_of(cut.kinds)
+        except UnsupportedModelError:
+            if not unnamed or "neurons" not in cut.kinds:
+                raise
+            return tuple(kind for kind in cut.kinds if kind != "neurons")
+        return cut.kinds
+
+    def score(self, scorer: AnyScorer, labels: Any, options: Mapping[str, Any]) -> Scores:
+        """Score every unit that may go, and see which texts that took."""
         start = time.perf_counter()
         scores = score(
-            self.prepared, self.texts, scorer, labels=labels, cut=self.cut, reading=self.reading, **options
+            self.prepared, self.texts, scorer, units=self.cut.kinds, labels=labels, cut=self.cut, reading=self.reading,
+            **options
         )  # fmt: skip
         seconds = time.perf_counter() - start
         if isinstance(self.texts, Sequence):
@@ -254,7 +291,8 @@ class _Pruning:
         """Select by the pruning ratio, or by the smallest one within the budget."""
         ratio = self.cut.pruning_ratio
         if self.within is None:
-            mask = select(scores, ratio, self.cut.allocation, self.cut.floor)
+            may_go = self.cut.may_go(scores)
+            mask = select(may_go, ratio, self.cut.allocation, self.cut.floor, self.cut.multiple)
         else:
             mask, ratio = self.within.select(scores)
         self.facts["requested_ratio"] = ratio
@@ -281,8 +319,9 @@ class _Pruning:
         inputs = self.prepared.batch(self.read[:_PROOF_TEXTS]) if self.read else None
         about = {"scorer": self.facts["scorer"], "allocation": self.cut.allocation, "base_model": self.name}
         record = {**about, "secateur_version": __version__, **self.record}
-        removal = remove_(self.model, mask, inputs=inputs, sites=self.prepared.sites, record=record)
+        counts = units_left(self.sites, mask)
+        removal = remove_(self.model, mask, inputs=inputs, sites=self.sites, record=record)
         self.facts |= {
             "mask": removal.mask, "max_difference": removal.max_difference, "after": measure_cost(self.model),
-            "budget": None if self.within is None else self.within.outcome(mask, self.model),
+            "budget": () if self.within is None else self.within.outcomes(mask, self.model), "units": counts,
         }  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -10,8 +12,10 @@ from accelerate import Accelerator
 
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.loading import check_device
+from secateur.sites.finding import check_units
 from secateur.support.checks import check_accelerator, check_flag, check_seed, check_whole, is_number
-from secateur.support.defaults import BATCH_SIZE, FLOOR, MAX_LENGTH, PRUNING_RATIO
+from secateur.support.defaults import BATCH_SIZE, FLOOR, MAX_LENGTH, MULTIPLE, PRUNING_RATIO, UNITS
+from secateur.units.scores import Scores
 from secateur.units.select import Allocation, check_selection
 
 Stop = int | Literal["all", "auto"]
@@ -20,7 +24,7 @@ Stop = int | Literal["all", "auto"]
 Restore = Literal["none", "reconstruct", "distill"]
 """How far quality is restored: not at all, by refitting what kept units write, or by teaching the model as well."""
 
-Quantity = Literal["heads", "params", "macs", "latency"]
+Quantity = Literal["heads", "neurons", "layers", "params", "macs", "latency"]
 _FORM = re.compile(r"(\w+)=([0-9.]+)x?(?:@(.+))?")
 _SHAPED = ("macs", "latency")
 Settings = TypeVar("Settings")
@@ -156,8 +160,27 @@ def _can_be(quantity: Any, limit: Any) -> bool:
 
 
 def _refused(budget: object) -> InvalidInputError:
-    rule = "be heads=, params=, macs= or latency= with a number in (0, 1], and for latency a shape"
+    rule = "be heads=, neurons=, layers=, params=, macs= or latency= with a number in (0, 1], and for latency a shape"
     return invalid("budget", f"{rule}, such as latency=0.8x@8x128", budget)
+
+
+AnyBudget = str | Budget | Sequence[Budget]
+"""A budget, several, or the text of either: `heads=0.75,neurons=0.5`."""
+
+
+def budgets_of(budget: AnyBudget) -> tuple[Budget, ...]:
+    """Return budgets that hold together, from one, several, or a text with commas between them.
+
+    Each kind of units has one at most, and so has what counts all of them: params, macs or latency. Raises
+    `InvalidInputError` for others.
+    """
+    parts = budget.split(",") if isinstance(budget, str) else [budget] if isinstance(budget, Budget) else budget
+    found = tuple(Budget.of(part) for part in parts)
+    names = [one.quantity if one.quantity in UNITS else "all" for one in found]
+    if not found or len(set(names)) < len(names):
+        rule = f"name each of {', '.join(UNITS)} once at most, and one of params, macs and latency"
+        raise invalid("budget", rule, budget)
+    return found
 
 
 @dataclass(frozen=True)
@@ -168,7 +191,12 @@ class Cut:
         pruning_ratio: fraction of units to remove, in [0, 1).
         allocation: "uniform", the same share at every site, or "ranking", by one ranking of the whole model.
         floor: units that every site keeps at least.
-        budget: what may remain of the model; the smallest pruning ratio within it takes the place of `pruning_ratio`.
+        budget: what may remain of the model, as `budgets_of` takes it; the smallest pruning ratio within it takes the
+            place of `pruning_ratio`.
+        units: kinds of units that may go. None = those that the budget names, heads and neurons for a budget that
+            counts all, and heads for a ratio.
+        multiple: neurons that stay at a site are a multiple of this.
+        exclude: patterns, as of file names, of sites that stay whole, such as `encoder.layer.0.*`.
 
     Raises `InvalidInputError` for values outside their ranges.
     """
@@ -176,12 +204,49 @@ class Cut:
     pruning_ratio: float = PRUNING_RATIO
     allocation: Allocation = "uniform"
     floor: int = FLOOR
-    budget: Budget | None = None
+    budget: AnyBudget | None = None
+    units: Collection[str] | None = None
+    multiple: int = MULTIPLE
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise invalid("exclude", "be a tuple of patterns, such as ('encoder.layer.0.*',)", self.exclude)
         check_selection(self.pruning_ratio, self.allocation, self.floor)
-        if self.budget is not None:
-            object.__setattr__(self, "budget", Budget.of(self.budget))
+        check_whole("multiple", self.multiple)
+        if self.units is not None:
+            check_units(self.units)
+        if self.budget is None:
+            return
+        budgets = budgets_of(self.budget)
+        object.__setattr__(self, "budget", budgets)
+        named = {one.quantity for one in budgets} & set(UNITS)
+        if self.units is not None and not named <= set(self.units):
+            raise invalid("units", f"hold what the budget names, {', '.join(sorted(named))}", self.units)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets, none where a ratio says what goes."""
+        return () if self.budget is None else budgets_of(self.budget)
+
+    def may_go(self, scores: Scores) -> Scores:
+        """Return the scores of the sites that are not excluded. Raises `InvalidInputError` where none is left."""
+        left = [site for site in scores if not any(fnmatch.fnmatchcase(site, pattern) for pattern in self.exclude)]
+        unused = [p for p in self.exclude if not any(fnmatch.fnmatchcase(site, p) for site in scores)]
+        if not left or unused:
+            known = f"such as {next(iter(scores))!r}"
+            raise invalid("exclude", f"leave some sites, and each pattern match one, {known}", unused or self.exclude)
+        return scores.only(left)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of units that may go, in the order heads, neurons, layers."""
+        if self.units is not None:
+            return tuple(kind for kind in UNITS if kind in self.units)
+        quantities = [one.quantity for one in self.budgets]
+        of_all = any(quantity not in UNITS for quantity in quantities)
+        usual = ("heads", "neurons") if of_all else () if quantities else ("heads",)
+        return tuple(kind for kind in UNITS if kind in quantities or kind in usual)
 
 
 def settings_of(value: Any, kind: type[Settings]) -> Settings:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from secateur.errors import invalid
+from secateur.errors import InvalidInputError, UnsupportedModelError, invalid
 from secateur.measuring.cost import ModelCost, check_heads, compare_latency, measure_cost
 from secateur.measuring.latency_table import LatencyTable, measure_latency, shared_copy
 from secateur.measuring.timing import median_ratio
 from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.base_model import base_of
-from secateur.settings import Budget, Quantity
-from secateur.sites.attention import find_sites
-from secateur.sites.layout import AttentionSite, Site
+from secateur.settings import AnyBudget, Budget, Cut
+from secateur.sites.finding import find_units
+from secateur.sites.layout import Site
+from secateur.support.defaults import MULTIPLE, UNITS
 from secateur.units.masks import Mask
 from secateur.units.scores import PresentScores, Scores
-from secateur.units.select import Allocation, check_scores, check_selection, groups_of, select
+from secateur.units.select import Allocation, check_scores, groups_of, select
 
 _ROUNDING = 1e-9
 
@@ -57,25 +58,26 @@ def within_budget(
     allocation: Allocation = "uniform",
     floor: int = 1,
     rounded: Callable[[Mask], Mask] | None = None,
+    multiple: int = MULTIPLE,
 ) -> tuple[Mask, float] | None:
     """Return the mask of the smallest pruning ratio that leaves at most `limit`, and that ratio; None where none does.
 
     `share` says how much a mask leaves, `rounded` what becomes of a mask before it is judged. A ratio's mask is that of
-    `select`. Every ratio is tried, from the smallest. They are bisected where a larger ratio drops all that a
-    smaller one does: with allocation "ranking", where all groups of units are of one size and masks are judged as they
-    are.
+    `select`. Every ratio is tried, from the smallest. They are bisected where a larger ratio leaves no more of anything
+    than a smaller one: where no units share weights, or with allocation "ranking" all groups are of one size, and masks
+    are judged as they are.
     """
     ratios = _ratios(scores, allocation)
     sizes = {len(group) for site in scores for group in groups_of(scores, site)}
 
     def mask_at(ratio: float) -> Mask:
-        mask = select(scores, ratio, allocation, floor)
+        mask = select(scores, ratio, allocation, floor, multiple)
         return mask if rounded is None else rounded(mask)
 
     def fits(ratio: float) -> bool:
         return share(mask_at(ratio)) <= limit + _ROUNDING
 
-    if allocation == "ranking" and len(sizes) == 1 and rounded is None:
+    if (sizes == {1} or (allocation == "ranking" and len(sizes) == 1)) and rounded is None:
         place = bisect.bisect_left(ratios, True, key=fits)
         found = ratios[place] if place < len(ratios) else None
     else:
@@ -86,70 +88,123 @@ def within_budget(
 class BudgetedSelection:
     """Finds for a model the smallest pruning ratio whose mask keeps within a budget, see `within_budget`.
 
-    `heads`, `params` and `macs` are counted, exactly. Latency is read from a table that is measured here, once, on this
-    machine; a site keeps more units than its share where the table shows that to be faster. `expected_ratio` is the
-    ratio for equal scores, which is what any scores get where all sites are alike.
+    Units, `params` and `macs` are counted, exactly. Latency is read from a table that is measured here, once, on this
+    machine; a site keeps more units than its share where the table shows that to be faster. A budget for one kind of
+    units has a ratio of its own; one that counts all finds the ratio of the kinds that have none. `expected_ratio` is
+    that of the heads for equal scores, which is what any scores get where all sites are alike.
 
     Raises `InvalidInputError` where even the largest ratio exceeds the budget, and says what that ratio reaches, and
     `UnsupportedModelError` for a model that has no heads left.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        budget: Budget,
-        allocation: Allocation = "uniform",
-        floor: int = 1,
-        progress: bool = False,
-        sites: Mapping[str, AttentionSite] | None = None,
+        self, model: nn.Module, cut: Cut, progress: bool = False, sites: Mapping[str, Site] | None = None
     ) -> None:
-        self.budget, self.allocation, self.floor = budget, allocation, floor
         base = base_of(model)
-        self.costs = UnitCosts(model, find_sites(base) if sites is None else sites, *budget.shape)
-        check_heads(model, self.costs.dense.heads)
+        self.cut, self.model = cut, model
+        self.sites = find_units(base, cut.kinds) if sites is None else sites
+        self.own = {one.quantity: one for one in cut.budgets if one.quantity in UNITS}
+        self.joint = next((one for one in cut.budgets if one.quantity not in UNITS), None)
+        shape = (self.joint or cut.budgets[0]).shape
+        self.costs = UnitCosts(model, self.sites, *shape)
+        if "heads" in cut.kinds:
+            check_heads(model, self.costs.dense.heads)
         self.table: LatencyTable | None = None
         self._dense: Any = None
-        if budget.quantity == "latency":
-            self.table = measure_latency(base, self.costs, budget.shape, progress=progress)
-            self._dense = shared_copy(base, self.costs.sites)
-        equal = _equal_scores(self.costs.sites)
-        found = within_budget(equal, budget.limit, self.share, allocation, floor)
-        if found is None:
-            largest = _ratios(equal, allocation)[-1]
-            least = self.share(select(equal, largest, allocation, floor))
-            raise invalid(
-                "budget",
-                f"be at least {budget.quantity}={math.ceil(1000 * least) / 1000:g}, the share that this model keeps at "
-                f"the largest pruning ratio, {largest:.3f}, every site with {floor} or more of its heads",
-                str(budget),
-            )
-        self.expected_ratio = found[1]
+        if self.joint is not None and self.joint.quantity == "latency":
+            self.table = measure_latency(base, self.costs, shape, progress=progress)
+            self._dense = shared_copy(base, self.sites)
+        self.expected_ratio = self.select(_equal_scores(self.sites))[1]
 
     def select(self, scores: Scores) -> tuple[Mask, float]:
-        """Return the mask that these scores give within the budget, and the pruning ratio that it comes from."""
-        rounded = partial(self._rounded, scores) if self.table is not None else None
-        found = within_budget(scores, self.budget.limit, self.share, self.allocation, self.floor, rounded)
+        """Return the mask that these scores give within the budget, and the pruning ratio of its heads.
+
+        Where heads have no part in it, the ratio is that of the first kind of units.
+        """
+        scores = self.cut.may_go(scores)
+        rows: dict[str, Tensor] = {}
+        ratios: dict[str, float] = {}
+        for kind, budget in self.own.items():
+            mask, ratios[kind] = self._within(_of_kinds(scores, {kind}), budget, partial(self._units_left, kind), {})
+            rows |= mask
+        others = {kind for kind in self.cut.kinds if kind not in self.own}
+        if self.joint is not None and (left := _of_kinds(scores, others)) is not None:
+            mask, ratio = self._within(left, self.joint, lambda mask: self.share(Mask({**rows, **mask})), rows)
+            rows |= mask
+            ratios |= dict.fromkeys(others, ratio)
+        ratio = ratios.get("heads", next(iter(ratios.values())))
+        return Mask({name: rows[name] for name in scores if name in rows}), ratio
+
+    def _within(
+        self, scores: Scores | None, budget: Budget, share: Callable[[Mask], float], rows: Mapping[str, Tensor]
+    ) -> tuple[Mask, float]:
+        """Return the mask of some kinds that keeps within one budget, `rows` being chosen already, and its ratio."""
+        cut = self.cut
+        if scores is None:
+            raise invalid("budget", "be about units that are scored", str(budget))
+        rounded = partial(self._rounded, scores) if self.table is not None and budget is self.joint else None
+        found = within_budget(scores, budget.limit, share, cut.allocation, cut.floor, rounded, cut.multiple)
         if found is None:
-            raise invalid("budget", "be one that these scores can be selected for", str(self.budget))
+            raise self._out_of_reach(scores, budget, share)
         return found
 
+    def _out_of_reach(self, scores: Scores, budget: Budget, share: Callable[[Mask], float]) -> InvalidInputError:
+        """Say what the largest pruning ratio reaches, and what does more where other kinds of units could go too."""
+        cut = self.cut
+        largest = _ratios(scores, cut.allocation)[-1]
+        least = share(select(scores, largest, cut.allocation, cut.floor, cut.multiple))
+        kinds = " and ".join(dict.fromkeys(scores.kinds.values()))
+        rule = (
+            f"be at least {budget.quantity}={math.ceil(1000 * least) / 1000:g}, the share that this model keeps at the "
+            f"largest pruning ratio, {largest:.3f}, of its {kinds}, every site with {cut.floor} or more"
+        )
+        return invalid("budget", rule, str(budget), self._what_reaches(budget))
+
+    def _what_reaches(self, budget: Budget) -> str:
+        """Say how little all kinds of units can leave, where not all may go yet."""
+        more = [kind for kind in UNITS if kind not in self.cut.kinds]
+        if budget.quantity not in ("macs", "params") or not more:
+            return "a smaller floor leaves less"
+        try:
+            sites = find_units(self.model, UNITS)
+        except UnsupportedModelError:
+            return "a smaller floor leaves less"
+        scores = _equal_scores(sites)
+        ratio = _ratios(scores, "uniform")[-1]
+        costs = UnitCosts(self.model, sites, *budget.shape)
+        least = _left(budget, costs, select(scores, ratio, "uniform", self.cut.floor, self.cut.multiple))
+        return f"with {', '.join(UNITS)} together {least:.2f} can be reached (`units`)"
+
+    def _units_left(self, kind: str, mask: Mask) -> float:
+        """Return the share of the units of a kind that are there now and stay."""
+        kept = [row for name, row in mask.present(self.sites).items() if self.sites[name].kind == kind]
+        return sum(int(row.sum()) for row in kept) / max(sum(map(len, kept)), 1)
+
     def share(self, mask: Mask) -> float:
-        """Return how much of the budget's quantity is left with `mask`, as counted or as the table says."""
+        """Return how much of what counts all units is left with `mask`, as counted or as the table says."""
+        assert self.joint is not None
         if self.table is None:
-            return _left(self.budget.quantity, self.costs.dense, self.costs.after(mask))
-        kept = mask.present(self.costs.sites)
+            return _left(self.joint, self.costs, mask)
+        kept = mask.present(self.sites)
         saved = {name: self.costs.saved_macs(name, kept[name]) for kind in self.table.kinds for name in kind.sites}
         return 1 - sum(kind.saved(saved[name]) for kind in self.table.kinds for name in kind.sites)
 
-    def outcome(self, mask: Mask, pruned: nn.Module) -> BudgetOutcome:
+    def outcomes(self, mask: Mask, pruned: nn.Module) -> tuple[BudgetOutcome, ...]:
         """Measure how much is left in the model pruned with `mask`: latency in turn with the model as it was."""
-        expected = self.share(mask)
+        found = []
+        for kind, budget in self.own.items():
+            left = self._units_left(kind, mask)
+            found.append(BudgetOutcome(budget, left, left))
+        if self.joint is not None:
+            found.append(BudgetOutcome(self.joint, self.share(mask), self._measured(self.joint, pruned), self.table))
+        return tuple(found)
+
+    def _measured(self, budget: Budget, pruned: nn.Module) -> float:
         if self._dense is None:
-            left = _left(self.budget.quantity, self.costs.dense, measure_cost(pruned, *self.budget.shape))
-            return BudgetOutcome(self.budget, expected, left)
-        seconds = compare_latency({"dense": self._dense, "pruned": base_of(pruned)}, *self.budget.shape)
-        left = median_ratio(seconds["pruned"], seconds["dense"])
-        return BudgetOutcome(self.budget, expected, left, self.table)
+            after = measure_cost(pruned, *budget.shape)
+            return _ratio(budget, self.costs.dense, after)
+        seconds = compare_latency({"dense": self._dense, "pruned": base_of(pruned)}, *budget.shape)
+        return median_ratio(seconds["pruned"], seconds["dense"])
 
     def _rounded(self, scores: Scores, mask: Mask) -> Mask:
         """Give sites the best of their dropped units back where more were measured to be faster."""
@@ -157,7 +212,7 @@ class BudgetedSelection:
         rows = dict(mask)
         for kind in self.table.kinds:
             for name in kind.sites:
-                if name in mask and self.costs.sites[name].group_size == 1:  # a site without scores stays whole
+                if name in mask and self.sites[name].group_size == 1:  # a site without scores stays whole
                     more = kind.rounded(int(mask[name].sum())) - int(mask[name].sum())
                     dropped = torch.where(mask[name], -math.inf, scores[name])
                     rows[name] = mask[name].clone()
@@ -169,17 +224,25 @@ def allocate(
     model: nn.Module,
     scores: Scores,
     *,
-    budget: str | Budget,
+    budget: AnyBudget,
     allocation: Allocation = "uniform",
     floor: int = 1,
+    multiple: int = MULTIPLE,
 ) -> Mask:
-    """Return the mask of the smallest pruning ratio that keeps `model` within a budget, as `Budget.parse` reads it.
+    """Return the mask of the smallest pruning ratio that keeps `model` within a budget, as `budgets_of` reads it.
 
-    The other arguments are those of `select`. Raises `InvalidInputError` for a budget that cannot be reached.
+    The units that may go are those of the kinds that `scores` has. The other arguments are those of `select`. Raises
+    `InvalidInputError` for a budget that cannot be reached.
     """
-    check_selection(0, allocation, floor)
     check_scores(scores)
-    return BudgetedSelection(model, Budget.of(budget), allocation, floor).select(scores)[0]
+    cut = Cut(0, allocation, floor, budget, set(scores.kinds.values()), multiple)
+    return BudgetedSelection(model, cut).select(scores)[0]
+
+
+def _of_kinds(scores: Scores, kinds: Collection[str]) -> Scores | None:
+    """Return the scores of these kinds of units alone, None where there are none."""
+    sites = [site for site in scores if scores.kinds[site] in kinds]
+    return scores.only(sites) if sites else None
 
 
 def _ratios(scores: Scores, allocation: Allocation) -> list[float]:
@@ -193,9 +256,9 @@ def _equal_scores(sites: Mapping[str, Site]) -> Scores:
     return PresentScores.of({name: torch.zeros(site.num_units) for name, site in sites.items()}, sites).original(sites)
 
 
-def _left(quantity: Quantity, dense: ModelCost, after: ModelCost) -> float:
-    if quantity == "heads":
-        return after.heads / dense.heads
-    if quantity == "params":
-        return after.parameters / dense.parameters
-    return after.macs / dense.macs
+def _left(budget: Budget, costs: UnitCosts, mask: Mask) -> float:
+    return _ratio(budget, costs.dense, costs.after(mask))
+
+
+def _ratio(budget: Budget, dense: ModelCost, after: ModelCost) -> float:
+    return after.parameters / dense.parameters if budget.quantity == "params" else after.macs / dense.macs

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from secateur.measuring.cost import ModelCost, count_macs, count_parameters
 from secateur.models.base_model import base_of
-from secateur.sites.layout import Site
+from secateur.sites.layers import LayerSite
+from secateur.sites.layout import AttentionSite, Site
 from secateur.units.masks import Mask
 
 
@@ -17,37 +18,56 @@ class UnitCosts:
     """Tells for any mask the cost that `measure_cost` would measure after the removal; `dense` is the cost before it.
 
     Weights shrink by the indices that units own, products with a weight as the weight does, and the products that
-    attention makes without one (queries with keys, maps with values) as the number of query heads.
+    attention makes without one (queries with keys, maps with values) as the number of query heads. A layer takes all
+    that is in it. `heads` counts those of the attention sites among `sites`.
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site], batch: int = 1, length: int = 128) -> None:
         self.sites = sites
         base = base_of(model)
         macs, length = count_macs(base, batch, length)
-        units = sum(site.num_units for site in sites.values())
-        self.dense = ModelCost(units, count_parameters(model), macs[""], batch, length)
+        heads = sum(site.num_units for site in sites.values() if isinstance(site, AttentionSite))
+        self.dense = ModelCost(heads, count_parameters(model), macs[""], batch, length)
         owned = {piece.parameter for site in sites.values() for piece in site.slices}
         self._shapes = {name: tuple(base.get_parameter(name).shape) for name in owned}
         # Only matrices are multiplied with; a bias lies in the same module and must not count a second time.
         self._by_weight = {
             name: macs.get(name.rpartition(".")[0], 0) if len(shape) > 1 else 0 for name, shape in self._shapes.items()
         }
-        self._by_heads = {name: _own(name, base.get_submodule(name), macs) for name in sites}
+        self._by_heads = {
+            name: _own(name, base.get_submodule(name), macs) if isinstance(site, AttentionSite) else 0
+            for name, site in sites.items()
+        }
+        lists = [site for site in sites.values() if isinstance(site, LayerSite)]
+        layers = [f"{site.name}.{number}" for site in lists for number in range(site.num_units)]
+        self._layers = {path: (count_parameters(base.get_submodule(path)), macs.get(path, 0)) for path in layers}
 
     def after(self, mask: Mask) -> ModelCost:
         """Return the cost without the units that `mask` drops."""
         kept = mask.present(self.sites)
-        units = sum(int(vector.sum()) for vector in kept.values())
-        parameters, macs = 0, 0.0
+        gone = [
+            f"{name}.{number}"
+            for name, site in self.sites.items()
+            if isinstance(site, LayerSite)
+            for number, stays in enumerate(kept[name].tolist())
+            if not stays
+        ]
+        heads, parameters, macs = 0, 0, 0.0
+        for path in gone:
+            parameters += self._layers[path][0]
+            macs += self._layers[path][1]
         for name, site in self.sites.items():
+            if any(name.startswith(f"{path}.") for path in gone):
+                continue
+            heads += int(kept[name].sum()) if isinstance(site, AttentionSite) else 0
             weights, work = self._saved(site, kept[name])
             parameters += weights
             macs += work
         dense = self.dense
-        return ModelCost(units, dense.parameters - parameters, dense.macs - round(macs), dense.batch, dense.length)
+        return ModelCost(heads, dense.parameters - parameters, dense.macs - round(macs), dense.batch, dense.length)
 
     def saved_macs(self, site: str, kept: Tensor) -> float:
-        """Return the multiply-accumulates that one site saves with the units in `kept` (bool `[units there now]`)."""
+        """Return the multiply-accumulates that a site saves with the units in `kept` (bool `[units there now]`)."""
         return self._saved(self.sites[site], kept)[1]
 
     def _saved(self, site: Site, kept: Tensor) -> tuple[int, float]:

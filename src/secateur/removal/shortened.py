@@ -22,6 +22,7 @@ from secateur.sites.layers import LayerSite
 from secateur.sites.narrowing import Undo
 from secateur.sites.recipe import KEY, read_recipe
 
+_STAGES = ("out_features", "out_indices", "stage_names")  # of a backbone's config
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -86,7 +87,13 @@ def _shorter_configs(data: dict[str, Any], count: int, stays: list[int]) -> Iter
                     beside = any(path[:-1] == one[:-1] for one in chosen)
                     if beside and isinstance(value, list) and len(value) == count and _is_per_layer(path, value):
                         changes[path] = [value[layer] for layer in stays]
-                yield _changed(data, changes)
+                yield _changed(_without_stages(data, count), changes)
+
+
+def _without_stages(data: dict[str, Any], count: int) -> dict[str, Any]:
+    """Leave out which layers a backbone returns where that is the last one, as it is unasked: it is told by number."""
+    last = data.get("out_indices") == [count]
+    return {key: value for key, value in data.items() if not last or key not in _STAGES}
 
 
 def _is_per_layer(path: tuple[str, ...], value: list[Any]) -> bool:

@@ -62,7 +62,7 @@ def reconstruct_(
     check_loaded(prepared.base, "reconstruction")
     check_plain_weights(prepared.base)
     check_mask(mask)
-    kept = mask.present(prepared.sites)
+    kept = mask.present(prepared.sites_named(mask))
     if len(texts) < 2 * RELATED:
         raise invalid("texts", f"be at least {2 * RELATED}, {RELATED} for each half that judges the other", len(texts))
     return in_batches_that_fit(partial(_reconstruct_, prepared, kept, texts), reading)
@@ -73,7 +73,9 @@ def _reconstruct_(
 ) -> tuple[float, float]:
     base = prepared.base
     projections = {
-        name: _Projection(base, prepared.sites[name], row) for name, row in kept.items() if row.any() and not row.all()
+        name: _Projection(base, site, kept[name])
+        for name, site in prepared.sites_named(kept).items()
+        if kept[name].any() and not kept[name].all() and site.slices_of("output")
     }
     # Every other batch belongs to the same half of the texts: as many to each.
     count = 2 * math.ceil(len(texts) / (2 * reading.batch_size))

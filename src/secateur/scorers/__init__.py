@@ -27,16 +27,24 @@ SCORERS = {
     "smp-plus": "secateur.scorers.smp_plus:SmpPlusScorer",
     "taylor": "secateur.scorers.taylor:TaylorScorer",
 }
-"""Name → where its class is; named rather than imported, so that the command line can list them at once."""
+"""Criteria of heads, some of them of other units too: name → where the class is; named rather than imported, so that
+the command line can list them at once."""
 
-DEFAULT_SCORER = "matching"
+LAYER_SCORERS = {"block_influence": "secateur.scorers.block_influence:BlockInfluenceScorer"}
+"""Criteria of layers alone."""
+
+DEFAULT_SCORERS = {"heads": "matching", "neurons": "contribution", "layers": "block_influence"}
+"""The criterion of each kind of unit where none is named."""
+
+DEFAULT_SCORER = DEFAULT_SCORERS["heads"]
 
 
 def scorer_class(name: str) -> type[Scorer]:
     """Return the class registered under `name`. Raises `InvalidInputError` naming the choices."""
-    if name not in SCORERS:
-        raise invalid("scorer", f"be one of {', '.join(sorted(SCORERS))}", name)
-    module, _, attribute = SCORERS[name].partition(":")
+    known = SCORERS | LAYER_SCORERS
+    if name not in known:
+        raise invalid("scorer", f"be one of {', '.join(sorted(known))}", name)
+    module, _, attribute = known[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -1,4 +1,4 @@
-"""What every criterion is: something that turns a model and a task's batches into a score for every head."""
+"""What every criterion is: something that turns a model and a task's batches into a score for every unit."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class Supervision:
 class ScoringTask:
     """All that a criterion may look at.
 
-    `model` is the base model, in eval mode. `source` has the batches of keyword arguments of its forward: criteria that
-    stream read them once, by `each`; others find them in the list `batches`. `reading` says with which seed, by which
-    processes and with which progress bars, `cut` what the caller means to remove, for criteria that learn a subset of
-    that size. `special_ids` are the token ids that stand for no word: of the start and end of a text, separators and
-    padding. `supervision` is there for criteria that need labels alone. `settling`, if any, is asked after every batch
-    by criteria that stream, and may end the reading.
+    `model` is the base model, in eval mode; `sites` are of one kind. `source` has the batches of keyword arguments of
+    its forward: criteria that stream read them once, by `each`; others find them in the list `batches`. `reading` says
+    with which seed, by which processes and with which progress bars, `cut` what the caller means to remove, for
+    criteria that learn a subset of that size. `special_ids` are the token ids that stand for no word: of the start and
+    end of a text, separators and padding. `supervision` is there for criteria that need labels alone. `settling`, if
+    any, is asked after every batch by criteria that stream, and may end the reading.
     """
 
     model: PreTrainedModel
-    sites: Mapping[str, AttentionSite]
+    sites: Mapping[str, Any]
     source: Source | None = None
     reading: Reading = field(default_factory=Reading)
     cut: Cut = field(default_factory=Cut)
@@ -92,15 +92,17 @@ class ScoringTask:
 
 
 class Scorer(ABC):
-    """A criterion of head importance.
+    """A criterion of the importance of units.
 
-    Subclasses set `description` (one line), `source` (paper or "this project"), `passes` (forward passes over the
-    texts, in words), `needs_texts`, `needs_labels` (with a model that is fine-tuned on them: see `LabelledScorer`),
-    `needs_gradients` (whether they back-propagate through the model), `needs_ratio` (whether scores are good for one
-    pruning ratio alone) and `texts_apart` (whether each text is read by itself, so that it does not matter which ones
-    share a batch), and implement `score`. Options are constructor arguments with defaults.
+    Subclasses set `kinds` (the kinds of units that they score), `description` (one line), `source` (paper or "this
+    project"), `passes` (forward passes over the texts, in words), `needs_texts`, `needs_labels` (with a model that is
+    fine-tuned on them: see `LabelledScorer`), `needs_gradients` (whether they back-propagate through the model),
+    `needs_ratio` (whether scores are good for one pruning ratio alone) and `texts_apart` (whether each text is read by
+    itself, so that it does not matter which ones share a batch), and implement `score`. Options are constructor
+    arguments with defaults.
     """
 
+    kinds: ClassVar[frozenset[str]] = frozenset({AttentionSite.kind})
     description: ClassVar[str]
     source: ClassVar[str]
     passes: ClassVar[str]
@@ -112,10 +114,10 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
-        """Return, for each site, the importance of the heads that are there now: `[heads]`, finite, higher = keep.
+        """Return, for each site, the importance of the units that are there now: `[units]`, finite, higher = keep.
 
-        Or a symmetric matrix `[heads, heads]` whose diagonal is the importance and whose sum over the rows and columns
-        of several heads is what removing all of them costs: the `interactions` of `Scores`.
+        Or a symmetric matrix `[units, units]` whose diagonal is the importance and whose sum over the rows and columns
+        of several units is what removing all of them costs: the `interactions` of `Scores`.
         """
 
 

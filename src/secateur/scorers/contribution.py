@@ -1,4 +1,4 @@
-"""How much a head writes: the size of the vector it adds to the residual stream, read in the one dense pass."""
+"""How much a unit writes: the size of the vector it adds to the residual stream, read in the one dense pass."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch import Tensor
 from secateur.pruners.tokens import mean_over_tokens
 from secateur.pruners.writes import contribution_norms, gram_matrices
 from secateur.scorers.base import ScoringTask, StreamingScorer
+from secateur.scorers.neuron_contribution import neuron_contributions
+from secateur.sites.feed_forward import FeedForwardSite
 from secateur.sites.gating import HeadReading
 from secateur.texts.batches import Batch
 
@@ -16,8 +18,11 @@ class ContributionScorer(StreamingScorer):
 
     The norm of x W is the square root of x (W Wᵀ) xᵀ, so each head's Gram matrix `[width, width]` stands for its part
     of the output projection, and no vector as wide as the model is ever made for every head. Where a model multiplies
-    its heads by gates of their own before the projection (Qwen3-Next), A_h V_h is what the gate is given.
+    its heads by gates of their own before the projection (Qwen3-Next), A_h V_h is what the gate is given. Of neurons
+    see `neuron_contributions`.
     """
+
+    kinds = frozenset({"heads", "neurons"})
 
     description = "mean norm of the vector that a head adds to the residual stream"
     source = "this project; norms of value-weighted vectors are due to Kobayashi et al. 2020 (arXiv 2004.10102)"
@@ -26,7 +31,9 @@ class ContributionScorer(StreamingScorer):
         self._grams: dict[str, Tensor] = {}
 
     def score(self, task: ScoringTask) -> dict[str, Tensor]:
-        """Prepare each head's Gram matrix, then stream the batches."""
+        """Prepare each head's Gram matrix, then stream the batches; neurons need none."""
+        if all(isinstance(site, FeedForwardSite) for site in task.sites.values()):
+            return neuron_contributions(task)
         self._grams = {name: gram_matrices(task.model, site) for name, site in task.sites.items() if site.num_units}
         try:
             return super().score(task)

@@ -11,8 +11,9 @@ from secateur.texts.batches import Batch
 
 
 class LeaveOneOutScorer(Scorer):
-    """Relational KL between the texts' representations with and without a head; the mean over batches."""
+    """Relational KL between the texts' representations with and without a unit; the mean over batches."""
 
+    kinds = frozenset({"heads", "layers"})
     description = "relational KL of the representations when the head alone is gated"
     source = "this project, with the loss of arXiv 2011.03770"
     passes = "1 + number of heads"

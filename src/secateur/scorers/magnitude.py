@@ -7,15 +7,17 @@ from torch import Tensor
 
 from secateur.models.offload import weight_of
 from secateur.scorers.base import Scorer, ScoringTask
-from secateur.sites.layout import AttentionSite, Slice
+from secateur.sites.layout import Site, Slice
 
 
 class MagnitudeScorer(Scorer):
     """Product of the Frobenius norms of a head's value weights and of its part of the output projection.
 
-    The product bounds the norm of the head's value-to-output map. Heads that share a key-value head share its norm.
+    The product bounds the norm of the head's value-to-output map. Heads that share a key-value head share its norm. Of
+    a neuron, the rows that write it take the place of the value weights.
     """
 
+    kinds = frozenset({"heads", "neurons"})
     description = "norm of a head's value weights times norm of its output weights"
     source = "baseline, after magnitude pruning (Han et al. 2015)"
     passes = "0"
@@ -25,9 +27,10 @@ class MagnitudeScorer(Scorer):
         """Read the weights alone."""
         return {name: self._site(task, site) for name, site in task.sites.items()}
 
-    def _site(self, task: ScoringTask, site: AttentionSite) -> Tensor:
+    def _site(self, task: ScoringTask, site: Site) -> Tensor:
         # Where query, key and value cannot be told apart, all that a head computes from counts.
-        value = self._squares(task, site.slices_of("value") or site.slices_of("head"), site.num_groups)
+        written = next((found for role in ("value", "head", "neuron") if (found := site.slices_of(role))), [])
+        value = self._squares(task, written, site.num_groups)
         output = self._squares(task, site.slices_of("output"), site.num_units)
         return (value.repeat_interleave(site.group_size) * output).sqrt()
 

@@ -30,6 +30,7 @@ class MatchingScorer(ContributionScorer):
     far behind. Heads that look at earlier copies of a token are known as duplicate-token heads (Wang et al. 2022).
     """
 
+    kinds = frozenset({"heads"})
     description = "contribution, and more for heads that match words between the two texts of a pair"
     source = "this project; duplicate-token heads: Wang et al. 2022 (arXiv 2211.00593)"
 

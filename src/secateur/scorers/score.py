@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -17,10 +17,11 @@ from secateur.models.finite import check_pass
 from secateur.models.offload import check_loaded
 from secateur.models.state import bfloat16_passes, evaluation_mode, held
 from secateur.pruners.tokens import special_ids_of
-from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer
+from secateur.scorers import DEFAULT_SCORER, DEFAULT_SCORERS, LAYER_SCORERS, SCORERS, make_scorer
 from secateur.scorers.base import Scorer, ScoringTask, StreamingScorer, Supervision
 from secateur.settings import Cut, Reading, settings_of
-from secateur.sites.layout import AttentionSite
+from secateur.sites.finding import check_units
+from secateur.sites.layout import Site
 from secateur.texts.calibration import PreparedModel, is_pair, texts_of
 from secateur.texts.data import Task
 from secateur.texts.halving import in_batches_that_fit, smaller_batches
@@ -31,28 +32,33 @@ from secateur.units.scores import PresentScores, Scores
 from secateur.units.select import select
 
 Labels = Sequence[int] | Sequence[float]
+AnyScorer = str | Scorer | Mapping[str, str | Scorer]
+"""A criterion, or one for each kind of unit."""
 
 
 def score(
     model: nn.Module | PreparedModel,
     texts: Iterable[Text] | None = None,
-    scorer: str | Scorer = DEFAULT_SCORER,
+    scorer: AnyScorer = DEFAULT_SCORER,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    units: Collection[str] = ("heads",),
     labels: Labels | None = None,
     inputs: Sequence[Mapping[str, Tensor]] | None = None,
     cut: Cut | None = None,
     reading: Reading | None = None,
     **options: Any,
 ) -> Scores:
-    """Score every attention head of `model`, which is left as it was.
+    """Score every unit of these kinds of `model`, which is left as it was.
 
     Args:
         model: a transformers model, or a SentenceTransformer; of a task model, the base model is scored.
         texts: calibration texts, unlabelled: strings, or pairs of strings. Not needed by every scorer. What is no
             sequence, such as a generator, is read in its own order, by scorers that stream one batch at a time, so that
             memory does not grow with their number.
-        scorer: a registered name, with `options` for its constructor, or a `Scorer`.
+        scorer: a registered name, with `options` for its constructor, or a `Scorer`: the criterion of the kinds of
+            units that it can score, the others take their default; or one for each kind, `{"heads": …, "neurons": …}`.
+        units: the kinds of units that are scored, each by itself: "heads", "neurons", "layers".
         tokenizer: of the model; looked up by the model's name where absent.
         labels: one for each text, for scorers that need them: classes from 0 up, or floats for a regression. Such
             scorers look at the loss of `model` where it has a classification head, and of a fine-tuned copy elsewhere.
@@ -69,22 +75,41 @@ def score(
     """
     cut, reading = settings_of(cut, Cut), settings_of(reading, Reading)
     prepared = PreparedModel.of(model, tokenizer, reading)
-    criterion = scorer_of(scorer, options)
+    criteria = criteria_of(scorer, units, options)
     labels = None if labels is None else _plain_numbers(labels)
-    texts = _listed_unless_streamed(texts_of(texts), criterion, labels, inputs)
-    _check_possible(criterion, prepared, texts, inputs, reading)
+    texts = _listed_unless_streamed(texts_of(texts), criteria, labels, inputs)
+    for criterion in criteria.values():
+        _check_possible(criterion, prepared, texts, inputs, reading)
     cannot_repeat = ""
     if inputs is not None:
         cannot_repeat = "a batch of `inputs` does not fit into memory; make smaller ones"
     elif texts is not None and not isinstance(texts, Sequence) and reading.batch_size > 1:
         cannot_repeat = smaller_batches(reading.batch_size)
-    run = partial(_score, prepared, criterion, texts, labels, inputs, cut)
-    return in_batches_that_fit(run, reading, cannot_repeat)
+    found = []
+    for kind, criterion in criteria.items():
+        sites = prepared.sites_of([kind])
+        run = partial(_score, prepared, criterion, sites, texts, labels, inputs, cut)
+        found.append(in_batches_that_fit(run, reading, cannot_repeat))
+    return found[0] if len(found) == 1 else _joined(dict(zip(criteria, found, strict=True)))
+
+
+def _joined(found: Mapping[str, Scores]) -> Scores:
+    """Return scores of several kinds of units as one."""
+    first = next(iter(found.values()))
+    return Scores(
+        {site: row for scores in found.values() for site, row in scores.items()},
+        {site: count for scores in found.values() for site, count in scores.num_groups.items()},
+        ",".join(f"{kind}={scores.scorer}" for kind, scores in found.items()),
+        {site: matrix for scores in found.values() for site, matrix in scores.interactions.items()},
+        {site: kind for scores in found.values() for site, kind in scores.kinds.items()},
+        first.num_texts,
+    )
 
 
 def _score(
     prepared: PreparedModel,
     criterion: Scorer,
+    sites: Mapping[str, Site],
     texts: Iterable[Text] | None,
     labels: Labels | None,
     inputs: Sequence[Mapping[str, Tensor]] | None,
@@ -106,7 +131,7 @@ def _score(
         special_ids = special_ids_of(
             prepared.tokenizer if isinstance(texts, Iterable) or prepared.knows_tokenizer else prepared.text_config
         )
-        task = ScoringTask(prepared.base, prepared.sites, source, reading, cut, special_ids)
+        task = ScoringTask(prepared.base, sites, source, reading, cut, special_ids)
         if criterion.needs_labels:
             task = replace(task, supervision=_supervision(prepared, task, labels, texts, name))
         if reading.stop == "auto" and source is not None:
@@ -117,6 +142,35 @@ def _score(
         _check_finite(found, task, name)
     scores = PresentScores.of(found, task.sites, name).original(task.sites)
     return replace(scores, **_what_was_read(task))
+
+
+def criteria_of(scorer: AnyScorer, units: Collection[str], options: Mapping[str, Any]) -> dict[str, Scorer]:
+    """Return the criterion of each kind of unit, in the order heads, neurons, layers.
+
+    Raises `InvalidInputError` for a criterion that scores none of the kinds, and for options that are not one's alone.
+    """
+    check_units(units)
+    named = scorer if isinstance(scorer, Mapping) else {}
+    for kind in named:
+        if kind not in units:
+            raise invalid("scorer", f"name kinds among the `units` that are scored, {', '.join(units)}", kind)
+    if named and options:
+        raise InvalidInputError("`options` belong to one scorer; build the others with `make_scorer(name, …)`")
+    chosen = {kind: scorer_of(one, {}) for kind, one in named.items()}
+    if not named:
+        single = scorer_of(scorer, options)  # type: ignore[arg-type]
+        chosen = {kind: single for kind in units if kind in single.kinds}
+        if not chosen and (options or not isinstance(scorer, str) or scorer != DEFAULT_SCORER):
+            kinds = " and ".join(sorted(single.kinds))
+            raise invalid("scorer", f"score {', '.join(units)}", name_of(single), f"{name_of(single)} scores {kinds}")
+    for kind, one in chosen.items():
+        if kind not in one.kinds:
+            raise invalid("scorer", f"score {kind}", name_of(one))
+    return {
+        kind: chosen[kind] if kind in chosen else make_scorer(default)
+        for kind, default in DEFAULT_SCORERS.items()
+        if kind in units
+    }
 
 
 def scorer_of(scorer: str | Scorer, options: Mapping[str, Any]) -> Scorer:
@@ -136,7 +190,7 @@ def scorer_of(scorer: str | Scorer, options: Mapping[str, Any]) -> Scorer:
 def name_of(scorer: Scorer) -> str:
     """Return the registered name of a scorer, or its class's."""
     place = f"{type(scorer).__module__}:{type(scorer).__qualname__}"
-    return next((name for name, target in SCORERS.items() if target == place), type(scorer).__name__)
+    return next((name for name, target in (SCORERS | LAYER_SCORERS).items() if target == place), type(scorer).__name__)
 
 
 def _plain_numbers(labels: Any) -> Labels:
@@ -149,11 +203,14 @@ def _plain_numbers(labels: Any) -> Labels:
         raise invalid("labels", "be a list with a number for each text", labels) from None
 
 
-def _listed_unless_streamed(texts: Any, criterion: Scorer, labels: Any, inputs: Any) -> Iterable[Text] | None:
-    """Return texts that come one by one as they are where the criterion can read them so, and else in a list."""
+def _listed_unless_streamed(
+    texts: Any, criteria: Mapping[str, Scorer], labels: Any, inputs: Any
+) -> Iterable[Text] | None:
+    """Return texts that come one by one as they are where a lone criterion can read them so, and else in a list."""
     if texts is None or isinstance(texts, Sequence):
         return texts
-    streams = isinstance(criterion, StreamingScorer) and labels is None and inputs is None
+    one = len(criteria) == 1 and isinstance(next(iter(criteria.values())), StreamingScorer)
+    streams = one and labels is None and inputs is None
     return texts if streams else list(texts)
 
 
@@ -197,7 +254,7 @@ def _supervision(
     return Supervision(prepared.model, rows, labelled, tokenizer, prepared.longest)
 
 
-def _verdicts(sites: Mapping[str, AttentionSite], cut: Cut) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def _verdicts(sites: Mapping[str, Site], cut: Cut) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """Return what selects among means `[units]` of the sites: the verdict on every unit that is there."""
     empty = {name: torch.zeros(0) for name in sites}
 

@@ -16,6 +16,7 @@ class TaylorScorer(LabelledScorer):
     with allocation "ranking" alone. The other options are those of `LabelledScorer`.
     """
 
+    kinds = frozenset({"heads", "neurons", "layers"})
     description = "mean absolute gradient of the task's loss on the head's gate"
     source = "Michel et al. 2019 (arXiv 1905.10650)"
     passes = "1, and 1 backward, after fine-tuning"

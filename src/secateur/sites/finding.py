@@ -52,10 +52,14 @@ def find_units(
 
 
 def units_named(model: nn.Module, names: Iterable[str]) -> dict[str, Site]:
-    """Return the sites of the kinds that these names of sites are of: heads where a name is of neither other kind."""
-    modules = dict(base_of(model).named_modules())
-    kinds = {_kind_of(modules.get(name)) for name in names}
-    return find_units(model, kinds or {AttentionSite.kind})
+    """Return the sites of the kinds that these names of sites are of."""
+    return find_units(model, kinds_named(base_of(model), names))
+
+
+def kinds_named(base: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Return the kinds of units that these names of sites are of: heads where a name is of neither other kind."""
+    modules = dict(base.named_modules())
+    return {_kind_of(modules.get(name)) for name in names} or {AttentionSite.kind}
 
 
 def _kind_of(module: nn.Module | None) -> str:

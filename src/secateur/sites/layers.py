@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -53,10 +54,11 @@ class LayerSite(Site):
 
 @dataclass
 class _Seen:
-    """What a pass showed of a list: how often each layer ran, and whether all kept the stream's shape."""
+    """What a pass showed of a list: which layers ran, in that order, and whether each took what the one before gave."""
 
-    runs: dict[int, int] = field(default_factory=dict)
-    keeps_shape: bool = True
+    runs: list[int] = field(default_factory=list)
+    is_chain: bool = True
+    written: Tensor | None = None
 
 
 class LayerFinder:
@@ -82,15 +84,21 @@ class LayerFinder:
     def _reader(self, name: str, number: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             seen = self.seen.setdefault(name, _Seen())
-            seen.runs[number] = seen.runs.get(number, 0) + 1
             taken, written = stream_into(args, kwargs), stream_out_of(output)
-            if taken is None or written is None or taken.shape != written.shape:
-                seen.keeps_shape = False
+            if (
+                taken is None
+                or written is None
+                or taken.shape != written.shape
+                or (seen.runs and (seen.written is None or not torch.equal(taken, seen.written)))
+            ):
+                seen.is_chain = False
+            seen.runs.append(number)
+            seen.written = written
 
         return hook
 
     def sites(self) -> dict[str, LayerSite]:
-        """Return the lists whose every entry ran once and kept the shape of what it took, but none within another."""
+        """Return the lists that ran once from end to end, each entry on what the one before gave; none within another."""
         found: dict[str, LayerSite] = {}
         for name, layers in self.lists.items():
             seen = self.seen.get(name)

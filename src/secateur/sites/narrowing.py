@@ -47,7 +47,7 @@ def _sizes(holder: nn.Module) -> dict[str, int]:
         return {"nx": holder.weight.shape[0], "nf": holder.weight.shape[1]}
     if isinstance(holder, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         # A filter for each head (Nyströmformer): where channels are kept apart, groups go with them.
-        groups = holder.groups * holder.weight.shape[0] // holder.out_channels
+        groups = max(1, holder.groups * holder.weight.shape[0] // holder.out_channels)
         written, read = holder.weight.shape[:2]
         return {"groups": groups, "out_channels": written, "in_channels": groups * read}
     return {}

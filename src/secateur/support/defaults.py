@@ -24,3 +24,9 @@ FINETUNING_RATE = 2e-5
 BENCHMARK_ROUNDS = 12
 BENCHMARK_SHAPES = ("1x128", "8x128", "1x512")
 """Texts x tokens."""
+
+MULTIPLE = 32
+"""Neurons that stay at a site are a multiple of so many."""
+
+UNITS = ("heads", "neurons", "layers")
+"""Kinds of units."""

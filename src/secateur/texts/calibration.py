@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,10 @@ from secateur.models.offload import device_of
 from secateur.models.sentence_transformers import transformer_of
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
-from secateur.sites.layout import AttentionSite
+from secateur.sites.feed_forward import FeedForwardSite
+from secateur.sites.finding import check_units, find_layers, find_neurons, kinds_named
+from secateur.sites.layers import LayerSite
+from secateur.sites.layout import AttentionSite, Site
 from secateur.support.checks import check_tokenizer
 from secateur.texts.tokenization import Text, check_texts, padded, rows_of, tokenize
 
@@ -57,6 +60,26 @@ class PreparedModel:
     def sites(self) -> dict[str, AttentionSite]:
         """The model's attention sites. Raises what `find_sites` raises."""
         return find_sites(self.model)
+
+    @cached_property
+    def neurons(self) -> dict[str, FeedForwardSite]:
+        """The model's feed-forward sites. Raises what `find_neurons` raises."""
+        return find_neurons(self.model)[0]
+
+    @cached_property
+    def layers(self) -> dict[str, LayerSite]:
+        """The model's lists of layers. Raises what `find_layers` raises."""
+        return find_layers(self.model)
+
+    def sites_of(self, units: Collection[str]) -> dict[str, Site]:
+        """Return the sites of these kinds, heads first, then neurons, then layers."""
+        check_units(units)
+        own = {"heads": "sites", "neurons": "neurons", "layers": "layers"}
+        return {name: site for kind in own if kind in units for name, site in getattr(self, own[kind]).items()}
+
+    def sites_named(self, names: Iterable[str]) -> dict[str, Site]:
+        """Return the sites of the kinds that these names of sites are of."""
+        return self.sites_of(kinds_named(self.base, names))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -74,7 +74,7 @@ class Mask(_Verdicts, Saved):
         return 1 - self.num_kept / self.num_units
 
     def __str__(self) -> str:
-        return f"kept {self.num_kept} of {self.num_units} heads (pruning ratio {self.pruning_ratio:.2f})"
+        return f"kept {self.num_kept} of {self.num_units} units (pruning ratio {self.pruning_ratio:.2f})"
 
     def present(self, sites: Mapping[str, Site]) -> PresentMask:
         """Return the verdicts on the units that are there now; sites that the mask does not name stay whole.
@@ -120,6 +120,26 @@ class PresentMask(_Verdicts):
     def original(self, sites: Mapping[str, Site]) -> Mask:
         """Return the mask in the numbering of the original model, over all `sites`."""
         return Mask({name: original_vector(site, self.get(name)) for name, site in sites.items()})
+
+
+def units_left(sites: Mapping[str, Site], mask: Mask) -> dict[str, tuple[int, int]]:
+    """Return, for each kind of `sites`, how many units there are now, and how many are left with `mask`.
+
+    What lies in a layer that goes, goes too.
+    """
+    kept = mask.present(sites)
+    gone = [
+        f"{name}.{number}."
+        for name, site in sites.items()
+        if site.kind == "layers"
+        for number in indices_of(~kept[name])
+    ]
+    found: dict[str, tuple[int, int]] = {}
+    for name, site in sites.items():
+        before, after = found.get(site.kind, (0, 0))
+        stays = not any(name.startswith(path) for path in gone)
+        found[site.kind] = (before + site.num_units, after + (int(kept[name].sum()) if stays else 0))
+    return found
 
 
 def check_mask(mask: Any) -> None:

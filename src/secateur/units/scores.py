@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secateur.errors import invalid, shown
 from secateur.sites.layout import Site
+from secateur.sites.recipe import KINDS
 from secateur.support.checks import check_mapping, check_whole
 from secateur.units.by_site import BySite, Saved, json_rows, own_tensor
 
@@ -24,17 +25,19 @@ class _Scores(BySite):
     they read, and by default as many as there are units. `scorer` names the criterion. `interactions` holds, for the
     sites of a criterion that knows them, a symmetric float64 matrix `[units, units]`: its sum over the rows and columns
     of several units is what removing all of them costs, 0 for units already removed; `select` takes it into account.
+    `kinds` says of which kind the units of a site are, "heads" where it does not name the site.
     """
 
     num_groups: dict[str, int] = field(default_factory=dict)
     scorer: str = ""
     interactions: dict[str, Tensor] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
     _may_be_empty: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.values_by_site != {} or not self._may_be_empty:
             check_mapping("scores", self.values_by_site, "map at least one site to a vector")
-        for name in ("num_groups", "interactions"):
+        for name in ("num_groups", "interactions", "kinds"):
             if not isinstance(getattr(self, name), Mapping):
                 raise invalid(name, "map sites to what is known of them", getattr(self, name))
         if not isinstance(self.scorer, str):
@@ -43,6 +46,7 @@ class _Scores(BySite):
         object.__setattr__(self, "values_by_site", clean)
         object.__setattr__(self, "num_groups", {site: self._groups(site) for site in clean})
         object.__setattr__(self, "interactions", {site: self._matrix(site) for site in self.interactions})
+        object.__setattr__(self, "kinds", {site: self._kind(site) for site in clean})
 
     def _groups(self, site: str) -> int:
         """Return the number of a site's groups. Raises `InvalidInputError` unless they are of one size."""
@@ -56,6 +60,12 @@ class _Scores(BySite):
         if len(set(sizes) - {0}) > 1:
             raise invalid(f"scores[{shown(site)}]", "have as many units in every group that is there", sizes)
         return count
+
+    def _kind(self, site: str) -> str:
+        kind = self.kinds.get(site, "heads")
+        if kind not in KINDS:
+            raise invalid(f"kinds[{shown(site)}]", f"be one of {', '.join(KINDS)}", kind)
+        return kind
 
     def _matrix(self, site: str) -> Tensor:
         """Return a site's interactions. Raises `InvalidInputError` unless they are finite, for all of its units."""
@@ -84,7 +94,8 @@ class PresentScores(_Scores):
         there = {name: row for name, row in rows.items() if sites[name].num_units}
         values = {name: row.diagonal() if row.ndim == 2 else row for name, row in there.items()}
         matrices = {name: row for name, row in there.items() if row.ndim == 2}
-        return cls(values, {name: sites[name].num_groups for name in there}, scorer, matrices)
+        kinds = {name: sites[name].kind for name in there}
+        return cls(values, {name: sites[name].num_groups for name in there}, scorer, matrices, kinds)
 
     def original(self, sites: Mapping[str, Site]) -> Scores:
         """Return the scores in the numbering of the original model, over all `sites`: -inf for what is gone."""
@@ -98,7 +109,7 @@ class PresentScores(_Scores):
                 interactions[name] = torch.zeros(count, count, dtype=torch.float64)
                 interactions[name][units[:, None], units] = self.interactions[name]
         groups = {name: site.original_num_groups for name, site in sites.items()}
-        return Scores(values, groups, self.scorer, interactions)
+        return Scores(values, groups, self.scorer, interactions, {name: site.kind for name, site in sites.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +140,12 @@ class Scores(_Scores, Saved):
 
     __hash__ = None  # type: ignore[assignment]  # as with every mapping that holds tensors
 
+    def only(self, sites: Collection[str]) -> Scores:
+        """Return the scores of these sites alone. Raises `InvalidInputError` where there is none."""
+        parts = (self.values_by_site, self.num_groups, self.interactions, self.kinds)
+        values, groups, interactions, kinds = ({s: x for s, x in part.items() if s in sites} for part in parts)
+        return replace(self, values_by_site=values, num_groups=groups, interactions=interactions, kinds=kinds)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; a removed unit's -inf becomes null."""
         data = {
@@ -137,6 +154,8 @@ class Scores(_Scores, Saved):
             "scores": {s: [None if x == -math.inf else x for x in v.tolist()] for s, v in self.items()},
             "num_groups": dict(self.num_groups),
         }
+        if others := {site: kind for site, kind in self.kinds.items() if kind != "heads"}:
+            data["kinds"] = others
         if self.interactions:
             data["interactions"] = {site: matrix.tolist() for site, matrix in self.interactions.items()}
         known = {"num_texts": self.num_texts, "agreement": self.agreement}
@@ -163,7 +182,13 @@ class Scores(_Scores, Saved):
         except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
             raise invalid("interactions", "map each site to rows of numbers", data["interactions"]) from None
         return cls(
-            values, groups, str(data.get("scorer", "")), interactions, data.get("num_texts"), data.get("agreement")
+            values,
+            groups,
+            str(data.get("scorer", "")),
+            interactions,
+            data.get("kinds", {}),
+            data.get("num_texts"),
+            data.get("agreement"),
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secateur.errors import invalid
 from secateur.support.checks import check_whole
+from secateur.support.defaults import MULTIPLE
 from secateur.units.masks import Mask, PresentMask
 from secateur.units.scores import PresentScores, Scores
 
@@ -21,13 +22,23 @@ AnyScores = Scores | PresentScores
 
 
 @overload
-def select(scores: Scores, pruning_ratio: float = ..., allocation: Allocation = ..., floor: int = ...) -> Mask: ...
+def select(
+    scores: Scores, pruning_ratio: float = ..., allocation: Allocation = ..., floor: int = ..., multiple: int = ...
+) -> Mask: ...
 @overload
 def select(
-    scores: PresentScores, pruning_ratio: float = ..., allocation: Allocation = ..., floor: int = ...
+    scores: PresentScores,
+    pruning_ratio: float = ...,
+    allocation: Allocation = ...,
+    floor: int = ...,
+    multiple: int = ...,
 ) -> PresentMask: ...
 def select(
-    scores: Scores | PresentScores, pruning_ratio: float = 0.5, allocation: Allocation = "uniform", floor: int = 1
+    scores: Scores | PresentScores,
+    pruning_ratio: float = 0.5,
+    allocation: Allocation = "uniform",
+    floor: int = 1,
+    multiple: int = MULTIPLE,
 ) -> Mask | PresentMask:
     """Return the mask that removes `pruning_ratio` of the units that `scores` says are there.
 
@@ -39,6 +50,8 @@ def select(
         allocation: "uniform" removes the same fraction at every site (the paper's way), "ranking" ranks the units of
             the whole model together.
         floor: units that every site keeps at least, ≥ 0; where units are grouped, it counts whole groups' units.
+        multiple: neurons that stay at a site are a multiple of this, which processors want; more stay than the ratio
+            asks for where it is none, and all where there are no more than this.
 
     Groups, as of heads that read one key-value head: with allocation "uniform" a site keeps some of its groups and the
     same number of units in each, whichever choice has the highest sum of scores among those nearest to the budget; with
@@ -51,11 +64,15 @@ def select(
     Raises `InvalidInputError` for values outside their ranges.
     """
     check_selection(pruning_ratio, allocation, floor)
+    check_whole("multiple", multiple)
     check_scores(scores)
     if allocation == "uniform":
         rows = {site: _select_in_site(scores, site, pruning_ratio, floor) for site in scores}
     else:
         rows = _select_by_ranking(scores, pruning_ratio, floor)
+    for site, kind in scores.kinds.items():
+        if kind == "neurons":
+            rows[site] = _filled(rows[site], scores[site], multiple)
     for site in scores.interactions:
         if scores.num_groups[site] == scores[site].numel():
             rows[site] = _rearranged(rows[site], scores[site], scores.interactions[site])
@@ -87,6 +104,15 @@ def removable(units: int, pruning_ratio: float) -> int:
     return math.floor(pruning_ratio * units + 1e-9)
 
 
+def _filled(kept: Tensor, vector: Tensor, multiple: int) -> Tensor:
+    """Return `kept` with the best units of the others added until their number is a multiple."""
+    count = int(kept.sum())
+    more = min(math.ceil(count / multiple) * multiple, int((vector > -math.inf).sum())) - count
+    kept = kept.clone()
+    kept[torch.argsort(torch.where(kept, -math.inf, vector), descending=True, stable=True)[:more]] = True
+    return kept
+
+
 def _ranked(vector: Tensor) -> list[int]:
     """Return indices from the highest score to the lowest, earlier units first among equals."""
     return torch.argsort(vector, descending=True, stable=True).tolist()
@@ -106,6 +132,9 @@ def _select_in_site(scores: AnyScores, site: str, pruning_ratio: float, floor: i
     present = sum(len(g) for g in groups)
     target = max(present - removable(present, pruning_ratio), min(floor, present))
     if not target:
+        return kept
+    if scores.num_groups[site] == vector.numel():  # thousands of neurons have no choice of shapes
+        kept[_ranked(vector)[:target]] = True
         return kept
     shapes = list(itertools.product(range(1, len(groups) + 1), range(1, max(map(len, groups)) + 1)))
     nearest = min(g * m for g, m in shapes if g * m >= target)

@@ -1,0 +1,65 @@
+"""How much a layer changes the residual stream: one dense pass, whatever the layer is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.pruners.tokens import mean_over_tokens
+from secateur.scorers.base import Scorer, ScoringTask
+from secateur.sites.layers import LayerSite, stream_into, stream_out_of
+from secateur.texts.batches import Batch
+
+
+class BlockInfluenceScorer(Scorer):
+    """Mean over real tokens, then over texts, of 1 − cos(x, y), x being the stream a layer is given, y what it returns.
+
+    In [0, 2]; a layer that leaves the direction of every token as it was scores 0.
+    """
+
+    kinds = frozenset({LayerSite.kind})
+    description = "how far a layer turns the residual stream"
+    source = "Men et al. 2024 (arXiv 2403.03853)"
+    passes = "1"
+    texts_apart = True
+
+    @torch.no_grad()
+    def score(self, task: ScoringTask) -> dict[str, Tensor]:
+        """Stream the batches through the model once."""
+        sums = {name: torch.zeros(site.num_units, dtype=torch.float64) for name, site in task.sites.items()}
+        count = 0
+
+        def run(batch: Batch) -> tuple[dict[str, Tensor], int]:
+            found = {name: torch.zeros(site.num_units, dtype=torch.float64) for name, site in task.sites.items()}
+            with ExitStack() as hooks:
+                for name in task.sites:
+                    layers: Any = task.model.get_submodule(name)
+                    for number, layer in enumerate(layers):
+                        hook = _reader(found[name], number, batch)
+                        hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+                task.model(**batch)
+            return found, len(next(iter(batch.values())))
+
+        for found, texts in task.each(run):
+            count += texts
+            for name, rows in found.items():
+                sums[name] += rows
+        return {name: total / max(count, 1) for name, total in sums.items()}
+
+
+def _reader(found: Tensor, number: int, batch: Batch) -> Callable[..., None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        taken, written = stream_into(args, kwargs), stream_out_of(output)
+        assert taken is not None  # the site was found by both
+        assert written is not None
+        turned = 1 - torch.cosine_similarity(taken.float(), written.float(), dim=-1)  # [batch, …, tokens]
+        turned = turned.flatten(1) if turned.ndim > 2 else turned
+        mask = batch.get("attention_mask")
+        mask = mask if mask is not None and mask.shape == turned.shape else None
+        found[number] += mean_over_tokens(turned[..., None], mask)[:, 0].double().sum().cpu()
+
+    return hook

@@ -1,0 +1,74 @@
+"""How much a neuron writes: what the criterion `contribution` is for neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.models.offload import weight_of
+from secateur.scorers.base import ScoringTask
+from secateur.sites.feed_forward import FeedForwardSite, channel_axis
+from secateur.texts.batches import Batch
+
+
+@torch.no_grad()
+def neuron_contributions(task: ScoringTask) -> dict[str, Tensor]:
+    """Return, for each site, E[x²]·‖w‖² of every neuron: `[neurons]`, ≥ 0.
+
+    x is what the last projection is given of the neuron, its mean square taken over all real tokens, and w the column
+    that reads it: the squared norm of what the neuron adds to the residual stream. One dense pass; no more is held than
+    a sum for each neuron.
+    """
+    sums = {name: torch.zeros(site.num_units, dtype=torch.float64) for name, site in task.sites.items()}
+    counts = dict.fromkeys(task.sites, 0)
+
+    def run(batch: Batch) -> dict[str, tuple[Tensor, int]]:
+        found: dict[str, tuple[Tensor, int]] = {}
+        with ExitStack() as hooks:
+            for name in task.sites:
+                module = task.model.get_submodule(name)
+                hook = _reader(found, name, channel_axis(module), batch.get("attention_mask"))
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            task.model(**batch)
+        return found
+
+    for found in task.each(run):
+        for name, (total, count) in found.items():
+            sums[name] += total
+            counts[name] += count
+    return {name: sums[name] / max(counts[name], 1) * _norms(task, site) for name, site in task.sites.items()}
+
+
+def _reader(found: dict[str, tuple[Tensor, int]], name: str, axis: int, mask: Tensor | None) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = rows_of_tokens(args[0] if args else next(iter(kwargs.values())), axis, mask)
+        total, count = found.get(name, (torch.zeros(rows.shape[1], dtype=torch.float64), 0))
+        found[name] = (total + rows.float().square().sum(dim=0).double().cpu(), count + len(rows))
+
+    return hook
+
+
+def rows_of_tokens(taken: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+    """Return what a projection is given as `[tokens, channels]`, without the padding that `mask` `[batch, tokens]`
+    says.
+
+    `axis` is that of the channels. A mask of another shape counts as none.
+    """
+    taken = taken.movedim(axis, -1)
+    if mask is not None and mask.shape == taken.shape[:-1]:
+        return taken[mask.bool().to(taken.device)]
+    return taken.flatten(0, -2)
+
+
+def _norms(task: ScoringTask, site: FeedForwardSite) -> Tensor:
+    """Return the squared norm of the column that reads each neuron, `[neurons]`."""
+    norms = torch.zeros(site.num_units, dtype=torch.float64)
+    for piece in site.slices_of("output"):
+        weight = weight_of(task.model, piece.parameter).double().cpu()
+        squares = weight.square().sum(dim=[axis for axis in range(weight.ndim) if axis != piece.axis])
+        norms.index_add_(0, torch.tensor(piece.owners), squares)
+    return norms
