@@ -85,30 +85,21 @@ class LayerFinder:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             seen = self.seen.setdefault(name, _Seen())
             taken, written = stream_into(args, kwargs), stream_out_of(output)
-            if (
-                taken is None
-                or written is None
-                or taken.shape != written.shape
-                or (seen.runs and (seen.written is None or not torch.equal(taken, seen.written)))
-            ):
-                seen.is_chain = False
+            keeps_shape = taken is not None and written is not None and taken.shape == written.shape
+            follows = not seen.runs or (keeps_shape and seen.written is not None and torch.equal(taken, seen.written))
+            seen.is_chain &= keeps_shape and follows
             seen.runs.append(number)
             seen.written = written
 
         return hook
 
     def sites(self) -> dict[str, LayerSite]:
-        """Return the lists that ran once from end to end, each entry on what the one before gave; none within another."""
+        """Return the lists that ran once from end to end, each entry on what the last one gave; none within another."""
         found: dict[str, LayerSite] = {}
         for name, layers in self.lists.items():
             seen = self.seen.get(name)
             within = any(name.startswith(f"{outer}.") for outer in found)
-            if (
-                seen is not None
-                and seen.keeps_shape
-                and not within
-                and seen.runs == dict.fromkeys(range(len(layers)), 1)
-            ):
+            if seen is not None and seen.is_chain and not within and seen.runs == list(range(len(layers))):
                 found[name] = LayerSite.unpruned(name, len(layers))
         return found
 
