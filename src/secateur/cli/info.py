@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import click
@@ -14,7 +15,7 @@ from secateur.cli.options import device_option, json_option, print_json
 @device_option
 @json_option
 def info(model: str, device: str | None, as_json: bool) -> None:
-    """Show MODEL's attention sites, heads, parameters, multiply-accumulates, and whether heads can be removed."""
+    """Show MODEL's heads, neurons, layers, parameters, multiply-accumulates, and whether they can be removed."""
     from secateur.cli.tables import info_table, print_table
     from secateur.errors import UnsupportedModelError
     from secateur.measuring.cost import count_parameters, measure_cost
@@ -35,9 +36,30 @@ def info(model: str, device: str | None, as_json: bool) -> None:
             }
             for site in sites.values()
         ]
+        facts["others"] = other_units(loaded)
     except UnsupportedModelError as error:
         facts |= {"prunable": False, "reason": str(error)}
     if as_json:
         print_json(facts)
     else:
         print_table(info_table(facts))
+
+
+def other_units(model: Any) -> list[str]:
+    """Say in a line each what else can go: neurons, by the size of their sites, and layers; or why not."""
+    from secateur.errors import UnsupportedModelError
+    from secateur.sites.finding import find_layers, find_neurons
+
+    lines = []
+    try:
+        found, refused = find_neurons(model)
+        sizes = Counter(site.num_units for site in found.values())
+        text = ", ".join(f"{count} sites of {size:,}" for size, count in sizes.items())
+        lines.append(f"neurons: {text}" + (f"; {len(refused)} blocks are refused" if refused else ""))
+    except UnsupportedModelError as error:
+        lines.append(f"neurons: none, {error}")
+    try:
+        lines.append("layers: " + ", ".join(f"{name} has {s.num_units}" for name, s in find_layers(model).items()))
+    except UnsupportedModelError as error:
+        lines.append(f"layers: none, {error}")
+    return lines

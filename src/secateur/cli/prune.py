@@ -32,18 +32,22 @@ if TYPE_CHECKING:
 cutting_options = together(
     click.option(
         "--ratio", default=PRUNING_RATIO, show_default=True, type=Ratio(),
-        help="Fraction of heads to remove, in [0, 1).",
+        help="Fraction of units to remove, in [0, 1).",
     ),
     click.option(
         "--budget", default=None, metavar="QUANTITY=SHARE",
-        help="Instead of a ratio, what may remain: heads=0.5, params=0.95, macs=0.85, latency=0.8x@8x128.",
+        help="Instead of a ratio, what may remain: macs=0.5, params=0.8, latency=0.8x@8x128, heads=0.75,neurons=0.5.",
     ),
     click.option(
         "--allocation", default="uniform", show_default=True, type=click.Choice(["uniform", "ranking"]),
         help="The same ratio at every site, or one ranking over the model.",
     ),
     click.option(
-        "--floor", default=FLOOR, show_default=True, type=click.IntRange(0), help="Heads a site keeps at least."
+        "--floor", default=FLOOR, show_default=True, type=click.IntRange(0), help="Units a site keeps at least."
+    ),
+    click.option(
+        "--exclude", multiple=True, metavar="PATTERN",
+        help="Sites to keep whole, such as 'encoder.layer.0.*'; may be repeated.",
     ),
     click.option(
         "--refine", default=0, show_default=True, type=click.IntRange(0),
@@ -51,7 +55,7 @@ cutting_options = together(
     ),
     click.option(
         "--restore", default="none", show_default=True, type=click.Choice(["none", "reconstruct"]),
-        help="reconstruct: refit what the kept heads write on the texts, no labels, so that it makes up for the "
+        help="reconstruct: refit what the kept units write on the texts, no labels, so that it makes up for the "
         "others.",
     ),
 )  # fmt: skip
@@ -67,7 +71,7 @@ cutting_options = together(
 @json_option
 @click.pass_context
 def prune(context: click.Context, model: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Score MODEL's heads, remove the lowest, prove the result, and save it as an ordinary model folder.
+    """Score MODEL's units, remove the lowest, prove the result, and save it as an ordinary model folder.
 
     Under `accelerate launch` or torchrun each process scores a share of the texts, and the first one saves.
     """
@@ -107,13 +111,11 @@ def prune(context: click.Context, model: str, data: str, out: Path, as_json: boo
 
 def _cut(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what goes and how far quality is restored, by the names of `secateur.prune`."""
-    from secateur.settings import Budget
-
     budget = options["budget"]
     if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("`ratio` must be left out where there is a `--budget`")
-    named = {name: options[name] for name in ("allocation", "floor", "refine", "restore")}
-    return {"pruning_ratio": options["ratio"], "budget": None if budget is None else Budget.parse(budget), **named}
+    named = {name: options[name] for name in ("allocation", "floor", "units", "exclude", "refine", "restore")}
+    return {"pruning_ratio": options["ratio"], "budget": budget, **named}
 
 
 def _echo(report: PruningReport, texts: Iterable[Text], out: Path) -> None:

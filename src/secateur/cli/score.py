@@ -19,12 +19,12 @@ from secateur.support.files import check_can_write
 @click.option("--out", type=Place(dir_okay=False), help="Write the scores to this JSON file.")
 @json_option
 def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Score every attention head of MODEL on a task's texts; some scorers need their labels too.
+    """Score the units of MODEL, its heads unless told otherwise, on a task's texts; some scorers need labels too.
 
     Under `accelerate launch` or torchrun each process scores a share of the texts. `--device auto` is for a model that
     is larger than a GPU: it is spread over GPUs, memory and disk (`device_map="auto"`).
     """
-    from secateur.cli.tables import print_table, scores_table
+    from secateur.cli.tables import neurons_table, print_table, scores_table
     from secateur.errors import invalid
     from secateur.models.loading import load_model, load_tokenizer
     from secateur.scorers.score import score as score_model
@@ -42,7 +42,10 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
     reading = reading_of(options, accelerator=accelerator, progress=accelerator.is_main_process)
     placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
     loaded = load_model(model, device, **placed)
-    scores = score_model(loaded, texts, scorer, load_tokenizer(model), labels=labels, reading=reading)
+    units = options["units"] or ("heads",)
+    scores = score_model(
+        loaded, texts, scorer, load_tokenizer(model), units=units, labels=labels, reading=reading
+    )  # fmt: skip
     if not ends_as_main(accelerator):
         return
     if scores.agreement is not None:
@@ -54,3 +57,5 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
         print_json(scores.to_json())
     elif out is None:
         print_table(scores_table(scores))
+        if "neurons" in scores.kinds.values():
+            print_table(neurons_table(scores))

@@ -18,8 +18,8 @@ from secateur.cli.options import (
     seed_option,
     together,
 )
-from secateur.scorers import DEFAULT_SCORER, SCORERS, make_scorer, scorer_class
-from secateur.support.defaults import CALIBRATION_TEXTS
+from secateur.scorers import DEFAULT_SCORER, LAYER_SCORERS, SCORERS, make_scorer, scorer_class
+from secateur.support.defaults import CALIBRATION_TEXTS, UNITS
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +28,57 @@ if TYPE_CHECKING:
     from secateur.scorers.base import Scorer
     from secateur.texts.tokenization import Text
 
+
+class Names(click.ParamType):
+    """Words out of `known`, with commas between them."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        self.name, self.known = name, known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Return the words, or fail in the one error form."""
+        words = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        if not words or len(set(words)) < len(words) or not set(words) <= set(self.known):
+            self.fail(f"`{self.name}` must be some of {', '.join(self.known)}, with commas, got {value}", param, ctx)
+        return words
+
+
+class ScorerNames(click.ParamType):
+    """A criterion, or one for each kind of unit, such as heads=matching,neurons=contribution."""
+
+    name = "name|kind=name,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | dict[str, str]:
+        """Return the name, or the names by kind, or fail in the one error form."""
+        if isinstance(value, dict) or "=" not in value:
+            return value if isinstance(value, dict) else self._known(value, param, ctx)
+        found: dict[str, str] = {}
+        for part in value.split(","):
+            kind, _, name = part.partition("=")
+            if kind not in UNITS or kind in found:
+                self.fail(f"`scorer` must name each of {', '.join(UNITS)} once at most, got {value}", param, ctx)
+            found[kind] = self._known(name, param, ctx)
+        return found
+
+    def _known(self, name: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        known = sorted(SCORERS | LAYER_SCORERS)
+        if name not in known:
+            self.fail(f"`scorer` must be one of {', '.join(known)}, got {name}", param, ctx)
+        return name
+
+
+units_option = click.option(
+    "--units", default=None, type=Names("units", UNITS), metavar="KINDS",
+    help="Kinds of units, heads,neurons,layers [default: those that the budget is about, else heads].",
+)  # fmt: skip
+
 scoring_options = together(
     click.option(
-        "--scorer", default=DEFAULT_SCORER, show_default=True, type=click.Choice(sorted(SCORERS)), help="Criterion."
+        "--scorer", default=DEFAULT_SCORER, show_default=True, type=ScorerNames(),
+        help="Criterion of the kinds of units that it can score, or one a kind: heads=matching,neurons=contribution. "
+        f"One of {', '.join(sorted(SCORERS | LAYER_SCORERS))}.",
     ),
+    units_option,
     click.option(
         "--option", "scorer_options", multiple=True, metavar="NAME=VALUE",
         help="An option of the scorer, such as warmup_epochs=1; may be repeated.",
@@ -58,8 +105,8 @@ scoring_options = together(
 )  # fmt: skip
 
 
-def scorer_of(options: Mapping[str, Any]) -> Scorer:
-    """Build the scorer with its options; values are JSON where they can be read as such, else strings."""
+def scorer_of(options: Mapping[str, Any]) -> str | Scorer | dict[str, Scorer]:
+    """Build the scorer with its options, or one for each kind; values are JSON where they can be read, else strings."""
     chosen: dict[str, Any] = {}
     for item in options["scorer_options"]:
         name, equals, value = item.partition("=")
@@ -70,10 +117,14 @@ def scorer_of(options: Mapping[str, Any]) -> Scorer:
         except ValueError:
             chosen[name] = value
     if options["pruner"] is not None:
-        if not options["scorer"].startswith("smp"):
+        if not str(options["scorer"]).startswith("smp"):
             raise click.UsageError("`pruner` goes with `--scorer smp` and `--scorer smp-plus` only")
         chosen["pruner"] = options["pruner"]
-    return make_scorer(options["scorer"], **chosen)
+    if isinstance(options["scorer"], str):
+        return make_scorer(options["scorer"], **chosen) if chosen else options["scorer"]
+    if chosen:
+        raise click.UsageError("`option` goes with one `--scorer` alone, got one for each kind of unit")
+    return {kind: make_scorer(name) for kind, name in options["scorer"].items()}
 
 
 def calibration_of(data: str, options: Mapping[str, Any]) -> tuple[Iterable[Text], Any]:
@@ -82,7 +133,10 @@ def calibration_of(data: str, options: Mapping[str, Any]) -> tuple[Iterable[Text
     from secateur.texts.data import load_task
     from secateur.texts.streams import stream_texts
 
-    need_labels = scorer_class(options["scorer"]).needs_labels
+    named = options["scorer"]
+    need_labels = any(
+        scorer_class(name).needs_labels for name in ([named] if isinstance(named, str) else named.values())
+    )
     number = options["num_texts"]
     if number is None and options["stop"] == "all":
         number = CALIBRATION_TEXTS

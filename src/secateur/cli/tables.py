@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -35,7 +36,8 @@ def info_table(facts: dict[str, Any]) -> Table:
         return Table(title=f"{title}\nheads cannot be removed: {facts['reason']}")
     cost = facts["cost"]
     work = f"{cost['macs']:,} multiply-accumulates for {cost['batch']} x {cost['length']} tokens"
-    table = Table(Column("attention site", no_wrap=True), title=f"{title}, {cost['heads']} heads, {work}")
+    others = "".join(f"\n{line}" for line in facts.get("others", []))
+    table = Table(Column("attention site", no_wrap=True), title=f"{title}, {cost['heads']} heads, {work}{others}")
     for column in ("heads", "key-value heads", "removed before"):
         table.add_column(column, justify="right")
     for site in facts["sites"]:
@@ -45,22 +47,35 @@ def info_table(facts: dict[str, Any]) -> Table:
 
 
 def scores_table(scores: Scores) -> Table:
-    """Return one row for each site, one column for each head; higher = keep."""
-    table = Table(Column("attention site", no_wrap=True), title=f"importance by {scores.scorer}, higher = keep")
-    widest = max(vector.numel() for vector in scores.values())
-    for head in range(widest):
-        table.add_column(str(head), justify="right")
-    for site, vector in scores.items():
+    """Return one row for each site of heads or layers, one column for each unit; higher = keep."""
+    table = Table(Column("site", no_wrap=True), title=f"importance by {scores.scorer}, higher = keep")
+    few = {site: vector for site, vector in scores.items() if scores.kinds[site] != "neurons"}
+    for unit in range(max(map(len, few.values()), default=0)):
+        table.add_column(str(unit), justify="right")
+    for site, vector in few.items():
         table.add_row(site, *("-" if x == float("-inf") else f"{x:.3g}" for x in vector.tolist()))
+    return table
+
+
+def neurons_table(scores: Scores) -> Table:
+    """Return one row for each site of neurons, of which there are thousands, with the quartiles of their scores."""
+    table = Table(Column("site", no_wrap=True))
+    for name in ("neurons", "lowest", "quarter", "median", "three quarters", "highest"):
+        table.add_column(name, justify="right")
+    for site, vector in scores.items():
+        there = vector[vector > float("-inf")]
+        if scores.kinds[site] == "neurons" and len(there):
+            marks = np.quantile(there.numpy(), (0, 0.25, 0.5, 0.75, 1))
+            table.add_row(site, str(len(there)), *(f"{mark:.3g}" for mark in marks))
     return table
 
 
 def pruning_table(report: PruningReport) -> Table:
     """Return what a pruning removed: heads, parameters, multiply-accumulates."""
-    table = Table(Column("", no_wrap=True), title=f"{report.model}, heads scored by {report.scorer}")
+    table = Table(Column("", no_wrap=True), title=f"{report.model}, scored by {report.scorer}")
     for column in ("before", "after", "ratio"):
         table.add_column(column, justify="right")
-    for row in cost_rows(report.before.to_json(), report.after.to_json()):
+    for row in cost_rows(report.before.to_json(), report.after.to_json(), report.units):
         table.add_row(row["name"], f"{row['dense']:,}", f"{row['pruned']:,}", f"{row['pruned'] / row['dense']:.3f}")
     return table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "requested_ratio": report["requested_ratio"],
             "budget": _budget(report.get("budget")),
             "sites": sites,
-            "cost": cost_rows(before, after)[1:],
+            "cost": [row for row in cost_rows(before, after, report.get("units")) if row["name"] != "heads"],
             "times": [{"name": "scoring", "seconds": report["scoring_seconds"]}],
             "proof": {
                 "max_difference": report["max_difference"],
@@ -108,9 +108,16 @@ def _another_form(file: str, error: Exception) -> InvalidInputError:
     return InvalidInputError(f"{file} has another form: {type(error).__name__} {error}")
 
 
-def cost_rows(before: dict[str, int], after: dict[str, int]) -> list[dict[str, Any]]:
-    """Return heads, parameters and multiply-accumulates as rows; the arguments are `ModelCost.to_json`'s."""
-    rows = [{"name": name, "dense": before[name], "pruned": after[name]} for name in ("heads", "parameters")]
+def cost_rows(
+    before: dict[str, int], after: dict[str, int], units: Mapping[str, Sequence[int]] | None = None
+) -> list[dict[str, Any]]:
+    """Return units, parameters and multiply-accumulates as rows.
+
+    `before` and `after` are `ModelCost.to_json`'s, `units` the counts of a pruning report by kind.
+    """
+    counts = {"heads": (before["heads"], after["heads"])} | dict(units or {})
+    rows = [{"name": kind, "dense": dense, "pruned": pruned} for kind, (dense, pruned) in counts.items()]
+    rows.append({"name": "parameters", "dense": before["parameters"], "pruned": after["parameters"]})
     note = f"{before['batch']} x {before['length']} tokens"
     return [*rows, {"name": "multiply-accumulates", "dense": before["macs"], "pruned": after["macs"], "note": note}]
 
@@ -163,8 +170,12 @@ def _no_run(path: Path) -> InvalidInputError:
     return invalid("run", rule, str(path), "" if path.exists() else "there is no such file or folder")
 
 
-def _budget(found: Any) -> str | None:
-    return None if found is None else f"{found['asked']}, reached {found['reached']:.3f}"
+def _budget(outcomes: Any) -> str | None:
+    """Say what was asked for and reached, of every budget there was."""
+    if not outcomes:
+        return None
+    found = outcomes if isinstance(outcomes, list) else [outcomes]
+    return "; ".join(f"{one['asked']}, reached {one['reached']:.3f}" for one in found)
 
 
 def _maps_of(folder: Path) -> Any:
