@@ -18,8 +18,9 @@ from secateur.models.inputs import forward_arguments
 from secateur.removal.proof import hidden_states, largest_difference
 from secateur.removal.remove import gated, remove_
 from secateur.removal.verify import verify_checkpoint
-from secateur.restoring import reconstruction
-from secateur.restoring.reconstruction import _Moments, reconstruct_
+from secateur.restoring import moments as second_moments
+from secateur.restoring.moments import Fit, Moments
+from secateur.restoring.reconstruction import reconstruct_
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
@@ -50,26 +51,42 @@ def test_ridge_regression_by_hand():
     What is lost is 100 · 56 without a change, and with 10: 100 · ((2 - 1)² + (4 - 3)² + (6 - 5)²) = 300.
     """
     inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
-    moments = _Moments(inputs.T @ inputs, torch.tensor([True, False]), torch.tensor([[1.0], [10.0]]).double())
-    assert moments.lost == 5600
-    assert moments.change(0.0).item() == pytest.approx(440 / 35)
-    assert moments.change(9.0).item() == pytest.approx(10)
-    assert moments.error(torch.tensor([[10.0]]).double()) == pytest.approx(300)
+    moments = Moments(inputs.T @ inputs, inputs.sum(dim=0), 3)
+    fit = Fit(moments, torch.tensor([True, False]), torch.tensor([[1.0], [10.0]]).double(), with_bias=False)
+    assert fit.lost == 5600
+    assert fit.change(0.0).item() == pytest.approx(440 / 35)
+    assert fit.change(9.0 / fit.unit).item() == pytest.approx(10)
+    assert fit.error(torch.tensor([[10.0]]).double()) == pytest.approx(300)
+    assert fit.shift(torch.tensor([[10.0]])) is None
+
+
+def test_a_bias_takes_over_what_is_constant_by_hand():
+    """The same, where the second input is the first and 1: with a bias of 10 nothing is lost."""
+    inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
+    moments = Moments(inputs.T @ inputs, inputs.sum(dim=0), 3)
+    fit = Fit(moments, torch.tensor([True, False]), torch.tensor([[1.0], [10.0]]).double(), with_bias=True)
+    change = fit.change(0.0)
+    assert change.item() == pytest.approx(10)
+    assert fit.shift(change).item() == pytest.approx(10)
+    assert fit.error(change) == pytest.approx(0, abs=1e-9)
+    assert fit.lost == 5600
 
 
 def test_second_moments_are_of_real_tokens():
     given = torch.arange(12.0).view(3, 2, 2)
     linear = torch.nn.Linear(2, 1)
-    projection = SimpleNamespace(module=linear)
+    projection = SimpleNamespace(module=linear, channels=-1)
     for mask, rows in (
         (torch.tensor([[1, 1], [1, 0], [0, 1]]), [[0, 1], [2, 3], [4, 5], [10, 11]]),
         (None, given.flatten(0, 1).tolist()),
     ):
-        with reconstruction._reading({"a": projection}, {"attention_mask": mask}) as found:
+        with second_moments._reading(projection, {"attention_mask": mask}, ends=False) as found:
             linear(given)
             linear(input=given)  # of a site that runs twice
         expected = torch.tensor(rows, dtype=torch.float)
-        assert torch.equal(found["a"], 2 * expected.T @ expected)
+        assert torch.equal(found[0].gram, 2 * expected.T @ expected)
+        assert torch.equal(found[0].total, 2 * expected.sum(dim=0))
+        assert found[0].count == 2 * len(rows)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "albert"])
@@ -107,7 +124,7 @@ def test_every_kind_loses_less_and_what_is_kept_is_what_was_proved(kind):
     assert 0 <= after <= without
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])}
     outputs = {p.parameter for s in find_sites(model).values() for p in s.slices_of("output")}
-    assert changed <= outputs
+    assert changed <= outputs | {name.removesuffix("weight") + "bias" for name in outputs}
     assert bool(changed) == (after < without)
     assert remove_(model, mask).max_difference <= 1e-4
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.models.offload import weight_of
 from secateur.scorers.base import ScoringTask
-from secateur.sites.feed_forward import FeedForwardSite, channel_axis
+from secateur.sites.feed_forward import FeedForwardSite, channel_axis, rows_of_tokens
 from secateur.texts.batches import Batch
 
 
@@ -50,18 +50,6 @@ def _reader(found: dict[str, tuple[Tensor, int]], name: str, axis: int, mask: Te
         found[name] = (total + rows.float().square().sum(dim=0).double().cpu(), count + len(rows))
 
     return hook
-
-
-def rows_of_tokens(taken: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-    """Return what a projection is given as `[tokens, channels]`, without the padding that `mask` `[batch, tokens]`
-    says.
-
-    `axis` is that of the channels. A mask of another shape counts as none.
-    """
-    taken = taken.movedim(axis, -1)
-    if mask is not None and mask.shape == taken.shape[:-1]:
-        return taken[mask.bool().to(taken.device)]
-    return taken.flatten(0, -2)
 
 
 def _norms(task: ScoringTask, site: FeedForwardSite) -> Tensor:

@@ -78,3 +78,14 @@ def read_slice(name: str, projection: nn.Module) -> Slice:
     """Return the columns with which the projection at path `name` reads its channels."""
     axis = 0 if isinstance(projection, Conv1D) else 1
     return Slice(f"{name}.weight", axis, "output", tuple(range(num_channels(projection))))
+
+
+def rows_of_tokens(taken: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+    """Return what a projection is given as `[tokens, channels]`, without the padding that `mask` `[batch, tokens]` says.
+
+    `axis` is that of the channels. A mask of another shape counts as none.
+    """
+    taken = taken.movedim(axis, -1)
+    if mask is not None and mask.shape == taken.shape[:-1]:
+        return taken[mask.bool().to(taken.device)]
+    return taken.flatten(0, -2)
