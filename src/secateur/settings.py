@@ -24,6 +24,9 @@ Stop = int | Literal["all", "auto"]
 Restore = Literal["none", "reconstruct", "distill"]
 """How far quality is restored: not at all, by refitting what kept units write, or by teaching the model as well."""
 
+AnyAllocation = Literal["uniform", "ranking", "sensitivity"]
+"""How many units each site keeps: as `select` takes it, or by what each site alone changes at the end of the model."""
+
 Quantity = Literal["heads", "neurons", "layers", "params", "macs", "latency"]
 _FORM = re.compile(r"(\w+)=([0-9.]+)x?(?:@(.+))?")
 _SHAPED = ("macs", "latency")
@@ -189,7 +192,8 @@ class Cut:
 
     Args:
         pruning_ratio: fraction of units to remove, in [0, 1).
-        allocation: "uniform", the same share at every site, or "ranking", by one ranking of the whole model.
+        allocation: "uniform", the same share at every site, "ranking", by one ranking of the whole model, or
+            "sensitivity", by what each site alone changes at the end.
         floor: units that every site keeps at least.
         budget: what may remain of the model, as `budgets_of` takes it; the smallest pruning ratio within it takes the
             place of `pruning_ratio`.
@@ -202,7 +206,7 @@ class Cut:
     """
 
     pruning_ratio: float = PRUNING_RATIO
-    allocation: Allocation = "uniform"
+    allocation: AnyAllocation = "uniform"
     floor: int = FLOOR
     budget: AnyBudget | None = None
     units: Collection[str] | None = None
@@ -212,7 +216,9 @@ class Cut:
     def __post_init__(self) -> None:
         if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise invalid("exclude", "be a tuple of patterns, such as ('encoder.layer.0.*',)", self.exclude)
-        check_selection(self.pruning_ratio, self.allocation, self.floor)
+        if self.allocation not in get_args(AnyAllocation):
+            raise invalid("allocation", "be 'uniform', 'ranking' or 'sensitivity'", self.allocation)
+        check_selection(self.pruning_ratio, self.ranked, self.floor)
         check_whole("multiple", self.multiple)
         if self.units is not None:
             check_units(self.units)
@@ -223,6 +229,11 @@ class Cut:
         named = {one.quantity for one in budgets} & set(UNITS)
         if self.units is not None and not named <= set(self.units):
             raise invalid("units", f"hold what the budget names, {', '.join(sorted(named))}", self.units)
+
+    @property
+    def ranked(self) -> Allocation:
+        """The allocation where scores alone say what goes: the same share everywhere for allocation by sensitivity."""
+        return "uniform" if self.allocation == "sensitivity" else self.allocation
 
     @property
     def budgets(self) -> tuple[Budget, ...]:

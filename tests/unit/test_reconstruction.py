@@ -18,8 +18,8 @@ from secateur.models.inputs import forward_arguments
 from secateur.removal.proof import hidden_states, largest_difference
 from secateur.removal.remove import gated, remove_
 from secateur.removal.verify import verify_checkpoint
-from secateur.restoring import moments as second_moments
-from secateur.restoring.moments import Fit, Moments
+from secateur.choosing import moments as second_moments
+from secateur.choosing.moments import Fit, Moments
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites

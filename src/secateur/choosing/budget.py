@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -114,14 +114,17 @@ class BudgetedSelection:
         if self.joint is not None and self.joint.quantity == "latency":
             self.table = measure_latency(base, self.costs, shape, progress=progress)
             self._dense = shared_copy(base, self.sites)
-        self.expected_ratio = self.select(_equal_scores(self.sites))[1]
+        self.expected_ratio = self._select(_equal_scores(self.sites), replace(cut, exclude=()))[1]
 
     def select(self, scores: Scores) -> tuple[Mask, float]:
         """Return the mask that these scores give within the budget, and the pruning ratio of its heads.
 
         Where heads have no part in it, the ratio is that of the first kind of units.
         """
-        scores = self.cut.may_go(scores)
+        return self._select(scores, self.cut)
+
+    def _select(self, scores: Scores, cut: Cut) -> tuple[Mask, float]:
+        scores = cut.may_go(scores)
         rows: dict[str, Tensor] = {}
         ratios: dict[str, float] = {}
         for kind, budget in self.own.items():
@@ -143,16 +146,16 @@ class BudgetedSelection:
         if scores is None:
             raise invalid("budget", "be about units that are scored", str(budget))
         rounded = partial(self._rounded, scores) if self.table is not None and budget is self.joint else None
-        found = within_budget(scores, budget.limit, share, cut.allocation, cut.floor, rounded, cut.multiple)
+        found = within_budget(scores, budget.limit, share, cut.ranked, cut.floor, rounded, cut.multiple)
         if found is None:
-            raise self._out_of_reach(scores, budget, share)
+            raise self.out_of_reach(scores, budget, share)
         return found
 
-    def _out_of_reach(self, scores: Scores, budget: Budget, share: Callable[[Mask], float]) -> InvalidInputError:
+    def out_of_reach(self, scores: Scores, budget: Budget, share: Callable[[Mask], float]) -> InvalidInputError:
         """Say what the largest pruning ratio reaches, and what does more where other kinds of units could go too."""
         cut = self.cut
-        largest = _ratios(scores, cut.allocation)[-1]
-        least = share(select(scores, largest, cut.allocation, cut.floor, cut.multiple))
+        largest = _ratios(scores, cut.ranked)[-1]
+        least = share(select(scores, largest, cut.ranked, cut.floor, cut.multiple))
         kinds = " and ".join(dict.fromkeys(scores.kinds.values()))
         rule = (
             f"be at least {budget.quantity}={math.ceil(1000 * least) / 1000:g}, the share that this model keeps at the "
@@ -188,6 +191,27 @@ class BudgetedSelection:
         kept = mask.present(self.sites)
         saved = {name: self.costs.saved_macs(name, kept[name]) for kind in self.table.kinds for name in kind.sites}
         return 1 - sum(kind.saved(saved[name]) for kind in self.table.kinds for name in kind.sites)
+
+    def share_of_site(self, budget: Budget, name: str, kept: Tensor) -> float:
+        """Return the share of a budget's quantity that one site saves with the units in `kept` (bool `[units now]`)."""
+        if budget.quantity in self.own:
+            there = sum(site.num_units for site in self.sites.values() if site.kind == budget.quantity)
+            return int((~kept).sum()) / there
+        parameters, macs = self.costs.saved(name, kept)
+        if self.table is not None:
+            return next((kind.saved(macs) for kind in self.table.kinds if name in kind.sites), 0.0)
+        dense = self.costs.dense
+        return parameters / dense.parameters if budget.quantity == "params" else macs / dense.macs
+
+    def share_of_layer(self, budget: Budget, path: str) -> float:
+        """Return the share that a whole layer saves; of latency what its sites do."""
+        if self.table is not None:
+            inside = [name for name in self.sites if name.startswith(f"{path}.")]
+            none = {name: torch.zeros(self.sites[name].num_units, dtype=torch.bool) for name in inside}
+            return sum(self.share_of_site(budget, name, kept) for name, kept in none.items())
+        parameters, macs = self.costs.saved_by_layer(path)
+        dense = self.costs.dense
+        return parameters / dense.parameters if budget.quantity == "params" else macs / dense.macs
 
     def outcomes(self, mask: Mask, pruned: nn.Module) -> tuple[BudgetOutcome, ...]:
         """Measure how much is left in the model pruned with `mask`: latency in turn with the model as it was."""

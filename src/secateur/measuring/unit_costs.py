@@ -68,7 +68,15 @@ class UnitCosts:
 
     def saved_macs(self, site: str, kept: Tensor) -> float:
         """Return the multiply-accumulates that a site saves with the units in `kept` (bool `[units there now]`)."""
-        return self._saved(self.sites[site], kept)[1]
+        return self.saved(site, kept)[1]
+
+    def saved(self, site: str, kept: Tensor) -> tuple[int, float]:
+        """Return the parameters and the multiply-accumulates that a site saves with the units in `kept`."""
+        return self._saved(self.sites[site], kept)
+
+    def saved_by_layer(self, path: str) -> tuple[int, float]:
+        """Return the parameters and the multiply-accumulates of a whole layer."""
+        return self._layers[path]
 
     def _saved(self, site: Site, kept: Tensor) -> tuple[int, float]:
         """Return the parameters and the multiply-accumulates that a site saves."""

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.choosing.mask_loss import MaskLoss
+from secateur.choosing.moments import Fit, Projection, moments_of
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, evaluation_mode, held
 from secateur.relations import RELATED
-from secateur.restoring.moments import Fit, Projection, moments_of
 from secateur.settings import Reading, settings_of
 from secateur.sites.layout import Site
 from secateur.texts.calibration import PreparedModel, is_pair, listed_texts

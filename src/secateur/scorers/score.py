@@ -260,7 +260,7 @@ def _verdicts(sites: Mapping[str, Site], cut: Cut) -> Callable[[Mapping[str, Ten
 
     def verdicts(means: Mapping[str, Tensor]) -> Tensor:
         scores = PresentScores.of({**empty, **means}, sites)
-        return torch.cat(list(select(scores, cut.pruning_ratio, cut.allocation, cut.floor).values()))
+        return torch.cat(list(select(scores, cut.pruning_ratio, cut.ranked, cut.floor).values()))
 
     return verdicts
 

@@ -1,0 +1,138 @@
+"""One choice for every site, by what it changes at the end of the model and what it saves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from secateur.choosing.budget import BudgetedSelection
+from secateur.choosing.sensitivity import EndError, Option, cheapest, layer_of, options_of_sites
+from secateur.errors import UnsupportedModelError, invalid
+from secateur.models.state import evaluation_mode, held
+from secateur.settings import Budget, Cut, Reading
+from secateur.sites.layers import LayerSite
+from secateur.sites.layout import Site
+from secateur.texts.calibration import PreparedModel
+from secateur.texts.tokenization import Text
+from secateur.units.masks import Mask, original_vector
+from secateur.units.scores import Scores
+
+JUDGES = 4
+"""One text of so many judges sizes, and is not fitted on."""
+
+
+class SensitivitySelection(BudgetedSelection):
+    """Finds for a model how many units each site keeps within a budget, so that the end of the model changes least.
+
+    Which units of a site these are say the scores. Sites are measured alone, and their errors add up (see
+    `options_of_sites`, `cheapest`). A layer, where layers may go, goes with all that is in it or stays with what its
+    sites choose. A budget for one kind of units is kept by its sites alone.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        cut: Cut,
+        texts: Sequence[Text],
+        reading: Reading,
+        sites: Mapping[str, Site] | None = None,
+    ) -> None:
+        sites = prepared.sites_of(cut.kinds) if sites is None else sites
+        super().__init__(prepared.model, cut, reading.progress, sites)
+        if len(texts) < 2 * JUDGES:
+            raise invalid("texts", f"be at least {2 * JUDGES} with allocation 'sensitivity'", len(texts))
+        self.prepared, self.texts, self.reading = prepared, texts, reading
+
+    def select(self, scores: Scores) -> tuple[Mask, float]:
+        """Return the mask, and the share of the heads, or of the first kind of units there is, that goes."""
+        scores = self.cut.may_go(scores)
+        measured = self._measure(scores)
+        rows: dict[str, Tensor] = {}
+        for kind, budget in self.own.items():
+            names = [name for name in measured if self.sites[name].kind == kind]
+            rows |= self._choose([self._alone(name, measured[name], budget) for name in names], budget, scores)
+        if self.joint is not None:
+            names = [name for name in measured if self.sites[name].kind not in self.own]
+            rows |= self._choose(self._parts(names, measured, self.joint), self.joint, scores)
+        mask = Mask({name: rows[name] for name in scores if name in rows})
+        return mask, 1 - self._units_left(self.cut.kinds[0], mask)
+
+    def _measure(self, scores: Scores) -> dict[str, list[tuple[float, Tensor]]]:
+        """Return what every site with scores costs the end at every size."""
+        base, size = self.prepared.base, self.reading.batch_size
+        judges = self.texts[::JUDGES]
+        fitted = [text for number, text in enumerate(self.texts) if number % JUDGES]
+        size = max(1, min(size, len(fitted) // 2))  # the moments are of two halves
+        with held(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad():
+            evaluator = EndError(base, list(self.prepared.batches(judges, self.reading.batch_size)), self._lists())
+            sites = {name: self.sites[name] for name in scores}
+            batches = list(self.prepared.batches(fitted, size))
+            return options_of_sites(base, sites, scores, batches, evaluator, self.cut, self.reading)
+
+    def _lists(self) -> dict[str, LayerSite]:
+        try:
+            return self.prepared.layers
+        except UnsupportedModelError:
+            return {}
+
+    def _choose(self, parts: list[list[Option]], budget: Budget, scores: Scores) -> dict[str, Tensor]:
+        """Return the units that stay, of the sites that the parts are about."""
+        chosen = cheapest(parts, 1 - budget.limit)
+        if chosen is None:
+            share = partial(self._units_left, budget.quantity) if budget.quantity in self.own else self.share
+            raise self.out_of_reach(scores, budget, share)
+        rows = {name: row for option in chosen for name, row in option.kept.items()}
+        for name, number in (place for option in chosen for place in option.gone):
+            rows.setdefault(name, original_vector(self.sites[name]))[self.sites[name].units[number]] = False
+        return rows
+
+    def _alone(self, name: str, measured: Sequence[tuple[float, Tensor]], budget: Budget) -> list[Option]:
+        """Return the options of one site."""
+        site = self.sites[name]
+        if isinstance(site, LayerSite):
+            return self._layers_alone(site, measured)
+        return [
+            Option(self.share_of_site(budget, name, row[list(site.units)]), error, {name: row})
+            for error, row in measured
+        ]
+
+    def _layers_alone(self, site: LayerSite, measured: Sequence[tuple[float, Tensor]]) -> list[Option]:
+        """Return options that take out layers of a list, those that change least first."""
+        errors = [error for error, _ in measured]
+        order = sorted(range(len(errors)), key=errors.__getitem__)
+        options = []
+        for count in range(len(order) - max(self.cut.floor, 1) + 1):
+            gone = order[:count]
+            places = tuple((site.name, number) for number in gone)
+            options.append(Option(count / len(order), sum(errors[number] for number in gone), {}, places))
+        return options
+
+    def _parts(
+        self, names: Sequence[str], measured: Mapping[str, Sequence[tuple[float, Tensor]]], budget: Budget
+    ) -> list[list[Option]]:
+        """Return the parts of the model that choose for themselves: layers that may go, and single sites elsewhere."""
+        lists = {name: site for name in names if isinstance(site := self.sites[name], LayerSite)}
+        inside: dict[tuple[str, int], list[list[Option]]] = {
+            (name, number): [] for name, site in lists.items() for number in range(site.num_units)
+        }
+        parts: list[list[Option]] = []
+        for name in names:
+            place = layer_of(name, lists)
+            if name not in lists:
+                (parts if place is None else inside[place]).append(self._alone(name, measured[name], budget))
+        for (name, number), of_sites in inside.items():
+            gone = ((name, number),)
+            saved = self.share_of_layer(budget, f"{name}.{number}")
+            without = Option(saved, measured[name][number][0], {}, gone)
+            parts.append([*map(_together, itertools.product(*of_sites)), without])
+        return parts
+
+
+def _together(options: tuple[Option, ...]) -> Option:
+    """Return several options as one."""
+    kept = {name: row for option in options for name, row in option.kept.items()}
+    return Option(sum(option.saved for option in options), sum(option.error for option in options), kept)

@@ -1,0 +1,244 @@
+"""Where units go: what each site alone, cut to several sizes and refitted, changes at the end of the model.
+
+Layerwise sensitivities joined by dynamic programming, as in SPDY (Frantar and Alistarh 2022, arXiv 2201.13096), ZipLM
+(Kurtić et al. 2023, arXiv 2302.04089) and K-prune (Park et al. 2024, arXiv 2308.03449).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from secateur.choosing.moments import Fit, Projection, moments_of
+from secateur.errors import UnsupportedModelError
+from secateur.settings import Cut, Reading
+from secateur.sites.gating import probe
+from secateur.sites.layers import LayerSite
+from secateur.sites.layout import Site
+from secateur.units.scores import Scores
+from secateur.units.select import select
+
+LEVELS = 8
+"""Sizes at which a site is tried, in equal steps from what its floor leaves up."""
+
+RIDGE = 1e-2
+"""Strength of the ridge of each trial's refit, in units of the mean second moment."""
+
+_BINS = 2000  # steps of the share that is saved, in the dynamic programme
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to cut a part of the model: the share it saves, what it changes at the end, and the units that stay.
+
+    `gone` names whole layers that go, by their list and their place in it now.
+    """
+
+    saved: float
+    error: float
+    kept: dict[str, Tensor]
+    gone: tuple[tuple[str, int], ...] = ()
+
+
+@torch.no_grad()
+def options_of_sites(
+    base: PreTrainedModel,
+    sites: Mapping[str, Site],
+    scores: Scores,
+    batches: Sequence[Mapping[str, Any]],
+    evaluator: EndError,
+    cut: Cut,
+    reading: Reading,
+) -> dict[str, list[tuple[float, Tensor]]]:
+    """Return, for each site, the error at the end and the units that stay, for every size, from whole to smallest.
+
+    Units go by their scores, lowest first. The output projection is refitted to those that stay, on `batches`, for as
+    long as a size is tried: of half of a site's units others can make up for much.
+    """
+    found: dict[str, list[tuple[float, Tensor]]] = {}
+    for name in tqdm(sites, desc="sensitivity", disable=not reading.progress, leave=False):
+        site = sites[name]
+        if isinstance(site, LayerSite):
+            found[name] = [(evaluator({name: row}), row) for row in _one_layer_less(site)]
+            continue
+        rows = _sizes(scores.only([name]), cut)
+        fitted = Projection(base, site)
+        moments = moments_of(base, fitted, batches, reading)
+        found[name] = [(0.0, rows[0])]
+        for row in rows[1:]:
+            there = row[list(site.units)]
+            with _refitted(fitted, moments, there):
+                found[name].append((evaluator({name: there.float()}), row))
+    return found
+
+
+def _one_layer_less(site: LayerSite) -> Iterator[Tensor]:
+    for number in range(site.num_units):
+        gate = torch.ones(site.num_units)
+        gate[number] = 0
+        yield gate
+
+
+def _sizes(scores: Scores, cut: Cut) -> list[Tensor]:
+    """Return the units that stay, bool `[original units]`, from all of them to as few as the floor leaves."""
+    name = next(iter(scores))
+    rows: dict[int, Tensor] = {}
+    for level in range(LEVELS + 1):
+        ratio = min(level / LEVELS, 1 - 1e-9)
+        row = select(scores, ratio, "uniform", cut.floor, cut.multiple)[name]
+        rows.setdefault(int(row.sum()), row)
+    return list(rows.values())
+
+
+@contextmanager
+def _refitted(projection: Projection, halves: Sequence[Any], kept: Tensor) -> Iterator[None]:
+    """Refit an output projection to the units in `kept` meanwhile."""
+    weight, bias = projection.weight.data, None if projection.bias is None else projection.bias.data
+    stays = projection.stays(kept)
+    try:
+        if halves:
+            fit = Fit(halves[0] + halves[1], stays, projection.rows, bias is not None)
+            projection.weight.data, moved = projection.refitted(fit, stays, RIDGE)
+            if projection.bias is not None and moved is not None:
+                projection.bias.data = moved
+        yield
+    finally:
+        projection.weight.data = weight
+        if projection.bias is not None and bias is not None:
+            projection.bias.data = bias
+
+
+class EndError:
+    """How far gates move the last hidden states of a model: the squared difference, as a share of their variance.
+
+    Over the tokens of `batches` that are no padding. Layers before the one that the gated site lies in are not run
+    again: `lists` are the model's lists of layers, and the last of those before returns what it returned.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, batches: Sequence[Mapping[str, Any]], lists: Mapping[str, LayerSite]
+    ) -> None:
+        self.base, self.batches, self.lists = base, batches, lists
+        self.dense = [self._states(batch) for batch in batches]
+        self.variance = float(torch.cat(self.dense).var(dim=0).mean())
+        self.place: tuple[str, int] | None = None
+        self.known: list[Any] = []  # what the layer before `place` returned, batch by batch
+
+    def __call__(self, gates: Mapping[str, Tensor]) -> float:
+        """Return the error under gates of one site, `[units]`."""
+        self._go_to(next(iter(gates)))
+        total, count = 0.0, 0
+        with probe(self.base, gates=gates):
+            for number, batch in enumerate(self.batches):
+                with self._from_place(number):
+                    states = self._states(batch)
+                total += float((states - self.dense[number]).square().sum())
+                count += states.numel()
+        return total / count / self.variance
+
+    def _states(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the last hidden states of the tokens that are no padding, `[tokens, width]`."""
+        states = getattr(self.base(**batch), "last_hidden_state", None)
+        if states is None:
+            raise UnsupportedModelError(
+                f"{type(self.base).__name__} returns no last hidden states to judge sites by; take `allocation` uniform"
+            )
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.shape == states.shape[:2]:
+            return states[mask.bool()].float()
+        return states.flatten(0, -2).float()
+
+    def _go_to(self, site: str) -> None:
+        """Learn what the layer before the one with this site returns, where that is not known yet."""
+        place = layer_of(site, self.lists)
+        if place == self.place:
+            return
+        self.place, self.known = place, []
+        if place is None or place[1] == 0:
+            return
+        before: Any = self.base.get_submodule(f"{place[0]}.{place[1] - 1}")
+        handle = before.register_forward_hook(lambda module, args, output: self.known.append(output))
+        try:
+            for batch in self.batches:
+                self.base(**batch)
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _from_place(self, number: int) -> Iterator[None]:
+        """Let the layers before the place return at once what the last of them is known to return."""
+        if self.place is None or not self.known:
+            yield
+            return
+        name, first = self.place
+        layers: Any = self.base.get_submodule(name)
+        with ExitStack() as stack:
+            for layer in list(layers)[:first]:
+                stack.enter_context(_returning(layer, self.known[number]))
+            yield
+
+
+@contextmanager
+def _returning(layer: nn.Module, output: Any) -> Iterator[None]:
+    before = vars(layer).get("forward")
+    vars(layer)["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(layer)["forward"]
+        else:
+            vars(layer)["forward"] = before
+
+
+def layer_of(site: str, lists: Mapping[str, LayerSite]) -> tuple[str, int] | None:
+    """Return the list and the number of the layer that a site lies in, None where it lies in none."""
+    for name in lists:
+        if site.startswith(f"{name}."):
+            return name, int(site[len(name) + 1 :].split(".")[0])
+    return None
+
+
+def cheapest(parts: Sequence[Sequence[Option]], needed: float) -> list[Option] | None:
+    """Return one option for each part so that they save `needed` together and their errors add up to least.
+
+    By dynamic programming over what is saved, in steps of a two-thousandth of the model, rounded down. None where no
+    choice saves as much.
+    """
+    target = int(np.ceil(needed * _BINS - 1e-9))
+    best = np.full(target + 1, np.inf)
+    best[0] = 0.0
+    taken: list[Any] = []
+    for options in parts:
+        totals = np.full((len(options), target + 1), np.inf)
+        for number, option in enumerate(options):
+            step = int(option.saved * _BINS + 1e-9)
+            moved = np.minimum(np.arange(target + 1) + step, target)
+            np.minimum.at(totals[number], moved, best + option.error)
+        taken.append((totals.argmin(axis=0), best))
+        best = totals.min(axis=0)
+    if not np.isfinite(best[target]):
+        return None
+    return _followed_back(parts, taken, target)
+
+
+def _followed_back(parts: Sequence[Sequence[Option]], taken: Sequence[Any], target: int) -> list[Option]:
+    """Return the options that led to `target`, from the last part to the first."""
+    chosen: list[Option] = []
+    place = target
+    for options, (choices, before) in zip(reversed(parts), reversed(taken), strict=True):
+        option = options[int(choices[place])]
+        chosen.append(option)
+        step = int(option.saved * _BINS + 1e-9)
+        # At the target all that saves enough meets: the cheapest way in came from anywhere within a step of it.
+        low = max(place - step, 0)
+        place = low + int(before[low : place + 1].argmin()) if place == target else low
+    return chosen[::-1]
