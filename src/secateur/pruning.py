@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import random
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from secateur.choosing.allocation import SensitivitySelection
 from secateur.choosing.budget import BudgetedSelection, BudgetOutcome
 from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError, UnsupportedModelError, invalid
@@ -25,15 +27,19 @@ from secateur.models.loading import load_model, load_tokenizer
 from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
+from secateur.relations import RELATED
 from secateur.removal.proof import TOLERANCE
 from secateur.removal.remove import remove_
+from secateur.restoring.distillation import FEWEST, distill_
+from secateur.restoring.quality import MOST_TEXTS, Quality, QualityJudge
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.score import AnyScorer, Labels, score
-from secateur.settings import AnyBudget, Cut, Reading, settings_of
+from secateur.settings import AnyAllocation, AnyBudget, Budget, Cut, Reading, Restore, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
 from secateur.sites.packing import pack
 from secateur.support.checks import check_whole
+from secateur.support.defaults import DISTILLATION_STEPS, UNITS
 from secateur.support.files import write_text
 from secateur.support.processes import is_shared
 from secateur.support.versions import __version__, environment
@@ -42,9 +48,15 @@ from secateur.texts.sources import reading_order
 from secateur.texts.tokenization import Text
 from secateur.units.masks import Mask, units_left
 from secateur.units.scores import Scores
-from secateur.units.select import Allocation, select
+from secateur.units.select import select
 
 _PROOF_TEXTS = 8
+
+RECIPE_TEXTS = 1024
+"""Texts that are scored and fitted on at most, where all are read to distil."""
+
+SENSITIVITY_TEXTS = 256
+"""Texts that say where units go."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,9 @@ class PruningReport:
     units: dict[str, tuple[int, int]] = field(default_factory=dict)
     refinement: tuple[float, ...] = ()
     reconstruction: tuple[float, ...] = ()
+    distillation: tuple[float, ...] = ()
+    steps: int = 0
+    quality: Quality | None = None
     tolerance: float = TOLERANCE
     versions: dict[str, str] = field(default_factory=environment)
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
@@ -118,6 +133,9 @@ class PruningReport:
             "units": {kind: list(counts) for kind, counts in self.units.items()},
             "refinement": list(self.refinement),
             "reconstruction": list(self.reconstruction),
+            "distillation": list(self.distillation),
+            "steps": self.steps,
+            "quality": None if self.quality is None else self.quality.to_json(),
             "scores": self._of_heads(self.scores.to_json()["scores"]),
             "kept_heads": self._of_heads(self.mask.kept),
             "kept_neurons": {
@@ -149,11 +167,12 @@ def prune(
     budget: AnyBudget | None = None,
     units: Collection[str] | None = None,
     scorer: AnyScorer = DEFAULT_SCORER,
-    allocation: Allocation = "uniform",
+    allocation: AnyAllocation | None = None,
     floor: int = 1,
     exclude: Sequence[str] = (),
     refine: int = 0,
-    restore: Literal["none", "reconstruct"] = "none",
+    restore: Restore | None = None,
+    steps: int = DISTILLATION_STEPS,
     labels: Labels | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     reading: Reading | None = None,
@@ -171,11 +190,16 @@ def prune(
         units: kinds of units that may go, of "heads", "neurons" and "layers". None = those that the budget names, heads
             and neurons for a budget that counts all, and heads for a ratio.
         scorer: the criterion, or one for each kind of unit, as `score` takes it, with `options` for its constructor.
-        allocation: the same share at every site ("uniform"), or by one ranking of the whole model ("ranking").
+        allocation: the same share at every site ("uniform", the paper's), by one ranking of the whole model
+            ("ranking"), or by what each site alone changes at the end of the model ("sensitivity"). None =
+            "sensitivity" where neurons or layers may go within a budget that counts all, and "uniform" elsewhere.
         floor: units that every site keeps at least.
         exclude: patterns of the names of sites that stay whole, such as "encoder.layer.0.*".
         refine: exchanges of heads that `refine_mask` tries on the scored texts.
-        restore: "reconstruct" refits what the kept heads write on these texts, as `reconstruct_` does; "none" does not.
+        restore: "reconstruct" refits what the kept units write on these texts, as `reconstruct_` does, "distill" also
+            teaches the smaller model on them, as `distill_` does, and "none" does neither. None = "distill" where the
+            allocation is by sensitivity by default, and "none" elsewhere. A step that needs more texts is left out.
+        steps: optimiser updates of the distillation.
         labels: one for each text, for scorers that need them.
         tokenizer: of the model; looked up by its name where absent.
         reading: how the texts are read, and on which device.
@@ -183,20 +207,37 @@ def prune(
     Raises what the steps raise, before or after which `model` is what it was.
     """
     check_whole("refine", refine, 0)
-    if restore not in ("none", "reconstruct"):
-        raise invalid("restore", "be 'none' or 'reconstruct'", restore)
+    check_whole("steps", steps)
+    if restore not in (None, *get_args(Restore)):
+        raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
     reading, texts = settings_of(reading, Reading), texts_of(texts)
-    cut = Cut(pruning_ratio, allocation, floor, budget, units, exclude=tuple(exclude))
+    cut = Cut(pruning_ratio, allocation or "uniform", floor, budget, units, exclude=tuple(exclude))
+    cut, restore = _recommended(cut, allocation, restore, texts)
     _check_steps(texts, cut, refine, restore, reading)
-    work = _Pruning(model, texts, tokenizer, cut, reading)
+    work = _Pruning(model, texts, tokenizer, cut, restore, reading)
     scores = work.score(scorer, labels, options)
     mask = work.select(scores)
     if refine:
         mask = work.refine(mask, refine)
-    if restore == "reconstruct":
+    if restore != "none":
         work.reconstruct(mask)
     work.remove(mask)
+    if restore == "distill":
+        work.distill(steps)
+    work.judge()
     return work.smaller, PruningReport(**work.facts)
+
+
+def _recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> tuple[Cut, Restore]:
+    """Fill in what was not asked for: need and distillation where a budget takes more than heads."""
+    of_all = any(budget.quantity not in UNITS for budget in cut.budgets)
+    deep = of_all and cut.kinds != ("heads",) and isinstance(texts, Sequence) and len(texts) >= FEWEST
+    if allocation is None and deep:
+        cut = replace(cut, allocation="sensitivity")
+    elif allocation == "sensitivity" and not cut.budgets:
+        limit = 1 - cut.pruning_ratio
+        cut = replace(cut, budget=[Budget(kind, limit) for kind in cut.kinds])  # type: ignore[arg-type]
+    return cut, restore or ("distill" if deep and allocation is None else "none")
 
 
 def _check_steps(texts: Any, cut: Cut, refine: int, restore: str, reading: Reading) -> None:
@@ -216,10 +257,20 @@ def _check_steps(texts: Any, cut: Cut, refine: int, restore: str, reading: Readi
             )
 
 
+def _with_held_out(texts: Sequence[Text], seed: int) -> tuple[list[Text], list[Text]]:
+    """Return the texts without one of ten, at most 256, drawn with the seed, and these."""
+    count = min(len(texts) // 10, MOST_TEXTS)
+    if count < RELATED:
+        return list(texts), []
+    chosen = set(random.Random(seed).sample(range(len(texts)), count))
+    left = [text for number, text in enumerate(texts) if number not in chosen]
+    return left, [texts[number] for number in sorted(chosen)]
+
+
 class _Pruning:
     """A pruning on its way: the copy that gets smaller, prepared once, and the report's `facts` so far."""
 
-    def __init__(self, model: Any, texts: Any, tokenizer: Any, cut: Cut, reading: Reading) -> None:
+    def __init__(self, model: Any, texts: Any, tokenizer: Any, cut: Cut, restore: Restore, reading: Reading) -> None:
         if isinstance(model, str | Path):
             self.name = str(model)
             tokenizer = load_tokenizer(model) if tokenizer is None and texts is not None else tokenizer
@@ -231,6 +282,12 @@ class _Pruning:
             self.smaller = copy.deepcopy(model)
         self.prepared = PreparedModel(self.smaller, tokenizer, reading)
         self.model, self.cut, self.reading = self.prepared.model, cut, reading
+        self.teacher = copy.deepcopy(self.model) if restore == "distill" else None
+        held_out: Sequence[Text] = ()
+        if restore == "distill":
+            texts, held_out = _with_held_out(texts, reading.seed)
+            if reading.stop == "all":
+                self.reading = reading = replace(reading, stop=min(RECIPE_TEXTS, len(texts)))
         self.read: Sequence[Text] = []  # what was read of the texts, in that order; of a stream the first few
         if texts is None or isinstance(texts, Sequence):
             self.texts: Iterable[Text] | None = texts
@@ -248,9 +305,14 @@ class _Pruning:
         self.sites = self.prepared.sites_of(cut.kinds)
         if "heads" in cut.kinds:
             check_heads(self.model, before.heads)
+        self.quality = QualityJudge(self.prepared, held_out, reading) if held_out else None
         self.within: BudgetedSelection | None = None
-        if cut.budgets:
+        if cut.allocation == "sensitivity":
+            fitted = [self.texts[i] for i in reading_order(self.texts, self.reading)][:SENSITIVITY_TEXTS]
+            self.within = SensitivitySelection(self.prepared, cut, fitted, reading, self.sites)
+        elif cut.budgets:
             self.within = BudgetedSelection(self.model, cut, reading.progress, self.sites)
+        if self.within is not None:
             self.cut = replace(cut, pruning_ratio=self.within.expected_ratio)
         self.facts: dict[str, Any] = {
             "model": self.name, "allocation": cut.allocation, "seed": reading.seed, "before": before,
@@ -292,7 +354,7 @@ class _Pruning:
         ratio = self.cut.pruning_ratio
         if self.within is None:
             may_go = self.cut.may_go(scores)
-            mask = select(may_go, ratio, self.cut.allocation, self.cut.floor, self.cut.multiple)
+            mask = select(may_go, ratio, self.cut.ranked, self.cut.floor, self.cut.multiple)
         else:
             mask, ratio = self.within.select(scores)
         self.facts["requested_ratio"] = ratio
@@ -301,7 +363,7 @@ class _Pruning:
     def refine(self, mask: Mask, steps: int) -> Mask:
         """Exchange heads while that helps."""
         mask, losses = refine_mask(
-            self.prepared, mask, self.read, steps=steps, allocation=self.cut.allocation, floor=self.cut.floor,
+            self.prepared, mask, self.read, steps=steps, allocation=self.cut.ranked, floor=self.cut.floor,
             reading=self.reading,
         )  # fmt: skip
         self.facts["refinement"] = tuple(losses)
@@ -313,6 +375,25 @@ class _Pruning:
         self.facts["reconstruction"] = (before, after)
         if after < before:
             self.record["reconstructed"] = True
+
+    def distill(self, steps: int) -> None:
+        """Teach the smaller model what the dense one computes, on all texts but those held out."""
+        assert self.teacher is not None
+        assert isinstance(self.texts, Sequence)
+        layers = {
+            name: kept for name, kept in self.facts["mask"].kept.items() if self.facts["scores"].kinds[name] == "layers"
+        }
+        before, after = distill_(
+            self.model, self.teacher, self.texts, self.prepared.tokenizer, steps=steps, layers=layers,
+            reading=replace(self.reading, stop="all"),
+        )  # fmt: skip
+        self.facts |= {"distillation": (before, after), "steps": steps}
+        self.teacher = None
+
+    def judge(self) -> None:
+        """See what is left of the model on the texts held out."""
+        if self.quality is not None:
+            self.facts["quality"] = self.quality()
 
     def remove(self, mask: Mask) -> None:
         """Remove what the mask drops, prove it, and measure what is left."""

@@ -21,7 +21,7 @@ from secateur.cli.options import (
 )
 from secateur.cli.saving import save_model
 from secateur.cli.scoring import calibration_of, ends_as_main, processes, scorer_of, scoring_options, settled
-from secateur.support.defaults import FLOOR, PRUNING_RATIO
+from secateur.support.defaults import DISTILLATION_STEPS, FLOOR, PRUNING_RATIO
 from secateur.support.files import check_new_folder, new_folder
 from secateur.support.run_files import PAGE
 
@@ -39,8 +39,9 @@ cutting_options = together(
         help="Instead of a ratio, what may remain: macs=0.5, params=0.8, latency=0.8x@8x128, heads=0.75,neurons=0.5.",
     ),
     click.option(
-        "--allocation", default="uniform", show_default=True, type=click.Choice(["uniform", "ranking"]),
-        help="The same ratio at every site, or one ranking over the model.",
+        "--allocation", default=None, type=click.Choice(["uniform", "ranking", "sensitivity"]),
+        help="The same ratio at every site, one ranking over the model, or by what each site alone changes at the end "
+        "[default: sensitivity where neurons or layers go within a budget, else uniform].",
     ),
     click.option(
         "--floor", default=FLOOR, show_default=True, type=click.IntRange(0), help="Units a site keeps at least."
@@ -54,9 +55,12 @@ cutting_options = together(
         help="Exchanges of heads to try on the texts after scoring, no labels; each takes a pass.",
     ),
     click.option(
-        "--restore", default="none", show_default=True, type=click.Choice(["none", "reconstruct"]),
-        help="reconstruct: refit what the kept units write on the texts, no labels, so that it makes up for the "
-        "others.",
+        "--restore", default=None, type=click.Choice(["none", "reconstruct", "distill"]),
+        help="How far quality is restored, without labels: refit what the kept units write, and teach the smaller "
+        "model what the dense one computes [default: distill where neurons or layers go within a budget, else none].",
+    ),
+    click.option(
+        "--steps", default=DISTILLATION_STEPS, show_default=True, type=click.IntRange(1), help="Updates of distill."
     ),
 )  # fmt: skip
 
@@ -114,14 +118,14 @@ def _cut(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
     budget = options["budget"]
     if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("`ratio` must be left out where there is a `--budget`")
-    named = {name: options[name] for name in ("allocation", "floor", "units", "exclude", "refine", "restore")}
+    named = {name: options[name] for name in ("allocation", "floor", "units", "exclude", "refine", "restore", "steps")}
     return {"pruning_ratio": options["ratio"], "budget": budget, **named}
 
 
 def _echo(report: PruningReport, texts: Iterable[Text], out: Path) -> None:
     """Say what was removed, what that saves, and what each step gave."""
     from secateur.cli.tables import print_table, pruning_table
-    from secateur.report.relational_kl import reconstruction_line, refinement_line
+    from secateur.report.relational_kl import distillation_line, reconstruction_line, refinement_line
 
     print_table(pruning_table(report))
     click.echo(f"{report}\nproof: largest difference to the gated model {report.max_difference:.1e}")
@@ -132,4 +136,8 @@ def _echo(report: PruningReport, texts: Iterable[Text], out: Path) -> None:
     if report.reconstruction:
         before, after = report.reconstruction
         click.echo(reconstruction_line(before, after))
+    if report.distillation:
+        click.echo(distillation_line(*report.distillation, report.steps))
+    if report.quality is not None:
+        click.echo(f"quality: {report.quality}")
     click.echo(f"model: {out}\nreport: {out / PAGE}")

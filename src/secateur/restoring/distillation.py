@@ -23,7 +23,8 @@ from secateur.models.offload import check_loaded, device_of
 from secateur.models.state import check_plain_weights, check_takes_gradients, evaluation_mode, held, in_float32
 from secateur.relations import RELATED, gated_representations, relational_kl, with_relations
 from secateur.settings import Reading, settings_of
-from secateur.sites.recipe import KEY
+from secateur.sites.layers import LayerSite
+from secateur.sites.recipe import KEY, read_recipe
 from secateur.support.checks import check_positive, check_whole
 from secateur.support.defaults import DISTILLATION_RATE, DISTILLATION_STEPS
 from secateur.texts.calibration import PreparedModel, is_pair, listed_texts
@@ -42,16 +43,21 @@ def distill_(
     *,
     steps: int = DISTILLATION_STEPS,
     learning_rate: float = DISTILLATION_RATE,
+    layers: Mapping[str, Sequence[int]] | None = None,
     reading: Reading | None = None,
 ) -> tuple[float, float]:
     """Teach a pruned `model`, in place and without labels, to compute what `teacher`, the model before pruning, does.
 
-    Removing heads leaves every hidden state as wide as it was, so that each can be held against the teacher's own:
+    Removing units leaves every hidden state as wide as it was, so that each can be held against the teacher's own:
     the loss is the squared difference of the hidden states at every layer, over the tokens that are no padding, as a
     share of the variance of the teacher's, mean over layers (hidden-state distillation: Jiao et al. 2020, arXiv
     1909.10351; without their maps between widths). Dropout is off. Trained are the base model's parameters that ask
     for gradients, but for the table of input embeddings, as texts show few of its rows; a task's head stays as it is.
     AdamW, `learning_rate` at its height after a tenth of the `steps`, then falling to 0, where the model lies.
+
+    Of a list that lost layers, each layer that stays stands for itself and for those that went before it, and the last
+    one for all to the end: its hidden state is held against what the teacher has after them. `layers` has the original
+    numbers of the layers that stay, by the list's name; None = what the recipe says.
 
     One text of ten, at most 256, teaches nothing and judges: returns the relational KL from the teacher on these,
     before and after. Where it is no lower after, or something fails, the weights are what they were.
@@ -79,7 +85,7 @@ def distill_(
     device = torch.device(str(reading.device))
     with held(student), held(master), evaluation_mode(student), _on(master, device), torch.inference_mode(False):
         batches = with_relations(prepared.batches(held_out, reading.batch_size))
-        pair = _Pair(student, master)
+        pair = _Pair(student, master, _kept_layers(student) if layers is None else layers)
         _check_same_shapes(pair, batches[0])
         evaluate = partial(_relational_kl, pair, batches, is_pair(texts))
         before = evaluate()
@@ -126,8 +132,9 @@ def _teach(
 class _Pair(nn.Module):
     """The student, whose loss is how far its hidden states are from those of a teacher that is no part of it."""
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, layers: Mapping[str, Sequence[int]]) -> None:
         super().__init__()
+        self.layers = layers
         self.student, self.arguments = student, ForwardArguments(student, [])
         self.models = (student, teacher)  # a tuple registers no module, so that nobody trains or moves the teacher
 
@@ -142,15 +149,47 @@ class _Pair(nn.Module):
             wanted = _hidden_states(teacher, arguments)
         found = _hidden_states(student, arguments)
         mask = arguments.get("attention_mask")
-        shares = [_share(one, other, mask) for one, other in zip(found, wanted, strict=True)]
+        shares = [_share(one, other, mask) for one, other in self.matched(found, wanted)]
         return {"loss": torch.stack(shares).mean()}
 
+    def matched(
+        self, found: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Sequence[Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return each hidden state of the student beside the teacher's that it is held against."""
+        pairs = []
+        for name, states in found.items():
+            numbers = self._numbers(name, len(states), len(wanted.get(name, ())))
+            pairs += [(state, wanted[name][number]) for state, number in zip(states, numbers, strict=True)]
+        return pairs
 
-def _hidden_states(model: PreTrainedModel, arguments: Mapping[str, Any]) -> list[Tensor]:
+    def _numbers(self, name: str, own: int, there: int) -> Sequence[int]:
+        """Return which of the teacher's hidden states, `there` in number, the student's `own` stand for."""
+        if own == there:
+            return range(own)
+        half = name.removesuffix("hidden_states").rstrip("_")  # encoder, decoder, or nothing
+        known = [kept for path, kept in self.layers.items() if half in path and len(kept) == own - 1]
+        if not known or known[0][-1] >= there - 1:
+            raise InvalidInputError(
+                f"`teacher` must be the model before pruning, got {there} hidden states where the pruned model has "
+                f"{own}, and which layers went is not known; name those that stay in `layers`"
+            )
+        return [0, *(number + 1 for number in known[0][:-1]), there - 1]
+
+
+def _kept_layers(student: PreTrainedModel) -> dict[str, Sequence[int]]:
+    """Return the layers that stay of every list that lost some, as the recipe tells."""
+    recipe = read_recipe(student.config)
+    sites = {} if recipe is None else recipe.sites
+    return {
+        name: recipe.kept[name] for name, site in sites.items() if isinstance(site, LayerSite) and recipe is not None
+    }
+
+
+def _hidden_states(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, Sequence[Tensor]]:
     """Return the hidden states of every layer, the embeddings first, of an encoder and of a decoder where there are."""
     outputs = model(**arguments, output_hidden_states=True)
     names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
-    found = [state for name in names for state in getattr(outputs, name, None) or ()]
+    found = {name: states for name in names if (states := getattr(outputs, name, None))}
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} returns no hidden states to distil")
     return found
@@ -166,15 +205,16 @@ def _share(found: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def _check_same_shapes(pair: _Pair, batch: Mapping[str, Any]) -> None:
-    shapes = []
+    states = []
     for model in pair.models:
         with evaluation_mode(model):
-            shapes.append([tuple(state.shape) for state in _hidden_states(model, pair.arguments.of(batch))])
-    if shapes[0] != shapes[1]:
-        widths = [f"{len(one)} hidden states {one[-1][-1]} wide" for one in shapes]
-        raise InvalidInputError(
-            f"`teacher` must be the model before pruning, got {widths[1]} where the pruned model has {widths[0]}"
-        )
+            states.append(_hidden_states(model, pair.arguments.of(batch)))
+    for found, wanted in pair.matched(*states):
+        if found.shape != wanted.shape:
+            raise InvalidInputError(
+                f"`teacher` must be the model before pruning, got hidden states {wanted.shape[-1]} wide where the "
+                f"pruned model has {found.shape[-1]}"
+            )
 
 
 @torch.no_grad()

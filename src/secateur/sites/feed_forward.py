@@ -81,9 +81,10 @@ def read_slice(name: str, projection: nn.Module) -> Slice:
 
 
 def rows_of_tokens(taken: Tensor, axis: int, mask: Tensor | None) -> Tensor:
-    """Return what a projection is given as `[tokens, channels]`, without the padding that `mask` `[batch, tokens]` says.
+    """Return what a projection is given as `[tokens, channels]`, without padding.
 
-    `axis` is that of the channels. A mask of another shape counts as none.
+    `axis` is that of the channels; `mask` `[batch, tokens]` says what is no padding, and counts as none in another
+    shape.
     """
     taken = taken.movedim(axis, -1)
     if mask is not None and mask.shape == taken.shape[:-1]:
