@@ -21,10 +21,11 @@ from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError, invalid
 from secateur.measuring.cost import ModelCost, check_heads, measure_cost
 from secateur.models.base_model import base_of
-from secateur.models.loading import load_model, load_tokenizer
+from secateur.models.loading import find_tokenizer, load_model, load_tokenizer
 from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
+from secateur.models.tokenizer_saving import note_tokenizer_
 from secateur.removal.proof import TOLERANCE
 from secateur.removal.remove import remove_
 from secateur.restoring.reconstruction import reconstruct_
@@ -198,7 +199,8 @@ class _Pruning:
     def __init__(self, model: Any, texts: Any, tokenizer: Any, cut: Cut, reading: Reading) -> None:
         if isinstance(model, str | Path):
             self.name = str(model)
-            tokenizer = load_tokenizer(model) if tokenizer is None and texts is not None else tokenizer
+            if tokenizer is None:
+                tokenizer = find_tokenizer(model) if texts is None else load_tokenizer(model)
             self.smaller: Any = load_model(model, reading.device)
         else:
             inner = transformer_of(model)
@@ -282,6 +284,8 @@ class _Pruning:
         about = {"scorer": self.facts["scorer"], "allocation": self.cut.allocation, "base_model": self.name}
         record = {**about, "secateur_version": __version__, **self.record}
         removal = remove_(self.model, mask, inputs=inputs, sites=self.prepared.sites, record=record)
+        if self.prepared.knows_tokenizer:
+            note_tokenizer_(self.model, self.prepared.tokenizer)
         self.facts |= {
             "mask": removal.mask, "max_difference": removal.max_difference, "after": measure_cost(self.model),
             "budget": None if self.within is None else self.within.outcome(mask, self.model),

@@ -17,6 +17,7 @@ from secateur.finetuning.evaluate import EVALUATION, check_model_fits, evaluate_
 from secateur.finetuning.trainer import train, training_device
 from secateur.models.base_model import base_of
 from secateur.models.loading import check_device, load_model, load_tokenizer, quiet_transformers
+from secateur.models.tokenizer_saving import save_tokenizer
 from secateur.settings import Reading, said_of, settings_of
 from secateur.support.checks import check_positive
 from secateur.support.defaults import FINETUNING_EPOCHS, FINETUNING_RATE
@@ -94,15 +95,11 @@ def finetune(
             if folder is not None:
                 name = model.name_or_path if is_loaded else str(model_or_path)
                 settings = {"model": name, "task": task.name, "epochs": epochs, "learning_rate": learning_rate}
-                _save(model, tokenizer, folder, result, {**settings, **said_of(reading)})
+                model.save_pretrained(folder)
+                save_tokenizer(tokenizer, None if is_loaded else name, folder)
+                about = {**asdict(result), "settings": {**settings, **said_of(reading)}}
+                write_text(folder / FINETUNING, json.dumps(about, indent=1))
     return model, result
-
-
-def _save(model: Any, tokenizer: Any, folder: Path, result: FinetuneResult, settings: dict[str, Any]) -> None:
-    """Write the model with its tokenizer, and what its training gave."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_text(folder / FINETUNING, json.dumps({**asdict(result), "settings": settings}, indent=1))
 
 
 def _check_device(reading: Reading) -> None:

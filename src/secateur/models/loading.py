@@ -12,9 +12,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid
+from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid, shown
 from secateur.models.classifier import CLASSIFIERS, is_classifier
+from secateur.models.originals import original_name, originals
 from secateur.models.sentence_transformers import transformer_folder
+from secateur.support.checks import knows_words
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
 _SMALL = 300_000_000  # bytes that load in about a second, for which a progress bar is noise
@@ -74,13 +76,23 @@ def load_model(
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or Hub id. Raises `InvalidInputError` where there is none."""
+    """Load the tokenizer of a folder or Hub id.
+
+    Where it has no tokenizer files, transformers makes one up that knows no word. Then the tokenizer of the original
+    is taken that the recipe of a pruned model names, if that is on this machine. Raises `InvalidInputError` where
+    there is none, and for one that cannot be loaded.
+    """
     _check_exists(model)
-    source, from_file = _source(model)
-    try:
-        return AutoTokenizer.from_pretrained(source, **_access(model), **from_file)
-    except Exception as error:
-        raise InvalidInputError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
+    found = _own_tokenizer(model) or _tokenizer_of_original(model)
+    if found is None:
+        name = original_name(model)
+        origin = "" if name is None else f" (pruned from {shown(name)})"
+        save = f"{'save_pretrained' if Path(model).exists() else 'push_to_hub'}({str(model)!r})"
+        raise InvalidInputError(
+            f"{model}{origin} has no tokenizer files that know words; save the original's beside it: "
+            f"AutoTokenizer.from_pretrained(ORIGINAL).{save}, or pass `tokenizer=` in Python"
+        )
+    return found
 
 
 def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
@@ -88,13 +100,10 @@ def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
 
     Raises `InvalidInputError` for a tokenizer in a folder that is there but cannot be loaded.
     """
-    path = Path(model)
-    if path.is_dir() and not any(f.name.startswith(_TOKENIZER_FILES) for f in transformer_folder(path).iterdir()):
-        return None
     try:
         return load_tokenizer(model)
     except InvalidInputError:
-        if path.exists():
+        if Path(model).exists() and not _lacks_tokenizer_files(model):
             raise
         return None
 
@@ -130,6 +139,37 @@ def check_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, TypeError):
         raise invalid("device", "be a device that this machine has, such as 'cpu'", str(device)) from None
     return chosen
+
+
+def _own_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that lies in a folder or Hub repository; None where transformers would make one up."""
+    source, from_file = _source(model)
+    try:
+        found = AutoTokenizer.from_pretrained(source, **_access(model), **from_file)
+    except Exception as error:
+        if _lacks_tokenizer_files(model):
+            return None
+        raise InvalidInputError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
+    return found if knows_words(found) else None
+
+
+def _tokenizer_of_original(model: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of what a model was pruned from; None where that has none, or is not on this machine."""
+    for original in originals(model):
+        try:
+            _check_exists(original)
+            found = _own_tokenizer(original)
+        except InvalidInputError:
+            return None
+        if found is not None:
+            return found
+    return None
+
+
+def _lacks_tokenizer_files(model: str | Path) -> bool:
+    """Whether `model` is a folder in which no file is called like one of a tokenizer."""
+    path = Path(model)
+    return path.is_dir() and not any(f.name.startswith(_TOKENIZER_FILES) for f in transformer_folder(path).iterdir())
 
 
 def _source(model: str | Path) -> tuple[str | Path, dict[str, str]]:

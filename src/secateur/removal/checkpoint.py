@@ -5,7 +5,7 @@ It is wrapped once: a model whose config carries a `head_pruning` recipe is narr
 original function alone. Constructors note what they build (construction.py), as it may be a part of another model. The
 `pruned_heads` of a transformers-4 config are turned into a recipe on the way. Saving needs nothing where the config of
 the model that is saved carries the recipe. `save_pretrained` is wrapped for the others, which lost heads from a model
-inside them.
+inside them, and for the tokenizer that `prune` read texts with.
 
 `PreTrainedModel` gets a `__call__` of its own as well, which warns of `head_mask`: transformers 5 ignores it silently.
 """
@@ -57,7 +57,12 @@ def install() -> None:
         adapter_alone = getattr(self, "_hf_peft_config_loaded", False)  # then no config is written
         if not adapter_alone and any(getattr(config, "head_pruning", None) is not None for config in _configs(self)):
             _complete_config_(self)
-        return save(self, *args, **kwargs)
+        result = save(self, *args, **kwargs)
+        if not adapter_alone:
+            from secateur.models.tokenizer_saving import save_noted_tokenizer
+
+            save_noted_tokenizer(self, *args, **kwargs)
+        return result
 
     PreTrainedModel.save_pretrained = save_pretrained
 

@@ -250,11 +250,16 @@ def _write_recipe(
         originals,
         bypassed=tuple(dict.fromkeys([*earlier.bypassed, *special.bypassed])),
         reshaped=tuple(dict.fromkeys([*earlier.reshaped, *special.reshaped])),
-        record={**earlier.record, **record, "pruning_ratio": round(ratio, 6)},
+        record={**_origin(base), **earlier.record, **record, "pruning_ratio": round(ratio, 6)},
     )
     for config in (model.config, base.config):
         setattr(config, KEY, recipe.to_json())
     setattr(base, REMOVED, True)
+
+
+def _origin(base: PreTrainedModel) -> dict[str, str]:
+    """Return for the record what the model was loaded from: there the tokenizer is, and the whole model."""
+    return {"base_model": base.name_or_path} if base.name_or_path else {}
 
 
 def give_own_configs_(model: nn.Module) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoModel, PreTrainedModel
 
 from secateur.errors import InvalidInputError, shown
 from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs
 from secateur.models.loading import load_model
+from secateur.models.originals import on_this_machine
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
 from secateur.removal.remove import gated
 from secateur.sites.attention import find_sites
@@ -77,7 +77,13 @@ def load_original(
     name = recipe.record.get("base_model") if against is None else against
     if not isinstance(name, str | Path) or not str(name):
         raise InvalidInputError(f"{folder} does not say what it was pruned from; give the original with `--against`")
-    original = load_model(name if against is not None else _on_this_machine(name, folder), device, AutoModel)
+    place = name if against is not None else on_this_machine(name)
+    if place is None:
+        raise InvalidInputError(
+            f"{folder} was pruned from {shown(name)}, which is not on this machine; what a checkpoint names is not "
+            "fetched, so give the original with `--against`"
+        )
+    original = load_model(place, device, AutoModel)
     sizes = [getattr(base_of(model).config, "vocab_size", None) for model in (pruned, original)]
     if sizes[0] != sizes[1]:
         raise InvalidInputError(f"{folder} was not pruned from {name}: their vocabularies have {sizes} tokens")
@@ -100,16 +106,3 @@ def take_output_projections_(original: PreTrainedModel, pruned: PreTrainedModel,
             source = sources.get(piece.parameter)
             if source is not None and source.movedim(piece.axis, 0).shape == rows[there].shape:
                 rows[there] = source.movedim(piece.axis, 0).to(rows)
-
-
-def _on_this_machine(name: str | Path, folder: str | Path) -> str | Path:
-    """Return where the model is that a checkpoint names, in its own folder or the cache of the Hub's files."""
-    if Path(name).exists():
-        return name
-    try:
-        return snapshot_download(str(name), local_files_only=True)
-    except (OSError, ValueError):
-        raise InvalidInputError(
-            f"{folder} was pruned from {shown(name)}, which is not on this machine; what a checkpoint names is not "
-            "fetched, so give the original with `--against`"
-        ) from None
