@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +22,7 @@ from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError, invalid
 from secateur.measuring.cost import ModelCost, check_heads, measure_cost
 from secateur.models.base_model import base_of
-from secateur.models.loading import find_tokenizer, load_model, load_tokenizer
+from secateur.models.loading import load_model, load_tokenizer
 from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
@@ -200,7 +201,8 @@ class _Pruning:
         if isinstance(model, str | Path):
             self.name = str(model)
             if tokenizer is None:
-                tokenizer = find_tokenizer(model) if texts is None else load_tokenizer(model)
+                with nullcontext() if texts is not None else suppress(InvalidInputError):  # else it is only saved
+                    tokenizer = load_tokenizer(model)
             self.smaller: Any = load_model(model, reading.device)
         else:
             inner = transformer_of(model)

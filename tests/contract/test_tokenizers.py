@@ -155,7 +155,13 @@ def test_an_original_in_the_cache_of_the_hub_is_taken(small, dense, tmp_path, mo
     shutil.copytree(dense, repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
-    assert ids(load_tokenizer(small)) == ids(tiny_tokenizer())
+    for name in (small, "someone/original"):
+        assert ids(load_tokenizer(name)) == ids(tiny_tokenizer())
+    without_tokenizer(repository / "snapshots" / ("a" * 40))
+    with pytest.raises(InvalidInputError, match=f"^someone/original {REMEDY}.*push_to_hub"):
+        load_tokenizer("someone/original")
+    with pytest.raises(InvalidInputError, match=REMEDY):
+        load_tokenizer(small)
 
 
 def test_originals_of_originals(small, tmp_path):
@@ -207,6 +213,13 @@ def test_a_pruned_model_is_saved_with_its_tokenizer(scorer, dense, tmp_path):
     model, _ = secateur.prune(dense, TEXTS if scorer == "contribution" else None, scorer=scorer, reading=READING)
     model.save_pretrained(tmp_path / "small")
     assert ids(AutoTokenizer.from_pretrained(tmp_path / "small")) == ids(tiny_tokenizer())
+
+
+def test_what_reads_no_text_needs_no_tokenizer(small, dense, tmp_path):
+    shutil.rmtree(dense)
+    model, _ = secateur.prune(small, scorer="magnitude", reading=READING)
+    model.save_pretrained(tmp_path / "smaller")
+    assert not list((tmp_path / "smaller").glob("tokenizer*"))
 
 
 def test_a_tokenizer_that_was_given_is_saved_and_one_that_lies_there_stays(dense, tmp_path):

@@ -97,9 +97,12 @@ def finetune(
                 settings = {"model": name, "task": task.name, "epochs": epochs, "learning_rate": learning_rate}
                 model.save_pretrained(folder)
                 save_tokenizer(tokenizer, None if is_loaded else name, folder)
-                about = {**asdict(result), "settings": {**settings, **said_of(reading)}}
-                write_text(folder / FINETUNING, json.dumps(about, indent=1))
+                _save_result(result, {**settings, **said_of(reading)}, folder)
     return model, result
+
+
+def _save_result(result: FinetuneResult, settings: dict[str, Any], folder: Path) -> None:
+    write_text(folder / FINETUNING, json.dumps({**asdict(result), "settings": settings}, indent=1))
 
 
 def _check_device(reading: Reading) -> None:
