@@ -19,6 +19,7 @@ from secateur.comparing.folder import differences
 from secateur.comparing.plan import DENSE, Settings, plan
 from secateur.comparing.protocols import PROTOCOLS, Protocol
 from secateur.errors import InvalidInputError
+from secateur.report.numbers import DASH
 from secateur.support.files import append_line, read_lines
 from tests.support.processes import command
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
@@ -173,6 +174,26 @@ def test_the_learning_rate_and_the_epochs_replace_the_protocols(settings, whole,
     slow = compare(changed, tmp_path / "slow", progress=False)[0]
     usual = whole[0][0]
     assert slow["train_loss"] > usual["train_loss"]
+
+
+def test_a_dense_model_that_learned_nothing_is_said_to(folder, tmp_path, monkeypatch, capsys):
+    """Where every run gives the same answers, random heads would keep 100%."""
+    monkeypatch.setitem(PROTOCOLS, "lite", replace(SHORT, learning_rate=1e-9))
+    out = tmp_path / "c"
+    line = ["compare", "--model", folder / "model", "--data", folder / "singles", "--scorer", "random", "--seeds", "1"]
+    assert (
+        cli.main([str(word) for word in [*line, "--texts", "8", "--jobs", "1", "--device", "cpu", "--out", out]]) == 0
+    )
+    printed, page = capsys.readouterr().out, (out / "report.html").read_text()
+    (dense, _) = read_lines(out / "runs.jsonl")
+    labels = [row.split("\t")[1] for row in (folder / "singles/dev.tsv").read_text().splitlines()[1:]]
+    assert dense["value"] <= dense["constant"] == max(labels.count(each) for each in "01") / len(labels)
+    for shown in (printed, page):
+        assert "singles: in 1 of 1 runs the dense model is no better than a constant answer" in shown
+        assert "more training texts, more epochs or another learning rate" in shown
+        assert "100.0%" not in shown
+    assert DASH in printed
+    assert "highest retention" not in page
 
 
 def test_scorers_that_need_labels_or_the_ratio_get_them(settings, tmp_path):
