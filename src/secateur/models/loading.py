@@ -16,7 +16,7 @@ from secateur.errors import CheckpointError, InvalidInputError, SecateurError, S
 from secateur.models.classifier import CLASSIFIERS, is_classifier
 from secateur.models.sentence_transformers import transformer_folder
 
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
 _SMALL = 300_000_000  # bytes that load in about a second, for which a progress bar is noise
 
 
@@ -40,7 +40,7 @@ def load_model(
     classifier is asked for and the config names none; else a `SecateurWarning`, but for another class than the config
     names: who asks for one, such as one with a new head, knows what is new in it.
     """
-    _check_exists(model)
+    check_exists(model)
     own_class = model_class is None
     source, from_file = _source(model)
     options = {**_access(model), **options}
@@ -75,7 +75,7 @@ def load_model(
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or Hub id. Raises `InvalidInputError` where there is none."""
-    _check_exists(model)
+    check_exists(model)
     source, from_file = _source(model)
     try:
         return AutoTokenizer.from_pretrained(source, **_access(model), **from_file)
@@ -89,7 +89,7 @@ def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
     Raises `InvalidInputError` for a tokenizer in a folder that is there but cannot be loaded.
     """
     path = Path(model)
-    if path.is_dir() and not any(f.name.startswith(_TOKENIZER_FILES) for f in transformer_folder(path).iterdir()):
+    if path.is_dir() and not any(f.name.startswith(TOKENIZER_FILES) for f in transformer_folder(path).iterdir()):
         return None
     try:
         return load_tokenizer(model)
@@ -165,7 +165,8 @@ def _is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def _check_exists(model: str | Path) -> None:
+def check_exists(model: str | Path) -> None:
+    """Raise `InvalidInputError` for a folder or a file that is no model, or is not there."""
     path = Path(model)
     if _is_gguf(path):
         return
