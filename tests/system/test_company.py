@@ -10,8 +10,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from secateur.errors import InvalidInputError, UnsupportedModelError
 from secateur.exporting.export import export_standalone
-from secateur.models.model_content import fingerprint_of_files
 from secateur.models.inputs import example_inputs
+from secateur.models.model_content import fingerprint_of_files
 from secateur.models.sentence_transformers import copy_modules
 from secateur.pruning import prune
 from secateur.removal.remove import remove_
