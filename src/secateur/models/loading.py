@@ -73,6 +73,20 @@ def load_model(
     return (loaded if "device_map" in options else loaded.to(device or default_device())).eval()
 
 
+def has_no_head(model: str | Path) -> bool:
+    """Return whether a folder or Hub id is an encoder that was not fine-tuned: its config names no classifier.
+
+    Raises `InvalidInputError` where there is no model.
+    """
+    check_exists(model)
+    source, from_file = _source(model)
+    try:
+        config = AutoConfig.from_pretrained(source, **_access(model), **from_file)
+    except Exception as error:
+        raise InvalidInputError(f"{model} cannot be loaded as a model: {_first_line(error)}") from error
+    return _named_otherwise(config) is not None
+
+
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or Hub id. Raises `InvalidInputError` where there is none."""
     check_exists(model)
@@ -153,10 +167,16 @@ def _named_class(config: Any) -> Any:
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
 
 
+def _named_otherwise(config: Any) -> str | None:
+    """Return the class that a config names where that is no classifier."""
+    named = next(iter(config.architectures or []), None)
+    return named if isinstance(named, str) and not named.endswith(CLASSIFIERS) else None
+
+
 def _check_fine_tuned(model: str | Path, loaded: PreTrainedModel) -> None:
     """Raise `InvalidInputError` where a classifier was made of a model whose config names none: nothing got lost."""
-    named = next(iter(loaded.config.architectures or []), None)
-    if is_classifier(loaded) and isinstance(named, str) and not named.endswith(CLASSIFIERS):
+    named = _named_otherwise(loaded.config)
+    if is_classifier(loaded) and named is not None:
         remedy = f"it is a {named}; fine-tune it first: secateur finetune {model} --data DATA --out FOLDER"
         raise invalid("model", "be fine-tuned for classification", str(model), remedy)
 
