@@ -58,7 +58,7 @@ def test_what_cannot_be_measured_so():
     for task in (Task("one", ["a", "b"], [0.5, 1.0]), Task("classes", PAIRS, [0, 1] * 6), Task("none", PAIRS)):
         with pytest.raises(InvalidInputError, match="`task` must have pairs of texts with a score each"):
             evaluate_similarity(model, tokenizer, task)
-    with pytest.raises(InvalidInputError, match="`pooling` must be among mean, .*got 'median'"):
+    with pytest.raises(InvalidInputError, match=r"`pooling` must be among mean, .*got 'median'"):
         evaluate_similarity(model, tokenizer, TASK, ("median",))
 
 
@@ -82,7 +82,7 @@ def test_the_folder_says_how_tokens_are_pooled(settings, expected, tmp_path):
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **settings}))
     assert pooling_of(tmp_path) == expected
     (tmp_path / "modules.json").write_text(json.dumps([*modules, {"path": "", "type": "models.Dense"}]))
-    with pytest.raises(InvalidInputError, match="`model` must have no modules but .* got 'Dense'; evaluate it with"):
+    with pytest.raises(InvalidInputError, match=r"`model` must have no modules but .* got 'Dense'; evaluate it with"):
         pooling_of(tmp_path)
 
 
