@@ -1,7 +1,7 @@
 """Every command and every Python block of README.md and docs/*.md, run as it stands.
 
 The blocks of a page run in order, in one folder and one namespace, where what they name is small: a folder `MODEL`, a
-file `texts.csv`, tasks in `GLUE`. A block that cannot run here says why in the comment before it, `<!-- not run: … -->`.
+file `texts.csv`, tasks in `GLUE`. A block that cannot run here says why in a comment before it, `<!-- not run: … -->`.
 """
 
 import re
