@@ -18,7 +18,7 @@ from secateur.models.originals import original_name, originals
 from secateur.models.sentence_transformers import transformer_folder
 from secateur.support.checks import knows_words
 
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
 _SMALL = 300_000_000  # bytes that load in about a second, for which a progress bar is noise
 
 
@@ -42,7 +42,7 @@ def load_model(
     classifier is asked for and the config names none; else a `SecateurWarning`, but for another class than the config
     names: who asks for one, such as one with a new head, knows what is new in it.
     """
-    _check_exists(model)
+    check_exists(model)
     own_class = model_class is None
     source, from_file = _source(model)
     options = {**_access(model), **options}
@@ -75,6 +75,20 @@ def load_model(
     return (loaded if "device_map" in options else loaded.to(device or default_device())).eval()
 
 
+def has_no_head(model: str | Path) -> bool:
+    """Return whether a folder or Hub id is an encoder that was not fine-tuned: its config names no classifier.
+
+    Raises `InvalidInputError` where there is no model.
+    """
+    check_exists(model)
+    source, from_file = _source(model)
+    try:
+        config = AutoConfig.from_pretrained(source, **_access(model), **from_file)
+    except Exception as error:
+        raise InvalidInputError(f"{model} cannot be loaded as a model: {_first_line(error)}") from error
+    return _named_otherwise(config) is not None
+
+
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or Hub id.
 
@@ -82,7 +96,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     is taken that the recipe of a pruned model names, if that is on this machine. Raises `InvalidInputError` where
     there is none, and for one that cannot be loaded.
     """
-    _check_exists(model)
+    check_exists(model)
     found = _own_tokenizer(model) or _tokenizer_of_original(model)
     if found is None:
         name = original_name(model)
@@ -157,7 +171,7 @@ def _tokenizer_of_original(model: str | Path) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of what a model was pruned from; None where that has none, or is not on this machine."""
     for original in originals(model):
         try:
-            _check_exists(original)
+            check_exists(original)
             found = _own_tokenizer(original)
         except InvalidInputError:
             return None
@@ -169,7 +183,7 @@ def _tokenizer_of_original(model: str | Path) -> PreTrainedTokenizerBase | None:
 def _lacks_tokenizer_files(model: str | Path) -> bool:
     """Whether `model` is a folder in which no file is called like one of a tokenizer."""
     path = Path(model)
-    return path.is_dir() and not any(f.name.startswith(_TOKENIZER_FILES) for f in transformer_folder(path).iterdir())
+    return path.is_dir() and not any(f.name.startswith(TOKENIZER_FILES) for f in transformer_folder(path).iterdir())
 
 
 def _source(model: str | Path) -> tuple[str | Path, dict[str, str]]:
@@ -193,10 +207,16 @@ def _named_class(config: Any) -> Any:
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
 
 
+def _named_otherwise(config: Any) -> str | None:
+    """Return the class that a config names where that is no classifier."""
+    named = next(iter(config.architectures or []), None)
+    return named if isinstance(named, str) and not named.endswith(CLASSIFIERS) else None
+
+
 def _check_fine_tuned(model: str | Path, loaded: PreTrainedModel) -> None:
     """Raise `InvalidInputError` where a classifier was made of a model whose config names none: nothing got lost."""
-    named = next(iter(loaded.config.architectures or []), None)
-    if is_classifier(loaded) and isinstance(named, str) and not named.endswith(CLASSIFIERS):
+    named = _named_otherwise(loaded.config)
+    if is_classifier(loaded) and named is not None:
         remedy = f"it is a {named}; fine-tune it first: secateur finetune {model} --data DATA --out FOLDER"
         raise invalid("model", "be fine-tuned for classification", str(model), remedy)
 
@@ -205,7 +225,8 @@ def _is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def _check_exists(model: str | Path) -> None:
+def check_exists(model: str | Path) -> None:
+    """Raise `InvalidInputError` for a folder or a file that is no model, or is not there."""
     path = Path(model)
     if _is_gguf(path):
         return
