@@ -19,8 +19,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import CheckpointError
-
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -87,8 +85,10 @@ def tensor_digest(tensor: Tensor) -> str:
 def check_recipe(config: PreTrainedConfig, files: Iterable[str | Path]) -> None:
     """Raise `CheckpointError` for a recipe in the config that weights in `files` were not saved with."""
     for file in files:
-        known = set(_metadata(file).get(RECIPES, ()))
-        if known and not recipe_digests(config) <= known:
+        known = _metadata(file).get(RECIPES)
+        if isinstance(known, list) and not all(digest in known for digest in recipe_digests(config)):
+            from secateur.errors import CheckpointError
+
             raise CheckpointError(
                 f"the `head_pruning` recipe in the config is not the one that the weights in {file} were saved with: "
                 "other heads or layouts; restore the config.json, or save the model again where it was pruned"

@@ -59,51 +59,56 @@ def compare_weights(
     """
     cuts = _cuts(original, sites, kept)
     refitted = {id(parameter) for parameter in _refitted(original, sites, kept)} if explained.refitted else set()
-    wanted = dict(paired(original, pruned))
-    has_not, lacks = lacking(original), lacking(pruned)
-    there = _tensors(pruned)
-    checks = []
+    before, _ = _by_names_of(pruned, original)
+    there, lost = _tensors(pruned), lacking(pruned)
+    checks = [TensorCheck(name, MISSING) for name in before if name not in there or name in lost]
     for name, tensor in there.items():
-        before = wanted.get(name)
-        if name in lacks:
-            if before is not None and name not in has_not:
-                checks.append(TensorCheck(name, MISSING))
+        if name in lost:
             continue
-        if before is None or name in has_not:
+        if name not in before:
             checks.append(TensorCheck(name, NEW if _is_finite(tensor) else NOT_FINITE))
             continue
-        rows = before.detach()
-        for axis, indices in cuts.get(id(before), ()):
+        rows = before[name].detach()
+        for axis, indices in cuts.get(id(before[name]), ()):
             rows = rows.index_select(axis, indices.to(rows.device))
-        checks.append(_compare(name, tensor.detach(), rows, id(before) in refitted, explained.trained))
-    return checks + [TensorCheck(name, MISSING) for name in wanted if name not in there and name not in has_not]
-
-
-def paired(original: PreTrainedModel, pruned: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the original's tensors by the names that they have in `pruned`."""
-    if type(original) is type(pruned):
-        yield from _tensors(original).items()
-        return
-    base = base_of(pruned)
-    prefix = next(name for name, module in pruned.named_modules() if module is base)
-    for name, tensor in _tensors(base_of(original)).items():
-        yield (f"{prefix}.{name}" if prefix else name), tensor
+        checks.append(_compare(name, tensor.detach(), rows, id(before[name]) in refitted, explained.trained))
+    return checks
 
 
 @torch.no_grad()
 def round_as_saved_(original: PreTrainedModel, pruned: PreTrainedModel) -> None:
-    """Round the original's weights to the dtypes of the pruned model's; where it lacks one, it takes the pruned one's.
+    """Round the original's weights to the dtypes of the pruned model's, and take from there what its files lacked.
 
     Then its outputs differ by what else was changed alone.
     """
-    saved, has_not = _tensors(pruned), lacking(original)
-    for name, tensor in paired(original, pruned):
+    saved = _tensors(pruned)
+    before, at_random = _by_names_of(pruned, original)
+    for name, tensor in (before | at_random).items():
         other = saved.get(name)
         if other is None or not tensor.is_floating_point():
             continue
-        if name in has_not and other.shape == tensor.shape:
+        if name in at_random and other.shape == tensor.shape:
             tensor.copy_(other)
         tensor.copy_(tensor.to(other.dtype))
+
+
+def _by_names_of(pruned: PreTrainedModel, original: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the original's tensors by the names that they have in `pruned`: those its files have, and random ones."""
+    files_lack = lacking(original)
+    ours, theirs = ("", "") if type(original) is type(pruned) else (_prefix(pruned), _prefix(original))
+    there: dict[str, Tensor] = {}
+    at_random: dict[str, Tensor] = {}
+    for name, tensor in _tensors(original).items():
+        if name.startswith(theirs):
+            (at_random if name in files_lack else there)[ours + name.removeprefix(theirs)] = tensor
+    return there, at_random
+
+
+def _prefix(model: PreTrainedModel) -> str:
+    """Return what names of the base model's tensors begin with in a task model."""
+    base = base_of(model)
+    path = next(name for name, module in model.named_modules() if module is base)
+    return f"{path}." if path else ""
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
