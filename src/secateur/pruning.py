@@ -35,6 +35,7 @@ from secateur.scorers.base import Scorer
 from secateur.scorers.score import Labels, score
 from secateur.settings import Budget, Cut, Reading, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
+from secateur.sites.recipe import TRAINED, read_recipe
 from secateur.support.checks import check_whole
 from secateur.support.files import write_text
 from secateur.support.processes import is_shared
@@ -284,7 +285,10 @@ class _Pruning:
         """Remove what the mask drops, prove it, and measure what is left."""
         inputs = self.prepared.batch(self.read[:_PROOF_TEXTS]) if self.read else None
         about = {"scorer": self.facts["scorer"], "allocation": self.cut.allocation, "base_model": self.name}
-        record = {**about, "secateur_version": __version__, **self.record}
+        # Of the model that is named here, which may be a pruned one, nothing was trained since.
+        earlier = read_recipe(self.prepared.base.config)
+        since = {name: False for name in TRAINED if earlier is not None and name in earlier.record}
+        record = {**about, "secateur_version": __version__, **since, **self.record}
         removal = remove_(self.model, mask, inputs=inputs, sites=self.prepared.sites, record=record)
         if self.prepared.knows_tokenizer:
             note_tokenizer_(self.model, self.prepared.tokenizer)

@@ -19,6 +19,7 @@ from secateur.models.base_model import base_of
 from secateur.models.loading import check_device, load_model, load_tokenizer, quiet_transformers
 from secateur.models.tokenizer_saving import save_tokenizer
 from secateur.settings import Reading, said_of, settings_of
+from secateur.sites.recipe import note_
 from secateur.support.checks import check_positive
 from secateur.support.defaults import FINETUNING_EPOCHS, FINETUNING_RATE
 from secateur.support.files import new_folder, write_text
@@ -89,6 +90,7 @@ def finetune(
                 model.config.pad_token_id = tokenizer.pad_token_id
             seconds, steps, loss = _train(model, tokenizer, task, epochs, learning_rate, reading)
             model.eval()
+            note_(model, "finetuned")
             own = replace(EVALUATION, max_length=reading.max_length, progress=reading.progress)
             metrics = {} if dev is None else evaluate_model(model, tokenizer, dev, reading=own)
             result = FinetuneResult(metrics, seconds, steps, loss, main_metric(task if dev is None else dev))

@@ -19,6 +19,7 @@ from secateur.models.sentence_transformers import transformer_folder
 from secateur.support.checks import knows_words
 
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
+_LACKING = "_secateur_lacking"  # on a model: the weights that its files did not have
 _SMALL = 300_000_000  # bytes that load in about a second, for which a progress bar is noise
 
 
@@ -59,6 +60,7 @@ def load_model(
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError and more here
         raise InvalidInputError(f"{model} cannot be loaded as a model: {_first_line(error)}") from error
+    vars(loaded)[_LACKING] = frozenset(loading["missing_keys"])
     if missing := sorted(loading["missing_keys"]) if whole or own_class else []:
         lost = f"{model} lacks weights of {type(loaded).__name__}, such as {missing[0]}"
         if whole:
@@ -73,6 +75,21 @@ def load_model(
         # The class is transformers' own: saved again, a standalone export would lack the code that `auto_map` names.
         vars(loaded.config).pop("auto_map", None)
     return (loaded if "device_map" in options else loaded.to(device or default_device())).eval()
+
+
+def lacking(loaded: PreTrainedModel) -> frozenset[str]:
+    """Return the weights that a model which `load_model` returned has at random, as its files lacked them."""
+    found: frozenset[str] = vars(loaded).get(_LACKING, frozenset())
+    return found
+
+
+def config_class(model: str | Path) -> type | None:
+    """Return the class of the config of a folder or Hub id, or None where it has none that can be read."""
+    source, from_file = _source(model)
+    try:
+        return type(AutoConfig.from_pretrained(source, **_access(model), **from_file))
+    except Exception:  # who loads the model says why
+        return None
 
 
 def has_no_head(model: str | Path) -> bool:

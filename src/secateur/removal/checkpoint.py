@@ -5,7 +5,8 @@ It is wrapped once: a model whose config carries a `head_pruning` recipe is narr
 original function alone. Constructors note what they build (construction.py), as it may be a part of another model. The
 `pruned_heads` of a transformers-4 config are turned into a recipe on the way. Saving needs nothing where the config of
 the model that is saved carries the recipe. `save_pretrained` is wrapped for the others, which lost heads from a model
-inside them, and for the tokenizer that `prune` read texts with.
+inside them, and for the tokenizer that `prune` read texts with. It also writes digests of a pruned model, which reading
+looks at (digest.py).
 
 `PreTrainedModel` gets a `__call__` of its own as well, which warns of `head_mask`: transformers 5 ignores it silently.
 """
@@ -27,14 +28,16 @@ def install() -> None:
 
     This runs while transformers is being imported, so everything else is imported when the first recipe turns up.
     """
+    from transformers import modeling_utils
     from transformers.modeling_utils import PreTrainedModel
 
-    from secateur.removal import construction
+    from secateur.removal import construction, digest
 
     original = PreTrainedModel.post_init
     if getattr(original, "_secateur", False):
         return
     construction.install(PreTrainedModel)
+    digest.install(modeling_utils)
 
     @functools.wraps(original)
     def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """The `head_pruning` entry of a `config.json`: what a pruned checkpoint tells its reader.
 
 It holds `format_version`, `kept_heads` (site → original indices), `layouts` (what each unit owned in the unpruned
-model, once for each kind of site), and for the record `scorer`, `pruning_ratio`, `allocation`, `base_model` and
-`secateur_version`.
+model, once for each kind of site), and for the record `scorer`, `pruning_ratio`, `allocation`, `base_model`,
+`secateur_version`, and what was done to the weights that stay: `reconstructed`, `distilled`, `finetuned`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import CheckpointError, shown
+from secateur.models.base_model import base_of
 from secateur.sites.layout import AttentionSite, Site
 
 KEY = "head_pruning"
@@ -20,6 +21,8 @@ REMOVED = "_secateur_removed"  # on a base model: heads were removed from it, wh
 FORMAT_VERSION = 1
 OWN_NAMES = frozenset({"format_version", "kept_heads", "layouts", "bypassed", "reshaped"})
 """What a recipe is made of; every other name in it is for the record."""
+TRAINED = ("distilled", "finetuned")
+"""What the record says of a model that was trained after its heads went."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,13 @@ class Recipe:
             if site not in kept:
                 raise CheckpointError(f"`{KEY}.reshaped` must name sites of the recipe, got {shown(site)}")
         return cls(kept, sites, bypassed, reshaped, {k: v for k, v in data.items() if k not in OWN_NAMES})
+
+
+def note_(model: PreTrainedModel, name: str) -> None:
+    """Record `name`, such as "finetuned", in the recipe of a pruned model; of another nothing is recorded."""
+    for config in (model.config, base_of(model).config):
+        if isinstance(entry := getattr(config, KEY, None), dict):
+            entry[name] = True
 
 
 def read_recipe(config: PreTrainedConfig) -> Recipe | None:
