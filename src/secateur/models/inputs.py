@@ -16,10 +16,13 @@ from secateur.models.base_model import base_of
 from secateur.models.offload import device_of
 from secateur.models.state import evaluation_mode
 
+LENGTH = 12
+"""Tokens of an example text, where nothing else is asked for."""
+
 
 @torch.inference_mode(False)  # inputs made in inference mode could not be differentiated through
 def example_inputs(
-    model: PreTrainedModel, batch: int = 2, length: int = 12, padding: int = 3, seed: int = 0
+    model: PreTrainedModel, batch: int = 2, length: int = LENGTH, padding: int = 3, seed: int = 0
 ) -> dict[str, Any]:
     """Return keyword arguments for one forward pass of the base model, the same at every call with
     the same arguments.
