@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks import battery
+from benchmarks import battery, sweep
 
 from secateur.errors import RemovalError
 from secateur.sites import gating
@@ -118,3 +118,17 @@ def test_a_verdict_of_verify_and_unexpected_errors_are_failures(monkeypatch):
     found = battery.failures(tiny_model("bert"))
     assert "finds a difference of 1" in found[name]
     assert found["broken"].startswith("ZeroDivisionError")
+
+
+def test_the_sweep_has_a_column_for_it_and_its_page_a_count(monkeypatch):
+    monkeypatch.setattr(sweep, "check_type", lambda kind: {"outcome": "captured", **({"whole": True} if kind else {})})
+    monkeypatch.setattr(sweep, "check_promises", lambda kind: {"outcome": "tried", "failed_checks": {"a": "b"}})
+    failed, without = sweep.row_of("bert", 20), sweep.row_of("", 20)
+    assert failed["failed_checks"] == {"a": "b"}
+    assert "failed_checks" not in without
+    monkeypatch.setattr(sweep, "check_promises", lambda kind: {}[kind])
+    dead = sweep.row_of("bert", 20)
+    assert "without an answer" in dead["failed_checks"]["the battery"]
+    facts = {"command": "", "date": "", "machine": "", "versions": {"transformers": "", "torch": ""}}
+    page = sweep.page({**facts, "types": [failed, without, dead, {**failed, "failed_checks": {}}]})
+    assert "kept, of 3 with sites | 1 |" in page

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel, WhisperConfig
 
 from secateur.errors import RemovalError, UnsupportedModelError
-from secateur.models.inputs import example_inputs
+from secateur.measuring.cost import measure_cost
+from secateur.models.inputs import example_inputs, max_length
 from secateur.models.thresholds import LONGEST, long_example_inputs
 from secateur.removal import proof
 from secateur.removal.proof import UsedParameters, hidden_states, largest_difference
@@ -141,3 +143,14 @@ def test_which_parameters_are_used():
     with UsedParameters() as seen:
         other.data.sum()
     assert seen.ids == {id(other)}
+
+
+def test_a_decoder_of_few_positions_beside_an_encoder_of_sounds_is_not_asked_for_more():
+    config = WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=99, max_source_positions=32, max_target_positions=32,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = AutoModel.from_config(config).eval()
+    assert max_length(model) == 32
+    assert measure_cost(model).length == 32
