@@ -32,7 +32,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 
 import torch
-from benchmarks.battery import difference, failures, tensors, uneven_mask
+from benchmarks.battery import failures
+from benchmarks.outputs import difference, tensors, uneven_mask
 from benchmarks.tiny_configs import CANDIDATES, candidate
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
