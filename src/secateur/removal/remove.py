@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import RemovalError, invalid
 from secateur.models.base_model import base_of
 from secateur.models.failure import place_of, running_modules, site_of
-from secateur.models.finite import check_finite
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
 from secateur.removal.emptied import bypass_
-from secateur.removal.proof import TOLERANCE, cached_step, hidden_states, largest_difference
+from secateur.removal.proof import FAILURES, TOLERANCE, Wanted, wanted_of
 from secateur.removal.replay import cut_site_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.attention import find_sites
@@ -32,8 +30,6 @@ from secateur.sites.layout import Site
 from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe, read_recipe
 from secateur.support.checks import check_mapping
 from secateur.units.masks import Mask, PresentMask, check_mask
-
-_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)  # of code that counts on all heads
 
 
 @dataclass(frozen=True)
@@ -77,12 +73,14 @@ def remove_(
     """Delete from `model`, in place, the weights of every head that `mask` drops.
 
     The smaller model is compared with the gated one on `inputs` (keyword arguments of the base model's forward; made
-    up where absent), in float32, and where the model keeps a cache, also with the first token cached. Where they differ
-    by more than 1e-4, or the smaller model does not run, everything is put back and `RemovalError` raised. Parameters
-    keep their identity, but an optimiser that already holds state for them must be made anew.
+    up where absent), in float32, and where the model keeps a cache, also with the first token cached. Where the config
+    names lengths such as a sliding window, the same goes for a made-up text past them, up to 1,024 tokens, if the model
+    can read it (see `long_example_inputs`). Where they differ by more than 1e-4, or the smaller model does not run,
+    everything is put back and `RemovalError` raised. Parameters keep their identity, but an optimiser that already
+    holds state for them must be made anew.
 
     Heads go only where the proof looks: `InvalidInputError` names a site that loses heads and that `inputs` do not
-    reach.
+    reach, `UnsupportedModelError` a parameter of such a site that no pass uses.
 
     Grouped queries: in each site either whole key-value groups go, or the same number of query heads in every group
     that stays; `InvalidInputError` names a mask that does neither.
@@ -105,11 +103,12 @@ def remove_(
         raise RemovalError("the model is being gated or probed; remove heads outside of that context")
     inputs = example_inputs(base) if inputs is None else inputs
     with held(base), in_float32(base):
-        wanted = _gated_outputs(base, mask, sites, inputs)
+        with gated(base, mask, sites):
+            wanted = wanted_of(base, inputs, [sites[name] for name, vector in kept.items() if not vector.all()])
         with _undone_on_failure() as undo:
             for name, site in sites.items():
                 cut_site_(base, site, kept[name], undo)
-            difference, special = _prove(base, inputs, wanted, sites, kept, undo)
+            difference, special = _prove(base, wanted, sites, kept, undo)
             if not difference <= TOLERANCE:
                 raise RemovalError(
                     f"{type(base).__name__} without the heads differs from the gated model by {difference:.2g} "
@@ -120,37 +119,6 @@ def remove_(
         # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
         vars(holder).pop("_cache", None)
     return Removal(kept.original(sites), kept.num_units, kept.num_kept, difference)
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What the cut model has to say: its `outputs`, and those of a `step` with a cache, or None where none runs."""
-
-    outputs: list[Tensor]
-    step: list[Tensor] | None
-
-
-def _gated_outputs(base: PreTrainedModel, mask: Mask, sites: Mapping[str, Site], inputs: Mapping[str, Any]) -> _Wanted:
-    """Return what the model says with its units gated. Raises `InvalidInputError` for a cut that `inputs` do not reach.
-
-    Whatever were cut at a site that they do not reach, the outputs would be equal.
-    """
-    reached: set[str] = set()
-    with probe(base, lambda reading: reached.add(reading.site)), gated(base, mask, sites):
-        outputs = hidden_states(base, inputs)
-        for tensor in outputs:
-            check_finite(tensor, base, partial(hidden_states, base, inputs))
-        try:
-            step = cached_step(base, inputs)
-        except _FAILURES:  # with these inputs the whole model has no such step either
-            step = None
-    for name, vector in mask.present(sites).items():
-        if name not in reached and not vector.all():
-            rule = f"reach the site {name!r}, which loses heads"
-            raise invalid("inputs", rule, list(inputs), "pass `inputs` that reach it")
-    if step is not None and not all(bool(torch.isfinite(tensor).all()) for tensor in step):
-        step = None  # as where the first token, all that the cache holds, is padding
-    return _Wanted(outputs, step)
 
 
 @contextmanager
@@ -176,8 +144,7 @@ class _Special:
 
 def _prove(
     base: PreTrainedModel,
-    inputs: Mapping[str, Any],
-    wanted: _Wanted,
+    wanted: Sequence[Wanted],
     sites: Mapping[str, Site],
     kept: PresentMask,
     undo: list[Callable[[], None]],
@@ -192,11 +159,8 @@ def _prove(
     while True:
         try:
             with running_modules(base) as running:
-                difference = largest_difference(wanted.outputs, hidden_states(base, inputs))
-                if wanted.step is not None:
-                    difference = max(difference, largest_difference(wanted.step, cached_step(base, inputs) or []))
-                return difference, special
-        except _FAILURES as error:
+                return max(one.difference(base) for one in wanted), special
+        except FAILURES as error:
             site = sites.get(site_of(running, sites) or "")
             can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_units
             if site is not None and can_reshape and site.name not in special.reshaped:
