@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.base_model import base_of
 from secateur.models.offload import is_offloaded
-from secateur.models.state import held, without_autocast
+from secateur.models.state import evaluation_mode, held, without_autocast
 from secateur.sites.direct import Computed, DirectSite, inside_interface, is_known, known_sites, look_for_sites, watch
 from secateur.sites.implementation import PREFIX, goes_through_interface, own_names
 
@@ -247,6 +247,7 @@ def count_heads(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, tup
         heads = reading.outputs.shape[2]
         found[reading.site] = (heads, heads if reading.key is None else reading.key.shape[1])
 
-    with probe(model, see):
-        base_of(model)(**inputs)
+    base = base_of(model)
+    with evaluation_mode(base), probe(base, see):
+        base(**inputs)
     return found
