@@ -144,8 +144,7 @@ def cached_step(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor] | N
 @contextmanager
 def _repeatable(base: PreTrainedModel) -> Iterator[None]:
     """Within this context a pass computes the same every time: no dropout, no autocast, the same random numbers."""
-    devices = [base.device] if base.device.type == "cuda" else []
-    with evaluation_mode(base), without_autocast(device_of(base)), torch.random.fork_rng(devices):
+    with evaluation_mode(base), without_autocast(device_of(base)):
         torch.manual_seed(0)
         yield
 

@@ -46,10 +46,12 @@ class Removal:
 def gated(model: nn.Module, mask: Mask, sites: Mapping[str, Site] | None = None) -> Iterator[None]:
     """Within this context the heads that `mask` drops write nothing: a preview of the removal that undoes itself.
 
-    With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and without the
-    gates their gradients are others.
+    Where another attention implementation is asked for inside, the gates stay in force, and it is what the model has
+    afterwards. With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and
+    without the gates their gradients are others.
 
-    Raises what `Mask.present` and `find_sites` raise.
+    Raises what `Mask.present` and `find_sites` raise. A pass that would leave out a gate raises
+    `UnsupportedModelError`.
     """
     base_of(model)
     if sites is not None:

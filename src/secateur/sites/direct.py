@@ -92,10 +92,12 @@ def look_for_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = Non
 
 
 @contextmanager
-def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read) -> Iterator[None]:
+def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read, reached: set[str]) -> Iterator[None]:
     """Within this context `read(site, module, outputs, computed)` is called at each site, and replaces `outputs`.
 
     `outputs` is `[batch, queries, heads, width]`, the concatenated heads; `computed` has `[batch, heads, …]` tensors.
+    Some code goes past the interface with eager attention only (GPT-2, where it reorders): sites that are in `reached`
+    went through it and were read there; they are taken out.
     """
     # An emptied block computes no map, and there is nothing to gate in it.
     sites = {name: site for name, site in sites.items() if not is_emptied(base.get_submodule(name))}
@@ -107,22 +109,25 @@ def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read) ->
         modules = {name: base.get_submodule(name) for name in sites}
         stack.enter_context(_Watcher(modules, seen.__setitem__))
         for site in sites.values():
-            hook = _reader(site.name, modules[site.name], seen, read)
+            hook = _reader(site.name, modules[site.name], seen, read, reached)
             stack.callback(base.get_submodule(site.output).register_forward_pre_hook(hook).remove)
         yield
 
 
 def _reader(
-    site: str, module: nn.Module, seen: dict[str, Computed], read: Read
+    site: str, module: nn.Module, seen: dict[str, Computed], read: Read, reached: set[str]
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
     other_inputs = UnsupportedModelError(
         f"site {site} attends in another way with these inputs than with those on which its heads were found"
     )
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if site not in seen:  # to pass over it would be to ignore a gate without a word
+        computed = seen.pop(site, None)
+        if computed is None and site in reached:
+            reached.discard(site)
+            return None
+        if computed is None:  # to pass over it would be to ignore a gate without a word
             raise other_inputs
-        computed = seen.pop(site)
         by_head = _by_head(computed.result, args[0])
         if by_head is None:
             raise other_inputs
