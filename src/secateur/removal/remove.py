@@ -24,7 +24,7 @@ from secateur.models.state import check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, cached_step, hidden_states, largest_difference
-from secateur.removal.replay import cut_site_
+from secateur.removal.replay import cut_site_, mark_sites_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import is_probed, probe
@@ -255,6 +255,7 @@ def _write_recipe(
     for config in (model.config, base.config):
         setattr(config, KEY, recipe.to_json())
     setattr(base, REMOVED, True)
+    mark_sites_(base, recipe)
 
 
 def give_own_configs_(model: nn.Module) -> None:
