@@ -19,9 +19,11 @@ from secateur.models.base_model import base_of
 from secateur.models.failure import place_of, running_modules, site_of
 from secateur.models.finite import check_finite
 from secateur.models.inputs import example_inputs
+from secateur.models.names import forget_names_, original_name
 from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
+from secateur.removal.alignment import renumber_alignment_heads_
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, cached_step, hidden_states, largest_difference
 from secateur.removal.replay import cut_site_, mark_sites_
@@ -87,7 +89,9 @@ def remove_(
     Grouped queries: in each site either whole key-value groups go, or the same number of query heads in every group
     that stays; `InvalidInputError` names a mask that does neither.
 
-    `record` is written to the config's `head_pruning` beside the kept heads.
+    `record` is written to the config's `head_pruning` beside the kept heads. The model has no name (`name_or_path`)
+    afterwards: it is not the one that it was loaded from, which the recipe names as its `base_model`. The heads of
+    Whisper's `alignment_heads` are given the numbers that they have then.
     """
     base = base_of(model)
     for argument, value in (("inputs", inputs), ("sites", sites), ("record", record)):
@@ -116,6 +120,8 @@ def remove_(
                     f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
                 )
     _write_recipe(model, sites, kept, special, record or {})
+    renumber_alignment_heads_(model, kept)
+    forget_names_(model)
     for holder in (model, base):
         # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
         vars(holder).pop("_cache", None)
@@ -244,13 +250,15 @@ def _write_recipe(
     kept_units |= {name: units for name, units in earlier.kept.items() if name not in kept_units}
     # What an earlier recipe says of a site is of the unpruned model; a site that none names is unpruned now.
     originals = earlier.sites | {name: site for name, site in sites.items() if name not in earlier.sites}
+    origin = original_name(model)
+    record = {**({"base_model": origin} if origin else {}), **earlier.record, **record}
     ratio = 1 - sum(map(len, kept_units.values())) / sum(site.original_num_units for site in originals.values())
     recipe = Recipe(
         kept_units,
         originals,
         bypassed=tuple(dict.fromkeys([*earlier.bypassed, *special.bypassed])),
         reshaped=tuple(dict.fromkeys([*earlier.reshaped, *special.reshaped])),
-        record={**earlier.record, **record, "pruning_ratio": round(ratio, 6)},
+        record={**record, "pruning_ratio": round(ratio, 6)},
     )
     for config in (model.config, base.config):
         setattr(config, KEY, recipe.to_json())

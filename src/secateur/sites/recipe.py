@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from secateur.errors import CheckpointError, shown
-from secateur.sites.layout import AttentionSite, Site
+from secateur.sites.layout import AttentionSite, Runs, Site
 
 KEY = "head_pruning"
 REMOVED = "_secateur_removed"  # on a base model: heads were removed from it, which its own config tells
@@ -69,9 +69,10 @@ class Recipe:
                 f"`{KEY}.format_version` must be a number from 1 to {FORMAT_VERSION}, got {shown(version)}; "
                 "a newer secateur may read it"
             )
+        runs = Runs()
         try:
             sites: dict[str, Site] = {
-                str(name): AttentionSite.from_json(str(name), layout)
+                str(name): AttentionSite.from_json(str(name), layout, runs)
                 for layout in data["layouts"]
                 for name in layout["sites"]
             }
