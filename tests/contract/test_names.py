@@ -120,7 +120,9 @@ def drop(model, layer, heads):
 
 def test_alignment_heads_of_whisper_are_those_that_they_were(tmp_path):
     model = whisper()
+    model.set_attn_implementation("eager")
     shared = model.generation_config
+    shared._from_model_config = False  # it would be made anew of the model's config
     shared.alignment_heads = [[0, 3], [1, 0], [1, 2], [1, 3]]
     inputs = example_inputs(model)
     before = model(**inputs, output_attentions=True).cross_attentions

@@ -26,12 +26,13 @@ from secateur.removal.adapted import ConfigView
 from secateur.removal.alignment import renumber_alignment_heads_
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, cached_step, hidden_states, largest_difference
-from secateur.removal.replay import cut_site_, mark_sites_
+from secateur.removal.replay import cut_site_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import is_probed, probe
 from secateur.sites.layout import Site
-from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe, read_recipe
+from secateur.sites.moved import mark_sites_, present_recipe
+from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe
 from secateur.support.checks import check_mapping
 from secateur.units.masks import Mask, PresentMask, check_mask
 
@@ -245,7 +246,7 @@ def _write_recipe(
     """
     give_own_configs_(model)
     base = base_of(model)
-    earlier = read_recipe(base.config) or Recipe({}, {})
+    earlier = present_recipe(base) or Recipe({}, {})
     kept_units = {name: tuple(units) for name, units in kept.original(sites).kept.items()}
     kept_units |= {name: units for name, units in earlier.kept.items() if name not in kept_units}
     # What an earlier recipe says of a site is of the unpruned model; a site that none names is unpruned now.

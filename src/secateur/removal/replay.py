@@ -22,10 +22,10 @@ from secateur.removal.emptied import bypass_, count_tokens_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.forward import takes_bias
 from secateur.sites.layout import Site
+from secateur.sites.moved import mark_sites_
 from secateur.sites.recipe import KEY, Recipe, read_recipe
 
 _DONE = "_secateur_narrowed"  # on a base model: its recipe has been followed
-MARK = "_secateur_site"  # on the module of a site: its name in the recipe, also where the module moves
 
 
 class Rebuilt:
@@ -62,12 +62,6 @@ def rebuild_(model: PreTrainedModel) -> None:
         raise CheckpointError(f"`{KEY}` in the config does not fit {type(base).__name__}: {error}") from None
     setattr(base, _DONE, True)
     mark_sites_(base, recipe)
-
-
-def mark_sites_(base: PreTrainedModel, recipe: Recipe) -> None:
-    """Note on the module of each site what the recipe calls it: where layers go, those behind them get other names."""
-    for name in recipe.sites:
-        setattr(base.get_submodule(name), MARK, name)
 
 
 def missing_sites(base: PreTrainedModel, recipe: Recipe) -> list[str]:

@@ -14,15 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import CheckpointError, SecateurError
 from secateur.models.base_model import base_of
 from secateur.models.loading import quiet_transformers
 from secateur.removal.construction import on_its_own
-from secateur.removal.replay import MARK, mark_sites_, missing_sites
-from secateur.sites.layout import AttentionSite, Site
+from secateur.removal.replay import missing_sites
+from secateur.sites.layout import Site
+from secateur.sites.moved import by_names_of_today, mark_sites_, renamed
 from secateur.sites.recipe import KEY, Recipe, read_recipe
 
 _WRAPPED = ".base_layer"  # what PEFT calls the layer inside an adapter
@@ -41,9 +41,9 @@ def prepare_to_save_(model: PreTrainedModel) -> None:
     recipe, base = read_recipe(model.config), base_of(model)
     if recipe is None:
         return
-    mended = _mended(model, base, recipe)
-    found = None if mended is None else mended.to_json()
     try:
+        mended = _mended(model, base, recipe)
+        found = None if mended is None else mended.to_json()
         built = _build(model, found)
     except SecateurError as error:
         raise CheckpointError(f"{type(model).__name__} would not load once saved: {error}; {_REMEDY}") from None
@@ -70,7 +70,7 @@ def held_part(base: PreTrainedModel, recipe: Recipe) -> Recipe | None:
     modules = dict(base.named_modules(remove_duplicate=False))
     if not missing or len(missing) == len(recipe.sites) or any(_layers_of(name) in modules for name in missing):
         return None
-    return _renamed(recipe, {name: name for name in recipe.sites if name not in missing})
+    return renamed(recipe, {name: name for name in recipe.sites if name not in missing})
 
 
 def _layers_of(site: str) -> str:
@@ -79,31 +79,11 @@ def _layers_of(site: str) -> str:
     return found[1] if found else site
 
 
-def _renamed(recipe: Recipe, places: dict[str, str]) -> Recipe:
-    """Return the recipe of the sites that are there now: `places` maps the name of each to that in `recipe`."""
-    return replace(
-        recipe,
-        kept={now: recipe.kept[before] for now, before in places.items()},
-        sites={now: _moved(recipe.sites[before], now) for now, before in places.items()},
-        bypassed=tuple(now for now, before in places.items() if before in recipe.bypassed),
-        reshaped=tuple(now for now, before in places.items() if before in recipe.reshaped),
-    )
-
-
-def _moved(site: Site, name: str) -> Site:
-    """Return the unpruned `site` under another name."""
-    return site if site.name == name else AttentionSite.from_json(name, site.to_json())
-
-
 def _mended(model: PreTrainedModel, base: PreTrainedModel, recipe: Recipe) -> Recipe | None:
     """Return the recipe by the names of today: `recipe` itself where they are the same, None where no site is left."""
-    places = _places(base, recipe)
-    if not places:
+    mended = by_names_of_today(base, recipe)
+    if not mended.sites:
         return None
-    try:
-        mended = recipe if list(places.items()) == [(n, n) for n in recipe.sites] else _renamed(recipe, places)
-    except ValueError as error:
-        raise CheckpointError(f"{type(model).__name__} cannot be saved: {error}; {_REMEDY}") from None
     weights = {name for name, _ in base.named_parameters(remove_duplicate=False)}
     if all(piece.parameter in weights for site in mended.sites.values() for piece in site.slices):
         return mended
@@ -113,22 +93,6 @@ def _mended(model: PreTrainedModel, base: PreTrainedModel, recipe: Recipe) -> Re
     weights = {name for name, _ in base_of(plain).named_parameters(remove_duplicate=False)}
     sites = {name: _without_adapters(site, weights) for name, site in mended.sites.items()}
     return mended if sites == mended.sites else replace(mended, sites=sites)
-
-
-def _places(base: PreTrainedModel, recipe: Recipe) -> dict[str, str]:
-    """Return where the modules of the recipe's sites are now: name → name in the recipe."""
-    modules = dict(base.named_modules(remove_duplicate=False))
-    places = {name: name for name in recipe.sites if name in modules and _mark(modules[name]) in (name, None)}
-    seen = {id(modules[name]) for name in places}
-    for name, module in base.named_modules():
-        mark = _mark(module)
-        if mark in recipe.sites and id(module) not in seen:
-            places[name] = str(mark)
-    return places
-
-
-def _mark(module: nn.Module) -> str | None:
-    return vars(module).get(MARK)
 
 
 def _without_adapters(site: Site, weights: set[str]) -> Site:
