@@ -113,5 +113,5 @@ def same(one, other):
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
 def test_a_folder_gives_back_what_was_saved_whatever_came_before():
     came.clear()
-    run_state_machine_as_test(Workflow, settings=settings(cases(64), stateful_step_count=12))
+    run_state_machine_as_test(Workflow, settings=settings(cases(40), stateful_step_count=12))
     assert came["given back"] > 0 < came["refused"]
