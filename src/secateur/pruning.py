@@ -23,6 +23,7 @@ from secateur.errors import InvalidInputError, invalid
 from secateur.measuring.cost import ModelCost, check_heads, measure_cost
 from secateur.models.base_model import base_of
 from secateur.models.loading import load_model, load_tokenizer
+from secateur.models.names import original_name
 from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
@@ -208,7 +209,7 @@ class _Pruning:
         else:
             inner = transformer_of(model)
             base_of(inner)
-            self.name = str(getattr(inner, "name_or_path", "") or type(inner).__name__)
+            self.name = original_name(inner) or type(inner).__name__
             self.smaller = copy.deepcopy(model)
         self.prepared = PreparedModel(self.smaller, tokenizer, reading)
         self.model, self.cut, self.reading = self.prepared.model, cut, reading

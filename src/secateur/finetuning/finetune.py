@@ -17,6 +17,7 @@ from secateur.finetuning.evaluate import EVALUATION, check_model_fits, evaluate_
 from secateur.finetuning.trainer import train, training_device
 from secateur.models.base_model import base_of
 from secateur.models.loading import check_device, load_model, load_tokenizer, quiet_transformers
+from secateur.models.names import original_name
 from secateur.models.tokenizer_saving import save_tokenizer
 from secateur.settings import Reading, said_of, settings_of
 from secateur.sites.recipe import note_
@@ -95,7 +96,7 @@ def finetune(
             metrics = {} if dev is None else evaluate_model(model, tokenizer, dev, reading=own)
             result = FinetuneResult(metrics, seconds, steps, loss, main_metric(task if dev is None else dev))
             if folder is not None:
-                name = model.name_or_path if is_loaded else str(model_or_path)
+                name = original_name(model) if is_loaded else str(model_or_path)
                 settings = {"model": name, "task": task.name, "epochs": epochs, "learning_rate": learning_rate}
                 model.save_pretrained(folder)
                 save_tokenizer(tokenizer, None if is_loaded else name, folder)

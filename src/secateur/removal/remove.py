@@ -17,9 +17,11 @@ from secateur.errors import RemovalError, invalid
 from secateur.models.base_model import base_of
 from secateur.models.failure import place_of, running_modules, site_of
 from secateur.models.inputs import example_inputs
+from secateur.models.names import forget_names_, original_name
 from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
+from secateur.removal.alignment import renumber_alignment_heads_
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import FAILURES, TOLERANCE, Wanted, wanted_of
 from secateur.removal.replay import cut_site_
@@ -27,7 +29,8 @@ from secateur.removal.reshaped import reshape_
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import is_probed, probe
 from secateur.sites.layout import Site
-from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe, read_recipe
+from secateur.sites.moved import mark_sites_, present_recipe
+from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe
 from secateur.support.checks import check_mapping
 from secateur.units.masks import Mask, PresentMask, check_mask
 
@@ -87,7 +90,9 @@ def remove_(
     Grouped queries: in each site either whole key-value groups go, or the same number of query heads in every group
     that stays; `InvalidInputError` names a mask that does neither.
 
-    `record` is written to the config's `head_pruning` beside the kept heads.
+    `record` is written to the config's `head_pruning` beside the kept heads. The model has no name (`name_or_path`)
+    afterwards: it is not the one that it was loaded from, which the recipe names as its `base_model`. The heads of
+    Whisper's `alignment_heads` are given the numbers that they have then.
     """
     base = base_of(model)
     for argument, value in (("inputs", inputs), ("sites", sites), ("record", record)):
@@ -117,6 +122,8 @@ def remove_(
                     f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
                 )
     _write_recipe(model, sites, kept, special, record or {})
+    renumber_alignment_heads_(model, kept)
+    forget_names_(model)
     for holder in (model, base):
         # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
         vars(holder).pop("_cache", None)
@@ -205,27 +212,25 @@ def _write_recipe(
     """
     give_own_configs_(model)
     base = base_of(model)
-    earlier = read_recipe(base.config) or Recipe({}, {})
+    earlier = present_recipe(base) or Recipe({}, {})
     kept_units = {name: tuple(units) for name, units in kept.original(sites).kept.items()}
     kept_units |= {name: units for name, units in earlier.kept.items() if name not in kept_units}
     # What an earlier recipe says of a site is of the unpruned model; a site that none names is unpruned now.
     originals = earlier.sites | {name: site for name, site in sites.items() if name not in earlier.sites}
+    origin = original_name(model)
+    record = {**({"base_model": origin} if origin else {}), **earlier.record, **record}
     ratio = 1 - sum(map(len, kept_units.values())) / sum(site.original_num_units for site in originals.values())
     recipe = Recipe(
         kept_units,
         originals,
         bypassed=tuple(dict.fromkeys([*earlier.bypassed, *special.bypassed])),
         reshaped=tuple(dict.fromkeys([*earlier.reshaped, *special.reshaped])),
-        record={**_origin(base), **earlier.record, **record, "pruning_ratio": round(ratio, 6)},
+        record={**record, "pruning_ratio": round(ratio, 6)},
     )
     for config in (model.config, base.config):
         setattr(config, KEY, recipe.to_json())
     setattr(base, REMOVED, True)
-
-
-def _origin(base: PreTrainedModel) -> dict[str, str]:
-    """Return for the record what the model was loaded from: there the tokenizer is, and the whole model."""
-    return {"base_model": base.name_or_path} if base.name_or_path else {}
+    mark_sites_(base, recipe)
 
 
 def give_own_configs_(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from secateur.removal.emptied import bypass_, count_tokens_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.forward import takes_bias
 from secateur.sites.layout import Site
+from secateur.sites.moved import mark_sites_
 from secateur.sites.recipe import KEY, Recipe, read_recipe
 
 _DONE = "_secateur_narrowed"  # on a base model: its recipe has been followed
@@ -60,6 +61,7 @@ def rebuild_(model: PreTrainedModel) -> None:
     except SecateurError as error:
         raise CheckpointError(f"`{KEY}` in the config does not fit {type(base).__name__}: {error}") from None
     setattr(base, _DONE, True)
+    mark_sites_(base, recipe)
 
 
 def missing_sites(base: PreTrainedModel, recipe: Recipe) -> list[str]:

@@ -63,18 +63,22 @@ class DirectSite:
     output: str
 
 
-# What was found in which model; None where the model did not run on example inputs.
-_known: WeakKeyDictionary[nn.Module, dict[str, DirectSite] | None] = WeakKeyDictionary()
+# What was found in which model, and what modules it had then; None where it did not run on example inputs.
+_known: WeakKeyDictionary[nn.Module, tuple[list[str], dict[str, DirectSite] | None]] = WeakKeyDictionary()
 
 
 def is_known(base: PreTrainedModel) -> bool:
-    """Has this model been looked at?"""
-    return base in _known
+    """Has this model been looked at, with the modules that it has now?"""
+    return base in _known and _known[base][0] == _names(base)
 
 
 def known_sites(base: PreTrainedModel) -> dict[str, DirectSite] | None:
     """Return the sites outside the interface by name; None where that is not known."""
-    return _known.get(base)
+    return _known[base][1] if is_known(base) else None
+
+
+def _names(base: PreTrainedModel) -> list[str]:
+    return [name for name, _ in base.named_modules()]
 
 
 def look_for_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
@@ -88,7 +92,7 @@ def look_for_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = Non
         found = {**(found or {}), **new}  # other inputs may reach other parts
     except Exception:  # whatever a model's own code raises over inputs that do not suit it
         pass
-    _known[base] = found
+    _known[base] = (_names(base), found)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ NOBODY = -1  # an index that no single head owns: shared by all of them, or used
 # Far beyond any model, so that a few bytes of a damaged recipe cannot ask for all memory.
 _MOST_HEADS = 10_000
 _LONGEST_AXIS = 1_000_000
+_MOST_OWNERS = 10_000_000  # of a recipe, in all runs that differ
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,12 @@ class AttentionSite(Site):
         }
 
     @classmethod
-    def from_json(cls, name: str, data: dict[str, Any]) -> AttentionSite:
-        """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
+    def from_json(cls, name: str, data: dict[str, Any], runs: Runs | None = None) -> AttentionSite:
+        """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data.
+
+        `runs` reads the owners of all sites of a recipe.
+        """
+        runs = Runs() if runs is None else runs
         suffix = data["site"]
         if not (name == suffix or not suffix or name.endswith("." + suffix)):
             raise ValueError(f"site {name} does not end in {suffix}")
@@ -172,9 +177,9 @@ class AttentionSite(Site):
         if heads % kv_heads:
             raise ValueError(f"{heads} heads do not divide among {kv_heads} key-value heads")
         slices = []
-        for parameter, axis, role, runs in data["slices"]:
+        for parameter, axis, role, text in data["slices"]:
             limit = {"query": heads, "head": heads, "output": heads, "key": kv_heads, "value": kv_heads}[role]
-            slices.append(Slice(_above(parameter, block), _whole(axis, 0, 9), role, _from_runs(runs, limit)))
+            slices.append(Slice(_above(parameter, block), _whole(axis, 0, 9), role, runs.owners(text, limit)))
         attributes = {_above(path, block): quantity for path, quantity in data["attributes"].items()}
         if not set(attributes.values()) <= {"heads", "key_value_heads", "group", "width"}:
             raise ValueError(f"unknown quantity among {sorted(set(attributes.values()))}")
@@ -186,7 +191,7 @@ class AttentionSite(Site):
             slices=tuple(slices),
             attributes=attributes,
             output=_above(data["output"], block),
-            units=tuple(range(heads)),
+            units=runs.units(heads),
             original_num_units=heads,
             original_num_groups=kv_heads,
         )
@@ -213,15 +218,43 @@ def _to_runs(owners: tuple[int, ...]) -> str:
     return " ".join(f"{'-' if o == NOBODY else o}x{len(list(run))}" for o, run in groupby(owners))
 
 
-def _from_runs(text: str, limit: int) -> tuple[int, ...]:
-    owners: list[int] = []
-    for run in text.split():
-        owner, _, length = run.partition("x")
-        number = NOBODY if owner == "-" else int(owner)
-        if not (NOBODY <= number < limit) or not 0 < int(length) <= _LONGEST_AXIS - len(owners):
-            raise ValueError(f"impossible run {run!r} among {limit} heads")
-        owners += [number] * int(length)
-    return tuple(owners)
+class Runs:
+    """Reads the owners of all sites of one recipe: what is written alike is held once, and all of it is bounded.
+
+    A recipe is read before the shapes of the model are there to compare it with, and a short one could ask for more
+    than there is memory.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._units: dict[int, tuple[int, ...]] = {}
+        self._left = _MOST_OWNERS
+
+    def units(self, count: int) -> tuple[int, ...]:
+        """Return the numbers of `count` units."""
+        if count not in self._units:
+            self._take(count)
+            self._units[count] = tuple(range(count))
+        return self._units[count]
+
+    def owners(self, text: str, limit: int) -> tuple[int, ...]:
+        """Return the owners, below `limit`, that "0x2 1x2" stands for: (0, 0, 1, 1). Raises `ValueError` for others."""
+        if (text, limit) not in self._read:
+            owners: list[int] = []
+            for run in text.split():
+                owner, _, length = run.partition("x")
+                number = NOBODY if owner == "-" else int(owner)
+                if not (NOBODY <= number < limit) or not 0 < int(length) <= _LONGEST_AXIS - len(owners):
+                    raise ValueError(f"impossible run {run!r} among {limit} heads")
+                self._take(int(length))
+                owners += [number] * int(length)
+            self._read[text, limit] = tuple(owners)
+        return self._read[text, limit]
+
+    def _take(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise ValueError(f"its runs have more than {_MOST_OWNERS} entries")
 
 
 def _whole(value: Any, least: int, most: int) -> int:

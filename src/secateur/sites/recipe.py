@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import CheckpointError, shown
 from secateur.models.base_model import base_of
-from secateur.sites.layout import AttentionSite, Site
+from secateur.sites.layout import AttentionSite, Runs, Site
 
 KEY = "head_pruning"
 REMOVED = "_secateur_removed"  # on a base model: heads were removed from it, which its own config tells
@@ -72,9 +72,10 @@ class Recipe:
                 f"`{KEY}.format_version` must be a number from 1 to {FORMAT_VERSION}, got {shown(version)}; "
                 "a newer secateur may read it"
             )
+        runs = Runs()
         try:
             sites: dict[str, Site] = {
-                str(name): AttentionSite.from_json(str(name), layout)
+                str(name): AttentionSite.from_json(str(name), layout, runs)
                 for layout in data["layouts"]
                 for name in layout["sites"]
             }
