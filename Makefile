@@ -43,9 +43,10 @@ robustness: $(STAMP)
 	FUZZ_CASES=2000 $(BIN)/python -m pytest --outcomes=docs/robustness.md
 
 # The damaged recipes, scores and masks of tests/contract/test_fuzz.py, 100,000 of the first two kinds and new ones each
-# time; about a quarter of an hour. Writes what came of them.
+# time; about a quarter of an hour. Writes what came of them. Then 400 orders of what people do to a model and its folder.
 fuzz: $(STAMP)
 	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/contract/test_fuzz.py --outcomes=benchmarks/results/fuzz.json
+	FUZZ_CASES=20000 $(BIN)/python -m pytest tests/contract/test_workflows.py
 
 # What a user installs: no licence but those above, and no version with a known vulnerability. The second asks PyPI's
 # advisory database, and fails where a package cannot be looked up there.

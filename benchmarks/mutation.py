@@ -58,6 +58,7 @@ MODULES = {
     "units/select.py": ["unit/test_selection.py"],
     "removal/remove.py": [
         "contract/test_removal.py",
+        "contract/test_proof.py",
         "contract/test_parts.py",
         "unit/test_reshaped.py",
         "contract/test_recipe.py::test_the_recipe_records_what_was_done",

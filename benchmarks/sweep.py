@@ -32,6 +32,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 
 import torch
+from benchmarks.battery import failures
+from benchmarks.outputs import difference, tensors, uneven_mask
 from benchmarks.tiny_configs import CANDIDATES, candidate
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
@@ -120,6 +122,20 @@ def check_type(model_type: str) -> dict[str, Any]:
             "raw": True,
         }
     return result
+
+
+def check_promises(model_type: str) -> dict[str, Any]:
+    """Run one model type, whose sites are found, through the battery of benchmarks/battery.py."""
+    return {"outcome": "tried", "failed_checks": failures(build(model_type))}
+
+
+def row_of(model_type: str, timeout: float) -> dict[str, Any]:
+    """Return all that is found of one model type, in a process for each battery, since either may take long."""
+    row = in_child(check_type, model_type, timeout)
+    if "whole" in row:  # sites were found
+        tried = in_child(check_promises, model_type, timeout)
+        row["failed_checks"] = tried.get("failed_checks", {"the battery": tried.get("reason", "")})
+    return row
 
 
 def build(model_type: str) -> PreTrainedModel:
@@ -292,50 +308,10 @@ def dense_round_trip(model: PreTrainedModel) -> str:
     return ""
 
 
-def uneven_mask(sites: Mapping[str, AttentionSite]) -> Mask:
-    """Drop heads unevenly over the sites; grouped ones by their rule; a lone head stays."""
-    vectors = {}
-    for number, (name, site) in enumerate(sites.items()):
-        kept = torch.ones(site.num_units, dtype=torch.bool)
-        if site.group_size > 1 and number % 2:
-            kept[1 :: site.group_size] = False
-        elif site.num_groups > 1:
-            kept[: site.group_size] = False
-            if site.group_size == 1 and number % 2 and site.num_units > 3:
-                kept[2] = False
-        elif site.num_units > 1:
-            kept[0] = False
-        vectors[name] = kept
-    return Mask(vectors)
-
-
 @torch.no_grad()
 def run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
     torch.manual_seed(0)
     return tensors(base_of(model)(**inputs))
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """Return every floating-point tensor of a model's output, in order, but for maps, which lose an entry a head."""
-    if isinstance(value, Tensor):
-        return [value.detach().clone()] if value.is_floating_point() else []
-    if isinstance(value, Mapping):
-        value = [item for name, item in value.items() if "attention" not in name]
-    if isinstance(value, list | tuple):
-        return [t for item in value for t in tensors(item)]
-    return []
-
-
-def difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """Return the largest difference, relative to the largest value where that is above 1; other shapes are infinite."""
-    if [t.shape for t in one] != [t.shape for t in other]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(one, other, strict=True):
-        if a.numel():
-            gap = float((a - b).abs().max() / a.abs().max().clamp(min=1))
-            worst = max(worst, gap if gap == gap else float("inf"))
-    return worst
 
 
 def first_line(error: BaseException) -> str:
@@ -390,6 +366,9 @@ def page(report: dict[str, Any]) -> str:
         ),
         ("silently wrong", len(groups["WRONG"])),
     ]
+    if tried := [r for r in rows if "failed_checks" in r]:
+        passed = sum(not r["failed_checks"] for r in tried)
+        summary.append((f"every promise of benchmarks/battery.py kept, of {len(tried)} with sites", passed))
     lines = [
         "# Which models",
         "",
@@ -440,10 +419,12 @@ def main() -> None:
     rows = []
     start = time.perf_counter()
     for model_type in options.only or list(MODEL_MAPPING_NAMES):
-        row = in_child(check_type, model_type, options.timeout)
+        row = row_of(model_type, options.timeout)
         trace = row.pop("trace", "")
         rows.append(row)
         print(f"{model_type:32} {row['outcome']:10} {row.get('reason', '')[:200]}", flush=True)
+        for name, how in row.get("failed_checks", {}).items():
+            print(f"{'':32} {name}: {how[:200]}", flush=True)
         if options.trace and trace:
             print(trace)
     wrong = [r["type"] for r in rows if r["outcome"] == "WRONG"]

@@ -8,6 +8,7 @@ import json
 import random
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,9 +25,11 @@ from secateur.errors import InvalidInputError, UnsupportedModelError, invalid
 from secateur.measuring.cost import ModelCost, check_heads, measure_cost
 from secateur.models.base_model import base_of
 from secateur.models.loading import load_model, load_tokenizer
+from secateur.models.names import original_name
 from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
+from secateur.models.tokenizer_saving import note_tokenizer_
 from secateur.relations import RELATED
 from secateur.removal.proof import TOLERANCE
 from secateur.removal.remove import remove_
@@ -38,6 +41,7 @@ from secateur.scorers.score import AnyScorer, Labels, score
 from secateur.settings import AnyAllocation, AnyBudget, Budget, Cut, Reading, Restore, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
 from secateur.sites.packing import pack
+from secateur.sites.recipe import TRAINED, read_recipe
 from secateur.support.checks import check_whole
 from secateur.support.defaults import DISTILLATION_STEPS, UNITS
 from secateur.support.files import write_text
@@ -273,12 +277,14 @@ class _Pruning:
     def __init__(self, model: Any, texts: Any, tokenizer: Any, cut: Cut, restore: Restore, reading: Reading) -> None:
         if isinstance(model, str | Path):
             self.name = str(model)
-            tokenizer = load_tokenizer(model) if tokenizer is None and texts is not None else tokenizer
+            if tokenizer is None:
+                with nullcontext() if texts is not None else suppress(InvalidInputError):  # else it is only saved
+                    tokenizer = load_tokenizer(model)
             self.smaller: Any = load_model(model, reading.device)
         else:
             inner = transformer_of(model)
             base_of(inner)
-            self.name = str(getattr(inner, "name_or_path", "") or type(inner).__name__)
+            self.name = original_name(inner) or type(inner).__name__
             self.smaller = copy.deepcopy(model)
         self.prepared = PreparedModel(self.smaller, tokenizer, reading)
         self.model, self.cut, self.reading = self.prepared.model, cut, reading
@@ -399,9 +405,14 @@ class _Pruning:
         """Remove what the mask drops, prove it, and measure what is left."""
         inputs = self.prepared.batch(self.read[:_PROOF_TEXTS]) if self.read else None
         about = {"scorer": self.facts["scorer"], "allocation": self.cut.allocation, "base_model": self.name}
-        record = {**about, "secateur_version": __version__, **self.record}
+        # Of the model that is named here, which may be a pruned one, nothing was trained since.
+        earlier = read_recipe(self.prepared.base.config)
+        since = {name: False for name in TRAINED if earlier is not None and name in earlier.record}
+        record = {**about, "secateur_version": __version__, **since, **self.record}
         counts = units_left(self.sites, mask)
         removal = remove_(self.model, mask, inputs=inputs, sites=self.sites, record=record)
+        if self.prepared.knows_tokenizer:
+            note_tokenizer_(self.model, self.prepared.tokenizer)
         self.facts |= {
             "mask": removal.mask, "max_difference": removal.max_difference, "after": measure_cost(self.model),
             "budget": () if self.within is None else self.within.outcomes(mask, self.model), "units": counts,

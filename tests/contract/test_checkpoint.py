@@ -214,7 +214,7 @@ print(json.dumps([without, seen()]))
     assert found[:3] == without[:3]
     assert without[3] == []
     # With secateur imported, not even its model code is loaded for a model without a recipe.
-    ours = ["removal", "removal.checkpoint", "removal.construction", "support", "support.versions"]
+    ours = ["removal", "removal.checkpoint", "removal.construction", "removal.digest", "support", "support.versions"]
     assert sorted(found[3]) == [f"secateur.{name}" for name in ours]
 
 

@@ -11,8 +11,10 @@ import os
 import resource
 import signal as signals
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(
@@ -69,6 +71,36 @@ def command(
     return Command(line, log, moment, signal, str(below or ""), forked_workers, memory)
 
 
+def outcome_within(memory: int, function: Callable[..., object], *args: object) -> tuple[str, str]:
+    """Call a function of a module in a process that may take `memory` MiB more than it has.
+
+    Returns the name and the text of what it raised, both empty where it raised nothing.
+    """
+    queue = _FORKED.SimpleQueue()
+    process = _FORKED.Process(target=_call, args=(queue, memory, function, args))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, f"the process ended with {process.exitcode}"
+    return queue.get()
+
+
+def _call(queue: Any, memory: int, function: Callable[..., object], args: tuple[object, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    _limit_memory(memory)
+    try:
+        function(*args)
+        queue.put(("", ""))
+    except BaseException as error:
+        queue.put((type(error).__name__, str(error)))
+
+
+def _limit_memory(memory: int) -> None:
+    here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (here + memory * 2**20,) * 2)
+
+
 def touches(ended: Ended) -> int:
     """Return how many moments a command had that was started with `moment=-1`."""
     return int(ended.err.rpartition("moments ")[2])
@@ -89,8 +121,7 @@ def _run(line: list[str], log: str, moment: int, signal: int, below: str, forked
     if forked_workers:
         multiprocessing.get_context = lambda method=None: _FORKED  # type: ignore[assignment]
     if memory:
-        here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (here + memory * 2**20,) * 2)
+        _limit_memory(memory)
     seen = 0
 
     def count(event: str, arguments: tuple[object, ...]) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from secateur.errors import UnsupportedModelError
+from secateur.errors import InvalidInputError, UnsupportedModelError
 from secateur.exporting.export import export_standalone
 from secateur.models.inputs import example_inputs
+from secateur.models.model_content import fingerprint_of_files
 from secateur.models.sentence_transformers import copy_modules
 from secateur.pruning import prune
 from secateur.removal.remove import remove_
@@ -218,6 +219,9 @@ def test_pushing_and_loading_by_hub_id(hub):
     model.push_to_hub(REPOSITORY, token="hf_of_nobody")
     assert "head_pruning" in json.loads(hub.files["config.json"])
     assert_equal(AutoModelForSequenceClassification.from_pretrained(REPOSITORY), model)
+    assert fingerprint_of_files(REPOSITORY) == "a" * 40  # its commit
+    with pytest.raises(InvalidInputError, match="no-such/model is no folder, and the Hub did not give it: "):
+        fingerprint_of_files("no-such/model")
 
 
 def test_pushing_a_standalone_model_brings_its_code(hub, remote_code, tmp_path):

@@ -15,10 +15,12 @@ import torch
 from secateur import cli
 from secateur.comparing import compare as comparison
 from secateur.comparing.compare import compare
-from secateur.comparing.folder import differences
+from secateur.comparing.folder import content_of, differences
 from secateur.comparing.plan import DENSE, Settings, plan
 from secateur.comparing.protocols import PROTOCOLS, Protocol
 from secateur.errors import InvalidInputError
+from secateur.report.numbers import DASH
+from secateur.report.reading import read_runs
 from secateur.support.files import append_line, read_lines
 from tests.support.processes import command
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
@@ -165,6 +167,54 @@ def test_a_folder_from_before_a_setting_was_known_goes_on(settings, tmp_path):
     assert len(compare(settings, tmp_path / "c", progress=False)) == 2
 
 
+def test_content_that_changed_is_refused_by_name(settings, folder, tmp_path):
+    """The same places hold another model, other texts, other labels, another tokenizer: rows of both would mix."""
+    for name in ("model", "singles"):
+        shutil.copytree(folder / name, tmp_path / name)
+    model, task, out = tmp_path / "model", tmp_path / "singles", tmp_path / "c"
+    own = replace(settings, model=str(model), data=(str(task),), scorers=("random",), seeds=1)
+    rows = compare(own, out, progress=False)
+    labels = (task / "dev.tsv").read_text().replace("\t0\n", "\t1\n")
+    for file, change, what in (
+        (model / "model.safetensors", lambda: tiny_model("bert", seed=5).save_pretrained(model), f"model {model}"),
+        (model / "config.json", lambda: _set(model / "config.json", hidden_act="relu"), f"model {model}"),
+        (model / "tokenizer.json", lambda: _set(model / "tokenizer.json", added_tokens=[]), f"model {model}"),
+        (task / "dev.tsv", lambda: (task / "dev.tsv").write_text(labels), "task singles"),
+    ):
+        content = file.read_bytes()
+        change()
+        with pytest.raises(InvalidInputError, match=f"before the content of {what} changed; choose another folder"):
+            compare(replace(own, seeds=2), out, progress=False)
+        file.write_bytes(content)
+    (model / "README.md").write_text("of no weight")
+    assert compare(own, out, progress=False) == rows
+
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    _set(other / "settings.json", content={f"model {model}": "0" * 16})
+    assert len(read_runs([out, other])) == 2  # a page does not join them either
+    _set(other / "settings.json", content={})
+    assert len(read_runs([out, other])) == 1
+    assert compare(own, other, progress=False) == rows  # a folder from before there were fingerprints goes on
+
+
+def _set(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_pruner_that_changed_is_refused(settings, folder, tmp_path):
+    from secateur.pruners.map_network import MetaPruner
+
+    MetaPruner().save_pretrained(tmp_path / "singles")
+    own = replace(settings, data=settings.data[:1], scorers=("smp",), pruners={"smp": str(tmp_path / "{task}")})
+    before = content_of(own, {"singles": "1"})
+    torch.manual_seed(1)
+    shutil.rmtree(tmp_path / "singles")
+    MetaPruner(initial_std=0.5).save_pretrained(tmp_path / "singles")
+    after = content_of(own, {"singles": "1"})
+    assert [name for name in after if after[name] != before[name]] == [f"pruner {tmp_path / 'singles'}"]
+
+
 def test_the_learning_rate_and_the_epochs_replace_the_protocols(settings, whole, tmp_path):
     few = replace(settings, data=settings.data[:1], scorers=("random",), seeds=1)
     changed = replace(few, learning_rate=1e-9, epochs=2.0)
@@ -173,6 +223,26 @@ def test_the_learning_rate_and_the_epochs_replace_the_protocols(settings, whole,
     slow = compare(changed, tmp_path / "slow", progress=False)[0]
     usual = whole[0][0]
     assert slow["train_loss"] > usual["train_loss"]
+
+
+def test_a_dense_model_that_learned_nothing_is_said_to(folder, tmp_path, monkeypatch, capsys):
+    """Where every run gives the same answers, random heads would keep 100%."""
+    monkeypatch.setitem(PROTOCOLS, "lite", replace(SHORT, learning_rate=1e-9))
+    out = tmp_path / "c"
+    line = ["compare", "--model", folder / "model", "--data", folder / "singles", "--scorer", "random", "--seeds", "1"]
+    assert (
+        cli.main([str(word) for word in [*line, "--texts", "8", "--jobs", "1", "--device", "cpu", "--out", out]]) == 0
+    )
+    printed, page = capsys.readouterr().out, (out / "report.html").read_text()
+    (dense, _) = read_lines(out / "runs.jsonl")
+    labels = [row.split("\t")[1] for row in (folder / "singles/dev.tsv").read_text().splitlines()[1:]]
+    assert dense["value"] <= dense["constant"] == max(labels.count(each) for each in "01") / len(labels)
+    for shown in (printed, page):
+        assert "singles: in 1 of 1 runs the dense model is no better than a constant answer" in shown
+        assert "more training texts, more epochs or another learning rate" in shown
+        assert "100.0%" not in shown
+    assert DASH in printed
+    assert "highest retention" not in page
 
 
 def test_scorers_that_need_labels_or_the_ratio_get_them(settings, tmp_path):

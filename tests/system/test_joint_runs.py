@@ -226,7 +226,10 @@ def test_runs_that_cannot_go_on(whole, tmp_path):
     ):
         train(out, resume=True, tasks=TASKS[:1])
     changed = [Task("singles", tiny_texts(40, seed=7)), TASKS[1]]
-    for other in ({"tasks": changed}, {"kind": "llama"}, {"subject": Subject(tiny_model("bert", 5), tiny_tokenizer())}):
+    last = Subject(tiny_model("bert"), tiny_tokenizer())
+    with torch.no_grad():
+        last.model.encoder.layer[1].output.dense.weight[-1, -1] += 1  # a single number, and not the first
+    for other in ({"tasks": changed}, {"kind": "llama"}, {"subject": last}):
         with pytest.raises(CheckpointError, match=r"was made with .*; go on with the same, or choose another folder"):
             train(out, resume=True, **other)
     with pytest.raises(InvalidInputError, match=r"`samples` must be at least the 2 of the run in .*, got 1"):

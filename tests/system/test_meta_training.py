@@ -209,6 +209,27 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         train_meta_pruner([subject()], TASKS, tmp_path / "run", accelerator=Accelerator(cpu=True))
 
 
+def test_a_run_on_another_model_or_other_texts_does_not_go_on(tmp_path):
+    def go(who, tasks, steps=2):
+        config = MetaTrainingConfig(**{**SMALL, "steps": steps})
+        return train_meta_pruner(
+            [who], tasks, tmp_path / "run", config, resume=True, progress=False, accelerator=Accelerator(cpu=True)
+        )
+
+    go(subject(), TASKS, 1)
+    other = subject()
+    with torch.no_grad():
+        other.model.encoder.layer[1].output.dense.weight[-1, -1] += 1  # a single number, and not the first
+    with pytest.raises(CheckpointError, match=r"was made with models = .*choose another folder with --out"):
+        go(other, TASKS)
+    changed = [Task(TASKS[0].name, [*TASKS[0].texts[:-1], TASKS[0].texts[0]]), *TASKS[1:]]
+    with pytest.raises(CheckpointError, match=rf"was made with tasks = \['{TASKS[0].name}, .*choose another folder"):
+        go(subject(), changed)
+    (tmp_path / "run" / "settings.json").unlink()  # a run from before there was this file goes on
+    go(subject(), TASKS)
+    assert latest_checkpoint(tmp_path / "run").name == "checkpoint-2"
+
+
 def test_the_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')

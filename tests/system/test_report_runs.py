@@ -132,6 +132,18 @@ def test_curves_by_hand():
     assert {s.name: s.points[0].x for s in costs[0].series} == {"random": 0.2, "contribution": 1.0, "smp": 3.3}
 
 
+def test_curves_leave_out_tasks_whose_dense_model_learned_nothing():
+    rows = [{**row, "constant": 0.9 if row["task"] == "b" else 0.5} for row in comparison_rows()]
+    charts = {chart.title: chart for chart in curves(rows, summarise(rows))}
+    retention = {series.name: series.points for series in charts["mean retention"].series}["contribution"]
+    by_seed = [0.78 / 0.80, 0.78 / 0.81]
+    assert retention[2].y == pytest.approx(sum(by_seed) / 2)
+    assert retention[2].spread == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2**0.5)
+    nothing = [{**row, "constant": 0.9} for row in rows]
+    assert "mean retention" not in {chart.title for chart in curves(nothing, summarise(nothing))}
+    assert cost_charts(nothing, summarise(nothing)) == []
+
+
 def test_agreement_by_hand(tmp_path):
     (run,) = read_runs([write_comparison(tmp_path / "c")])
     found = {matrix["slug"]: matrix for matrix in agreement(run["rows"], run["scores"])}

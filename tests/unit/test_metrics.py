@@ -7,6 +7,7 @@ import pytest
 from secateur.errors import InvalidInputError
 from secateur.finetuning.evaluate import (
     classification_metrics,
+    constant_metric,
     main_metric,
     regression_metrics,
 )
@@ -85,3 +86,17 @@ def test_main_metric_is_one_that_the_task_has(name, labels, expected):
     assert main_metric(Task(name, ["x"] * len(labels), labels)) == expected
     metrics = regression_metrics if isinstance(labels[0], float) else classification_metrics
     assert expected in metrics(labels, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "expected"),
+    [
+        ("sst2", [0, 1, 1, 1], 0.75),
+        ("mnli", [0, 1, 2, 2], 0.5),
+        ("mrpc", [0, 0, 0, 1], 0.4),  # always 1: precision 1/4, recall 1; always 0 has an F1 of 0
+        ("cola", [0, 1, 1, 1], 0.0),
+        ("stsb", [0.5, 1.0, 1.0], 0.0),
+    ],
+)
+def test_the_best_constant_answer_by_hand(name, labels, expected):
+    assert constant_metric(Task(name, ["x"] * len(labels), labels)) == pytest.approx(expected)

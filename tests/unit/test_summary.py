@@ -4,8 +4,9 @@ import pytest
 
 from secateur.cli.tables import comparison_table, markdown
 from secateur.comparing.plan import DENSE
-from secateur.comparing.summary import ALL_TASKS, summarise
+from secateur.comparing.summary import ALL_TASKS, not_learned, summarise
 from secateur.errors import InvalidInputError
+from secateur.report.numbers import DASH
 
 
 def row(task, scorer, seed, value, ratio=0.5):
@@ -50,3 +51,27 @@ def test_summary_of_little():
     assert level[1].p_value == 1
     with pytest.raises(InvalidInputError, match="rows"):
         summarise([])
+
+
+def test_runs_whose_dense_model_learned_nothing_count_for_nothing():
+    """Seed 0 of `a` and all of `b` predict one class, as the best constant answer does."""
+    constant = {"a": 0.80, "b": 0.50}
+    rows = [{**each, "metric": "accuracy", "constant": constant[each["task"]]} for each in ROWS]
+    found = {(s.task, s.scorer): s for s in summarise(rows)}
+    a, b, mean = found["a", "x"], found["b", "x"], found[ALL_TASKS, "x"]
+    kept = [0.78 / 0.90, 0.76 / 0.85]
+    assert a.retention == mean.retention == pytest.approx(sum(kept) / 2)
+    assert a.difference == mean.difference == pytest.approx((-0.12 - 0.09) / 2)
+    assert a.mean == pytest.approx(2.24 / 3)  # what was measured is shown
+    assert (b.retention, b.difference, b.p_value, b.left_out) == (None, None, None, 3)
+    assert (a.left_out, mean.left_out, found["b", DENSE].left_out) == (1, 4, 0)
+
+    first, second = not_learned(rows)
+    assert first.startswith("a: in 1 of 3 runs the dense model is no better than a constant answer (accuracy 0.800")
+    assert "b: in 3 of 3 runs" in second
+    for words in ("more training texts", "more epochs", "another learning rate"):
+        assert words in second
+    assert not_learned(ROWS) == []  # rows that do not say what a constant answer reaches
+
+    only = markdown(comparison_table(summarise([each for each in rows if each["task"] == "b"])))
+    assert only.splitlines()[-1].endswith(f"| 0.500 ± 0.100 | {DASH} |")

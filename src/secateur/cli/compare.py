@@ -86,7 +86,7 @@ def compare(out: Path, jobs: int | None, device: str | None, as_json: bool, **se
     from secateur.comparing.compare import compare as run_comparison
     from secateur.comparing.compare import default_jobs
     from secateur.comparing.plan import Settings
-    from secateur.comparing.summary import summarise
+    from secateur.comparing.summary import not_learned, summarise
     from secateur.models.loading import check_device
     from secateur.report import write_report
     from secateur.report.reading import read_runs
@@ -101,4 +101,6 @@ def compare(out: Path, jobs: int | None, device: str | None, as_json: bool, **se
         print_json([asdict(summary) for summary in summaries])
     else:
         print_table(comparison_table(summaries))
+        for line in not_learned(rows):
+            click.echo(line)
         click.echo(f"runs: {out / ROWS}\nreport: {out / PAGE}")

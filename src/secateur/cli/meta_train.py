@@ -21,7 +21,7 @@ from secateur.cli.options import (
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.support.defaults import PRUNING_RATIO
 from secateur.support.files import is_taken
-from secateur.support.run_files import LOG, PRUNER
+from secateur.support.run_files import LOG, PRUNER, SETTINGS
 
 config_options = together(
     click.option(
@@ -88,7 +88,7 @@ def meta_train(
     from secateur.texts.data import has_splits, load_task
 
     config = MetaTrainingConfig(**settings)
-    if resume and latest_checkpoint(out) is None and not (out / LOG).is_file():
+    if resume and latest_checkpoint(out) is None and not (out / SETTINGS).is_file() and not (out / LOG).is_file():
         raise InvalidInputError(f"there is no checkpoint to resume in {out}")
     accelerator = Accelerator(log_with="tensorboard" if tensorboard else None, project_dir=str(out))
     if not resume and accelerator.is_main_process and is_taken(out):

@@ -12,6 +12,7 @@ from secateur.comparing.summary import Summary
 from secateur.measuring.bench import Benchmark
 from secateur.measuring.timing import quartiles
 from secateur.pruning import PruningReport
+from secateur.report.numbers import DASH
 from secateur.report.reading import cost_rows
 from secateur.units.scores import Scores
 
@@ -127,9 +128,7 @@ def comparison_table(summaries: list[Summary]) -> Table:
         table.add_column(task, justify="right")
     for scorer, ratio in dict.fromkeys((s.scorer, s.ratio) for s in summaries):
         cells = [by_cell.get((scorer, ratio, task)) for task in tasks]
-        last = cells[-1]
-        retention = "" if last is None or last.retention is None else f"{last.retention:.1%}"
-        table.add_row(f"{ratio:.0%}", scorer, *map(_compared, cells), retention)
+        table.add_row(f"{ratio:.0%}", scorer, *map(_compared, cells), _retention(cells[-1]))
     return table
 
 
@@ -161,6 +160,12 @@ def _compared(summary: Summary | None) -> str:
         return f"{summary.mean:.3f}{spread}"
     star = "*" if summary.is_noise is False else ""
     return f"{summary.mean:.3f}{spread} ({summary.difference:+.3f}{star})"
+
+
+def _retention(summary: Summary | None) -> str:
+    if summary is None or summary.retention is None:
+        return DASH if summary is not None and summary.left_out else ""
+    return f"{summary.retention:.1%}"
 
 
 def _shown(value: float | None, unit: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,7 +16,7 @@ from secateur.cli.options import Place, device_option, json_option, print_json
 @device_option
 @json_option
 def verify(folder: Path, against: str | None, device: str | None, as_json: bool) -> None:
-    """Reload the pruned model in FOLDER and compare it with its gated original."""
+    """Reload the pruned model in FOLDER and compare its weights and outputs with its gated original."""
     from secateur.models.loading import check_device
     from secateur.removal.verify import verify_checkpoint
 
@@ -23,10 +24,42 @@ def verify(folder: Path, against: str | None, device: str | None, as_json: bool)
     if as_json:
         print_json(result)
     else:
-        verdict = "equal to" if result["equal"] else "DIFFERS from"
-        refitted = " and its output projections refitted" if result["reconstructed"] else ""
-        since = ", as it was distilled since" if result["distilled"] else ""
-        click.echo(f"{folder} {verdict} {result['against']} with {result['dropped']} heads gated{refitted}{since}")
-        click.echo(f"largest difference {result['max_difference']:.1e} (at most {result['tolerance']:g} is accepted)")
+        click.echo("\n".join(_lines(folder, result)))
     if not result["equal"]:
         raise click.exceptions.Exit(1)
+
+
+def _lines(folder: Path, result: dict[str, Any]) -> list[str]:
+    """Return the verdict, then what it rests on."""
+    counts, differing = result["tensors"], result["differing"]
+    relation = "equal to" if result["equal"] else "DIFFERS from"
+    refitted = " and its output projections refitted" if result["reconstructed"] else ""
+    verdict = f"{folder} {relation} {result['against']} with {result['dropped']} heads gated{refitted}"
+    if result["verdict"] == "trained":
+        done = {"distilled": "distilled", "finetuned": "fine-tuned"}
+        words = " and ".join(word for name, word in done.items() if result[name])
+        verdict += f", as it was {words} since: {counts['trained']} of {sum(counts.values())} tensors differ; "
+        verdict += "heads removed as the recipe says"
+    elif set(counts) & {"other"} and result["weights"] == "as saved":
+        verdict += ": it has another original, or was trained since by what the recipe does not record"
+    odd = [one["name"] for one in differing if one["state"] in ("not finite", "missing", "other")]
+    most = max((one["change"] or 0.0 for one in differing if one["state"] == "refitted"), default=0.0)
+    by = {"refitted": f" (by up to {most:.2g} of their norm)", "trained": " since"}
+    states = ", ".join(f"{count} {state}{by.get(state, '')}" for state, count in counts.items())
+    step = result["max_step_difference"]
+    cached = "" if step is None else f", {step:.1e} with a cache"
+    return [
+        verdict,
+        f"tensors: {states}{_such_as(odd)}",
+        {
+            "as saved": "weights: as they were saved",
+            "changed": f"weights: {len(result['changed'])} changed since they were saved{_such_as(result['changed'])}",
+            "unknown": "weights: saved without digests, so that a change since does not show",
+        }[result["weights"]],
+        f"largest difference {result['max_difference']:.1e}{cached} (at most {result['tolerance']:g} is accepted)",
+    ]
+
+
+def _such_as(names: list[str]) -> str:
+    """Return the first few names."""
+    return f": {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else ""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from secateur.comparing.folder import owned, rows_by_run, run_of, scores_file
+from secateur.comparing.folder import content_of, owned, rows_by_run, run_of, scores_file
 from secateur.comparing.plan import Settings, plan, scorings_of
 from secateur.comparing.run import score_run, train_run
 from secateur.comparing.splits import check_tasks
@@ -29,15 +29,15 @@ def compare(
     `out` is a folder that may be stopped at any moment and goes on where it stopped. `jobs` processes share the runs;
     with several GPUs each gets one. Rows do not depend on `jobs` or on the order, their `cost` aside.
 
-    Raises `InvalidInputError` where `out` holds a comparison with other settings or is in use by another run, and
-    whatever a run raises; finished runs stay.
+    Raises `InvalidInputError` where `out` holds a comparison with other settings, or of a model or data whose content
+    has changed since, or is in use by another run, and whatever a run raises; finished runs stay.
     """
     if jobs < 1:
         raise invalid("jobs", "be at least 1", jobs)
     out = Path(out)
     place = str(training_device(device))
-    check_tasks(settings.data)
-    with owned(out, settings):
+    content = content_of(settings, check_tasks(settings.data))
+    with owned(out, settings, content):
         rows, runs = rows_by_run(out), plan(settings)
         missing = [run for run in runs if run not in rows]
         scorings = [run for run in scorings_of(missing) if not scores_file(out, run).is_file()]

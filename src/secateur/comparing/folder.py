@@ -16,16 +16,20 @@ from typing import Any
 from secateur.comparing.plan import CELLS, COMMON, Run, Settings
 from secateur.comparing.splits import splits
 from secateur.errors import InvalidInputError, invalid, shown
+from secateur.models.model_content import fingerprint_of_files
 from secateur.scorers import scorer_class
 from secateur.support.files import LOCK, is_taken, one_run, read_json, read_lines, remove_unfinished, write_text
 from secateur.support.run_files import ROWS, SCORES, SETTINGS, scores_stem
 
 
 @contextmanager
-def owned(out: Path, settings: Settings) -> Iterator[None]:
-    """Hold the folder for this process alone, and check or write its settings."""
+def owned(out: Path, settings: Settings, content: Mapping[str, str]) -> Iterator[None]:
+    """Hold the folder for this process alone, and check or write its settings and the fingerprints of `content_of`.
+
+    A folder from before there were fingerprints counts as one of the same content, and gets them.
+    """
     file = out / SETTINGS
-    wanted = json.loads(json.dumps(asdict(settings)))
+    wanted = {**json.loads(json.dumps(asdict(settings))), "content": dict(content)}
     if is_taken(out) and not file.is_file():
         raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
     if file.is_file():
@@ -35,10 +39,28 @@ def owned(out: Path, settings: Settings) -> Iterator[None]:
         names = differences(found, wanted)
         if names:
             raise InvalidInputError(f"{out} holds a comparison with other {', '.join(names)}; choose another folder")
+        before = found.get("content", {})
+        changed = [name for name, value in content.items() if before.get(name, value) != value]
+        if changed:
+            raise InvalidInputError(
+                f"{out} holds runs made before the content of {', '.join(changed)} changed; choose another folder with "
+                "--out"
+            )
     with one_run(out / LOCK, out):
         remove_unfinished(out)
         write_text(file, json.dumps(wanted, indent=1))
         yield
+
+
+def content_of(settings: Settings, tasks: Mapping[str, str]) -> dict[str, str]:
+    """Return fingerprints of what lies at the settings' places: the model, pruners, and `tasks` by name."""
+    found = {f"model {settings.model}": fingerprint_of_files(settings.model)}
+    for place in settings.pruners.values():
+        for folder in dict.fromkeys(place.replace("{task}", task) for task in tasks):
+            # A place that is no pruner fails where it is loaded, by the rules of its scorer.
+            if (Path(folder) / "config.json").is_file():
+                found[f"pruner {folder}"] = fingerprint_of_files(folder)
+    return found | {f"task {name}": value for name, value in tasks.items()}
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from transformers import set_seed
 from secateur.comparing.folder import scores_file
 from secateur.comparing.plan import DENSE, Run, Settings
 from secateur.comparing.splits import splits
-from secateur.finetuning.evaluate import main_metric
+from secateur.finetuning.evaluate import constant_metric, main_metric
 from secateur.finetuning.finetune import finetune, load_classifier
 from secateur.models.loading import load_model, load_tokenizer, quiet_transformers
 from secateur.removal.remove import remove_
@@ -77,6 +77,7 @@ def train_run(settings: Settings, run: Run, out: Path, device: str) -> dict[str,
         "seed": run.seed,
         "metric": main_metric(dev),
         "value": result.metrics[main_metric(dev)],
+        "constant": constant_metric(dev),
         "metrics": result.metrics,
         "train_texts": len(train),
         "dev_texts": len(dev),

@@ -11,6 +11,7 @@ from secateur.errors import CheckpointError, InvalidInputError, invalid
 from secateur.models.inputs import example_inputs
 from secateur.models.loading import find_tokenizer, load_model
 from secateur.models.sentence_transformers import copy_modules
+from secateur.models.tokenizer_saving import save_tokenizer
 from secateur.pruners.map_network import MetaPruner
 from secateur.removal.legacy import has_v4_pruning
 from secateur.removal.proof import hidden_states
@@ -60,8 +61,7 @@ def _convert_model(source: str | Path, out: str | Path) -> dict[str, Any]:
         inputs = example_inputs(model)
         place = copy_modules(source, folder)
         model.save_pretrained(place)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(place)
+        save_tokenizer(tokenizer, source, place)
         again = load_model(folder, "cpu")
         _check_equal(model.state_dict(), again.state_dict())
         outputs = zip(hidden_states(model, inputs), hidden_states(again, inputs), strict=True)

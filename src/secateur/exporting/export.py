@@ -9,6 +9,7 @@ from secateur.exporting.onnx import save_onnx
 from secateur.exporting.standalone import MODULE, save_standalone
 from secateur.models.loading import find_tokenizer, load_model
 from secateur.models.sentence_transformers import copy_modules
+from secateur.models.tokenizer_saving import save_tokenizer
 from secateur.support.files import new_folder
 
 
@@ -26,8 +27,7 @@ def export_standalone(source: str | Path, out: str | Path) -> dict[str, Any]:
         tokenizer = find_tokenizer(source)
         place = copy_modules(source, folder)
         auto_map = save_standalone(model, place)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(place)
+        save_tokenizer(tokenizer, source, place)
         code = place.relative_to(folder) / f"{MODULE}.py"
     return {"class": type(model).__name__, "auto_classes": sorted(auto_map), "code": str(code)}
 
@@ -41,6 +41,5 @@ def export_onnx(source: str | Path, out: str | Path) -> dict[str, Any]:
         model = load_model(source, "cpu", whole=True)
         tokenizer = find_tokenizer(source)
         result = save_onnx(model, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, source, folder)
     return {"class": type(model).__name__, **result}

@@ -29,6 +29,7 @@ from secateur.models.loading import quiet_transformers
 from secateur.removal.checkpoint import without_hook
 from secateur.removal.proof import hidden_states
 from secateur.removal.replay import missing_sites
+from secateur.removal.saving import prepare_to_save_
 from secateur.sites.recipe import Recipe, read_recipe
 from secateur.support.files import write_text
 from secateur.support.versions import __version__
@@ -71,6 +72,7 @@ def save_standalone(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     those of `model` bit for bit, or `CheckpointError` is raised. Raises `InvalidInputError` for a model that is not
     pruned, and `UnsupportedModelError` for a class that no Auto class stands for.
     """
+    prepare_to_save_(model)  # what is written below has a copy of the config
     recipe = read_recipe(base_of(model).config)
     if recipe is None:
         raise invalid("model", "be pruned", type(model).__name__, "any other folder loads without secateur as it is")

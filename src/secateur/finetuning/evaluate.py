@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -77,6 +78,24 @@ def main_metric(task: Task) -> str:
     # A task of another kind may bear one of GLUE's names; it gets the metric of its kind.
     possible = {1: ("pearson", "spearman"), 2: ("accuracy", "f1", "matthews")}.get(task.num_labels, ())
     return named if named in possible else default
+
+
+def constant_metric(task: Task) -> float:
+    """Return the main metric of the best constant answer: the same class, or the same number, for every text.
+
+    That is the share of the commonest class for accuracy, the F1 of "always 1", and 0 for Matthews' correlation and for
+    the correlations of a regression, which are undefined there. A model that has learned something is better.
+
+    Raises `InvalidInputError` where the task has no labels.
+    """
+    main = main_metric(task)
+    assert task.labels is not None  # main_metric raises where the task has no labels
+    if task.is_regression:
+        return regression_metrics([0.0] * len(task), task.labels)[main]
+    labels = [int(label) for label in task.labels]
+    # Only two classes have a metric by which the rarer one can be the better answer.
+    answers = [label for label, _ in Counter(labels).most_common(2)]
+    return max(classification_metrics([answer] * len(labels), labels)[main] for answer in answers)
 
 
 EVALUATION = Reading(batch_size=64)

@@ -17,7 +17,10 @@ from secateur.finetuning.evaluate import EVALUATION, check_model_fits, evaluate_
 from secateur.finetuning.trainer import train, training_device
 from secateur.models.base_model import base_of
 from secateur.models.loading import check_device, load_model, load_tokenizer, quiet_transformers
+from secateur.models.names import original_name
+from secateur.models.tokenizer_saving import save_tokenizer
 from secateur.settings import Reading, said_of, settings_of
+from secateur.sites.recipe import note_
 from secateur.support.checks import check_positive
 from secateur.support.defaults import FINETUNING_EPOCHS, FINETUNING_RATE
 from secateur.support.files import new_folder, write_text
@@ -88,20 +91,20 @@ def finetune(
                 model.config.pad_token_id = tokenizer.pad_token_id
             seconds, steps, loss = _train(model, tokenizer, task, epochs, learning_rate, reading)
             model.eval()
+            note_(model, "finetuned")
             own = replace(EVALUATION, max_length=reading.max_length, progress=reading.progress)
             metrics = {} if dev is None else evaluate_model(model, tokenizer, dev, reading=own)
             result = FinetuneResult(metrics, seconds, steps, loss, main_metric(task if dev is None else dev))
             if folder is not None:
-                name = model.name_or_path if is_loaded else str(model_or_path)
+                name = original_name(model) if is_loaded else str(model_or_path)
                 settings = {"model": name, "task": task.name, "epochs": epochs, "learning_rate": learning_rate}
-                _save(model, tokenizer, folder, result, {**settings, **said_of(reading)})
+                model.save_pretrained(folder)
+                save_tokenizer(tokenizer, None if is_loaded else name, folder)
+                _save_result(result, {**settings, **said_of(reading)}, folder)
     return model, result
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, result: FinetuneResult, settings: dict[str, Any]) -> None:
-    """Write the model with its tokenizer, and what its training gave."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _save_result(result: FinetuneResult, settings: dict[str, Any], folder: Path) -> None:
     write_text(folder / FINETUNING, json.dumps({**asdict(result), "settings": settings}, indent=1))
 
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from secateur.errors import SecateurError, invalid
 from secateur.meta_training.config import MetaTrainingConfig
+from secateur.meta_training.contents import settle_contents
 from secateur.meta_training.held_out import HeldOut, held_out_kl
 from secateur.meta_training.meta_step import MetaTraining
 from secateur.meta_training.runs import (
@@ -56,7 +57,7 @@ def train_meta_pruner(
     stops at a checkpoint.
 
     Raises `InvalidInputError` for settings and tasks that cannot be trained on, `CheckpointError` for a checkpoint that
-    does not fit, `SecateurError` for a loss that is not finite.
+    does not fit and for a run on other models or texts, `SecateurError` for a loss that is not finite.
     """
     config = MetaTrainingConfig() if config is None else config
     check_subjects(subjects)
@@ -69,6 +70,8 @@ def train_meta_pruner(
         check_run_folder(out, resume)
     training = MetaTraining(subjects, tasks, config, accelerator)
     with held_run(out) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            settle_contents(out, subjects, tasks)
         last = latest_checkpoint(out)
         if resume and last is not None:
             training.step = load_checkpoint(last, training.pruner, training.optimizer, config)

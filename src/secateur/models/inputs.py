@@ -16,10 +16,13 @@ from secateur.models.base_model import base_of
 from secateur.models.offload import device_of
 from secateur.models.state import evaluation_mode
 
+LENGTH = 12
+"""Tokens of an example text, where nothing else is asked for."""
+
 
 @torch.inference_mode(False)  # inputs made in inference mode could not be differentiated through
 def example_inputs(
-    model: PreTrainedModel, batch: int = 2, length: int = 12, padding: int = 3, seed: int = 0
+    model: PreTrainedModel, batch: int = 2, length: int = LENGTH, padding: int = 3, seed: int = 0
 ) -> dict[str, Any]:
     """Return keyword arguments for one forward pass of the base model, the same at every call with
     the same arguments.
@@ -171,7 +174,8 @@ def max_length(model: nn.Module, default: int = 512) -> int:
     config = base.config.get_text_config() if base.main_input_name == "input_ids" else base.config
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
-        return default
+        decoded = getattr(config, "max_target_positions", None)  # of Whisper and its kin, whose encoders read no tokens
+        return decoded if isinstance(decoded, int) and decoded > 0 else default
     for name, module in base.named_modules():
         weight, padding = getattr(module, "weight", None), getattr(module, "padding_idx", None)
         is_table = "position" in name and isinstance(weight, Tensor) and weight.shape[:1] == (positions,)

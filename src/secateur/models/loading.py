@@ -12,11 +12,14 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid
+from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid, shown
 from secateur.models.classifier import CLASSIFIERS, is_classifier
+from secateur.models.originals import original_name, originals
 from secateur.models.sentence_transformers import transformer_folder
+from secateur.support.checks import knows_words
 
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
+_LACKING = "_secateur_lacking"  # on a model: the weights that its files did not have
 _SMALL = 300_000_000  # bytes that load in about a second, for which a progress bar is noise
 
 
@@ -40,7 +43,7 @@ def load_model(
     classifier is asked for and the config names none; else a `SecateurWarning`, but for another class than the config
     names: who asks for one, such as one with a new head, knows what is new in it.
     """
-    _check_exists(model)
+    check_exists(model)
     own_class = model_class is None
     source, from_file = _source(model)
     options = {**_access(model), **options}
@@ -57,6 +60,7 @@ def load_model(
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError and more here
         raise InvalidInputError(f"{model} cannot be loaded as a model: {_first_line(error)}") from error
+    vars(loaded)[_LACKING] = frozenset(loading["missing_keys"])
     if missing := sorted(loading["missing_keys"]) if whole or own_class else []:
         lost = f"{model} lacks weights of {type(loaded).__name__}, such as {missing[0]}"
         if whole:
@@ -73,14 +77,53 @@ def load_model(
     return (loaded if "device_map" in options else loaded.to(device or default_device())).eval()
 
 
-def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or Hub id. Raises `InvalidInputError` where there is none."""
-    _check_exists(model)
+def lacking(loaded: PreTrainedModel) -> frozenset[str]:
+    """Return the weights that a model which `load_model` returned has at random, as its files lacked them."""
+    found: frozenset[str] = vars(loaded).get(_LACKING, frozenset())
+    return found
+
+
+def config_class(model: str | Path) -> type | None:
+    """Return the class of the config of a folder or Hub id, or None where it has none that can be read."""
     source, from_file = _source(model)
     try:
-        return AutoTokenizer.from_pretrained(source, **_access(model), **from_file)
+        return type(AutoConfig.from_pretrained(source, **_access(model), **from_file))
+    except Exception:  # who loads the model says why
+        return None
+
+
+def has_no_head(model: str | Path) -> bool:
+    """Return whether a folder or Hub id is an encoder that was not fine-tuned: its config names no classifier.
+
+    Raises `InvalidInputError` where there is no model.
+    """
+    check_exists(model)
+    source, from_file = _source(model)
+    try:
+        config = AutoConfig.from_pretrained(source, **_access(model), **from_file)
     except Exception as error:
-        raise InvalidInputError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
+        raise InvalidInputError(f"{model} cannot be loaded as a model: {_first_line(error)}") from error
+    return _named_otherwise(config) is not None
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id.
+
+    Where it has no tokenizer files, transformers makes one up that knows no word. Then the tokenizer of the original
+    is taken that the recipe of a pruned model names, if that is on this machine. Raises `InvalidInputError` where
+    there is none, and for one that cannot be loaded.
+    """
+    check_exists(model)
+    found = _own_tokenizer(model) or _tokenizer_of_original(model)
+    if found is None:
+        name = original_name(model)
+        origin = "" if name is None else f" (pruned from {shown(name)})"
+        save = f"{'save_pretrained' if Path(model).exists() else 'push_to_hub'}({str(model)!r})"
+        raise InvalidInputError(
+            f"{model}{origin} has no tokenizer files that know words; save the original's beside it: "
+            f"AutoTokenizer.from_pretrained(ORIGINAL).{save}, or pass `tokenizer=` in Python"
+        )
+    return found
 
 
 def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
@@ -88,13 +131,10 @@ def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
 
     Raises `InvalidInputError` for a tokenizer in a folder that is there but cannot be loaded.
     """
-    path = Path(model)
-    if path.is_dir() and not any(f.name.startswith(_TOKENIZER_FILES) for f in transformer_folder(path).iterdir()):
-        return None
     try:
         return load_tokenizer(model)
     except InvalidInputError:
-        if path.exists():
+        if Path(model).exists() and not _lacks_tokenizer_files(model):
             raise
         return None
 
@@ -132,6 +172,37 @@ def check_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+def _own_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that lies in a folder or Hub repository; None where transformers would make one up."""
+    source, from_file = _source(model)
+    try:
+        found = AutoTokenizer.from_pretrained(source, **_access(model), **from_file)
+    except Exception as error:
+        if _lacks_tokenizer_files(model):
+            return None
+        raise InvalidInputError(f"{model} has no tokenizer that can be loaded: {_first_line(error)}") from None
+    return found if knows_words(found) else None
+
+
+def _tokenizer_of_original(model: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of what a model was pruned from; None where that has none, or is not on this machine."""
+    for original in originals(model):
+        try:
+            check_exists(original)
+            found = _own_tokenizer(original)
+        except InvalidInputError:
+            return None
+        if found is not None:
+            return found
+    return None
+
+
+def _lacks_tokenizer_files(model: str | Path) -> bool:
+    """Whether `model` is a folder in which no file is called like one of a tokenizer."""
+    path = Path(model)
+    return path.is_dir() and not any(f.name.startswith(TOKENIZER_FILES) for f in transformer_folder(path).iterdir())
+
+
 def _source(model: str | Path) -> tuple[str | Path, dict[str, str]]:
     """Return what transformers is asked for: a folder or Hub id, or a `.gguf` file's folder and name."""
     path = Path(model)
@@ -153,10 +224,16 @@ def _named_class(config: Any) -> Any:
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
 
 
+def _named_otherwise(config: Any) -> str | None:
+    """Return the class that a config names where that is no classifier."""
+    named = next(iter(config.architectures or []), None)
+    return named if isinstance(named, str) and not named.endswith(CLASSIFIERS) else None
+
+
 def _check_fine_tuned(model: str | Path, loaded: PreTrainedModel) -> None:
     """Raise `InvalidInputError` where a classifier was made of a model whose config names none: nothing got lost."""
-    named = next(iter(loaded.config.architectures or []), None)
-    if is_classifier(loaded) and isinstance(named, str) and not named.endswith(CLASSIFIERS):
+    named = _named_otherwise(loaded.config)
+    if is_classifier(loaded) and named is not None:
         remedy = f"it is a {named}; fine-tune it first: secateur finetune {model} --data DATA --out FOLDER"
         raise invalid("model", "be fine-tuned for classification", str(model), remedy)
 
@@ -165,7 +242,8 @@ def _is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def _check_exists(model: str | Path) -> None:
+def check_exists(model: str | Path) -> None:
+    """Raise `InvalidInputError` for a folder or a file that is no model, or is not there."""
     path = Path(model)
     if _is_gguf(path):
         return

@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.errors import InvalidInputError
+from secateur.errors import InvalidInputError, invalid
 
 _LIST = "modules.json"
 _OWN_FILES = (_LIST, "config_sentence_transformers.json")
+_NAMES = {"cls_token": "cls", "max_tokens": "max", "mean_tokens": "mean", "weightedmean_tokens": "weightedmean"}
 _TRANSFORMER_FILES = "sentence_*_config.json"  # such as the longest text that is read
 
 
@@ -60,6 +61,38 @@ def copy_modules(source: str | Path, folder: Path) -> Path:
             if (origin / path).is_dir():
                 shutil.copytree(origin / path, folder / path, dirs_exist_ok=True)
     return target
+
+
+def pooling_of(source: str | Path) -> tuple[str, ...]:
+    """Return by which of sentence-transformers' poolings a folder or Hub id makes one embedding of a text's tokens.
+
+    That is ("mean",) where it has no modules. Raises `InvalidInputError` for a module that would change embeddings
+    after the pooling, and for settings of the pooling that are damaged.
+    """
+    origin = Path(source) if Path(source).exists() else _from_hub(str(source))
+    modules = _modules(origin) if origin is not None else []
+    found: tuple[str, ...] = ("mean",)
+    for module in modules:
+        kind = module["type"].rpartition(".")[2]
+        if kind == "Pooling" and origin is not None:
+            found = _pooling(origin / module["path"] / "config.json")
+        elif kind not in ("Transformer", "Normalize"):  # lengths do not change a cosine
+            remedy = "evaluate it with sentence-transformers itself"
+            raise invalid("model", "have no modules but a transformer, pooling and normalisation", kind, remedy)
+    return found
+
+
+def _pooling(file: Path) -> tuple[str, ...]:
+    """Read the settings of a pooling: today one name or several, before a switch for each name."""
+    try:
+        settings: Any = json.loads(file.read_text(encoding="utf-8"))
+        named = settings.get("pooling_mode")
+        if named is None:
+            switches = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
+            named = [_NAMES.get(name, name) for name in (s.removeprefix("pooling_mode_") for s in switches)]
+        return (named,) if isinstance(named, str) else tuple(map(str, named)) or ("mean",)
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise InvalidInputError(f"{file} holds no settings of a pooling") from None
 
 
 def _modules(folder: Path) -> list[dict[str, str]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
@@ -47,15 +49,52 @@ def held(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and running statistics off, and give every module its own mode back afterwards."""
+    """Switch dropout and running statistics off; modes, and torch's random state, are afterwards what they were.
+
+    Some models draw random numbers in every pass (ViT-MAE hides patches, VITS adds noise). Whatever passes we make for
+    a caller belong in here.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
             module.training = False
-        yield
+        with torch_random_state_kept():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def torch_random_state_kept() -> Iterator[None]:
+    """Put torch's random states back at the end, those of CUDA devices where they are in use."""
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        yield
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put the random states of Python, numpy and torch back at the end: training seeds all of them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch_random_state_kept():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Put every parameter's `.grad` aside, which training would add to and then drop, and back at the end."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 @contextmanager

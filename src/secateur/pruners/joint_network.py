@@ -19,10 +19,14 @@ from secateur.pruners.features import DEPTH, EVIDENCE_KINDS, FEATURES, LEVEL, MA
 from secateur.pruners.known_models import KnownModel
 from secateur.pruners.member_network import MemberNetwork
 from secateur.pruners.word_matches import MATCH_WEIGHT
+from secateur.pruners.writes import FINGERPRINT
 from secateur.support.checks import check_flag, check_whole, is_number
 
 LEFT_OUT = ("maps", "place")
 """Kinds that networks do not see unless told: without maps attention stays fused, and place says which model it is."""
+
+MOST_BLOCKS, MOST_NUMBERS = 1_000, 100_000_000
+"""Caps for what a config.json asks for: over all members, and with what is remembered."""
 
 DISTRUSTED, TRUSTED = 0.8, 0.95  # mean correlation between members
 
@@ -69,6 +73,7 @@ class JointPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", lice
         sizes = {"width": width, "layers": layers, "attention_heads": attention_heads, "members": members}
         _check_sizes(sizes)
         _check_remembered(remembered)
+        _check_total(sizes, remembered)
         check_flag("joint", joint)
         _check_kinds(without)
         for name, weight in (("prior", prior), ("matching", matching)):
@@ -168,6 +173,16 @@ def _check_sizes(sizes: Mapping[str, Any]) -> None:
         check_whole(name, value, 1, 4096)
     if sizes["width"] % sizes["attention_heads"]:
         raise invalid("width", f"be a multiple of the {sizes['attention_heads']} attention heads", sizes["width"])
+
+
+def _check_total(sizes: Mapping[str, int], remembered: Sequence[Sequence[int]]) -> None:
+    """Raise `InvalidInputError` for a network that would not fit into memory, before any of it is made."""
+    weights = sizes["members"] * (sizes["layers"] * 8 * sizes["width"] ** 2 + sizes["width"] * len(FEATURES))
+    numbers = weights + sum(heads * (FINGERPRINT + 2 * samples) for heads, samples in remembered)
+    # Not only weights take memory: a block without many is a dozen modules of Python's.
+    if numbers > MOST_NUMBERS or sizes["members"] * sizes["layers"] > MOST_BLOCKS:
+        rule = f"make a network of at most {MOST_BLOCKS} blocks and {MOST_NUMBERS} numbers"
+        raise invalid("members, layers, width and remembered", rule, f"about {numbers} numbers")
 
 
 def _check_kinds(without: Any) -> None:

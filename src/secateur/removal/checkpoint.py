@@ -3,9 +3,9 @@
 `PreTrainedModel.post_init` runs at the end of every model's constructor, while the weights are still random or absent.
 It is wrapped once: a model whose config carries a `head_pruning` recipe is narrowed there; any other goes through the
 original function alone. Constructors note what they build (construction.py), as it may be a part of another model. The
-`pruned_heads` of a transformers-4 config are turned into a recipe on the way. Saving needs nothing where the config of
-the model that is saved carries the recipe. `save_pretrained` is wrapped for the others, which lost heads from a model
-inside them.
+`pruned_heads` of a transformers-4 config are turned into a recipe on the way. `save_pretrained` is wrapped too: it sees
+to it that what a folder's recipe says is what the model is (saving.py), also where heads went from a model inside it,
+and writes the tokenizer that `prune` read texts with, and digests, which reading looks at (digest.py).
 
 `PreTrainedModel` gets a `__call__` of its own as well, which warns of `head_mask`: transformers 5 ignores it silently.
 """
@@ -13,8 +13,9 @@ inside them.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +28,16 @@ def install() -> None:
 
     This runs while transformers is being imported, so everything else is imported when the first recipe turns up.
     """
+    from transformers import modeling_utils
     from transformers.modeling_utils import PreTrainedModel
 
-    from secateur.removal import construction
+    from secateur.removal import construction, digest
 
     original = PreTrainedModel.post_init
     if getattr(original, "_secateur", False):
         return
     construction.install(PreTrainedModel)
+    digest.install(modeling_utils)
 
     @functools.wraps(original)
     def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +60,16 @@ def install() -> None:
         adapter_alone = getattr(self, "_hf_peft_config_loaded", False)  # then no config is written
         if not adapter_alone and any(getattr(config, "head_pruning", None) is not None for config in _configs(self)):
             _complete_config_(self)
-        return save(self, *args, **kwargs)
+            if _saves_itself(self, inspect.signature(save).bind(self, *args, **kwargs).arguments):
+                from secateur.removal.saving import prepare_to_save_
+
+                prepare_to_save_(self)
+        result = save(self, *args, **kwargs)
+        if not adapter_alone:
+            from secateur.models.tokenizer_saving import save_noted_tokenizer
+
+            save_noted_tokenizer(self, *args, **kwargs)
+        return result
 
     PreTrainedModel.save_pretrained = save_pretrained
 
@@ -93,7 +105,8 @@ def _narrow(model: PreTrainedModel) -> None:
     """
     from secateur.models.base_model import base_of
     from secateur.removal.replay import missing_sites, rebuild_
-    from secateur.sites.recipe import read_recipe
+    from secateur.removal.saving import held_part
+    from secateur.sites.recipe import KEY, read_recipe
 
     recipe = read_recipe(model.config)
     if recipe is None:
@@ -101,7 +114,14 @@ def _narrow(model: PreTrainedModel) -> None:
     builder = _builder(model)
     if builder is not None and builder.base_model is not builder and type(model) is type(builder.base_model):
         return  # another beside its base model, whose recipe it is; one of another class takes that one's place
-    if (builder is None and _is_whole(model)) or not missing_sites(base_of(model), recipe):
+    part = held_part(base_of(model), recipe) if builder is None else None
+    if part is not None:  # the class is a part of what was saved, such as its encoder
+        from secateur.removal.remove import give_own_configs_
+
+        give_own_configs_(model)
+        for config in (model.config, base_of(model).config):
+            setattr(config, KEY, part.to_json())
+    if part is not None or (builder is None and _is_whole(model)) or not missing_sites(base_of(model), recipe):
         rebuild_(model)
 
 
@@ -127,6 +147,11 @@ def _is_whole(model: PreTrainedModel) -> bool:
         or type(model) in classes
         or type(model).__name__ in (getattr(model.config, "architectures", None) or [])
     )
+
+
+def _saves_itself(model: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
+    """Does `save_pretrained` write the weights that the model holds, rather than others, or packed ones?"""
+    return arguments.get("state_dict") is None and getattr(model, "hf_quantizer", None) is None
 
 
 def _configs(model: PreTrainedModel) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,11 @@ def _noted(models: tuple[PreTrainedModel, ...]) -> Iterator[None]:
         _under_construction.reset(token)
 
 
+def on_its_own() -> AbstractContextManager[None]:
+    """Within this context what is built is no part of a model whose constructor runs."""
+    return _noted(())
+
+
 def install(root: Any) -> None:
     """Wrap the constructors of `root` and of the classes below it, those to come included, and `from_pretrained`."""
     _wrap_constructors_(root)
@@ -47,7 +52,7 @@ def install(root: Any) -> None:
 
     @functools.wraps(read)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        with _noted(()):
+        with on_its_own():
             return read(cls, *args, **kwargs)
 
     root.__init_subclass__ = classmethod(__init_subclass__)

@@ -22,6 +22,7 @@ from secateur.sites.layout import AttentionSite
 from secateur.sites.recipe import KEY, Recipe
 
 V4_KEY = "pruned_heads"
+_MOST_WEIGHTS = 500_000_000  # 2 GB; a layer of the largest models that transformers 4 pruned has half of it
 
 
 def has_v4_pruning(source: str | Path) -> bool:
@@ -76,30 +77,66 @@ def _read(data: Any) -> dict[int, set[int]]:
 
 
 def _sites_by_layer(model: PreTrainedModel) -> dict[int, AttentionSite]:
-    """Find the sites on a twin with weights, since the model itself has none yet, and number them by layer."""
+    """Find the sites on a twin with weights, since the model itself has none yet, and number them by layer.
+
+    The twin has one layer, of which the others are copies: so it takes little memory, whatever the config asks for.
+    """
     config: PreTrainedConfig = copy.deepcopy(model.config)
     delattr(config, V4_KEY)
-    dtype = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float32)
-        with torch.device("cpu"), torch.random.fork_rng([]):
-            twin = type(model)(config)
-            with torch.no_grad():
-                for parameter in twin.parameters():
-                    parameter.normal_(std=0.02)
-            sites = find_sites(twin)
-    finally:
-        torch.set_default_dtype(dtype)
-    layers: dict[int, AttentionSite] = {}
-    for name, site in sites.items():
-        numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
-        if len(numbers) != 1 or int(numbers[0]) in layers:
+    layers = {name: _layer(name) for name, _ in model.named_modules()}
+    _make_small_(config)
+    found: dict[int, AttentionSite] = {}
+    for name, site in _sites_of_twin(type(model), config).items():
+        alike = [other for other, (_, pattern) in layers.items() if pattern == _layer(name)[1] is not None]
+        numbers = [layers[other][0] for other in alike]
+        if not alike or found.keys() & set(numbers):
             raise CheckpointError(
                 f"`{V4_KEY}` counts layers, but {type(model).__name__} has attention sites such as {name}, which are "
                 "not its layers one to one; prune the original again with secateur"
             )
-        layers[int(numbers[0])] = site
-    return layers
+        try:
+            found |= {n: AttentionSite.from_json(o, site.to_json()) for n, o in zip(numbers, alike, strict=True)}
+        except ValueError as error:
+            raise CheckpointError(f"`{V4_KEY}` cannot be read for {type(model).__name__}: {error}") from None
+    return found
+
+
+def _layer(module: str) -> tuple[int, str | None]:
+    """Return the number of the one layer that a module's path names, and the path with it left out; else None."""
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", module)
+    return (int(numbers[0]), re.sub(r"\.\d+\.", ".#.", module)) if len(numbers) == 1 else (-1, None)
+
+
+def _make_small_(config: PreTrainedConfig) -> None:
+    """Leave one layer, and no more tokens than the config names, by the names that transformers gives them in all."""
+    sizes = {"num_hidden_layers": 1}
+    if isinstance(getattr(config, "vocab_size", None), int):
+        tokens = [n for key, n in config.to_dict().items() if key.endswith("_token_id") and isinstance(n, int)]
+        sizes["vocab_size"] = min(config.vocab_size, max([99, *tokens]) + 1)
+    for name, size in sizes.items():
+        setattr(config, name, size)
+
+
+def _sites_of_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, AttentionSite]:
+    """Find the sites of a model with random weights. Raises `CheckpointError` where they would take too much memory."""
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in model_class(config).parameters())
+        if size > _MOST_WEIGHTS:
+            raise CheckpointError(
+                f"`{V4_KEY}` cannot be read for {model_class.__name__}: one layer of it has {size} weights, above "
+                f"{_MOST_WEIGHTS}; prune the original again with secateur"
+            )
+        with torch.device("cpu"), torch.random.fork_rng([]):
+            twin = model_class(config)
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter.normal_(std=0.02)
+            return find_sites(twin)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 _warned = False

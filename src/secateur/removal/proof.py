@@ -4,23 +4,108 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import Cache, PreTrainedModel
 
+from secateur.errors import UnsupportedModelError, invalid
 from secateur.models.base_model import base_of
-from secateur.models.finite import tensors_of
+from secateur.models.finite import check_finite, tensors_of
 from secateur.models.offload import device_of
 from secateur.models.state import evaluation_mode, without_autocast
+from secateur.models.thresholds import long_example_inputs
+from secateur.sites.gating import probe
+from secateur.sites.layers import LayerSite
+from secateur.sites.layout import AttentionSite, Site
+from secateur.sites.unit_gates import reached
 
 _PLAIN = {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}  # what can be told apart by token
 
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+"""What a model raises over inputs that do not suit it, and code that counts on all heads."""
+
 TOLERANCE = 1e-4
 """Largest difference in float32 that a proof accepts, relative to the largest output where that is above 1."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a cut model has to say of `inputs`: `outputs`, and those of a cached `step`, None where none runs."""
+
+    inputs: Mapping[str, Any]
+    outputs: list[Tensor]
+    step: list[Tensor] | None
+
+    def difference(self, base: PreTrainedModel) -> float:
+        """Return the largest difference of what `base` says to it."""
+        difference = largest_difference(self.outputs, hidden_states(base, self.inputs))
+        if self.step is None:
+            return difference
+        return max(difference, largest_difference(self.step, cached_step(base, self.inputs) or []))
+
+
+def wanted_of(base: PreTrainedModel, inputs: Mapping[str, Any], losing: Collection[Site]) -> list[Wanted]:
+    """Return what a gated model says: of `inputs`, and of a long text where lengths matter to it.
+
+    Raises `InvalidInputError` where `inputs` do not reach one of the sites that are `losing` units, and
+    `UnsupportedModelError` for a parameter of one that no pass uses: whatever were cut there, all would seem equal.
+    """
+    found: set[str] = set()
+    others = [site.name for site in losing if not isinstance(site, AttentionSite)]
+    with UsedParameters() as used:
+        with probe(base, lambda reading: found.add(reading.site)), reached(base, others, found):
+            outputs = hidden_states(base, inputs)
+            for tensor in outputs:
+                check_finite(tensor, base, partial(hidden_states, base, inputs))
+        wanted = [Wanted(inputs, outputs, _step(base, inputs)), *_of_a_long_text(base)]
+    for site in losing:
+        if site.name not in found:
+            rule = f"reach the site {site.name!r}, which loses units"
+            raise invalid("inputs", rule, list(inputs), "pass `inputs` that reach it")
+        if not isinstance(site, LayerSite):  # of which nothing is cut, but all goes
+            _check_all_used(base, site, used.ids)
+    return wanted
+
+
+def _step(base: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor] | None:
+    try:
+        step = cached_step(base, inputs)
+    except FAILURES:  # with these inputs the whole model has no such step either
+        return None
+    # It is not finite where the first token, all that the cache holds, is padding.
+    return step if step is not None and _all_finite(step) else None
+
+
+def _of_a_long_text(base: PreTrainedModel) -> list[Wanted]:
+    """Return what the model says of a text past every threshold in its config, where there is one that it can read."""
+    try:
+        inputs = long_example_inputs(base)
+        outputs = [] if inputs is None else hidden_states(base, inputs)
+    except (*FAILURES, UnsupportedModelError):
+        return []
+    return [Wanted(inputs, outputs, _step(base, inputs))] if inputs is not None and _all_finite(outputs) else []
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _check_all_used(base: PreTrainedModel, site: Site, used: Collection[int]) -> None:
+    """Raise `UnsupportedModelError` for a parameter of the site's module that units may own and that is not `used`."""
+    for name, parameter in base.get_submodule(site.name).named_parameters():
+        if id(parameter) not in used and any(size % site.num_groups == 0 for size in parameter.shape):
+            raise UnsupportedModelError(
+                f"site {site.name}: no pass of the proof uses its parameter {name} of shape {tuple(parameter.shape)}, "
+                "and units may own parts of it; pass `inputs` that use it, leave the site whole, or gate its units "
+                "with `secateur.gated`"
+            )
 
 
 @torch.no_grad()
@@ -63,8 +148,7 @@ def cached_step(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor] | N
 @contextmanager
 def _repeatable(base: PreTrainedModel) -> Iterator[None]:
     """Within this context a pass computes the same every time: no dropout, no autocast, the same random numbers."""
-    devices = [base.device] if base.device.type == "cuda" else []
-    with evaluation_mode(base), without_autocast(device_of(base)), torch.random.fork_rng(devices):
+    with evaluation_mode(base), without_autocast(device_of(base)):
         torch.manual_seed(0)
         yield
 
@@ -84,3 +168,30 @@ def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
             return math.inf
         worst = max(worst, difference / scale)
     return worst
+
+
+class UsedParameters(TorchFunctionMode):
+    """Within this context the parameters that take part in a computation are noted, by id, also without a gradient.
+
+    What no pass of a proof uses, such as a weight for longer texts, no proof says anything of.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # To ask for a shape, dtype or device is no use of the numbers.
+        if isinstance(result, Tensor | tuple | list) and not isinstance(result, torch.Size):
+            self._note(args)
+            self._note(kwargs.values())
+        return result
+
+    def _note(self, taken: Iterable[Any]) -> None:
+        for value in taken:
+            if isinstance(value, nn.Parameter):
+                self.ids.add(id(value))
+            elif isinstance(value, tuple | list):
+                self._note(value)

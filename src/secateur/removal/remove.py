@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +17,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from secateur.errors import RemovalError, invalid
 from secateur.models.base_model import base_of
 from secateur.models.failure import place_of, running_modules, site_of
-from secateur.models.finite import check_finite
 from secateur.models.inputs import example_inputs
+from secateur.models.names import forget_names_, original_name
 from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, held, in_float32
 from secateur.removal.adapted import ConfigView
+from secateur.removal.alignment import renumber_alignment_heads_
 from secateur.removal.emptied import bypass_
-from secateur.removal.moved import moved_path, moved_site
-from secateur.removal.proof import TOLERANCE, cached_step, hidden_states, largest_difference
+from secateur.removal.proof import FAILURES, TOLERANCE, Wanted, wanted_of
 from secateur.removal.replay import cut_site_
 from secateur.removal.reshaped import reshape_
 from secateur.removal.shortened import shorten_
@@ -33,13 +32,11 @@ from secateur.sites.finding import units_named
 from secateur.sites.gating import is_probed, probe
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import AttentionSite, Site
+from secateur.sites.moved import mark_sites_, moved_path, moved_site, present_recipe
 from secateur.sites.narrowing import Undo
-from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe, read_recipe
-from secateur.sites.unit_gates import reached
+from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe
 from secateur.support.checks import check_mapping
 from secateur.units.masks import Mask, PresentMask, check_mask
-
-_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)  # of code that counts on all heads
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,12 @@ class Removal:
 def gated(model: nn.Module, mask: Mask, sites: Mapping[str, Site] | None = None) -> Iterator[None]:
     """Within this context the units that `mask` drops write nothing: a preview of the removal that undoes itself.
 
-    With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and without the
-    gates their gradients are others.
+    Where another attention implementation is asked for inside, the gates stay in force, and it is what the model has
+    afterwards. With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and
+    without the gates their gradients are others.
 
-    Raises what `Mask.present` and `find_units` raise.
+    Raises what `Mask.present` and `find_units` raise. A pass that would leave out a gate raises
+    `UnsupportedModelError`.
     """
     base_of(model)
     if sites is not None:
@@ -83,17 +82,22 @@ def remove_(
     """Delete from `model`, in place, the weights of every head, neuron and layer that `mask` drops.
 
     The smaller model is compared with the gated one on `inputs` (keyword arguments of the base model's forward; made
-    up where absent), in float32, and where the model keeps a cache, also with the first token cached. Where they differ
-    by more than 1e-4, or the smaller model does not run, everything is put back and `RemovalError` raised. Parameters
-    keep their identity, but an optimiser that already holds state for them must be made anew.
+    up where absent), in float32, and where the model keeps a cache, also with the first token cached. Where the config
+    names lengths such as a sliding window, the same goes for a made-up text past them, up to 1,024 tokens, if the model
+    can read it (see `long_example_inputs`). Where they differ by more than 1e-4, or the smaller model does not run,
+    everything is put back and `RemovalError` raised. Parameters keep their identity, but an optimiser that already
+    holds state for them must be made anew.
 
     Units go only where the proof looks: `InvalidInputError` names a site that loses units and that `inputs` do not
-    reach. Where layers go, the sites in the layers after them have other names from then on, as their modules have.
+    reach, `UnsupportedModelError` a parameter of such a site that no pass uses. Where layers go, the sites in the
+    layers after them have other names from then on, as their modules have.
 
     Grouped queries: in each site either whole key-value groups go, or the same number of query heads in every group
     that stays; `InvalidInputError` names a mask that does neither.
 
-    `record` is written to the config's `head_pruning` beside the kept units.
+    `record` is written to the config's `head_pruning` beside the kept units. The model has no name (`name_or_path`)
+    afterwards: it is not the one that it was loaded from, which the recipe names as its `base_model`. The heads of
+    Whisper's `alignment_heads` are given the numbers that they have then.
     """
     base = base_of(model)
     for argument, value in (("inputs", inputs), ("sites", sites), ("record", record)):
@@ -111,18 +115,21 @@ def remove_(
         raise RemovalError("the model is being gated or probed; remove units outside of that context")
     inputs = example_inputs(base) if inputs is None else inputs
     with held(base), in_float32(base):
-        wanted = _gated_outputs(base, mask, sites, inputs)
+        with gated(base, mask, sites):
+            wanted = wanted_of(base, inputs, [sites[name] for name, vector in kept.items() if not vector.all()])
         with _undone_on_failure() as undo:
             left = _Left.of(model, sites, kept, undo)
             for name, site in left.sites.items():
                 cut_site_(base, site, left.kept[name], undo)
-            difference, special = _prove(base, inputs, wanted, left, undo)
+            difference, special = _prove(base, wanted, left, undo)
             if not difference <= TOLERANCE:
                 raise RemovalError(
                     f"{type(base).__name__} without the units differs from the gated model by {difference:.2g} "
                     f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
                 )
     _write_recipe(model, left, special, record or {})
+    renumber_alignment_heads_(model, kept)
+    forget_names_(model)
     for holder in (model, base):
         # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
         vars(holder).pop("_cache", None)
@@ -155,38 +162,6 @@ class _Left:
         return cls(here, {new: kept[name] for name, new in names.items()}, layers)
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What the cut model has to say: its `outputs`, and those of a `step` with a cache, or None where none runs."""
-
-    outputs: list[Tensor]
-    step: list[Tensor] | None
-
-
-def _gated_outputs(base: PreTrainedModel, mask: Mask, sites: Mapping[str, Site], inputs: Mapping[str, Any]) -> _Wanted:
-    """Return what the model says with its units gated. Raises `InvalidInputError` for a cut that `inputs` do not reach.
-
-    Whatever were cut at a site that they do not reach, the outputs would be equal.
-    """
-    found: set[str] = set()
-    others = [name for name, site in sites.items() if not isinstance(site, AttentionSite)]
-    with probe(base, lambda reading: found.add(reading.site)), reached(base, others, found), gated(base, mask, sites):
-        outputs = hidden_states(base, inputs)
-        for tensor in outputs:
-            check_finite(tensor, base, partial(hidden_states, base, inputs))
-        try:
-            step = cached_step(base, inputs)
-        except _FAILURES:  # with these inputs the whole model has no such step either
-            step = None
-    for name, vector in mask.present(sites).items():
-        if name not in found and not vector.all():
-            rule = f"reach the site {name!r}, which loses units"
-            raise invalid("inputs", rule, list(inputs), "pass `inputs` that reach it")
-    if step is not None and not all(bool(torch.isfinite(tensor).all()) for tensor in step):
-        step = None  # as where the first token, all that the cache holds, is padding
-    return _Wanted(outputs, step)
-
-
 @contextmanager
 def _undone_on_failure() -> Iterator[list[Callable[[], None]]]:
     """Yield a list of steps that undo what is done, and take them where an exception leaves the block."""
@@ -210,8 +185,7 @@ class _Special:
 
 def _prove(
     base: PreTrainedModel,
-    inputs: Mapping[str, Any],
-    wanted: _Wanted,
+    wanted: Sequence[Wanted],
     left: _Left,
     undo: Undo,
 ) -> tuple[float, _Special]:
@@ -227,11 +201,8 @@ def _prove(
     while True:
         try:
             with running_modules(base) as running:
-                difference = largest_difference(wanted.outputs, hidden_states(base, inputs))
-                if wanted.step is not None:
-                    difference = max(difference, largest_difference(wanted.step, cached_step(base, inputs) or []))
-                return difference, special
-        except _FAILURES as error:
+                return max(one.difference(base) for one in wanted), special
+        except FAILURES as error:
             site = sites.get(site_of(running, sites) or "")
             can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_units
             if site is not None and can_reshape and site.name not in special.reshaped:
@@ -268,10 +239,14 @@ def _write_recipe(model: nn.Module, left: _Left, special: _Special, record: Mapp
     """
     give_own_configs_(model)
     base = base_of(model)
-    recipe = _recipe(read_recipe(base.config) or Recipe({}, {}), left, special, record)
+    earlier = present_recipe(base) or Recipe({}, {})
+    origin = original_name(model)
+    record = {**({"base_model": origin} if origin else {}), **earlier.record, **record}
+    recipe = _recipe(earlier, left, special, record)
     for config in (model.config, base.config):
         setattr(config, KEY, recipe.to_json())
     setattr(base, REMOVED, True)
+    mark_sites_(base, recipe)
 
 
 def _recipe(earlier: Recipe, left: _Left, special: _Special, record: Mapping[str, Any]) -> Recipe:
@@ -297,7 +272,7 @@ def _recipe(earlier: Recipe, left: _Left, special: _Special, record: Mapping[str
         there,
         bypassed=tuple(dict.fromkeys([*earlier.bypassed, *special.bypassed])),
         reshaped=tuple(dict.fromkeys([*earlier.reshaped, *special.reshaped])),
-        record={**earlier.record, **record, **of_heads},
+        record={**record, **of_heads},
     )
 
 

@@ -21,6 +21,7 @@ from secateur.removal.reshaped import reshape_
 from secateur.sites.forward import takes_bias
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import AttentionSite, Site
+from secateur.sites.moved import mark_sites_
 from secateur.sites.narrowing import Undo, narrow_, set_attribute_
 from secateur.sites.recipe import KEY, Recipe, read_recipe
 
@@ -60,6 +61,7 @@ def rebuild_(model: PreTrainedModel) -> None:
     except SecateurError as error:
         raise CheckpointError(f"`{KEY}` in the config does not fit {type(base).__name__}: {error}") from None
     setattr(base, _DONE, True)
+    mark_sites_(base, recipe)
 
 
 def missing_sites(base: PreTrainedModel, recipe: Recipe) -> list[str]:

@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import RemovalError
 from secateur.models.base_model import base_of
-from secateur.removal.moved import Moved, moved_recipe
 from secateur.sites.layers import LayerSite
+from secateur.sites.moved import Moved, moved_recipe
 from secateur.sites.narrowing import Undo
 from secateur.sites.recipe import KEY, read_recipe
 

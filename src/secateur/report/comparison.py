@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.comparing.plan import DENSE
-from secateur.comparing.summary import ALL_TASKS, Summary, pruning_ratios, scorers_of, summarise
+from secateur.comparing.summary import ALL_TASKS, Summary, not_learned, pruning_ratios, scorers_of, summarise
 from secateur.report.agreement import agreement, histograms
 from secateur.report.charts import DENSE_LOOK, drawn, look_name, marker_name
 from secateur.report.curves import RANDOM, cost_charts, curves, looks
@@ -30,6 +30,7 @@ def comparison_view(data: dict[str, Any]) -> dict[str, Any]:
         "name": data["name"],
         "headline": f"{sizes[0]} compared on {sizes[1]}, {sizes[2]}",
         "facts": _facts(rows, settings, seeds),
+        "not_learned": not_learned(rows),
         "tiles": _tiles(rows, summaries, tasks),
         "legend": [
             {"name": name, "look": look_name(look), "marker": marker_name(look)}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from secateur.comparing.plan import DENSE
-from secateur.comparing.summary import ALL_TASKS, Summary, pruning_ratios, scorers_of
+from secateur.comparing.summary import ALL_TASKS, Summary, dense_values, pruning_ratios, scorers_of
 from secateur.report.charts import DENSE_LOOK, RANDOM_LOOK, Chart, Point, Series
 from secateur.report.numbers import amount, counted
 
@@ -119,17 +119,16 @@ def cost_charts(rows: Sequence[Mapping[str, Any]], summaries: Sequence[Summary])
 
 
 def _spread_of_retention(rows: Sequence[Mapping[str, Any]], summary: Summary) -> float | None:
-    """Return the standard deviation over seeds of pruned / dense, averaged over tasks first."""
+    """Return the standard deviation over seeds of pruned / dense, averaged over the tasks that count first."""
     values = {(r["task"], r["scorer"], r["ratio"], r["seed"]): r["value"] for r in rows}
-    tasks = dict.fromkeys(r["task"] for r in rows) if summary.task == ALL_TASKS else [summary.task]
+    dense = dense_values(rows)
+    counting = dict.fromkeys(task for task, _ in dense)
+    tasks = counting if summary.task == ALL_TASKS else [summary.task]
     means = []
     for seed in dict.fromkeys(r["seed"] for r in rows):
-        pairs = [
-            (values.get((task, summary.scorer, summary.ratio, seed)), values.get((task, DENSE, 0.0, seed)))
-            for task in tasks
-        ]
-        shares = [pruned / dense for pruned, dense in pairs if pruned is not None and dense]
-        if len(shares) == len(pairs):
+        pairs = [(values.get((task, summary.scorer, summary.ratio, seed)), dense.get((task, seed))) for task in tasks]
+        shares = [pruned / base for pruned, base in pairs if pruned is not None and base]
+        if shares and len(shares) == len(pairs):
             means.append(statistics.mean(shares))
     return statistics.stdev(means) if len(means) > 1 else None
 

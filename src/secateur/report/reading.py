@@ -225,8 +225,11 @@ def _check_row(row: Any, where: str) -> None:
 
 
 def _joins(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two comparisons are parts of one: the same settings, and the same data behind tasks of one name."""
+    """Whether two comparisons are parts of one: the same settings and model, and the same data behind a task's name."""
     if one["kind"] != "comparison" or not one["settings"] or not other["settings"]:
+        return False
+    before, content = one["settings"].get("content", {}), other["settings"].get("content", {})
+    if any(before.get(name, value) != value for name, value in content.items()):
         return False
     data = {row["task"]: row["data"] for row in one["rows"]}
     return all(_setting(one, name) == _setting(other, name) for name in COMMON) and all(

@@ -20,7 +20,15 @@ from secateur.models.base_model import base_of
 from secateur.models.inputs import ForwardArguments
 from secateur.models.loading import quiet_transformers
 from secateur.models.offload import check_loaded, device_of
-from secateur.models.state import check_plain_weights, check_takes_gradients, evaluation_mode, held, in_float32
+from secateur.models.state import (
+    check_plain_weights,
+    check_takes_gradients,
+    evaluation_mode,
+    gradients_kept,
+    held,
+    in_float32,
+    random_states_kept,
+)
 from secateur.relations import RELATED, gated_representations, relational_kl, with_relations
 from secateur.settings import Reading, settings_of
 from secateur.sites.layers import LayerSite
@@ -60,7 +68,8 @@ def distill_(
     numbers of the layers that stay, by the list's name; None = what the recipe says.
 
     One text of ten, at most 256, teaches nothing and judges: returns the relational KL from the teacher on these,
-    before and after. Where it is no lower after, or something fails, the weights are what they were.
+    before and after. Where it is no lower after, or something fails, the weights are what they were. Gradients that
+    parameters have, modes and random states stay.
 
     Raises `InvalidInputError` for fewer than 21 texts, a teacher whose hidden states have other shapes, and values out
     of range, `UnsupportedModelError` for a model that returns no hidden states and for quantised weights, and
@@ -83,7 +92,10 @@ def distill_(
     every = max(HELD_OUT, math.ceil(len(texts) / MOST_HELD_OUT))
     held_out, training = texts[::every], [text for number, text in enumerate(texts) if number % every]
     device = torch.device(str(reading.device))
-    with held(student), held(master), evaluation_mode(student), _on(master, device), torch.inference_mode(False):
+    with (
+        held(student), held(master), evaluation_mode(student), _on(master, device), torch.inference_mode(False),
+        random_states_kept(), gradients_kept(student),
+    ):  # fmt: skip
         batches = with_relations(prepared.batches(held_out, reading.batch_size))
         pair = _Pair(student, master, _kept_layers(student) if layers is None else layers)
         _check_same_shapes(pair, batches[0])

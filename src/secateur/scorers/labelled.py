@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
@@ -16,7 +14,7 @@ from secateur.errors import InvalidInputError, invalid
 from secateur.finetuning.evaluate import check_model_fits, ready_to_evaluate
 from secateur.finetuning.finetune import finetune
 from secateur.models.classifier import is_classifier, with_new_head
-from secateur.models.state import evaluation_mode
+from secateur.models.state import evaluation_mode, random_states_kept
 from secateur.scorers.base import Scorer, ScoringTask, Supervision
 from secateur.settings import Reading
 from secateur.sites.gating import probe
@@ -140,15 +138,3 @@ def gate_gradients(task: ScoringTask, model: PreTrainedModel) -> Iterable[dict[s
         }
 
     return task.share(run, range(len(labelled)))
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Put the random states of Python, numpy and torch back at the end: fine-tuning seeds all of them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

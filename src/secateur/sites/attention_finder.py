@@ -22,8 +22,8 @@ from secateur.sites.direct import reads_heads
 from secateur.sites.forward import takes_bias
 from secateur.sites.gating import HeadReading
 from secateur.sites.layout import AttentionSite, Slice
+from secateur.sites.moved import present_recipe
 from secateur.sites.ownership import Ownership, Part
-from secateur.sites.recipe import read_recipe
 
 
 class AttentionFinder:
@@ -135,7 +135,7 @@ class AttentionFinder:
                 f"{type(self.base).__name__} has no attention whose heads can be told apart: it goes neither through "
                 "transformers' attention interface nor from a softmax straight to an output projection"
             )
-        recipe = read_recipe(self.base.config)
+        recipe = present_recipe(self.base)
         weights = {name for name, _ in self.base.named_parameters(remove_duplicate=False)}
         found = {name: block.as_site(recipe, weights) for name, block in self.blocks.items()}
         if recipe is not None:

@@ -63,18 +63,22 @@ class DirectSite:
     output: str
 
 
-# What was found in which model; None where the model did not run on example inputs.
-_known: WeakKeyDictionary[nn.Module, dict[str, DirectSite] | None] = WeakKeyDictionary()
+# What was found in which model, and what modules it had then; None where it did not run on example inputs.
+_known: WeakKeyDictionary[nn.Module, tuple[list[str], dict[str, DirectSite] | None]] = WeakKeyDictionary()
 
 
 def is_known(base: PreTrainedModel) -> bool:
-    """Has this model been looked at?"""
-    return base in _known
+    """Has this model been looked at, with the modules that it has now?"""
+    return base in _known and _known[base][0] == _names(base)
 
 
 def known_sites(base: PreTrainedModel) -> dict[str, DirectSite] | None:
     """Return the sites outside the interface by name; None where that is not known."""
-    return _known.get(base)
+    return _known[base][1] if is_known(base) else None
+
+
+def _names(base: PreTrainedModel) -> list[str]:
+    return [name for name, _ in base.named_modules()]
 
 
 def look_for_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
@@ -88,14 +92,16 @@ def look_for_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = Non
         found = {**(found or {}), **new}  # other inputs may reach other parts
     except Exception:  # whatever a model's own code raises over inputs that do not suit it
         pass
-    _known[base] = found
+    _known[base] = (_names(base), found)
 
 
 @contextmanager
-def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read) -> Iterator[None]:
+def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read, reached: set[str]) -> Iterator[None]:
     """Within this context `read(site, module, outputs, computed)` is called at each site, and replaces `outputs`.
 
     `outputs` is `[batch, queries, heads, width]`, the concatenated heads; `computed` has `[batch, heads, …]` tensors.
+    Some code goes past the interface with eager attention only (GPT-2, where it reorders): sites that are in `reached`
+    went through it and were read there; they are taken out.
     """
     # An emptied block computes no map, and there is nothing to gate in it.
     sites = {name: site for name, site in sites.items() if not is_emptied(base.get_submodule(name))}
@@ -107,22 +113,25 @@ def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read) ->
         modules = {name: base.get_submodule(name) for name in sites}
         stack.enter_context(_Watcher(modules, seen.__setitem__))
         for site in sites.values():
-            hook = _reader(site.name, modules[site.name], seen, read)
+            hook = _reader(site.name, modules[site.name], seen, read, reached)
             stack.callback(base.get_submodule(site.output).register_forward_pre_hook(hook).remove)
         yield
 
 
 def _reader(
-    site: str, module: nn.Module, seen: dict[str, Computed], read: Read
+    site: str, module: nn.Module, seen: dict[str, Computed], read: Read, reached: set[str]
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
     other_inputs = UnsupportedModelError(
         f"site {site} attends in another way with these inputs than with those on which its heads were found"
     )
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if site not in seen:  # to pass over it would be to ignore a gate without a word
+        computed = seen.pop(site, None)
+        if computed is None and site in reached:
+            reached.discard(site)
+            return None
+        if computed is None:  # to pass over it would be to ignore a gate without a word
             raise other_inputs
-        computed = seen.pop(site)
         by_head = _by_head(computed.result, args[0])
         if by_head is None:
             raise other_inputs

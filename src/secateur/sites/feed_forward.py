@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from secateur.sites.layout import LONGEST_AXIS, Site, Slice, absolute, whole_number
+from secateur.sites.layout import LONGEST_AXIS, Runs, Site, Slice, absolute, whole_number
 
 Projection = nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d
 """What may read the neurons: the same mixture of channels at every place."""
@@ -41,18 +41,23 @@ class FeedForwardSite(Site):
         return {"kind": self.kind, "num_neurons": self.original_num_units, **self.relative()}
 
     @classmethod
-    def from_json(cls, name: str, data: dict[str, Any]) -> FeedForwardSite:
-        """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
+    def from_json(cls, name: str, data: dict[str, Any], runs: Runs | None = None) -> FeedForwardSite:
+        """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data.
+
+        `runs` reads the owners of all sites of a recipe.
+        """
+        runs = Runs() if runs is None else runs
         count = whole_number(data["num_neurons"], 1, LONGEST_AXIS)
-        return cls.unpruned(name, count, **absolute(name, data, {"neuron": count, "output": count}))
+        parts = absolute(name, data, {"neuron": count, "output": count}, runs)
+        return cls.unpruned(name, runs.units(count), **parts)
 
     @classmethod
-    def unpruned(cls, name: str, num_units: int, **others: Any) -> FeedForwardSite:
-        """Return the site as it is before any neuron goes."""
-        units = tuple(range(num_units))
+    def unpruned(cls, name: str, units: tuple[int, ...], **others: Any) -> FeedForwardSite:
+        """Return the site as it is before any neuron goes; `units` are the numbers of all."""
+        count = len(units)
         return cls(
-            name=name, num_units=num_units, num_groups=num_units, width=1, units=units,
-            original_num_units=num_units, original_num_groups=num_units, **others,
+            name=name, num_units=count, num_groups=count, width=1, units=units,
+            original_num_units=count, original_num_groups=count, **others,
         )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ class FeedForwardFinder:
             self.refused[name] = f"site {name}: {reason}"
             return
         self.found[name] = FeedForwardSite.unpruned(
-            name, channels, slices=(*slices, read_slice(name, module)), attributes={}, output=name
+            name, tuple(range(channels)), slices=(*slices, read_slice(name, module)), attributes={}, output=name
         )
 
     def sites(self) -> dict[str, FeedForwardSite]:

@@ -2,7 +2,7 @@
 
 transformers looks the attention function up by name in each module's config. Here two functions are registered under
 names of our own: both call what the model itself would call (its eager function, or its SDPA one), hand the result to
-a callback and multiply every head by its gate. `probe` puts that name in the model's configs and takes it out again.
+a callback and multiply every head by its gate. `probe` has the model look these names up: see implementation.py.
 
 The mask builder is looked up by the same name, and a name without one silently means "no mask at all": so each of the
 two registers the matching builder too.
@@ -14,25 +14,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.base_model import base_of
 from secateur.models.offload import is_offloaded
-from secateur.models.state import held, without_autocast
-from secateur.sites.direct import Computed, inside_interface, is_known, known_sites, look_for_sites, watch
+from secateur.models.state import evaluation_mode, held, without_autocast
+from secateur.sites.direct import Computed, DirectSite, inside_interface, is_known, known_sites, look_for_sites, watch
+from secateur.sites.implementation import PREFIX, goes_through_interface, own_names
 from secateur.sites.unit_gates import takes_plain_gates, unit_gates
-
-_PREFIX = "secateur_"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +62,7 @@ class _Probe:
     callback: Callable[[HeadReading], None] | None
     gates: Mapping[str, Tensor]
     weights: bool
+    reached: set[str] = field(default_factory=set)  # sites that attended through the interface since it was looked at
 
 
 _active: list[_Probe] = []  # outermost first
@@ -112,25 +112,42 @@ def _probing(
         prepare(base)
     direct = known_sites(base)
     if direct is None:
-        unknown = [site for site in entry.gates if not _goes_through_interface(base.get_submodule(site))]
+        unknown = [site for site in entry.gates if not goes_through_interface(base.get_submodule(site))]
         if unknown:
             raise UnsupportedModelError(f"site {unknown[0]} has not been looked for; call `find_sites` with `inputs`")
-    mine = [p for p in _active if p.model is base]
     _active.append(entry)
     try:
         with (
-            _own_names(base, weights or any(p.weights for p in mine)),
-            watch(base, direct or {}, partial(_pass_direct, entry)),
+            own_names(base, weights),
+            watch(base, direct or {}, partial(_pass_direct, entry), entry.reached),
+            _none_passed_over(entry, direct or {}),
         ):
             yield
     finally:
-        others = [p for p in _active if p.model is base]
+        innermost = [p for p in _active if p.model is base][-1]
         _active.remove(entry)
-        if len(others) == 1:
-            for config in _configs(base):  # of ours where an outer context ended before this one
-                config._attn_implementation_internal = _plain(config._attn_implementation_internal)
-        if others[-1] is not entry:
+        if innermost is not entry:
             raise SecateurError("gates and probes of one model must end in reverse order: one that began later is left")
+
+
+@contextmanager
+def _none_passed_over(entry: _Probe, direct: Mapping[str, DirectSite]) -> Iterator[None]:
+    """Raise where a module has run whose gate the interface did not apply. Other hooks see to the `direct` sites."""
+
+    def check(site: str, *_: Any) -> None:
+        if site not in entry.reached:
+            raise UnsupportedModelError(
+                f"site {site} did not attend through transformers' attention interface, where its heads were found, so "
+                "that its gate would be passed over"
+            )
+        entry.reached.discard(site)
+
+    with ExitStack() as hooks:
+        for site, gate in entry.gates.items():
+            if site not in direct and gate.numel():
+                module = entry.model.get_submodule(site)
+                hooks.callback(module.register_forward_hook(partial(check, site)).remove)
+        yield
 
 
 def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
@@ -140,50 +157,8 @@ def prepare(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> N
     """
     if is_offloaded(base):
         return
-    with held(base), without_autocast(base.device), _own_names(base, maps=True):
+    with held(base), without_autocast(base.device), own_names(base, maps=True):
         look_for_sites(base, inputs)
-
-
-@contextmanager
-def _own_names(base: PreTrainedModel, maps: bool) -> Iterator[None]:
-    """Put our attention functions into the configs that modules of the model consult."""
-    saved = [(config, config._attn_implementation_internal) for config in _configs(base)]
-    reaches = {
-        id(module.config) for module in base.modules() if hasattr(module, "config") and _goes_through_interface(module)
-    }
-    try:
-        for config, implementation in saved:
-            kind = _kind(base, implementation, maps)
-            # Code that does not use the interface compares the name, and must find one that it knows.
-            config._attn_implementation_internal = _PREFIX + kind if id(config) in reaches else kind
-        yield
-    finally:
-        for config, implementation in saved:
-            config._attn_implementation_internal = implementation
-
-
-def _configs(base: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Return each distinct config that a module of the model consults."""
-    found = {}
-    for module in base.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            found[id(config)] = config
-    return list(found.values())
-
-
-def _kind(base: PreTrainedModel, implementation: str | None, need_maps: bool) -> str:
-    original = _plain(implementation) or "eager"
-    return "eager" if need_maps or original == "eager" or not base._supports_sdpa else "sdpa"
-
-
-def _plain(implementation: str | None) -> str | None:
-    return None if implementation is None else implementation.removeprefix(_PREFIX)
-
-
-def _goes_through_interface(module: nn.Module) -> bool:
-    files = {parent.__module__ for parent in type(module).__mro__} - {PreTrainedModel.__module__}
-    return any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 @cache
@@ -219,6 +194,7 @@ def _attend(
             continue
         if outputs.ndim != 4 or outputs.shape[2] != query.shape[1]:
             raise UnsupportedModelError(f"site {site}: its attention function does not keep the heads apart")
+        entry.reached.add(site)
         outputs = _pass(
             entry, HeadReading(site, module, query, key, value, weights, outputs, extras=_learned(args, kwargs))
         )
@@ -262,8 +238,8 @@ def _pass(entry: _Probe, reading: HeadReading) -> Tensor:
 
 
 for _name in ("eager", "sdpa"):
-    AttentionInterface.register(_PREFIX + _name, partial(_attend, _name))
-    AttentionMaskInterface.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+    AttentionInterface.register(PREFIX + _name, partial(_attend, _name))
+    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
 
 @torch.no_grad()
@@ -275,6 +251,7 @@ def count_heads(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, tup
         heads = reading.outputs.shape[2]
         found[reading.site] = (heads, heads if reading.key is None else reading.key.shape[1])
 
-    with probe(model, see):
-        base_of(model)(**inputs)
+    base = base_of(model)
+    with evaluation_mode(base), probe(base, see):
+        base(**inputs)
     return found

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.sites.layout import LONGEST_AXIS, Site, whole_number
+from secateur.sites.layout import Runs, Site, whole_number
+
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class LayerSite(Site):
         return {"kind": self.kind, "num_layers": self.original_num_units}
 
     @classmethod
-    def from_json(cls, name: str, data: dict[str, Any]) -> LayerSite:
+    def from_json(cls, name: str, data: dict[str, Any], runs: Runs | None = None) -> LayerSite:
         """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
-        return cls.unpruned(name, whole_number(data["num_layers"], 1, LONGEST_AXIS))
+        return cls.unpruned(name, whole_number(data["num_layers"], 1, _MOST_LAYERS))
 
     @classmethod
     def unpruned(cls, name: str, num_units: int) -> LayerSite:

@@ -16,6 +16,7 @@ NOBODY = -1  # an index that no single head owns: shared by all of them, or used
 # Far beyond any model, so that a few bytes of a damaged recipe cannot ask for all memory.
 _MOST_HEADS = 10_000
 LONGEST_AXIS = 1_000_000
+_MOST_OWNERS = 10_000_000  # of a recipe, in all runs that differ
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Site(ABC):
         return ".".join(common)
 
 
-def absolute(name: str, data: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
+def absolute(name: str, data: dict[str, Any], limits: dict[str, int], runs: Runs) -> dict[str, Any]:
     """Return what `Site.relative` gave, as arguments of the site `name`; `limits` has how many owners a role has.
 
     Raises `KeyError`, `TypeError` or `ValueError` for other data.
@@ -146,8 +147,8 @@ def absolute(name: str, data: dict[str, Any], limits: dict[str, int]) -> dict[st
         raise ValueError(f"site {name} does not end in {suffix}")
     block = name[: len(name) - len(suffix)].rstrip(".")
     slices = [
-        Slice(_above(parameter, block), whole_number(axis, 0, 9), role, _from_runs(runs, limits[role]))
-        for parameter, axis, role, runs in data["slices"]
+        Slice(_above(parameter, block), whole_number(axis, 0, 9), role, runs.owners(text, limits[role]))
+        for parameter, axis, role, text in data["slices"]
     ]
     return {
         "slices": tuple(slices),
@@ -198,13 +199,17 @@ class AttentionSite(Site):
         }
 
     @classmethod
-    def from_json(cls, name: str, data: dict[str, Any]) -> AttentionSite:
-        """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
+    def from_json(cls, name: str, data: dict[str, Any], runs: Runs | None = None) -> AttentionSite:
+        """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data.
+
+        `runs` reads the owners of all sites of a recipe.
+        """
+        runs = Runs() if runs is None else runs
         heads, kv_heads = (whole_number(data[name], 1, _MOST_HEADS) for name in ("num_heads", "num_key_value_heads"))
         if heads % kv_heads:
             raise ValueError(f"{heads} heads do not divide among {kv_heads} key-value heads")
         limits = {"query": heads, "head": heads, "output": heads, "key": kv_heads, "value": kv_heads}
-        parts = absolute(name, data, limits)
+        parts = absolute(name, data, limits, runs)
         if not set(parts["attributes"].values()) <= {"heads", "key_value_heads", "group", "width"}:
             raise ValueError(f"unknown quantity among {sorted(set(parts['attributes'].values()))}")
         return cls(
@@ -212,7 +217,7 @@ class AttentionSite(Site):
             num_units=heads,
             num_groups=kv_heads,
             width=whole_number(data["head_dim"], 1, LONGEST_AXIS),
-            units=tuple(range(heads)),
+            units=runs.units(heads),
             original_num_units=heads,
             original_num_groups=kv_heads,
             **parts,
@@ -242,18 +247,46 @@ def _to_runs(owners: tuple[int, ...]) -> str:
     return " ".join(texts)
 
 
-def _from_runs(text: str, limit: int) -> tuple[int, ...]:
-    owners: list[int] = []
-    for run in text.split():
-        owner, mark, length = run.partition(":" if ":" in run else "x")
-        first = NOBODY if owner == "-" else int(owner)
-        count = int(length) - first if mark == ":" else int(length)
-        last = first + count - 1 if mark == ":" else first
-        lowest = 0 if mark == ":" else NOBODY
-        if not (lowest <= first <= last < limit) or not 0 < count <= LONGEST_AXIS - len(owners):
-            raise ValueError(f"impossible run {run!r} among {limit} units")
-        owners += range(first, last + 1) if mark == ":" else [first] * count
-    return tuple(owners)
+class Runs:
+    """Reads the owners of all sites of one recipe: what is written alike is held once, and all of it is bounded.
+
+    A recipe is read before the shapes of the model are there to compare it with, and a short one could ask for more
+    than there is memory.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._units: dict[int, tuple[int, ...]] = {}
+        self._left = _MOST_OWNERS
+
+    def units(self, count: int) -> tuple[int, ...]:
+        """Return the numbers of `count` units."""
+        if count not in self._units:
+            self._take(count)
+            self._units[count] = tuple(range(count))
+        return self._units[count]
+
+    def owners(self, text: str, limit: int) -> tuple[int, ...]:
+        """Return the owners, below `limit`, that "0x2 1:3" stands for: (0, 0, 1, 2). Raises `ValueError` for others."""
+        if (text, limit) not in self._read:
+            owners: list[int] = []
+            for run in text.split():
+                owner, mark, length = run.partition(":" if ":" in run else "x")
+                first = NOBODY if owner == "-" else int(owner)
+                count = int(length) - first if mark == ":" else int(length)
+                last = first + count - 1 if mark == ":" else first
+                lowest = 0 if mark == ":" else NOBODY
+                if not (lowest <= first <= last < limit) or not 0 < count <= LONGEST_AXIS - len(owners):
+                    raise ValueError(f"impossible run {run!r} among {limit} units")
+                self._take(count)
+                owners += range(first, last + 1) if mark == ":" else [first] * count
+            self._read[text, limit] = tuple(owners)
+        return self._read[text, limit]
+
+    def _take(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise ValueError(f"its runs have more than {_MOST_OWNERS} entries")
 
 
 def whole_number(value: Any, least: int, most: int) -> int:

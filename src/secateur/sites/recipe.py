@@ -2,7 +2,8 @@
 
 It holds `format_version`, `kept_heads` (site → original indices), `kept_neurons` and `kept_layers` (the same, packed),
 `layouts` (what each unit owned in the unpruned model, once for each kind of site), and for the record `scorer`,
-`pruning_ratio`, `allocation`, `base_model` and `secateur_version`.
+`pruning_ratio`, `allocation`, `base_model`, `secateur_version`, and what was done to the weights that stay:
+`reconstructed`, `distilled`, `finetuned`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import CheckpointError, shown
+from secateur.models.base_model import base_of
 from secateur.sites.feed_forward import FeedForwardSite
 from secateur.sites.layers import LayerSite
-from secateur.sites.layout import AttentionSite, Site
+from secateur.sites.layout import AttentionSite, Runs, Site
 from secateur.sites.packing import pack, unpack
 
 KEY = "head_pruning"
@@ -29,6 +31,8 @@ KINDS: dict[str, type[AttentionSite | FeedForwardSite | LayerSite]] = {
 _KEPT = {kind: f"kept_{kind}" for kind in KINDS}
 OWN_NAMES = frozenset({"format_version", "layouts", "bypassed", "reshaped", *_KEPT.values()})
 """What a recipe is made of; every other name in it is for the record."""
+TRAINED = ("distilled", "finetuned")
+"""What the record says of a model that was trained after its heads went."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,10 @@ class Recipe:
                 f"`{KEY}.format_version` must be a number from 1 to {FORMAT_VERSION}, got {shown(version)}; "
                 "a newer secateur may read it"
             )
+        runs = Runs()
         try:
             sites: dict[str, Site] = {
-                str(name): KINDS[layout.get("kind", AttentionSite.kind)].from_json(str(name), layout)
+                str(name): KINDS[layout.get("kind", AttentionSite.kind)].from_json(str(name), layout, runs)
                 for layout in data["layouts"]
                 for name in layout["sites"]
             }
@@ -116,6 +121,13 @@ class Recipe:
             if site not in kept:
                 raise CheckpointError(f"`{KEY}.reshaped` must name sites of the recipe, got {shown(site)}")
         return cls(kept, sites, bypassed, reshaped, {k: v for k, v in data.items() if k not in OWN_NAMES})
+
+
+def note_(model: PreTrainedModel, name: str) -> None:
+    """Record `name`, such as "finetuned", in the recipe of a pruned model; of another nothing is recorded."""
+    for config in (model.config, base_of(model).config):
+        if isinstance(entry := getattr(config, KEY, None), dict):
+            entry[name] = True
 
 
 def read_recipe(config: PreTrainedConfig) -> Recipe | None:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import invalid
+from secateur.errors import InvalidInputError, invalid
 
 LARGEST_SEED = 2**32 - 1
 """What every library that draws random numbers here takes."""
+_MADE_UP = 2  # tokens besides the special ones, at most, of a tokenizer without a vocabulary: DeBERTa's
 
 
 def is_number(value: Any, *, least: float = -math.inf, above: float = -math.inf) -> bool:
@@ -58,9 +59,25 @@ def check_path(name: str, value: Any) -> Path:
 
 
 def check_tokenizer(value: Any) -> None:
-    """Raise `InvalidInputError` unless `value` is called like a tokenizer of transformers."""
+    """Raise `InvalidInputError` unless `value` is called like a tokenizer of transformers, and knows words."""
     if not callable(value) or not hasattr(value, "pad_token"):
         raise invalid("tokenizer", "be a tokenizer of transformers", value)
+    if not knows_words(value):
+        raise InvalidInputError(
+            f"`tokenizer` must know words, got {type(value).__name__} of {len(value)} tokens; transformers makes such "
+            "a one up for a folder without tokenizer files: load the original's"
+        )
+
+
+def knows_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer has more tokens than the special ones.
+
+    Those that transformers makes up without a vocabulary have them, the mark of a space perhaps, and no more.
+    """
+    if not hasattr(tokenizer, "added_tokens_decoder"):
+        return True
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return len(tokenizer) - len(special.union(tokenizer.all_special_ids)) > _MADE_UP
 
 
 def check_accelerator(value: Any) -> None:

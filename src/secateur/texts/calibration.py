@@ -14,6 +14,7 @@ from secateur.errors import InvalidInputError, invalid
 from secateur.models.base_model import base_of
 from secateur.models.inputs import ForwardArguments, max_length
 from secateur.models.loading import load_tokenizer
+from secateur.models.names import original_name
 from secateur.models.offload import device_of
 from secateur.models.sentence_transformers import transformer_of
 from secateur.settings import Reading
@@ -178,7 +179,7 @@ def own_tokenizer(model: nn.Module) -> PreTrainedTokenizerBase:
     inner = transformer_of(model)
     if inner is not model and isinstance(found := getattr(model, "tokenizer", None), PreTrainedTokenizerBase):
         return found
-    name = getattr(inner, "name_or_path", "")
+    name = original_name(inner)
     if not name:
         raise InvalidInputError("`tokenizer` must be given for a model that was not loaded by name")
     return load_tokenizer(name)
