@@ -33,6 +33,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 
 import torch
 from benchmarks.battery import failures
+from benchmarks.other_units import check_layers, check_neurons
 from benchmarks.outputs import difference, tensors, uneven_mask
 from benchmarks.tiny_configs import CANDIDATES, candidate
 from torch import Tensor
@@ -54,6 +55,7 @@ ROOT = Path(__file__).parents[1]
 MOST_PARAMETERS = 20_000_000
 MOST_MEMORY = 12 << 30
 TOLERANCE = 1e-4
+MOST_NEURONS = 0.9  # of the feed-forward parameters, for a type to count as one that loses neurons
 
 
 class Wrong(Exception):
@@ -135,7 +137,19 @@ def row_of(model_type: str, timeout: float) -> dict[str, Any]:
     if "whole" in row:  # sites were found
         tried = in_child(check_promises, model_type, timeout)
         row["failed_checks"] = tried.get("failed_checks", {"the battery": tried.get("reason", "")})
+    if row["outcome"] != "not built":
+        others = in_child(check_other_units, model_type, timeout)
+        why = {"outcome": "stopped", "reason": others.get("reason", "")}
+        row |= {kind: others.get(kind, why) for kind in ("neurons", "layers")}
     return row
+
+
+def check_other_units(model_type: str) -> dict[str, Any]:
+    """Run the neurons and the layers of one model type through benchmarks/other_units.py."""
+    model = build(model_type)
+    fails = dense_round_trip(model)
+    neurons = check_neurons(copy.deepcopy(model), fails)
+    return {"outcome": "tried", "neurons": neurons, "layers": check_layers(model, fails)}
 
 
 def build(model_type: str) -> PreTrainedModel:
@@ -369,6 +383,13 @@ def page(report: dict[str, Any]) -> str:
     if tried := [r for r in rows if "failed_checks" in r]:
         passed = sum(not r["failed_checks"] for r in tried)
         summary.append((f"every promise of benchmarks/battery.py kept, of {len(tried)} with sites", passed))
+    for kind in ("neurons", "layers"):
+        tried = [r[kind] for r in rows if kind in r]
+        done = [one for one in tried if one["outcome"] == "reloaded" and one.get("share", 1) >= MOST_NEURONS]
+        summary.append((f"{kind} removed and reloaded exactly", len(done)))
+        summary.append((f"{kind} silently wrong", sum(one["outcome"] == "WRONG" for one in tried)))
+    alone = sum(bool(r["layers"].get("plain")) for r in rows if "layers" in r)
+    summary.append(("with a layer gone, loaded without secateur", alone))
     lines = [
         "# Which models",
         "",
@@ -400,9 +421,22 @@ def page(report: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     lines += [f"| `{r['type']}` | {r['outcome']} | {cell(r.get('reason', ''))} |" for r in stopped]
+    lines += ["", "## Neurons and layers that stay", "", "| type | kind | reason |", "|---|---|---|"]
+    for kind in ("neurons", "layers"):
+        for r in rows:
+            found = r.get(kind, {})
+            reasons = [*found.get("refused", {}).values()] if kind == "neurons" else []
+            if found and (found["outcome"] != "reloaded" or reasons):
+                text = found.get("reason") or (reasons[0] if reasons else _first_reason(found))
+                lines.append(f"| `{r['type']}` | {kind} | {cell(text)} |")
     lines += ["", "## Could not be built offline from a tiny config", "", "| type | reason |", "|---|---|"]
     lines += [f"| `{r['type']}` | {cell(r.get('reason', ''))} |" for r in groups["not built"]]
     return "\n".join(lines) + "\n"
+
+
+def _first_reason(found: dict[str, Any]) -> str:
+    """Return why a list of layers cannot lose one."""
+    return next((one["reason"] for one in found.get("lists", {}).values() if "reason" in one), found["outcome"])
 
 
 def cell(text: str) -> str:
@@ -423,11 +457,15 @@ def main() -> None:
         trace = row.pop("trace", "")
         rows.append(row)
         print(f"{model_type:32} {row['outcome']:10} {row.get('reason', '')[:200]}", flush=True)
+        for kind in ("neurons", "layers"):
+            if kind in row:
+                print(f"{'':32} {kind}: {row[kind]['outcome']} {row[kind].get('reason', '')[:150]}", flush=True)
         for name, how in row.get("failed_checks", {}).items():
             print(f"{'':32} {name}: {how[:200]}", flush=True)
         if options.trace and trace:
             print(trace)
-    wrong = [r["type"] for r in rows if r["outcome"] == "WRONG"]
+    kinds = ("neurons", "layers")
+    wrong = [r["type"] for r in rows if any(one["outcome"] == "WRONG" for one in (r, *(r[k] for k in kinds if k in r)))]
     counts = collections.Counter(r["outcome"] for r in rows)
     print(dict(counts), f"captured {sum(bool(r.get('sites')) for r in rows)}", f"{time.perf_counter() - start:.0f} s")
     if not options.only:

@@ -251,8 +251,9 @@ def _write_recipe(model: nn.Module, left: _Left, special: _Special, record: Mapp
 
 def _recipe(earlier: Recipe, left: _Left, special: _Special, record: Mapping[str, Any]) -> Recipe:
     """Return the recipe of all removals so far; `earlier` has the names already that sites have now."""
-    kept = PresentMask({name: left.kept[name] for name in left.sites}).original(left.sites).kept
-    kept_units = {name: tuple(units) for name, units in kept.items()}
+    kept_units = {
+        name: tuple(itertools.compress(site.units, left.kept[name].tolist())) for name, site in left.sites.items()
+    }
     # What an earlier recipe says of a site is of the unpruned model; a site that none names is unpruned now.
     now = left.sites | {name: site for name, (site, _) in left.layers.items()}
     sites = earlier.sites | {name: site for name, site in now.items() if name not in earlier.sites}
