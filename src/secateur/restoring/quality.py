@@ -57,7 +57,6 @@ class QualityJudge:
         losses = [float(relational_kl(dense, now)) for dense, now in pairs]
         return Quality(float(cosines.mean()), statistics.fmean(losses), len(cosines))
 
-    @torch.no_grad()
     def _representations(self) -> list[Tensor]:
-        with held(self.base), evaluation_mode(self.base), torch.inference_mode(False):
+        with held(self.base), evaluation_mode(self.base), torch.inference_mode(False), torch.no_grad():
             return [gated_representations(self.base, b, {}, self.is_pair).float().cpu() for b in self.batches]
