@@ -186,7 +186,7 @@ def prune(
     if restore not in ("none", "reconstruct"):
         raise invalid("restore", "be 'none' or 'reconstruct'", restore)
     reading, texts = settings_of(reading, Reading), texts_of(texts)
-    cut = Cut(pruning_ratio, allocation, floor, budget, units, exclude=tuple(exclude))
+    cut = Cut(pruning_ratio, allocation, floor, budget, units, exclude=exclude)
     _check_steps(texts, cut, refine, restore, reading)
     work = _Pruning(model, texts, tokenizer, cut, reading)
     scores = work.score(scorer, labels, options)

@@ -207,11 +207,14 @@ class Cut:
     budget: AnyBudget | None = None
     units: Collection[str] | None = None
     multiple: int = MULTIPLE
-    exclude: tuple[str, ...] = ()
+    exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise invalid("exclude", "be a tuple of patterns, such as ('encoder.layer.0.*',)", self.exclude)
+        patterns = self.exclude
+        listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+        if not listed or not all(isinstance(pattern, str) for pattern in patterns):
+            raise invalid("exclude", "be a list of patterns, such as ['encoder.layer.0.*']", patterns)
+        object.__setattr__(self, "exclude", tuple(patterns))
         check_selection(self.pruning_ratio, self.allocation, self.floor)
         check_whole("multiple", self.multiple)
         if self.units is not None:
