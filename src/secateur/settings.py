@@ -174,6 +174,8 @@ def budgets_of(budget: AnyBudget) -> tuple[Budget, ...]:
     Each kind of units has one at most, and so has what counts all of them: params, macs or latency. Raises
     `InvalidInputError` for others.
     """
+    if not isinstance(budget, str | Budget | list | tuple):
+        raise _refused(budget)
     parts = budget.split(",") if isinstance(budget, str) else [budget] if isinstance(budget, Budget) else budget
     found = tuple(Budget.of(part) for part in parts)
     names = [one.quantity if one.quantity in UNITS else "all" for one in found]

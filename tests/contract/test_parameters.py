@@ -89,6 +89,7 @@ CALLS = {
         "values_by_site": [None, 3, "", {}, {3: [1.0]}, {"a": []}, {"a": "x"}, {"a": [float("nan")]}, {"a": [[1.0]]}],
         "num_groups": [None, 3, "", {"a": 0}, {"a": 3}, {"a": "1"}],
         "scorer": [None, 3], "interactions": [None, 3, "", {"b": [[1.0]]}, {"a": "x"}, {"a": [1.0]}],
+        "kinds": [None, 3, "", {"a": "words"}],
         "num_texts": [-1, "3", 1.5, True], "agreement": [-0.1, 1.1, "1", float("nan")],
     },
     "train_meta_pruner": {

@@ -355,7 +355,7 @@ def test_what_can_be_put_back_is_put_back_where_a_step_fails(monkeypatch):
         undo.append(lambda: 1 // 0)
         raise RemovalError("refused")
 
-    monkeypatch.setattr(removal, "_prove", refuse)
+    monkeypatch.setattr(removal, "prove", refuse)
     with pytest.raises(ZeroDivisionError) as caught:
         remove_(model, uneven_mask(find_sites(model)))
     assert isinstance(caught.value.__context__, RemovalError)

@@ -350,7 +350,8 @@ def test_command_line(minilm_folder, tmp_path, capsys):
     texts = tmp_path / "texts.csv"
     texts.write_text("sentence\n" + "\n".join(f"film number {i}" for i in range(8)))
     out = tmp_path / "out"
-    given = ["prune", str(minilm_folder), "--data", str(texts), "--scorer", "magnitude", "--no-maps", "--units", "heads"]
+    given = ["prune", str(minilm_folder), "--data", str(texts), "--scorer", "magnitude", "--no-maps"]
+    given += ["--units", "heads"]
     assert cli.main([*given, "--budget", "macs=0.85", "--out", str(out)]) == 0
     assert "kept 42 of 72 heads (pruning ratio 0.42), macs 0.847 of what they were" in capsys.readouterr().out
     assert "macs=0.85@1x128, reached 0.847" in (out / "report.html").read_text()

@@ -38,10 +38,9 @@ def say_plainly_(model: PreTrainedModel, recipe: Recipe, undo: Undo) -> bool:
     if counts is None or recipe.bypassed or recipe.reshaped:
         return False
     data = {key: value for key, value in model.config.to_dict().items() if key != KEY}
-    wanted = _all_shapes(model)
     for tried in itertools.islice(_configs(data, counts), _MOST_TRIES):
         after = twin_of(model, tried)
-        if after is not None and _all_shapes(after) == wanted:
+        if after is not None and _has_shapes_of(model, after):
             before = twin_of(model, data)
             if before is None:
                 return False
@@ -89,9 +88,11 @@ def _configs(data: dict[str, Any], counts: Counts) -> Iterator[dict[str, Any]]:
             yield changed_data(data, {place: new})
 
 
-def _all_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes of weights, and of buffers that no checkpoint holds."""
-    return {**shapes_of(model), **{name: buffer.shape for name, buffer in model.named_buffers()}}
+def _has_shapes_of(model: nn.Module, other: nn.Module) -> bool:
+    """Would a checkpoint of `model` fit `other`, which keeps no buffer that the model has in another shape?"""
+    buffers = {name: buffer.shape for name, buffer in model.named_buffers()}
+    kept = {name: buffer.shape for name, buffer in other.named_buffers()}
+    return shapes_of(model) == shapes_of(other) and kept.items() <= buffers.items()
 
 
 def _is_alike(model: PreTrainedModel, before: PreTrainedModel, after: PreTrainedModel, recipe: Recipe) -> bool:

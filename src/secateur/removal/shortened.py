@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from secateur.errors import RemovalError
 from secateur.models.base_model import base_of
 from secateur.removal.moved import Moved, moved_recipe
-from secateur.removal.twins import changed_data, shapes_of, take_over_, twin_of, walk
+from secateur.removal.twins import Place, changed_data, shapes_of, take_over_, twin_of, walk
 from secateur.sites.layers import LayerSite
 from secateur.sites.narrowing import Undo
 from secateur.sites.recipe import KEY, read_recipe
@@ -82,7 +83,7 @@ def _shorter_configs(data: dict[str, Any], count: int, stays: list[int]) -> Iter
         for chosen in itertools.combinations(places, number):
             for with_lists in (True, False):
                 changed = dict(walk(data))
-                changes = dict.fromkeys(chosen, len(stays))
+                changes: dict[Place, Any] = dict.fromkeys(chosen, len(stays))
                 for path, value in changed.items() if with_lists else ():
                     beside = any(path[:-1] == one[:-1] for one in chosen)
                     if beside and isinstance(value, list) and len(value) == count and _is_per_layer(path, value):
@@ -98,10 +99,6 @@ def _without_stages(data: dict[str, Any], count: int) -> dict[str, Any]:
 
 def _is_per_layer(path: tuple[str, ...], value: list[Any]) -> bool:
     return "layer" in path[-1] or all(isinstance(entry, str) for entry in value)
-
-
-
-
 
 
 def _wanted(model: nn.Module, twin: nn.Module, site: LayerSite, stays: list[int]) -> dict[str, torch.Size]:
@@ -140,5 +137,5 @@ def _inherit_(model: nn.Module, after: nn.Module, old: Mapping[str, nn.Module], 
         above, _, name = path.rpartition(".")
         if above in there:  # what lies deeper comes with it
             parent = there[above]
-            undo.append(lambda parent=parent, name=name: parent._modules.pop(name))
+            undo.append(partial(parent._modules.pop, name))
             parent._modules[name] = old[path]

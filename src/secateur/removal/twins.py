@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,5 +63,5 @@ def take_over_(model: PreTrainedModel, before: PreTrainedModel, after: PreTraine
             was = vars(module).get(name)
             counted = isinstance(value, PLAIN) and value != vars(old).get(name, value) and was == vars(old).get(name)
             if counted or isinstance(value, PreTrainedConfig):
-                undo.append(lambda module=module, name=name, was=was: setattr(module, name, was))
+                undo.append(partial(setattr, module, name, was))
                 setattr(module, name, value)
