@@ -19,6 +19,7 @@ from transformers import (
 from secateur.errors import InvalidInputError, RemovalError
 from secateur.measuring.cost import count_parameters
 from secateur.models.inputs import example_inputs
+from secateur.removal import proving
 from secateur.removal import remove as removal
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
 from secateur.removal.remove import gated, remove_
@@ -407,7 +408,7 @@ def test_training_goes_on_while_an_earlier_loss_is_held(dtype, refused, monkeypa
     held.backward(retain_graph=True)
     before = [id(parameter) for parameter in models[0].parameters()]
     if refused:
-        monkeypatch.setattr(removal, "largest_difference", lambda one, other: 1.0)
+        monkeypatch.setattr(proving, "largest_difference", lambda one, other: 1.0)
     for model in models:
         with pytest.raises(RemovalError) if refused else nullcontext():
             remove_(model, uneven_mask(find_sites(model)))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from secateur.models.loading import quiet_transformers
 from secateur.sites.narrowing import Undo
 
 PLAIN = (bool, int, float, str, type(None))
@@ -22,12 +23,13 @@ Place = tuple[str, ...]
 def twin_of(model: PreTrainedModel, data: dict[str, Any]) -> PreTrainedModel | None:
     """Build the model's class on the meta device from a config's data; None where that fails."""
     try:
-        config = type(model.config).from_dict(data)
-        for name, value in vars(model.config).items():
-            if name.startswith("_") and isinstance(value, PLAIN):
-                vars(config)[name] = value  # how attention is computed is in no file
-        with torch.device("meta"):
-            return type(model)(config)
+        with quiet_transformers(progress=True):  # it logs what numbers do not suit it
+            config = type(model.config).from_dict(data)
+            for name, value in vars(model.config).items():
+                if name.startswith("_") and isinstance(value, PLAIN):
+                    vars(config)[name] = value  # how attention is computed is in no file
+            with torch.device("meta"):
+                return type(model)(config)
     except Exception:  # whatever a class or a config raises over numbers that do not suit it
         return None
 
