@@ -14,8 +14,10 @@ from secateur.removal import emptied as emptied_blocks
 from secateur.removal.proof import cached_step
 from secateur.removal.remove import remove_
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_units
 from secateur.units.masks import Mask
 from tests.support.tiny import CONFIGS, tiny_model
+from tests.support.units import ragged_mask
 
 DECODERS = ["gpt2", "llama", "qwen2", "gpt_neox", "opt", "phi3", "falcon", "bloom", "xglm"]
 ENCODER_DECODERS = ["t5", "bart"]
@@ -144,3 +146,10 @@ def test_a_cached_step_is_compared_where_there_is_a_cache(kind):
         assert step[0].shape[1] == 11
     else:
         assert step is None
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODER_DECODERS])
+def test_a_cached_step_without_neurons_and_the_first_layer(kind):
+    model = language_model(kind)
+    remove_(model, ragged_mask(find_units(model, ["neurons", "layers"])))
+    assert largest_difference_of_a_cached_step(model, kind)[0] <= 1e-4

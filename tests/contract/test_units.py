@@ -53,29 +53,23 @@ def test_a_second_removal_counts_as_the_original_did(tmp_path):
     model = tiny_model("bert")
     remove_(model, ragged_mask(find_units(model)))
     sites = find_units(model)
-    heads, neurons, layers = "encoder.layer.0.attention.self", "encoder.layer.0.output.dense", "encoder.layer"
+    first, second, layers = "encoder.layer.0.output.dense", "encoder.layer.1.output.dense", "encoder.layer"
     assert sites[layers].units == (1, 2)
-    assert (sites[neurons].num_units, sites[neurons].original_num_units) == (35, 37)
-    rows = {name: torch.zeros(sites[name].original_num_units, dtype=torch.bool) for name in (heads, neurons, layers)}
-    for name, row in rows.items():
-        row[list(sites[name].units)[:1] if name != layers else [2]] = True
+    assert (sites[first].num_units, sites[first].original_num_units) == (35, 37)
     with pytest.raises(InvalidInputError, match="must be False for units that are already removed"):
         remove_(model, Mask({layers: torch.ones(3, dtype=torch.bool)}))
-    rows.pop(heads), rows.pop(neurons)  # of the layer that goes
-    left = "encoder.layer.1.output.dense"
-    rows[left] = torch.zeros(37, dtype=torch.bool)
-    rows[left][list(sites[left].units)[-3:]] = True
+    stays = sites[second].units[-3:]
+    rows = {layers: torch.tensor([False, False, True]), second: torch.zeros(37, dtype=torch.bool)}
+    rows[second][list(stays)] = True
     result = remove_(model, Mask(rows))
-    assert result.mask.kept == {layers: [2], left: list(sites[left].units)[-3:]} | {
-        name: result.mask.kept[name] for name in result.mask if name not in (layers, left)
-    }
+    assert (result.mask.kept[layers], result.mask.kept[second]) == ([2], list(stays))
     recipe = read_recipe(model.config)
-    assert recipe.kept[layers] == (2,)
-    assert recipe.kept[neurons] == sites[left].units[-3:]  # the layer that was the second is the first now
+    assert (recipe.kept[layers], recipe.kept[first]) == ((2,), stays)  # what was the second layer is the first now
+    assert second not in recipe.kept
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     assert_equal(again, model)
-    assert find_units(again)[neurons].units == sites[left].units[-3:]
+    assert find_units(again)[first].units == stays
 
 
 def test_neurons_stay_in_multiples():
