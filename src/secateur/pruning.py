@@ -215,7 +215,7 @@ def prune(
     if restore not in (None, *get_args(Restore)):
         raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
     reading, texts = settings_of(reading, Reading), texts_of(texts)
-    cut = Cut(pruning_ratio, allocation or "uniform", floor, budget, units, exclude=tuple(exclude))
+    cut = Cut(pruning_ratio, allocation or "uniform", floor, budget, units, exclude=exclude)
     cut, restore = _recommended(cut, allocation, restore, texts)
     _check_steps(texts, cut, refine, restore, reading)
     work = _Pruning(model, texts, tokenizer, cut, restore, reading)

@@ -177,6 +177,8 @@ def budgets_of(budget: AnyBudget) -> tuple[Budget, ...]:
     Each kind of units has one at most, and so has what counts all of them: params, macs or latency. Raises
     `InvalidInputError` for others.
     """
+    if not isinstance(budget, str | Budget | list | tuple):
+        raise _refused(budget)
     parts = budget.split(",") if isinstance(budget, str) else [budget] if isinstance(budget, Budget) else budget
     found = tuple(Budget.of(part) for part in parts)
     names = [one.quantity if one.quantity in UNITS else "all" for one in found]
@@ -211,11 +213,14 @@ class Cut:
     budget: AnyBudget | None = None
     units: Collection[str] | None = None
     multiple: int = MULTIPLE
-    exclude: tuple[str, ...] = ()
+    exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise invalid("exclude", "be a tuple of patterns, such as ('encoder.layer.0.*',)", self.exclude)
+        patterns = self.exclude
+        listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+        if not listed or not all(isinstance(pattern, str) for pattern in patterns):
+            raise invalid("exclude", "be a list of patterns, such as ['encoder.layer.0.*']", patterns)
+        object.__setattr__(self, "exclude", tuple(patterns))
         if self.allocation not in get_args(AnyAllocation):
             raise invalid("allocation", "be 'uniform', 'ranking' or 'sensitivity'", self.allocation)
         check_selection(self.pruning_ratio, self.ranked, self.floor)

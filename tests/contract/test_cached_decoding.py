@@ -14,8 +14,10 @@ from secateur.removal import emptied as emptied_blocks
 from secateur.removal.proof import cached_step
 from secateur.removal.remove import remove_
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_units
 from secateur.units.masks import Mask
 from tests.support.tiny import CONFIGS, tiny_model
+from tests.support.units import ragged_mask
 
 DECODERS = ["gpt2", "llama", "qwen2", "gpt_neox", "opt", "phi3", "falcon", "bloom", "xglm"]
 ENCODER_DECODERS = ["t5", "bart"]
@@ -131,7 +133,7 @@ def test_a_removal_that_is_wrong_with_a_cache_alone_is_refused(kind, monkeypatch
     monkeypatch.setattr(emptied_blocks, "_update", lambda update, *args: update(*args))
     model = language_model(kind)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RemovalError, match=r"differs from the gated model|does not run with fewer heads"):
+    with pytest.raises(RemovalError, match=r"differs from the gated model|does not run with fewer units"):
         remove_(model, emptying(model, "first"))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -144,3 +146,10 @@ def test_a_cached_step_is_compared_where_there_is_a_cache(kind):
         assert step[0].shape[1] == 11
     else:
         assert step is None
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODER_DECODERS])
+def test_a_cached_step_without_neurons_and_the_first_layer(kind):
+    model = language_model(kind)
+    remove_(model, ragged_mask(find_units(model, ["neurons", "layers"])))
+    assert largest_difference_of_a_cached_step(model, kind)[0] <= 1e-4

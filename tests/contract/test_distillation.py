@@ -69,7 +69,8 @@ def test_every_kind_comes_nearer_and_keeps_its_embeddings(kind):
     assert torch.equal(table, next(w for w in weights.values() if w.shape == table.shape))
     assert all(parameter.requires_grad for parameter in student.parameters())
     assert all(parameter.grad is None for parameter in student.parameters())
-    assert student.config.head_pruning.get("distilled", False) is (after < before)
+    recipe = getattr(student.config, "head_pruning", None)  # none where the config says all by its own numbers
+    assert recipe is None or recipe.get("distilled", False) is (after < before)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

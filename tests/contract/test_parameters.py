@@ -34,6 +34,8 @@ CONFIG = [3, "", {}]
 LEARNED_ON = [None, 3, "", [], ["a"], {}]
 INPUTS = [3, "", {}, {3: 1}]
 SETTINGS = [3, "", {}, {"batch_size": 4}]
+UNITS = [3, "", "heads", {}, [], ["words"]]
+PATTERNS = [3, "encoder.*", [3], ["nowhere.*"]]
 
 CALLS = {
     "find_sites": {"model": MODEL, "inputs": INPUTS},
@@ -42,20 +44,24 @@ CALLS = {
         "model": MODEL, "mask": MASK, "inputs": INPUTS, "sites": [3, "", {}],
         "record": [3, "", {}, {"kept_heads": {}}, {"a": object()}],
     },
-    "select": {"scores": [None, 3, "", {}], "pruning_ratio": RATIO, "allocation": ALLOCATION, "floor": LEAST},
+    "select": {
+        "scores": [None, 3, "", {}], "pruning_ratio": RATIO, "allocation": ALLOCATION, "floor": LEAST,
+        "multiple": COUNT,
+    },
     "allocate": {
         "scores": [None, 3, "", {}], "budget": [*BUDGET, None, "heads=0", "heads=1.1", "heads=nan", "latency=0.5"],
-        "model": MODEL, "allocation": ALLOCATION, "floor": LEAST,
+        "model": MODEL, "allocation": ALLOCATION, "floor": LEAST, "multiple": COUNT,
     },
     "score": {
         "model": MODEL, "texts": LISTED, "scorer": ["best", "", None, 3],
         "tokenizer": [3, "", object()], "labels": [3, ""], "inputs": [3, "", [], [{}], [3]],
-        "cut": SETTINGS, "reading": SETTINGS,
+        "cut": SETTINGS, "reading": SETTINGS, "units": [None, *UNITS],
     },
     "prune": {
         "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3],
         "allocation": ALLOCATION, "floor": LEAST, "refine": LEAST, "restore": [True, "", None, "distill"],
         "tokenizer": [3, "", object()], "labels": [3, ""], "budget": BUDGET, "reading": SETTINGS,
+        "units": UNITS, "exclude": PATTERNS,
     },
     "reconstruct_": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()],
@@ -75,11 +81,15 @@ CALLS = {
         "stop": [0, -1, "soon", "", None, 1.5], "bf16": FLAG, "maps": FLAG, "progress": FLAG, "accelerator": PROCESSES,
         "device": ["abacus", "", 3.5, []],
     },
-    "Cut": {"pruning_ratio": RATIO, "allocation": ALLOCATION, "floor": LEAST, "budget": [3, "", {}]},
+    "Cut": {
+        "pruning_ratio": RATIO, "allocation": ALLOCATION, "floor": LEAST, "budget": [3, "", {}], "units": UNITS,
+        "multiple": COUNT, "exclude": [3, "encoder.*", [3]],
+    },
     "Scores": {
         "values_by_site": [None, 3, "", {}, {3: [1.0]}, {"a": []}, {"a": "x"}, {"a": [float("nan")]}, {"a": [[1.0]]}],
         "num_groups": [None, 3, "", {"a": 0}, {"a": 3}, {"a": "1"}],
         "scorer": [None, 3], "interactions": [None, 3, "", {"b": [[1.0]]}, {"a": "x"}, {"a": [1.0]}],
+        "kinds": [None, 3, "", {"a": "words"}],
         "num_texts": [-1, "3", 1.5, True], "agreement": [-0.1, 1.1, "1", float("nan")],
     },
     "train_meta_pruner": {

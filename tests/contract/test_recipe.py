@@ -38,8 +38,8 @@ def damage(**changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damage(format_version=2), "format_version` must be a number from 1 to 1, got 2; a newer secateur"),
-        (damage(format_version=0), "format_version` must be a number from 1 to 1, got 0"),
+        (damage(format_version=3), "format_version` must be a number from 1 to 2, got 3; a newer secateur"),
+        (damage(format_version=0), "format_version` must be a number from 1 to 2, got 0"),
         (damage(format_version=True), "format_version` must be a number"),
         (lambda r: r.pop("format_version"), "format_version` must be a number"),
         (lambda r: r["kept_heads"].update({"encoder.layer.0.attention.self": [0, 4]}), "head indices below 4"),

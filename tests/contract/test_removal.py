@@ -299,7 +299,7 @@ def test_heads_that_the_inputs_do_not_reach_are_not_removed():
     cross = Mask({**few, "h.1.crossattention": torch.zeros(4, dtype=torch.bool)})
     with pytest.raises(
         InvalidInputError,
-        match=r"`inputs` must reach the site 'h\.1\.crossattention', which loses heads, got \['input_ids', .*\]; "
+        match=r"`inputs` must reach the site 'h\.1\.crossattention', which loses units, got \['input_ids', .*\]; "
         "pass `inputs` that reach it",
     ):
         remove_(model, cross, sites=sites)
@@ -327,7 +327,7 @@ def test_a_refused_removal_leaves_a_model_that_holds_gradients_as_it_was(dtype):
     before = hidden_states(model, inputs)
     held = {name: (p.data.clone(), p.grad) for name, p in model.named_parameters()}
     gradients = {name: gradient.clone() for name, (_, gradient) in held.items()}
-    with pytest.raises(RemovalError, match="does not run with fewer heads"):
+    with pytest.raises(RemovalError, match="does not run with fewer units"):
         remove_(model, Mask({"h.0.attn": torch.tensor([True, True, False, False])}))
     for name, parameter in model.named_parameters():
         assert parameter.dtype == dtype
@@ -352,11 +352,11 @@ def test_what_can_be_put_back_is_put_back_where_a_step_fails(monkeypatch):
     model = tiny_model("bert")
     state = {k: v.clone() for k, v in model.state_dict().items()}
 
-    def refuse(base, wanted, sites, kept, undo):
+    def refuse(base, wanted, left, undo):
         undo.append(lambda: 1 // 0)
         raise RemovalError("refused")
 
-    monkeypatch.setattr(removal, "_prove", refuse)
+    monkeypatch.setattr(removal, "prove", refuse)
     with pytest.raises(ZeroDivisionError) as caught:
         remove_(model, uneven_mask(find_sites(model)))
     assert isinstance(caught.value.__context__, RemovalError)

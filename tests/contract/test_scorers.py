@@ -242,7 +242,7 @@ def test_grouped_heads_share_the_norm_of_their_values():
 
 def test_bad_arguments():
     model = tiny_model("bert")
-    with pytest.raises(InvalidInputError, match=r"`scorer` must be one of confidence, contribution.*got 'best'"):
+    with pytest.raises(InvalidInputError, match=r"`scorer` must be one of block_influence, confidence.*got 'best'"):
         score(model, [], scorer="best")
     with pytest.raises(InvalidInputError, match="scorer matching needs `texts`"):
         score(model)

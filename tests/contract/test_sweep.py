@@ -31,7 +31,7 @@ def test_types_that_come_through(model_type):
         ("olmo2", "captured", "no weight of its query projection belongs to single heads"),
         ("bitnet", "captured", "no linear layer reads the heads side by side"),
         ("big_bird", "captured", "load it with `attention_type='original_full'`"),
-        ("codegen", "gated", "CodeGenModel does not run with fewer heads at site h.0.attn"),
+        ("codegen", "gated", "CodeGenModel does not run with fewer units at site h.0.attn"),
         ("deepseek_v4", "captured", "does not keep heads apart"),
     ],
 )

@@ -163,8 +163,8 @@ def test_the_code_needs_nothing_but_torch_and_transformers(tmp_path):
     export_standalone(tmp_path / "pruned", tmp_path / "alone")
     files = sorted((tmp_path / "alone").glob("*.py"))
     assert [file.stem for file in files] == [
-        "adapted", "base_model", "emptied", "errors", "forward", "layout", "modeling_pruned", "moved", "recipe",
-        "replay", "reshaped",
+        "adapted", "base_model", "emptied", "errors", "feed_forward", "forward", "layers", "layout", "modeling_pruned",
+        "moved", "narrowing", "packing", "recipe", "replay", "reshaped",
     ]  # fmt: skip
     for file in files:
         code = file.read_text()

@@ -18,7 +18,7 @@ from secateur.measuring.latency_table import Kind, Level, measure_latency, share
 from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.inputs import example_inputs, max_length
 from secateur.removal.remove import remove_
-from secateur.settings import Budget, Shape
+from secateur.settings import Budget, Cut, Shape
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
 from secateur.units.scores import Scores
@@ -199,18 +199,19 @@ def test_the_budget_is_met_monotone_and_not_overdone(shapes, one, other, allocat
 )
 def test_pruning_keeps_within_the_budget(kind, allocation, budget):
     model = tiny_model(kind)
-    smaller, report = secateur.prune(model, scorer="magnitude", budget=budget, allocation=allocation)
-    outcome = report.budget
+    heads = {"units": ("heads",), "allocation": allocation}
+    smaller, report = secateur.prune(model, scorer="magnitude", budget=budget, **heads)
+    (outcome,) = report.budget
     assert outcome.reached == outcome.expected <= outcome.budget.limit
     if outcome.budget.quantity == "heads":
         assert outcome.reached == report.after.heads / report.before.heads
     mask = secateur.allocate(model, report.scores, budget=budget, allocation=allocation)
     assert mask.kept == report.mask.kept
     # One head more would have been too many: the mask of the next smaller ratio exceeds the budget.
-    within = BudgetedSelection(model, outcome.budget, allocation)
+    within = BudgetedSelection(model, Cut(budget=budget, **heads))
     step = 1e-6 if allocation == "uniform" else 1 / report.before.heads
     before = select(report.scores, report.requested_ratio - step, allocation)
-    assert within.share(before) > outcome.budget.limit
+    assert within.outcomes(before, model)[0].expected > outcome.budget.limit
     assert measure_cost(smaller).heads == report.after.heads
 
 
@@ -237,19 +238,17 @@ def test_a_model_without_heads_is_refused(arguments):
 def test_a_budget_that_heads_cannot_reach_is_refused_before_scoring(monkeypatch):
     monkeypatch.setattr("secateur.pruning.score", lambda *a, **k: pytest.fail("scored"))
     with pytest.raises(InvalidInputError, match=r"`budget` must be at least params=(0\.\d+), .*0\.750") as caught:
-        secateur.prune(tiny_model("bert"), scorer="magnitude", budget="params=0.2")
+        secateur.prune(tiny_model("bert"), scorer="magnitude", budget="params=0.2", units=("heads",))
     least = str(caught.value).split("params=")[1].split(",")[0]
     monkeypatch.undo()
-    _, report = secateur.prune(tiny_model("bert"), scorer="magnitude", budget=f"params={least}")
+    _, report = secateur.prune(tiny_model("bert"), scorer="magnitude", budget=f"params={least}", units=("heads",))
     assert report.after.heads == 3
 
 
 def test_refining_between_sites_could_exceed_a_budget():
-    texts, tokenizer = tiny_texts(4), tiny_tokenizer()
+    given = {"budget": "macs=0.9", "allocation": "ranking", "refine": 2, "tokenizer": tiny_tokenizer()}
     with pytest.raises(InvalidInputError, match="`refine` must be 0 with allocation 'ranking' and the budget macs="):
-        secateur.prune(
-            tiny_model("bert"), texts, budget="macs=0.9", allocation="ranking", refine=2, tokenizer=tokenizer
-        )
+        secateur.prune(tiny_model("bert"), tiny_texts(4), units=("heads",), **given)
 
 
 def kind_of(*levels):
@@ -284,7 +283,7 @@ def test_sites_are_given_back_their_best_heads_where_that_is_faster(monkeypatch)
     )
     rows = {name: torch.tensor([4.0, 3.0, 2.0, 1.0]) for name in names}
     rows[names[0]] = torch.tensor([0.5, 0.4, 7.0, 8.0])  # the two lowest, then heads of the others
-    within = BudgetedSelection(model, Budget("latency", 1.0, Shape(1, 16)), "ranking")
+    within = BudgetedSelection(model, Cut(budget="latency=1@1x16", allocation="ranking", units=("heads",)))
     scores = Scores(rows)
     one_less = select(scores, 1 / 12, "ranking")
     assert one_less.kept[names[0]] == [0, 2, 3]
@@ -338,9 +337,9 @@ def test_prune_within_a_latency_budget(monkeypatch):
     for name, function in (("measure_latency", measure_latency), ("compare_latency", compare_latency)):
         monkeypatch.setattr(f"secateur.choosing.budget.{name}", partial(function, rounds=1))
     model = tiny_model("bert")
-    _, report = secateur.prune(model, scorer="magnitude", budget="latency=1.0x@1x4")
+    _, report = secateur.prune(model, scorer="magnitude", budget="latency=1.0x@1x4", units=("heads",))
     assert report.after.heads == report.before.heads
-    found = json.loads(json.dumps(report.to_json()))["budget"]
+    (found,) = json.loads(json.dumps(report.to_json()))["budget"]
     assert found["asked"] == "latency=1@1x4"
     assert found["reached"] > 0
     assert [level["units"] for level in found["latency_table"]["kinds"][0]["levels"]] == [4, 3, 2, 1]
@@ -352,6 +351,7 @@ def test_command_line(minilm_folder, tmp_path, capsys):
     texts.write_text("sentence\n" + "\n".join(f"film number {i}" for i in range(8)))
     out = tmp_path / "out"
     given = ["prune", str(minilm_folder), "--data", str(texts), "--scorer", "magnitude", "--no-maps"]
+    given += ["--units", "heads"]
     assert cli.main([*given, "--budget", "macs=0.85", "--out", str(out)]) == 0
     assert "kept 42 of 72 heads (pruning ratio 0.42), macs 0.847 of what they were" in capsys.readouterr().out
     assert "macs=0.85@1x128, reached 0.847" in (out / "report.html").read_text()

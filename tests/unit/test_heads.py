@@ -46,7 +46,7 @@ def test_empty_is_refused(empty):
 def test_mask_counts_by_hand():
     mask = Mask({"a": torch.tensor([True, False]), "b": torch.tensor([True, True])})
     assert (mask.num_units, mask.num_kept, mask.pruning_ratio) == (4, 3, 0.25)
-    assert str(mask) == "kept 3 of 4 heads (pruning ratio 0.25)"
+    assert str(mask) == "kept 3 of 4 units (pruning ratio 0.25)"
     assert mask.kept == {"a": [0], "b": [0, 1]}
 
 

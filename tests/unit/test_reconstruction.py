@@ -11,15 +11,15 @@ import torch
 from transformers import BertConfig, BertModel
 
 import secateur
+from secateur.choosing import moments as second_moments
 from secateur.choosing.mask_loss import MaskLoss
+from secateur.choosing.moments import Fit, Moments
 from secateur.cli import main
 from secateur.errors import InvalidInputError, SecateurWarning
 from secateur.models.inputs import forward_arguments
 from secateur.removal.proof import hidden_states, largest_difference
 from secateur.removal.remove import gated, remove_
 from secateur.removal.verify import verify_checkpoint
-from secateur.choosing import moments as second_moments
-from secateur.choosing.moments import Fit, Moments
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
@@ -261,7 +261,7 @@ def test_what_cannot_be_reconstructed_is_refused(monkeypatch):
     reconstruct_(model, first_half(model), TEXTS[:6], tiny_tokenizer())
     with pytest.raises(InvalidInputError, match="at least 3 a batch"):
         reconstruct_(model, first_half(model), TEXTS, tiny_tokenizer(), reading=Reading(batch_size=2))
-    monkeypatch.setattr(reconstruction, "_reading", lambda *_: nullcontext({}))
+    monkeypatch.setattr(second_moments, "_reading", lambda *_: nullcontext([]))
     with pytest.raises(InvalidInputError, match=r"do not reach the site 'encoder\.layer\.0\.attention\.self'"):
         reconstruct_(model, first_half(model), TEXTS, tiny_tokenizer())
 

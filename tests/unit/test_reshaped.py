@@ -105,9 +105,9 @@ def test_a_failure_names_site_and_line_and_what_works_instead():
     with pytest.raises(RemovalError) as caught:
         remove_(model, mask)
     message = str(caught.value)
-    assert "CodeGenModel does not run with fewer heads at site h.0.attn: its code counts on all of them" in message
+    assert "CodeGenModel does not run with fewer units at site h.0.attn: its code counts on all of them" in message
     assert "CodeGenAttention._split_heads, `reshaped = x.reshape(" in message
-    assert "gate its heads with `secateur.gated`" in message
+    assert "gate its units with `secateur.gated`" in message
     assert type(model.h[0].attn).__mro__[1] is torch.nn.Module
     assert largest_difference(before, hidden_states(model, inputs)) == 0
     assert not hasattr(model.config, "head_pruning")

@@ -6,7 +6,7 @@ import secateur
 from secateur.errors import InvalidInputError
 from secateur.models.inputs import example_inputs
 from secateur.settings import Budget, Cut, Reading, Shape, settings_of
-from secateur.sites import attention
+from secateur.sites import attention, finding
 from secateur.texts import calibration
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
@@ -88,9 +88,8 @@ def test_one_pruning_finds_sites_once_and_tokenises_each_text_once(monkeypatch, 
         return original(tokenizer, some, *rest)
 
     original = calibration.tokenize
-    monkeypatch.setattr(calibration, "find_sites", find_sites)
-    for module in ("secateur.removal.remove", "secateur.choosing.budget"):
-        monkeypatch.setattr(f"{module}.find_sites", find_sites)
+    for module in (calibration, finding):
+        monkeypatch.setattr(module, "find_sites", find_sites)
     monkeypatch.setattr(calibration, "tokenize", tokenize)
     steps = {} if streamed else {"refine": 2, "restore": "reconstruct"}
     reading = Reading(batch_size=8, maps=True)

@@ -18,7 +18,7 @@ from secateur.measuring.latency_table import LatencyTable, measure_latency, shar
 from secateur.measuring.timing import median_ratio
 from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.base_model import base_of
-from secateur.settings import AnyBudget, Budget, Cut
+from secateur.settings import AnyBudget, Budget, Cut, budgets_of
 from secateur.sites.finding import find_units
 from secateur.sites.layout import Site
 from secateur.support.defaults import MULTIPLE, UNITS
@@ -259,7 +259,7 @@ def allocate(
     `InvalidInputError` for a budget that cannot be reached.
     """
     check_scores(scores)
-    cut = Cut(0, allocation, floor, budget, set(scores.kinds.values()), multiple)
+    cut = Cut(0, allocation, floor, budgets_of(budget), set(scores.kinds.values()), multiple)
     return BudgetedSelection(model, cut).select(scores)[0]
 
 

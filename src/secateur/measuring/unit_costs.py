@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,9 +39,12 @@ class UnitCosts:
             name: _own(name, base.get_submodule(name), macs) if isinstance(site, AttentionSite) else 0
             for name, site in sites.items()
         }
-        lists = [site for site in sites.values() if isinstance(site, LayerSite)]
-        layers = [f"{site.name}.{number}" for site in lists for number in range(site.num_units)]
-        self._layers = {path: (count_parameters(base.get_submodule(path)), macs.get(path, 0)) for path in layers}
+        self._layers = {
+            f"{site.name}.{number}": (count, macs.get(f"{site.name}.{number}", 0))
+            for site in sites.values()
+            if isinstance(site, LayerSite)
+            for number, count in enumerate(_parameters_of_layers(base.get_submodule(site.name)))
+        }
 
     def after(self, mask: Mask) -> ModelCost:
         """Return the cost without the units that `mask` drops."""
@@ -91,6 +95,15 @@ class UnitCosts:
             parameters += before - after
             macs += self._by_weight[name] * (1 - after / before)
         return parameters, macs
+
+
+def _parameters_of_layers(layers: Any) -> list[int]:
+    """Return how many parameters go with each layer: what only the first one has besides is handed on (T5's biases)."""
+    counts = [count_parameters(layer) for layer in layers]
+    names = [{name for name, _ in layer.named_parameters()} for layer in layers]
+    if len(layers) > 1 and names[1] < names[0]:
+        counts[0] -= sum(layers[0].get_parameter(name).numel() for name in names[0] - names[1])
+    return counts
 
 
 def _own(name: str, module: nn.Module, macs: Mapping[str, int]) -> int:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def install() -> None:
@@ -58,7 +58,7 @@ def install() -> None:
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         adapter_alone = getattr(self, "_hf_peft_config_loaded", False)  # then no config is written
-        if not adapter_alone and any(getattr(config, "head_pruning", None) is not None for config in _configs(self)):
+        if not adapter_alone and any(_is_cut(module) for module in self.modules()):
             _complete_config_(self)
             if _saves_itself(self, inspect.signature(save).bind(self, *args, **kwargs).arguments):
                 from secateur.removal.saving import prepare_to_save_
@@ -154,44 +154,31 @@ def _saves_itself(model: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
     return arguments.get("state_dict") is None and getattr(model, "hf_quantizer", None) is None
 
 
-def _configs(model: PreTrainedModel) -> Iterator[Any]:
-    """Yield the configs that the model and the modules in it hold."""
-    return (getattr(module, "config", None) for module in model.modules())
+def _is_cut(module: Any) -> bool:
+    """Is it a model, or a part of one, that lost units as far as its config or a removal in this process says?"""
+    has_recipe = getattr(getattr(module, "config", None), "head_pruning", None) is not None
+    return has_recipe or "_secateur_removed" in vars(module)
 
 
 def _complete_config_(model: PreTrainedModel) -> None:
-    """Let the config of a model that is about to be saved tell of the heads that were removed inside the model.
+    """Let the config of a model that is about to be saved tell of the units that were removed inside the model.
 
-    A recipe of the base model alone is carried over. One of any other part is not, as the sites that it names are not
-    the model's: where the config does not have it in another place a `SecateurWarning` is issued.
+    What the config of the base model alone tells is carried over. What that of any other part tells is not, as the
+    sites that a recipe names there are not the model's: where the config does not have it in another place a
+    `SecateurWarning` is issued.
     """
     from secateur.errors import SecateurWarning
     from secateur.models.base_model import base_of
-    from secateur.removal.remove import give_own_configs_
-    from secateur.sites.recipe import KEY, REMOVED
+    from secateur.removal.telling import carry_over_, is_told
+    from secateur.sites.recipe import REMOVED
 
     base = base_of(model)
-    recipe = getattr(base.config, KEY, None)
-    if recipe is not None and recipe != getattr(model.config, KEY, None):
-        give_own_configs_(model)
-        setattr(model.config, KEY, recipe)
+    carry_over_(base, model)
     for name, part in model.named_modules():
-        if part is not base and REMOVED in vars(part) and getattr(part.config, KEY, None) not in _recipes(model.config):
+        if part is not base and REMOVED in vars(part) and not is_told(part, model.config):
             warnings.warn(
-                f"heads were removed from `{name}` of this {type(model).__name__} alone, which its config does not "
+                f"units were removed from `{name}` of this {type(model).__name__} alone, which its config does not "
                 "have, so that the folder may not load; remove them from the whole model, or save the part",
                 SecateurWarning,
                 stacklevel=4,
             )
-
-
-def _recipes(config: PreTrainedConfig) -> Iterator[Any]:
-    """Yield the recipes of a config and of those within it, as an encoder-decoder has two; None where none is."""
-    from transformers import PreTrainedConfig
-
-    yield getattr(config, "head_pruning", None)
-    for inner in vars(config).values():
-        if isinstance(inner, PreTrainedConfig):
-            yield from _recipes(inner)
-        elif isinstance(inner, dict):  # a part's config as a user's own class may keep it
-            yield inner.get("head_pruning")

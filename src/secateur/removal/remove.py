@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
-from secateur.errors import RemovalError, invalid
+from secateur.errors import RemovalError
 from secateur.models.base_model import base_of
-from secateur.models.failure import place_of, running_modules, site_of
 from secateur.models.inputs import example_inputs
-from secateur.models.names import forget_names_, original_name
+from secateur.models.names import forget_names_
 from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, held, in_float32
-from secateur.removal.adapted import ConfigView
 from secateur.removal.alignment import renumber_alignment_heads_
-from secateur.removal.emptied import bypass_
-from secateur.removal.proof import FAILURES, TOLERANCE, Wanted, wanted_of
+from secateur.removal.left import Left
+from secateur.removal.plain import say_plainly_
+from secateur.removal.proof import FAILURES, TOLERANCE, wanted_of
+from secateur.removal.proving import difference_to, prove
 from secateur.removal.replay import cut_site_
-from secateur.removal.reshaped import reshape_
-from secateur.removal.shortened import shorten_
+from secateur.removal.telling import check_record, recipe_of, tell_
 from secateur.sites.finding import units_named
 from secateur.sites.gating import is_probed, probe
-from secateur.sites.layers import LayerSite
-from secateur.sites.layout import AttentionSite, Site
-from secateur.sites.moved import mark_sites_, moved_path, moved_site, present_recipe
+from secateur.sites.layout import Site
 from secateur.sites.narrowing import Undo
-from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe
+from secateur.sites.recipe import Recipe
 from secateur.support.checks import check_mapping
-from secateur.units.masks import Mask, PresentMask, check_mask
+from secateur.units.masks import Mask, check_mask, units_left
 
 
 @dataclass(frozen=True)
@@ -95,16 +90,17 @@ def remove_(
     Grouped queries: in each site either whole key-value groups go, or the same number of query heads in every group
     that stays; `InvalidInputError` names a mask that does neither.
 
-    `record` is written to the config's `head_pruning` beside the kept units. The model has no name (`name_or_path`)
-    afterwards: it is not the one that it was loaded from, which the recipe names as its `base_model`. The heads of
-    Whisper's `alignment_heads` are given the numbers that they have then.
+    The config says what is left by its own numbers, such as `num_hidden_layers` and `intermediate_size`, where it can;
+    then the model loads where secateur is not. Elsewhere it has a recipe, `head_pruning`, to which `record` is added.
+    The model has no name (`name_or_path`) afterwards: it is not the one that it was loaded from, which the recipe names
+    as its `base_model`. The heads of Whisper's `alignment_heads` are given the numbers that they have then.
     """
     base = base_of(model)
     for argument, value in (("inputs", inputs), ("sites", sites), ("record", record)):
         if value is not None:
             check_mapping(argument, value)
     check_mask(mask)
-    _check_record(record or {})
+    check_record(record or {})
     check_loaded(base, "removing units")
     check_plain_weights(base)
     sites = units_named(base, mask) if sites is None else sites
@@ -114,52 +110,44 @@ def remove_(
     if is_probed(base):
         raise RemovalError("the model is being gated or probed; remove units outside of that context")
     inputs = example_inputs(base) if inputs is None else inputs
+    before = base.config.to_dict()
     with held(base), in_float32(base):
         with gated(base, mask, sites):
             wanted = wanted_of(base, inputs, [sites[name] for name, vector in kept.items() if not vector.all()])
         with _undone_on_failure() as undo:
-            left = _Left.of(model, sites, kept, undo)
+            left = Left.of(model, sites, kept, undo)
             for name, site in left.sites.items():
                 cut_site_(base, site, left.kept[name], undo)
-            difference, special = _prove(base, wanted, left, undo)
+            difference, special = prove(base, wanted, left, undo)
             if not difference <= TOLERANCE:
                 raise RemovalError(
                     f"{type(base).__name__} without the units differs from the gated model by {difference:.2g} "
                     f"(at most {TOLERANCE:g} is accepted); the model is unchanged"
                 )
-    _write_recipe(model, left, special, record or {})
+            recipe = recipe_of(model, left, special, record or {})
+            is_plain = _is_plain(model, recipe, partial(difference_to, wanted, base), undo)
+    tell_(model, None if is_plain else recipe, before)
     renumber_alignment_heads_(model, kept)
     forget_names_(model)
     for holder in (model, base):
         # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
         vars(holder).pop("_cache", None)
-    return Removal(kept.original(sites), kept.num_units, kept.num_kept, difference)
+    counts = units_left(sites, mask).values()
+    return Removal(kept.original(sites), sum(n for n, _ in counts), sum(n for _, n in counts), difference)
 
 
-@dataclass(frozen=True)
-class _Left:
-    """What to cut once layers are gone: `sites` by their names then, and which of their units are `kept`.
-
-    `layers` has the lists that lost some, with the original numbers of those that stay.
-    """
-
-    sites: dict[str, Site]
-    kept: dict[str, Tensor]
-    layers: dict[str, tuple[LayerSite, tuple[int, ...]]]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, sites: Mapping[str, Site], kept: PresentMask, undo: Undo) -> _Left:
-        """Take layers out of `model` where the mask drops some, and say what is left to be cut."""
-        moved: dict[str, str | None] = {}
-        layers: dict[str, tuple[LayerSite, tuple[int, ...]]] = {}
-        for name, site in sites.items():
-            if isinstance(site, LayerSite) and not kept[name].all():
-                moved |= shorten_(model, site, kept[name], undo)
-                layers[name] = (site, tuple(itertools.compress(site.units, kept[name].tolist())))
-        others = {name: site for name, site in sites.items() if not isinstance(site, LayerSite)}
-        names = {name: new for name in others if (new := moved_path(name, moved)) is not None}
-        here = {new: moved_site(others[name], moved) for name, new in names.items()}
-        return cls(here, {new: kept[name] for name, new in names.items()}, layers)
+def _is_plain(model: PreTrainedModel, recipe: Recipe, difference: Callable[[], float], undo: Undo) -> bool:
+    """Let the config of the cut model say by its own numbers what `recipe` says, if it can and computes the same."""
+    start = len(undo)
+    try:
+        if say_plainly_(model, recipe, undo) and difference() <= TOLERANCE:
+            return True
+    except FAILURES:  # of a model that runs with units missing, but not with those numbers
+        pass
+    for step in reversed(undo[start:]):
+        step()
+    del undo[start:]
+    return False
 
 
 @contextmanager
@@ -173,120 +161,3 @@ def _undone_on_failure() -> Iterator[list[Callable[[], None]]]:
             for step in undo:
                 steps.callback(step)
             raise
-
-
-@dataclass(frozen=True)
-class _Special:
-    """Sites that do not run as they are once heads are gone, by what is done about it."""
-
-    bypassed: list[str] = field(default_factory=list)
-    reshaped: list[str] = field(default_factory=list)
-
-
-def _prove(
-    base: PreTrainedModel,
-    wanted: Sequence[Wanted],
-    left: _Left,
-    undo: Undo,
-) -> tuple[float, _Special]:
-    """Return the difference of the cut model to the gated one, and the sites that do not run as they are.
-
-    A model that raises is run again: with the code of emptied sites left out, or with the widths corrected that the
-    code of the site which was running asks for.
-    """
-    sites = {name: site for name, site in left.sites.items() if isinstance(site, AttentionSite)}
-    kept = left.kept
-    emptied = [site for name, site in sites.items() if not kept[name].any()]
-    special = _Special()
-    while True:
-        try:
-            with running_modules(base) as running:
-                return max(one.difference(base) for one in wanted), special
-        except FAILURES as error:
-            site = sites.get(site_of(running, sites) or "")
-            can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_units
-            if site is not None and can_reshape and site.name not in special.reshaped:
-                reshape_(base.get_submodule(site.name), site, int(kept[site.name].sum()), undo)
-                special.reshaped.append(site.name)
-            elif emptied and not special.bypassed:
-                for bare in emptied:
-                    bypass_(base, bare, undo)
-                    special.bypassed.append(bare.name)
-            else:
-                where = f" at site {site.name}" if site is not None else ""
-                place = place_of(error, base.get_submodule(running[-1] if running else ""))
-                raise RemovalError(
-                    f"{type(base).__name__} does not run with fewer units{where}: its code counts on all of them "
-                    f"({place}: {' '.join(str(error).split())[:120]}); leave the site whole, or gate its units "
-                    "with `secateur.gated`, which works, as scoring does; the model is unchanged"
-                ) from error
-
-
-def _check_record(record: Mapping[str, Any]) -> None:
-    """Raise `InvalidInputError` unless the record is JSON and leaves what a recipe holds alone."""
-    if taken := sorted(OWN_NAMES & set(record)):
-        raise invalid("record", f"not have the names {', '.join(sorted(OWN_NAMES))}", taken)
-    try:
-        json.dumps(record)
-    except (TypeError, ValueError):
-        raise invalid("record", "hold what JSON can hold", dict(record)) from None
-
-
-def _write_recipe(model: nn.Module, left: _Left, special: _Special, record: Mapping[str, Any]) -> None:
-    """Put the recipe into the config of the model, and of its base model where that is another object.
-
-    Sites that an earlier recipe knows and this removal did not see stay in it as they are.
-    """
-    give_own_configs_(model)
-    base = base_of(model)
-    earlier = present_recipe(base) or Recipe({}, {})
-    origin = original_name(model)
-    record = {**({"base_model": origin} if origin else {}), **earlier.record, **record}
-    recipe = _recipe(earlier, left, special, record)
-    for config in (model.config, base.config):
-        setattr(config, KEY, recipe.to_json())
-    setattr(base, REMOVED, True)
-    mark_sites_(base, recipe)
-
-
-def _recipe(earlier: Recipe, left: _Left, special: _Special, record: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of all removals so far; `earlier` has the names already that sites have now."""
-    kept_units = {
-        name: tuple(itertools.compress(site.units, left.kept[name].tolist())) for name, site in left.sites.items()
-    }
-    # What an earlier recipe says of a site is of the unpruned model; a site that none names is unpruned now.
-    now = left.sites | {name: site for name, (site, _) in left.layers.items()}
-    sites = earlier.sites | {name: site for name, site in now.items() if name not in earlier.sites}
-    kept_units = earlier.kept | kept_units | {name: units for name, (_, units) in left.layers.items()}
-    there = {
-        name: site
-        for name, site in sites.items()
-        if isinstance(site, AttentionSite) or len(kept_units[name]) < site.original_num_units
-    }
-    heads = [site for site in there.values() if isinstance(site, AttentionSite)]
-    of_heads = {}
-    if heads:
-        ratio = 1 - sum(len(kept_units[s.name]) for s in heads) / sum(s.original_num_units for s in heads)
-        of_heads["pruning_ratio"] = round(ratio, 6)
-    return Recipe(
-        {name: kept_units[name] for name in there},
-        there,
-        bypassed=tuple(dict.fromkeys([*earlier.bypassed, *special.bypassed])),
-        reshaped=tuple(dict.fromkeys([*earlier.reshaped, *special.reshaped])),
-        record={**record, **of_heads},
-    )
-
-
-def give_own_configs_(model: nn.Module) -> None:
-    """Replace the configs that the modules hold by copies: another model built from the same object stays unpruned."""
-    copies: dict[int, Any] = {}
-    originals = []  # kept alive meanwhile, since the copies are looked up by id
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            originals.append(config)
-            module.config = copies[id(config)] if id(config) in copies else copy.deepcopy(config, copies)
-    for module in model.modules():
-        view = getattr(module, "config", None)
-        if isinstance(view, ConfigView):
-            view.of = copies.get(id(view.of), view.of)

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.errors import RemovalError
 from secateur.models.base_model import base_of
+from secateur.removal.twins import Place, changed_data, shapes_of, take_over_, twin_of, walk
 from secateur.sites.layers import LayerSite
 from secateur.sites.moved import Moved, moved_recipe
 from secateur.sites.narrowing import Undo
 from secateur.sites.recipe import KEY, read_recipe
 
 _STAGES = ("out_features", "out_indices", "stage_names")  # of a backbone's config
-_PLAIN = (bool, int, float, str, type(None))
 
 
 def shorten_(model: PreTrainedModel, site: LayerSite, kept: Tensor, undo: Undo) -> dict[str, str | None]:
@@ -35,8 +36,8 @@ def shorten_(model: PreTrainedModel, site: LayerSite, kept: Tensor, undo: Undo) 
     stays = kept.nonzero().flatten().tolist()
     places = {f"{site.name}.{old}": f"{site.name}.{new}" for new, old in enumerate(stays)}
     moved = {f"{site.name}.{old}": places.get(f"{site.name}.{old}") for old in range(len(kept))}
-    before = _twin(model, model.config.to_dict())
-    if before is None or _shapes(before) != _shapes(model):
+    before = twin_of(model, model.config.to_dict())
+    if before is None or shapes_of(before) != shapes_of(model):
         raise RemovalError(
             f"{type(model).__name__} is not what its config says, so its layers cannot be counted anew; take layers "
             "out first, and wrap or change the model afterwards; the model is unchanged"
@@ -50,7 +51,7 @@ def shorten_(model: PreTrainedModel, site: LayerSite, kept: Tensor, undo: Undo) 
             _keep_entries_(before.get_submodule(path), stays, [])
     for one, modules, steps in ((model, old[0], undo), (before, old[1], [])):
         _inherit_(one, after, modules, steps)
-    _take_over_(model, before, after, undo)
+    take_over_(model, before, after, undo)
     return moved
 
 
@@ -61,11 +62,11 @@ def _shorter_twin(model: PreTrainedModel, site: LayerSite, stays: list[int], mov
     if recipe is not None:
         whole[KEY] = moved_recipe(recipe, moved).to_json()
     for data in _shorter_configs(whole, site.num_units, stays):
-        twin = _twin(model, data)
+        twin = twin_of(model, data)
         if twin is None or len(_lists(base_of(twin)).get(site.name, ())) != len(stays):
             continue
-        wanted, there = _wanted(model, twin, site, stays), _shapes(model)
-        found = _shapes(twin)
+        wanted, there = _wanted(model, twin, site, stays), shapes_of(model)
+        found = shapes_of(twin)
         inherited = found.keys() - wanted.keys()  # what the first layer has for all, such as T5's table of biases
         if found == wanted | {name: there[name] for name in inherited if name in there}:
             return twin
@@ -77,17 +78,17 @@ def _shorter_twin(model: PreTrainedModel, site: LayerSite, stays: list[int], mov
 
 def _shorter_configs(data: dict[str, Any], count: int, stays: list[int]) -> Iterator[dict[str, Any]]:
     """Yield configs with fewer layers: one number or two that are `count`, and lists with an entry a layer, change."""
-    places = [path for path, value in _walk(data) if value == count and not isinstance(value, bool | list)]
+    places = [path for path, value in walk(data) if value == count and not isinstance(value, bool | list)]
     for number in (1, 2):
         for chosen in itertools.combinations(places, number):
             for with_lists in (True, False):
-                changed = dict(_walk(data))
-                changes = dict.fromkeys(chosen, len(stays))
+                changed = dict(walk(data))
+                changes: dict[Place, Any] = dict.fromkeys(chosen, len(stays))
                 for path, value in changed.items() if with_lists else ():
                     beside = any(path[:-1] == one[:-1] for one in chosen)
                     if beside and isinstance(value, list) and len(value) == count and _is_per_layer(path, value):
                         changes[path] = [value[layer] for layer in stays]
-                yield _changed(_without_stages(data, count), changes)
+                yield changed_data(_without_stages(data, count), changes)
 
 
 def _without_stages(data: dict[str, Any], count: int) -> dict[str, Any]:
@@ -100,39 +101,6 @@ def _is_per_layer(path: tuple[str, ...], value: list[Any]) -> bool:
     return "layer" in path[-1] or all(isinstance(entry, str) for entry in value)
 
 
-def _walk(data: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the path and the value of everything in nested dictionaries that is none itself."""
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _walk(value, (*above, key))
-        else:
-            yield (*above, key), value
-
-
-def _changed(data: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any], above: tuple[str, ...] = ()) -> Any:
-    return {
-        key: _changed(value, changes, (*above, key)) if isinstance(value, dict) else changes.get((*above, key), value)
-        for key, value in data.items()
-    }
-
-
-def _twin(model: PreTrainedModel, data: dict[str, Any]) -> PreTrainedModel | None:
-    """Build the model's class on the meta device from a config's data; None where that fails."""
-    try:
-        config = type(model.config).from_dict(data)
-        for name, value in vars(model.config).items():
-            if name.startswith("_") and isinstance(value, _PLAIN):
-                vars(config)[name] = value  # how attention is computed is in no file
-        with torch.device("meta"):
-            return type(model)(config)
-    except Exception:  # whatever a class or a config raises over numbers that do not suit it
-        return None
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
 def _wanted(model: nn.Module, twin: nn.Module, site: LayerSite, stays: list[int]) -> dict[str, torch.Size]:
     """Return the shapes of the model's weights, by name, once the layers are gone, in every list like theirs."""
     lists = {
@@ -141,7 +109,7 @@ def _wanted(model: nn.Module, twin: nn.Module, site: LayerSite, stays: list[int]
         if len(layers) == site.num_units and len(_lists(twin).get(path, ())) == len(stays)
     }
     wanted = {}
-    for name, shape in _shapes(model).items():
+    for name, shape in shapes_of(model).items():
         path = next((one for one in lists if name.startswith(f"{one}.")), None)
         if path is None:
             wanted[name] = shape
@@ -169,17 +137,5 @@ def _inherit_(model: nn.Module, after: nn.Module, old: Mapping[str, nn.Module], 
         above, _, name = path.rpartition(".")
         if above in there:  # what lies deeper comes with it
             parent = there[above]
-            undo.append(lambda parent=parent, name=name: parent._modules.pop(name))
+            undo.append(partial(parent._modules.pop, name))
             parent._modules[name] = old[path]
-
-
-def _take_over_(model: PreTrainedModel, before: PreTrainedModel, after: PreTrainedModel, undo: Undo) -> None:
-    """Give every module the config of the shorter model, and the attributes in which that differs from the longer."""
-    for path, new in after.named_modules():
-        module, old = model.get_submodule(path), before.get_submodule(path)
-        for name, value in vars(new).items():
-            was = vars(module).get(name)
-            counted = isinstance(value, _PLAIN) and value != vars(old).get(name, value) and was == vars(old).get(name)
-            if counted or isinstance(value, PreTrainedConfig):
-                undo.append(lambda module=module, name=name, was=was: setattr(module, name, was))
-                setattr(module, name, value)

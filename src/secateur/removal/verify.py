@@ -135,7 +135,10 @@ def load_original(
     """
     recipe = read_recipe(base_of(pruned).config)
     if recipe is None:
-        raise InvalidInputError(f"{folder} is not pruned: its config has no head_pruning entry")
+        raise InvalidInputError(
+            f"{folder} has no head_pruning entry in its config: it is not pruned, or cut so that its config says all "
+            "by its own numbers, and which units stayed is not known"
+        )
     name = recipe.record.get("base_model") if against is None else against
     if not isinstance(name, str | Path) or not str(name):
         raise InvalidInputError(f"{folder} does not say what it was pruned from; give the original with `--against`")

@@ -23,7 +23,7 @@ from secateur.sites.layout import Slice
 from secateur.sites.ownership import Ownership, Part, only
 
 _MOST_MATRICES = 3  # that write neurons; a graph that meets more of them before any other is the residual stream's
-_NOISE = 3.0  # standard deviations
+_NOISE = 3.0  # times the root mean square of what a projection writes
 _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Mkldnn", "ScaledDot", "Efficient", "Flash")
 _VIEWS = (
     "TBackward",
@@ -51,9 +51,8 @@ class FeedForwardFinder:
         self.ownership.look_up_names()
         self.modules = dict(base.named_modules())
         self.holders = {id(p): module for module in base.modules() for p in module.parameters(recurse=False)}
-        self.seen: set[str] = (
-            set()
-        )  # shared layers run again and again, and what a second run reads is mixed by the first
+        # Shared layers run again and again, and what a second run reads is mixed by the first.
+        self.seen: set[str] = set()
         self.found: dict[str, FeedForwardSite] = {}
         self.refused: dict[str, str] = {}
 
@@ -61,8 +60,8 @@ class FeedForwardFinder:
     def watching(self) -> Iterator[None]:
         """Watch the input of every projection meanwhile, and add noise to what each writes.
 
-        Rectified units are silent on most inputs, and would seem to own nothing; noise of three standard deviations
-        wakes them at one token or another.
+        Rectified units are silent on most inputs, and would seem to own nothing; noise three times as large as what is
+        written wakes them at one token or another.
         """
         random = torch.Generator().manual_seed(0)
 
@@ -70,7 +69,7 @@ class FeedForwardFinder:
             if not isinstance(output, Tensor) or output.numel() < 2:
                 return output
             noise = torch.randn(output.shape, generator=random).to(output)
-            return output + _NOISE * output.detach().std() * noise
+            return output + _NOISE * output.detach().square().mean().sqrt() * noise
 
         with ExitStack() as hooks:
             for name, module in self.modules.items():

@@ -88,7 +88,7 @@ class LayerFinder:
             seen = self.seen.setdefault(name, _Seen())
             taken, written = stream_into(args, kwargs), stream_out_of(output)
             keeps_shape = taken is not None and written is not None and taken.shape == written.shape
-            follows = not seen.runs or (keeps_shape and seen.written is not None and torch.equal(taken, seen.written))
+            follows = not seen.runs or (keeps_shape and _is_same(taken, seen.written))
             seen.is_chain &= keeps_shape and follows
             seen.runs.append(number)
             seen.written = written
@@ -104,6 +104,10 @@ class LayerFinder:
             if seen is not None and seen.is_chain and not within and seen.runs == list(range(len(layers))):
                 found[name] = LayerSite.unpruned(name, len(layers))
         return found
+
+
+def _is_same(taken: Tensor | None, written: Tensor | None) -> bool:
+    return taken is not None and written is not None and torch.equal(taken, written)
 
 
 def stream_into(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 _BITS = "base64:"
 
 
 def pack(units: Sequence[int]) -> str:
     """Write increasing numbers as ranges, "0:12 14 20:32" without the ends, or as bits in base64 if shorter."""
     runs = " ".join(f"{first}:{last + 1}" if last > first else str(first) for first, last in _runs(units))
-    bits = np.zeros(units[-1] + 1 if units else 0, dtype=bool)
-    bits[list(units)] = True
-    packed = _BITS + base64.b64encode(np.packbits(bits).tobytes()).decode()
+    bits = bytearray(units[-1] // 8 + 1 if units else 0)
+    for unit in units:
+        bits[unit // 8] |= 128 >> unit % 8
+    packed = _BITS + base64.b64encode(bits).decode()
     return min(runs, packed, key=len)
 
 
@@ -27,7 +26,7 @@ def unpack(text: str, count: int) -> tuple[int, ...]:
         data = base64.b64decode(text.removeprefix(_BITS), validate=True)
         if len(data) > (count + 7) // 8:
             raise ValueError(f"bits for more than {count} units")
-        units = np.unpackbits(np.frombuffer(data, dtype=np.uint8)).nonzero()[0].tolist()
+        units = [8 * place + bit for place, byte in enumerate(data) for bit in range(8) if byte & 128 >> bit]
         if units and units[-1] >= count:
             raise ValueError(f"unit {units[-1]} of {count}")
         return tuple(units)

@@ -21,7 +21,7 @@ from secateur.sites.layout import AttentionSite, Runs, Site
 from secateur.sites.packing import pack, unpack
 
 KEY = "head_pruning"
-REMOVED = "_secateur_removed"  # on a base model: heads were removed from it, which its own config tells
+REMOVED = "_secateur_removed"  # on a base model that lost units: the entries of its config that tell so
 FORMAT_VERSION = 2
 KINDS: dict[str, type[AttentionSite | FeedForwardSite | LayerSite]] = {
     cls.kind: cls for cls in (AttentionSite, FeedForwardSite, LayerSite)

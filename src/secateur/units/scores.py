@@ -142,9 +142,9 @@ class Scores(_Scores, Saved):
 
     def only(self, sites: Collection[str]) -> Scores:
         """Return the scores of these sites alone. Raises `InvalidInputError` where there is none."""
-        parts = (self.values_by_site, self.num_groups, self.interactions, self.kinds)
-        values, groups, interactions, kinds = ({s: x for s, x in part.items() if s in sites} for part in parts)
-        return replace(self, values_by_site=values, num_groups=groups, interactions=interactions, kinds=kinds)
+        names = ("values_by_site", "num_groups", "interactions", "kinds")
+        parts: dict[str, Any] = {name: {s: x for s, x in getattr(self, name).items() if s in sites} for name in names}
+        return replace(self, **parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; a removed unit's -inf becomes null."""

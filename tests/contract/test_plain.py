@@ -1,0 +1,191 @@
+"""Cut models whose config says all by its own numbers: no recipe, and they load where secateur is not."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+import secateur
+from secateur.errors import InvalidInputError
+from secateur.models.inputs import example_inputs
+from secateur.removal import plain
+from secateur.removal.remove import remove_
+from secateur.removal.verify import verify_checkpoint
+from secateur.sites.finding import find_units
+from secateur.units.masks import Mask
+from tests.support.pruned import assert_equal
+from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
+from tests.support.units import even_mask, ragged_mask, small_model
+
+# What can go from each without a recipe, and the numbers of the config that say so.
+KINDS = {
+    "bert": (("neurons", "layers"), {"intermediate_size": 24, "num_hidden_layers": 2}),
+    "distilbert": (("neurons", "layers"), {"hidden_dim": 24, "n_layers": 2}),
+    "roberta": (("neurons", "layers"), {"intermediate_size": 24, "num_hidden_layers": 2}),
+    "vit": (("neurons", "layers"), {"intermediate_size": 24, "num_hidden_layers": 2}),
+    "modernbert": (("neurons", "layers"), {"intermediate_size": 24, "num_hidden_layers": 2}),
+    "gpt2": (("neurons", "layers"), {"n_inner": 85, "n_layer": 2}),
+    "llama": (("heads", "neurons", "layers"), {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}),
+    "qwen3": (("heads", "neurons", "layers"), {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}),
+    "gemma": (("heads", "neurons", "layers"), {"num_attention_heads": 2, "intermediate_size": 24}),
+    "gated t5": (("neurons", "layers"), {"d_ff": 24, "num_layers": 2, "num_decoder_layers": 2}),
+    "bart": (("neurons", "layers"), {"encoder_ffn_dim": 21, "decoder_ffn_dim": 21, "encoder_layers": 1}),
+    "albert": (("neurons",), {"intermediate_size": 24}),
+}
+
+ELSEWHERE = """
+import sys
+sys.modules["secateur"] = None  # an import of it fails
+import torch
+from transformers import AutoModel
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    model = AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        output = model(**torch.load(folder + "/inputs.pt"))
+    torch.save(output[0], folder + "/elsewhere.pt")
+"""
+
+
+def even_cut(kind):
+    """A model without the same units everywhere; of grouped heads two groups of four."""
+    model = small_model(kind)
+    sites = find_units(model, KINDS[kind][0])
+    rows = dict(even_mask(sites))
+    for name, site in sites.items():
+        if site.group_size > 1:
+            rows[name] = torch.arange(site.num_units) >= site.num_units // 2
+    remove_(model, Mask(rows), sites=sites)
+    return model
+
+
+def test_folders_load_where_secateur_is_not(tmp_path):
+    wanted = {}
+    for kind, (_, numbers) in KINDS.items():
+        model, folder = even_cut(kind), tmp_path / kind.replace(" ", "_")
+        model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        assert "head_pruning" not in config, kind
+        assert {name: config[name] for name in numbers} == numbers, kind
+        inputs = example_inputs(model)
+        torch.save(inputs, folder / "inputs.pt")
+        with torch.no_grad():
+            wanted[folder] = model(**inputs)[0]
+        assert_equal(AutoModel.from_pretrained(folder), model)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *map(str, wanted)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    for folder, output in wanted.items():
+        assert torch.equal(torch.load(folder / "elsewhere.pt"), output), folder.name
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "gpt2", "gated t5"])
+def test_heads_whose_size_follows_from_their_number_need_a_recipe(kind):
+    model = small_model(kind)
+    remove_(model, even_mask(find_units(model, ["heads"])))
+    assert model.config.head_pruning["kept_heads"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_cut_of_unlike_widths_needs_a_recipe(kind):
+    model = small_model(kind)
+    config = model.config.to_dict()
+    sites = find_units(model, ["neurons"])
+    remove_(model, ragged_mask(sites))
+    assert set(model.config.head_pruning["kept_neurons"]) == set(sites)
+    assert {name: value for name, value in model.config.to_dict().items() if name != "head_pruning"} == config
+
+
+def test_two_halves_may_have_widths_of_their_own():
+    model = tiny_model("bart")
+    rows = {}
+    for name, site in find_units(model, ["neurons"]).items():
+        rows[name] = torch.arange(site.num_units) < (10 if name.startswith("encoder") else 20)
+    remove_(model, Mask(rows))
+    assert (model.config.encoder_ffn_dim, model.config.decoder_ffn_dim, model.config.d_model) == (10, 20, 32)
+    assert not hasattr(model.config, "head_pruning")
+
+
+def test_a_recipe_goes_once_a_later_cut_makes_all_sites_alike(tmp_path):
+    model = tiny_model("bert")
+    remove_(model, ragged_mask(find_units(model, ["neurons"])))
+    sites = find_units(model, ["neurons"])
+    assert {site.original_num_units for site in sites.values()} == {37}
+    rows = {name: torch.zeros(37, dtype=torch.bool) for name in sites}
+    for name, site in sites.items():
+        rows[name][list(site.units[:30])] = True
+    remove_(model, Mask(rows))
+    assert (model.config.intermediate_size, hasattr(model.config, "head_pruning")) == (30, False)
+    # Units count from what the config says from then on, as nothing else is known.
+    assert {site.units for site in find_units(model, ["neurons"]).values()} == {tuple(range(30))}
+    remove_(model, ragged_mask(find_units(model)))
+    model.save_pretrained(tmp_path)
+    assert_equal(AutoModel.from_pretrained(tmp_path), model)
+    assert model.config.head_pruning["layouts"][1]["num_neurons"] == 30
+
+
+@pytest.mark.parametrize("of_base", [False, True])
+def test_a_task_model_tells_what_its_base_model_lost(of_base, tmp_path):
+    model = tiny_classifier("bert")
+    other = type(model)(model.config)
+    part = model.bert if of_base else model
+    remove_(part, even_mask(find_units(part, ["neurons", "layers"])))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert_equal(again, model)
+    assert (again.config.intermediate_size, again.config.num_hidden_layers, again.config.num_labels) == (24, 2, 3)
+    assert other.config.intermediate_size == 37
+
+
+def test_a_part_that_the_config_does_not_tell_of_is_warned_of(tmp_path):
+    class Pair(type(tiny_model("bert"))):
+        def __init__(self, config):
+            super().__init__(config)
+            self.second = type(tiny_model("bert"))(config)
+
+    model = Pair(tiny_model("bert").config)
+    remove_(model.second, even_mask(find_units(model.second, ["neurons"])))
+    with pytest.warns(secateur.errors.SecateurWarning, match="units were removed from `second` of this Pair alone"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_model_that_is_not_what_its_config_says_keeps_a_recipe():
+    model = tiny_model("bert")
+    model.pooler = None
+    remove_(model, even_mask(find_units(model, ["neurons"])))
+    assert model.config.head_pruning["kept_neurons"]
+    assert model.config.intermediate_size == 37
+
+
+def test_no_more_configs_are_tried_than_some(monkeypatch):
+    tried = []
+    monkeypatch.setattr(plain, "twin_of", lambda model, data: tried.append(data))
+    model = small_model("gpt2")
+    remove_(model, even_mask(find_units(model, ["neurons"])))
+    assert 1 < len(tried) <= plain._MOST_TRIES
+    assert model.config.head_pruning["kept_neurons"]
+
+
+def test_what_follows_works_on_a_plain_cut(tmp_path):
+    teacher, tokenizer = tiny_model("bert"), tiny_tokenizer()
+    model, report = secateur.prune(teacher, scorer="random", units=["layers"], pruning_ratio=0)
+    assert report.units == {"layers": (3, 3)}
+    remove_(model, even_mask(find_units(model, ["neurons"])))
+    before, after = secateur.distill_(model, teacher, tiny_texts(24), tokenizer, steps=2)
+    assert after <= before
+    again, report = secateur.prune(model, scorer="magnitude", pruning_ratio=0.5)
+    assert (report.before.heads, report.after.heads) == (12, 6)
+    again.save_pretrained(tmp_path / "twice")
+    assert_equal(AutoModel.from_pretrained(tmp_path / "twice"), again)
+    for one in (teacher, model):
+        one.save_pretrained(tmp_path / str(id(one)))
+    with pytest.raises(InvalidInputError, match="its config says all by its own numbers, and which units stayed is no"):
+        verify_checkpoint(tmp_path / str(id(model)), tmp_path / str(id(teacher)))
+    # What is cut of a plain cut is verified against that.
+    assert verify_checkpoint(tmp_path / "twice", tmp_path / str(id(model)))["equal"]
