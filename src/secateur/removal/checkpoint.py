@@ -116,8 +116,10 @@ def _narrow(model: PreTrainedModel) -> None:
         return  # another beside its base model, whose recipe it is; one of another class takes that one's place
     part = held_part(base_of(model), recipe) if builder is None else None
     if part is not None:  # the class is a part of what was saved, such as its encoder
+        from secateur.removal.digest import note_recipes_
         from secateur.removal.remove import give_own_configs_
 
+        note_recipes_(model)
         give_own_configs_(model)
         for config in (model.config, base_of(model).config):
             setattr(config, KEY, part.to_json())

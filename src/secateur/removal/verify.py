@@ -16,7 +16,7 @@ from secateur.models.inputs import example_inputs
 from secateur.models.loading import config_class, load_model
 from secateur.models.originals import on_this_machine
 from secateur.models.sentence_transformers import transformer_folder
-from secateur.removal.digest import changed_tensors, check_recipe
+from secateur.removal.digest import changed_tensors
 from secateur.removal.kept_weights import (
     DAMAGE,
     EQUAL,
@@ -56,9 +56,8 @@ def verify_checkpoint(
     """
     pruned = load_model(folder, device)
     files = sorted(transformer_folder(Path(folder)).glob("*.safetensors")) if Path(folder).is_dir() else []
-    check_recipe(pruned.config, files)
     changed = changed_tensors(files)
-    original, recipe, original_name = load_original(pruned, folder, against, device, whole=True)
+    original, recipe, origin = load_original(pruned, folder, against, device, whole=True)
     mask = Mask({name: vector_of(kept, recipe.sites[name].num_units) for name, kept in recipe.kept.items()})
     said = {name: bool(recipe.record.get(name)) for name in ("reconstructed", *TRAINED)}
     sites = find_sites(original)
@@ -67,7 +66,7 @@ def verify_checkpoint(
     difference, step = _output_differences(pruned, original, mask, recipe)
     return {
         "folder": str(folder),
-        "against": original_name,
+        "against": origin,
         **_verdict(checks, changed, max(difference, step or 0.0)),
         "max_difference": difference,
         "max_step_difference": step,
