@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def install() -> None:
@@ -57,7 +57,7 @@ def install() -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        adapter_alone = getattr(self, "_hf_peft_config_loaded", False)  # then no config is written
+        adapter_alone = self._hf_peft_config_loaded  # then no config is written
         if not adapter_alone and any(getattr(config, "head_pruning", None) is not None for config in _configs(self)):
             _complete_config_(self)
             if _saves_itself(self, inspect.signature(save).bind(self, *args, **kwargs).arguments):
@@ -169,6 +169,7 @@ def _complete_config_(model: PreTrainedModel) -> None:
     """
     from secateur.errors import SecateurWarning
     from secateur.models.base_model import base_of
+    from secateur.removal.digest import recipes_in
     from secateur.removal.remove import give_own_configs_
     from secateur.sites.recipe import KEY, REMOVED
 
@@ -177,23 +178,12 @@ def _complete_config_(model: PreTrainedModel) -> None:
     if recipe is not None and recipe != getattr(model.config, KEY, None):
         give_own_configs_(model)
         setattr(model.config, KEY, recipe)
+    told = [None, *recipes_in(model.config)]
     for name, part in model.named_modules():
-        if part is not base and REMOVED in vars(part) and getattr(part.config, KEY, None) not in _recipes(model.config):
+        if part is not base and REMOVED in vars(part) and getattr(part.config, KEY, None) not in told:
             warnings.warn(
                 f"heads were removed from `{name}` of this {type(model).__name__} alone, which its config does not "
                 "have, so that the folder may not load; remove them from the whole model, or save the part",
                 SecateurWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
-
-
-def _recipes(config: PreTrainedConfig) -> Iterator[Any]:
-    """Yield the recipes of a config and of those within it, as an encoder-decoder has two; None where none is."""
-    from transformers import PreTrainedConfig
-
-    yield getattr(config, "head_pruning", None)
-    for inner in vars(config).values():
-        if isinstance(inner, PreTrainedConfig):
-            yield from _recipes(inner)
-        elif isinstance(inner, dict):  # a part's config as a user's own class may keep it
-            yield inner.get("head_pruning")

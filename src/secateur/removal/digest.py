@@ -41,7 +41,7 @@ def install(modeling_utils: Any) -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        adapter_alone = getattr(self, "_hf_peft_config_loaded", False)  # which other models may take, too
+        adapter_alone = self._hf_peft_config_loaded  # which other models may take, too
         token = _saving.set(() if adapter_alone else tuple(sorted(recipe_digests(self.config))))
         try:
             return save(self, *args, **kwargs)
@@ -88,7 +88,7 @@ def recipe_digests(config: PreTrainedConfig) -> set[str]:
 
     What a recipe has for the record, such as where the original lies, may change and is left out.
     """
-    return set(map(_recipe_digest, _recipes(config)))
+    return set(map(_recipe_digest, recipes_in(config)))
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -161,7 +161,7 @@ def _recipe_digest(recipe: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(followed, sort_keys=True).encode()).hexdigest()
 
 
-def _recipes(value: Any) -> Iterator[Mapping[str, Any]]:
+def recipes_in(value: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the recipes in a config, in the configs within it, and in those that lie there as plain data."""
     from transformers import PreTrainedConfig
 
@@ -170,4 +170,4 @@ def _recipes(value: Any) -> Iterator[Mapping[str, Any]]:
         yield entries["head_pruning"]
     for name, inner in entries.items():
         if name != "head_pruning" and isinstance(inner, PreTrainedConfig | dict):
-            yield from _recipes(inner)
+            yield from recipes_in(inner)

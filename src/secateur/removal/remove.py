@@ -19,7 +19,7 @@ from secateur.models.failure import place_of, running_modules, site_of
 from secateur.models.inputs import example_inputs
 from secateur.models.names import forget_names_, original_name
 from secateur.models.offload import check_loaded
-from secateur.models.state import check_plain_weights, held, in_float32
+from secateur.models.state import held, in_float32
 from secateur.removal.adapted import ConfigView
 from secateur.removal.alignment import renumber_alignment_heads_
 from secateur.removal.emptied import bypass_
@@ -101,7 +101,6 @@ def remove_(
     check_mask(mask)
     _check_record(record or {})
     check_loaded(base, "removing heads")
-    check_plain_weights(base)
     sites = find_sites(base) if sites is None else sites
     kept = mask.present(sites)
     for name, vector in kept.items():

@@ -26,7 +26,7 @@ from secateur.removal.kept_weights import (
     compare_weights,
     round_as_saved_,
 )
-from secateur.removal.proof import TOLERANCE, cached_step, hidden_states, largest_difference
+from secateur.removal.proof import TOLERANCE, cached_step, finite_step, hidden_states, largest_difference
 from secateur.removal.remove import gated
 from secateur.sites.attention import find_sites
 from secateur.sites.layout import NOBODY
@@ -109,12 +109,9 @@ def _output_differences(
         if recipe.record.get("reconstructed"):
             take_output_projections_(base_of(original), base_of(pruned), recipe)
         wanted = hidden_states(original.float(), inputs)
-        try:
-            wanted_step = cached_step(original, inputs)
-        except Exception:  # with these inputs the original has no such step either
-            wanted_step = None
+        wanted_step = finite_step(original, inputs)
     difference = largest_difference(wanted, hidden_states(pruned.float(), inputs))
-    if wanted_step is None or not all(bool(torch.isfinite(tensor).all()) for tensor in wanted_step):
+    if wanted_step is None:
         return difference, None
     return difference, largest_difference(wanted_step, cached_step(pruned, inputs) or [])
 
