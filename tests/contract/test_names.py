@@ -16,7 +16,7 @@ from transformers import (
 import secateur
 from secateur.models.inputs import example_inputs
 from secateur.models.names import original_name
-from secateur.removal import remove as removal
+from secateur.removal import proof
 from secateur.removal.remove import remove_
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
@@ -52,7 +52,7 @@ def test_a_pruned_model_does_not_call_itself_the_original(dense, tmp_path):
 
 
 def test_a_refused_removal_leaves_the_name(dense, monkeypatch):
-    monkeypatch.setattr(removal, "largest_difference", lambda one, other: 1.0)
+    monkeypatch.setattr(proof, "largest_difference", lambda one, other: 1.0)
     model = AutoModel.from_pretrained(dense)
     with pytest.raises(secateur.RemovalError):
         remove_(model, uneven_mask(find_sites(model)))
@@ -158,7 +158,7 @@ def test_alignment_heads_stay_where_a_removal_is_refused(monkeypatch):
     model = whisper()
     model.generation_config.alignment_heads = [[1, 0], [1, 3]]
     mask = drop(model, 1, [0])
-    monkeypatch.setattr(removal, "largest_difference", lambda one, other: 1.0)
+    monkeypatch.setattr(proof, "largest_difference", lambda one, other: 1.0)
     with pytest.raises(secateur.RemovalError):
         remove_(model, mask)
     assert model.generation_config.alignment_heads == [[1, 0], [1, 3]]

@@ -57,8 +57,9 @@ def test_heads_removed_from_another_part_alone_are_warned_of_when_the_whole_is_s
     message = (
         f"removed from `{path}` of this {type(model).__name__} alone.*remove them from the whole model, or save the"
     )
-    with pytest.warns(SecateurWarning, match=message):
+    with pytest.warns(SecateurWarning, match=message) as caught:
         model.save_pretrained(tmp_path / "whole")
+    assert [one.filename for one in caught if issubclass(one.category, SecateurWarning)] == [__file__]
     part.save_pretrained(tmp_path / "part")  # what the message says works
     assert_equal(part, type(part).from_pretrained(tmp_path / "part"))
 

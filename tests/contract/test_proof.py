@@ -1,5 +1,7 @@
 """What a proof looks at: texts past the config's thresholds, and every parameter of a site that loses heads."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -129,6 +131,24 @@ def test_the_long_text_is_also_read_with_a_cache(monkeypatch):
     model = config_of("llama", sliding_window=20)
     remove_(model, uneven_mask(find_sites(model)))
     assert lengths == [12, 32, 12, 32]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_step_that_the_whole_model_cannot_do_is_not_compared(fails):
+    model = tiny_model("llama")
+    honest = model.forward
+
+    @functools.wraps(honest)
+    def forward(*args, past_key_values=None, **kwargs):
+        if past_key_values is not None and fails:
+            raise ValueError("no step with a cache")
+        outputs = honest(*args, past_key_values=past_key_values, **kwargs)
+        if past_key_values is not None:
+            outputs.last_hidden_state.fill_(torch.nan)
+        return outputs
+
+    model.forward = forward
+    assert remove_(model, uneven_mask(find_sites(model))).max_difference <= 1e-4
 
 
 def test_which_parameters_are_used():

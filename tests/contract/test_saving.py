@@ -170,6 +170,24 @@ def test_weights_that_are_handed_over_are_saved_as_they_are(tmp_path):
     assert_equal(pruned("bert"), AutoModel.from_pretrained(tmp_path))
 
 
+def test_saving_leaves_a_model_the_config_that_it_has(tmp_path):
+    model = pruned_classifier()
+    config = model.config
+    model.save_pretrained(tmp_path)
+    assert model.config is config is model.bert.config
+
+
+def test_an_adapter_alone_is_saved_beside_no_recipe(tmp_path):
+    """PEFT's layers are in no folder of the model, so nothing is compared; a copy of the pruned model takes it."""
+    peft = pytest.importorskip("peft")
+    model, other = pruned("bert"), pruned("bert")
+    model.add_adapter(peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    other.load_adapter(str(tmp_path))
+    assert_equal(model, other)
+
+
 def test_saving_draws_no_random_numbers(tmp_path):
     torch.manual_seed(0)
     random.seed(0)

@@ -227,6 +227,14 @@ def test_every_shard_has_the_digests_and_models_with_all_heads_have_none(tmp_pat
     assert verify_checkpoint(tmp_path / "small", tmp_path / "whole")["changed"] == [name]
 
 
+def test_a_model_that_is_saved_again_has_the_same_bytes(tmp_path):
+    model = tiny_model("bert")
+    remove_(model, uneven_mask(find_sites(model)))
+    for number in range(4):
+        model.save_pretrained(tmp_path / str(number))
+    assert len({file.read_bytes() for file in tmp_path.glob("*/model.safetensors")}) == 1
+
+
 def test_two_recipes_in_one_config_are_both_known(tmp_path):
     """An encoder-decoder of two pruned models has a recipe in the config of each."""
     from transformers import EncoderDecoderModel

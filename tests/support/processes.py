@@ -13,14 +13,18 @@ import signal as signals
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(
-    [f"secateur.{name}" for name in ("cli", "compare", "meta.training", "report", "tables", "verify")]
-    + ["datasets", "transformers.trainer", "transformers.models.bert.modeling_bert"]
-)
+_PRELOADED = [
+    *("secateur.cli", "secateur.cli.tables", "secateur.comparing.run", "secateur.meta_training.joint_training"),
+    *("secateur.report.comparison", "secateur.report.pruned", "secateur.removal.verify"),
+    *("datasets", "transformers.trainer", "transformers.models.bert.modeling_bert"),
+]
+assert all(map(find_spec, _PRELOADED)), "what cannot be imported would be passed over"
+_FORKED.set_forkserver_preload(_PRELOADED)
 _TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 

@@ -58,6 +58,23 @@ def test_a_class_without_a_constructor_of_its_own_inherits_the_noting_one():
     assert model.seen == (model,)
 
 
+class Tagged:
+    """Stands behind the model class, and asks for a keyword where a class is made."""
+
+    def __init_subclass__(cls, tag, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.tag = tag
+
+
+def test_a_new_class_is_made_as_before():
+    class Made(PreTrainedModel, Tagged, tag="mine"):
+        config: BertConfig
+
+    assert (Made.tag, Made.config_class) == ("mine", BertConfig)
+    with pytest.raises(TypeError, match="takes no keyword arguments"):
+        type("Other", (PreTrainedModel,), {}, unknown=True)
+
+
 def test_an_exception_in_a_constructor_leaves_nothing_behind():
     with pytest.raises(KeyError):
         Part(CONFIG, wrong=True)
@@ -84,6 +101,7 @@ def test_classes_look_and_copy_as_before():
     assert list(inspect.signature(BertModel.__init__).parameters)[:2] == ["self", "config"]
     assert Part.__init__.__doc__ == "Build a part."
     assert inspect.getsource(Part.__init__).startswith("    def __init__(self, config, wrong=False)")
+    assert PreTrainedModel.__init_subclass__.__module__ == "transformers.modeling_utils"
     assert next(iter(inspect.signature(PreTrainedModel.from_pretrained).parameters)) == "pretrained_model_name_or_path"
     model = BertModel(CONFIG)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

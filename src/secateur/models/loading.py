@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid, shown
 from secateur.models.classifier import CLASSIFIERS, is_classifier
-from secateur.models.originals import original_name, originals
+from secateur.models.originals import originals, recorded_original
 from secateur.models.sentence_transformers import transformer_folder
 from secateur.support.checks import knows_words
 
@@ -116,7 +116,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     check_exists(model)
     found = _own_tokenizer(model) or _tokenizer_of_original(model)
     if found is None:
-        name = original_name(model)
+        name = recorded_original(model)
         origin = "" if name is None else f" (pruned from {shown(name)})"
         save = f"{'save_pretrained' if Path(model).exists() else 'push_to_hub'}({str(model)!r})"
         raise InvalidInputError(

@@ -25,7 +25,7 @@ def on_this_machine(name: str | Path) -> str | Path | None:
         return None
 
 
-def original_name(model: str | Path) -> str | None:
+def recorded_original(model: str | Path) -> str | None:
     """Return what the recipe in the config of a folder, or of a Hub id whose files are here, names as the original."""
     recipe = _config(model).get("head_pruning")
     name = recipe.get("base_model") if isinstance(recipe, dict) else None
@@ -39,7 +39,7 @@ def originals(model: str | Path) -> Iterator[str | Path]:
     """
     seen: set[str] = set()
     size = _config(model).get("vocab_size")
-    while (name := original_name(model)) is not None and name not in seen:
+    while (name := recorded_original(model)) is not None and name not in seen:
         seen.add(name)
         place = on_this_machine(name)
         if place is None or _config(place).get("vocab_size", size) != size:

@@ -57,7 +57,7 @@ def install() -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        adapter_alone = getattr(self, "_hf_peft_config_loaded", False)  # then no config is written
+        adapter_alone = self._hf_peft_config_loaded  # then no config is written
         if not adapter_alone and any(_is_cut(module) for module in self.modules()):
             _complete_config_(self)
             if _saves_itself(self, inspect.signature(save).bind(self, *args, **kwargs).arguments):
@@ -116,8 +116,10 @@ def _narrow(model: PreTrainedModel) -> None:
         return  # another beside its base model, whose recipe it is; one of another class takes that one's place
     part = held_part(base_of(model), recipe) if builder is None else None
     if part is not None:  # the class is a part of what was saved, such as its encoder
+        from secateur.removal.digest import note_recipes_
         from secateur.removal.remove import give_own_configs_
 
+        note_recipes_(model)
         give_own_configs_(model)
         for config in (model.config, base_of(model).config):
             setattr(config, KEY, part.to_json())
@@ -180,5 +182,5 @@ def _complete_config_(model: PreTrainedModel) -> None:
                 f"units were removed from `{name}` of this {type(model).__name__} alone, which its config does not "
                 "have, so that the folder may not load; remove them from the whole model, or save the part",
                 SecateurWarning,
-                stacklevel=4,
+                stacklevel=3,
             )

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 RECIPES, WEIGHTS = "secateur_recipes", "secateur_weights"  # in a file's metadata: a list, and tensor → digest
 _SIGNS = 16  # hexadecimal ones of a tensor's SHA-256: against accidents, not against forgers
 
+_READ = "_secateur_read"  # on a model that follows a part of its folder's recipe: the digests of the whole
+
 _saving: ContextVar[tuple[str, ...]] = ContextVar("secateur_saving", default=())
 """The recipes of the model that is being saved in this thread."""
 
@@ -39,7 +41,7 @@ def install(modeling_utils: Any) -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        adapter_alone = getattr(self, "_hf_peft_config_loaded", False)  # which other models may take, too
+        adapter_alone = self._hf_peft_config_loaded  # which other models may take, too
         token = _saving.set(() if adapter_alone else tuple(sorted(recipe_digests(self.config))))
         try:
             return save(self, *args, **kwargs)
@@ -48,15 +50,20 @@ def install(modeling_utils: Any) -> None:
 
     @functools.wraps(write)
     def save_file(tensors: dict[str, Tensor], filename: Any, metadata: dict[str, str] | None = None) -> Any:
-        if recipes := _saving.get():
-            weights = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-            metadata = {**(metadata or {}), RECIPES: json.dumps(recipes), WEIGHTS: json.dumps(weights)}
-        return write(tensors, filename, metadata=metadata)
+        recipes = _saving.get()
+        if not recipes:
+            return write(tensors, filename, metadata=metadata)
+        weights = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        write(tensors, filename, {**(metadata or {}), RECIPES: json.dumps(recipes), WEIGHTS: json.dumps(weights)})
+        _sort_metadata_(filename)
+        return None
 
     @functools.wraps(load)
     def load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(load).bind(*args, **kwargs).arguments
-        check_recipe(given["model"].config, given.get("checkpoint_files") or ())
+        model = given["model"]
+        digests = vars(model).pop(_READ, None) or recipe_digests(model.config)
+        _check_recipes(digests, given.get("checkpoint_files") or ())
         return load(*args, **kwargs)
 
     root.save_pretrained = save_pretrained
@@ -64,12 +71,24 @@ def install(modeling_utils: Any) -> None:
     root._load_pretrained_model = type(method)(load_pretrained_model)
 
 
+def _sort_metadata_(file: str | Path) -> None:
+    """Put the metadata of a safetensors file in order: safetensors' own is another each time, equal models are not."""
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # else it was written by other rules than JSON's shortest form
+            opened.seek(8)
+            opened.write(text.ljust(size))
+
+
 def recipe_digests(config: PreTrainedConfig) -> set[str]:
     """Return the digest of every recipe that a config holds, its own and those of configs within it.
 
     What a recipe has for the record, such as where the original lies, may change and is left out.
     """
-    return set(map(_recipe_digest, _recipes(config)))
+    return set(map(_recipe_digest, recipes_in(config)))
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -82,11 +101,16 @@ def tensor_digest(tensor: Tensor) -> str:
     return digest.hexdigest()[:_SIGNS]
 
 
-def check_recipe(config: PreTrainedConfig, files: Iterable[str | Path]) -> None:
-    """Raise `CheckpointError` for a recipe in the config that weights in `files` were not saved with."""
+def note_recipes_(model: PreTrainedModel) -> None:
+    """Keep what the recipes are that the model's config was read with, before it is given others."""
+    setattr(model, _READ, recipe_digests(model.config))
+
+
+def _check_recipes(digests: set[str], files: Iterable[str | Path]) -> None:
+    """Raise `CheckpointError` for a recipe that weights in `files` were not saved with."""
     for file in files:
         known = _metadata(file).get(RECIPES)
-        if isinstance(known, list) and not all(digest in known for digest in recipe_digests(config)):
+        if isinstance(known, list) and not digests <= set(known):
             from secateur.errors import CheckpointError
 
             raise CheckpointError(
@@ -137,7 +161,7 @@ def _recipe_digest(recipe: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(followed, sort_keys=True).encode()).hexdigest()
 
 
-def _recipes(value: Any) -> Iterator[Mapping[str, Any]]:
+def recipes_in(value: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the recipes in a config, in the configs within it, and in those that lie there as plain data."""
     from transformers import PreTrainedConfig
 
@@ -146,4 +170,4 @@ def _recipes(value: Any) -> Iterator[Mapping[str, Any]]:
         yield entries["head_pruning"]
     for name, inner in entries.items():
         if name != "head_pruning" and isinstance(inner, PreTrainedConfig | dict):
-            yield from _recipes(inner)
+            yield from recipes_in(inner)

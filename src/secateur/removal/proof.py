@@ -31,6 +31,8 @@ _PLAIN = {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}  # wh
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 """What a model raises over inputs that do not suit it, and code that counts on all heads."""
 
+_UNREADABLE = (*FAILURES, UnsupportedModelError)  # a text of which no proof tells
+
 TOLERANCE = 1e-4
 """Largest difference in float32 that a proof accepts, relative to the largest output where that is above 1."""
 
@@ -64,7 +66,7 @@ def wanted_of(base: PreTrainedModel, inputs: Mapping[str, Any], losing: Collecti
             outputs = hidden_states(base, inputs)
             for tensor in outputs:
                 check_finite(tensor, base, partial(hidden_states, base, inputs))
-        wanted = [Wanted(inputs, outputs, _step(base, inputs)), *_of_a_long_text(base)]
+        wanted = [Wanted(inputs, outputs, finite_step(base, inputs)), *_of_a_long_text(base)]
     for site in losing:
         if site.name not in found:
             rule = f"reach the site {site.name!r}, which loses units"
@@ -74,7 +76,8 @@ def wanted_of(base: PreTrainedModel, inputs: Mapping[str, Any], losing: Collecti
     return wanted
 
 
-def _step(base: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor] | None:
+def finite_step(base: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor] | None:
+    """Return what `cached_step` does of a whole model; None also where it fails or is not finite."""
     try:
         step = cached_step(base, inputs)
     except FAILURES:  # with these inputs the whole model has no such step either
@@ -88,9 +91,9 @@ def _of_a_long_text(base: PreTrainedModel) -> list[Wanted]:
     try:
         inputs = long_example_inputs(base)
         outputs = [] if inputs is None else hidden_states(base, inputs)
-    except (*FAILURES, UnsupportedModelError):
+    except _UNREADABLE:
         return []
-    return [Wanted(inputs, outputs, _step(base, inputs))] if inputs is not None and _all_finite(outputs) else []
+    return [Wanted(inputs, outputs, finite_step(base, inputs))] if inputs is not None and _all_finite(outputs) else []
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

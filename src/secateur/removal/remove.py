@@ -17,7 +17,7 @@ from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs
 from secateur.models.names import forget_names_
 from secateur.models.offload import check_loaded
-from secateur.models.state import check_plain_weights, held, in_float32
+from secateur.models.state import held, in_float32
 from secateur.removal.alignment import renumber_alignment_heads_
 from secateur.removal.left import Left
 from secateur.removal.plain import say_plainly_
@@ -102,7 +102,6 @@ def remove_(
     check_mask(mask)
     check_record(record or {})
     check_loaded(base, "removing units")
-    check_plain_weights(base)
     sites = units_named(base, mask) if sites is None else sites
     kept = mask.present(sites)
     for name, vector in kept.items():
