@@ -38,7 +38,9 @@ def one_round(shape: str) -> dict[str, object]:
     sites = find_units(model)
     seconds, processor = time.perf_counter() - start, time.process_time() - spent
     peak = memory_mb() - before
-    units = {kind: sum(s.num_units for s in sites.values() if s.kind == kind) for kind in ("heads", "neurons", "layers")}
+    units = {
+        kind: sum(s.num_units for s in sites.values() if s.kind == kind) for kind in ("heads", "neurons", "layers")
+    }
     found = {"seconds": seconds, "processor_seconds": processor, "peak_over_weights": peak / weights, "load": load}
     rounded = {name: round(value, 3) for name, value in (found | {"weights_mb": weights, "peak_mb": peak}).items()}
     return {"shape": shape, **units, **rounded}
