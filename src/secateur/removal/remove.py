@@ -87,13 +87,7 @@ def remove_(
     then the model loads where secateur is not. Elsewhere it has a recipe, `head_pruning`, to which `record` is added.
     """
     base = base_of(model)
-    for argument, value in (("inputs", inputs), ("sites", sites), ("record", record)):
-        if value is not None:
-            check_mapping(argument, value)
-    check_mask(mask)
-    check_record(record or {})
-    check_loaded(base, "removing units")
-    check_plain_weights(base)
+    _check_possible(base, mask, inputs=inputs, sites=sites, record=record)
     sites = units_named(base, mask) if sites is None else sites
     kept = mask.present(sites)
     for name, vector in kept.items():
@@ -122,6 +116,17 @@ def remove_(
         vars(holder).pop("_cache", None)
     counts = units_left(sites, mask).values()
     return Removal(kept.original(sites), sum(n for n, _ in counts), sum(n for _, n in counts), difference)
+
+
+def _check_possible(base: PreTrainedModel, mask: Mask, **given: Mapping[str, Any] | None) -> None:
+    """Raise for arguments that `remove_` does not take, and for weights that cannot be cut."""
+    for argument, value in given.items():
+        if value is not None:
+            check_mapping(argument, value)
+    check_mask(mask)
+    check_record(given["record"] or {})
+    check_loaded(base, "removing units")
+    check_plain_weights(base)
 
 
 def _is_plain(model: PreTrainedModel, recipe: Recipe, difference: Callable[[], float], undo: Undo) -> bool:

@@ -44,7 +44,10 @@ class FeedForwardSite(Site):
     def from_json(cls, name: str, data: dict[str, Any]) -> FeedForwardSite:
         """Rebuild the unpruned site `name`. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
         count = whole_number(data["num_neurons"], 1, LONGEST_AXIS)
-        return cls.unpruned(name, count, **absolute(name, data, {"neuron": count, "output": count}))
+        parts = absolute(name, data, {"neuron": count, "output": count})
+        if not set(parts["attributes"].values()) <= {"neurons"}:
+            raise ValueError(f"unknown quantity among {sorted(set(parts['attributes'].values()))}")
+        return cls.unpruned(name, count, **parts)
 
     @classmethod
     def unpruned(cls, name: str, num_units: int, **others: Any) -> FeedForwardSite:
