@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from secateur.meta_training.paper import train_meta_pruner as train_meta_pruner
     from secateur.pruners.joint_network import JointPruner as JointPruner
     from secateur.pruners.map_network import MetaPruner as MetaPruner
-    from secateur.pruning import PruningReport as PruningReport
     from secateur.pruning import prune as prune
+    from secateur.pruning_report import PruningReport as PruningReport
     from secateur.removal.remove import gated as gated
     from secateur.removal.remove import remove_ as remove_
     from secateur.restoring.distillation import distill_ as distill_
@@ -48,7 +48,7 @@ _WHERE = {
     "JointPruner": "secateur.pruners.joint_network",
     "Mask": "secateur.units.masks",
     "MetaPruner": "secateur.pruners.map_network",
-    "PruningReport": "secateur.pruning",
+    "PruningReport": "secateur.pruning_report",
     "Reading": "secateur.settings",
     "RemovalError": "secateur.errors",
     "Scorer": "secateur.scorers.base",

@@ -1,16 +1,14 @@
-"""The whole path in one call: score, select, remove and prove, and what a pruning says of itself."""
+"""The whole path in one call: score, select, remove and prove."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import json
 import random
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,10 +17,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from secateur.choosing.allocation import SensitivitySelection
-from secateur.choosing.budget import BudgetedSelection, BudgetOutcome
+from secateur.choosing.budget import BudgetedSelection
 from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError, UnsupportedModelError, invalid
-from secateur.measuring.cost import ModelCost, check_heads, measure_cost
+from secateur.measuring.cost import check_heads, measure_cost
 from secateur.models.base_model import base_of
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.models.names import original_name
@@ -30,23 +28,21 @@ from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
 from secateur.models.tokenizer_saving import note_tokenizer_
+from secateur.pruning_report import PruningReport
 from secateur.relations import RELATED
-from secateur.removal.proof import TOLERANCE
 from secateur.removal.remove import remove_
 from secateur.restoring.distillation import FEWEST, distill_
-from secateur.restoring.quality import MOST_TEXTS, Quality, QualityJudge
+from secateur.restoring.quality import MOST_TEXTS, QualityJudge
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.score import AnyScorer, Labels, score
 from secateur.settings import AnyAllocation, AnyBudget, Budget, Cut, Reading, Restore, settings_of
-from secateur.sites.attention_maps import MAX_TEXTS, AttentionMaps, mean_maps
-from secateur.sites.packing import pack
+from secateur.sites.attention_maps import MAX_TEXTS, mean_maps
 from secateur.sites.recipe import TRAINED, read_recipe
 from secateur.support.checks import check_whole
 from secateur.support.defaults import DISTILLATION_STEPS, UNITS
-from secateur.support.files import write_text
 from secateur.support.processes import is_shared
-from secateur.support.versions import __version__, environment
+from secateur.support.versions import __version__
 from secateur.texts.calibration import PreparedModel, texts_of
 from secateur.texts.sources import reading_order
 from secateur.texts.tokenization import Text
@@ -61,105 +57,6 @@ RECIPE_TEXTS = 1024
 
 SENSITIVITY_TEXTS = 256
 """Texts that say where units go."""
-
-
-@dataclass(frozen=True)
-class PruningReport:
-    """What a pruning did and what it cost: plain values, ready for JSON.
-
-    `pruning_ratio` is the fraction of the heads present before that went; `before` and `after` count heads, parameters
-    and multiply-accumulates; `num_texts` were scored, and where scoring stopped by itself, `agreement` is the share of
-    heads of which it is 95% sure; `budget` is what was asked for and reached where there was one, for which
-    `requested_ratio` was found; `max_difference` is the proof's (float32, at most `tolerance`). `refinement` holds
-    the relational KL of every mask that was tried to improve the one that the scores gave, which comes first; `mask` is
-    the best of them. `reconstruction` holds the relational KL of that mask without reconstruction and with it, where it
-    was asked for. `command` is the command line that asked for it, where one did. `attention_maps` are those of the
-    model before, where they were asked for; they have a file of their own.
-    """
-
-    model: str
-    scorer: str
-    allocation: str
-    requested_ratio: float
-    seed: int
-    num_texts: int
-    mask: Mask
-    scores: Scores
-    before: ModelCost
-    after: ModelCost
-    max_difference: float
-    scoring_seconds: float
-    agreement: float | None = None
-    budget: tuple[BudgetOutcome, ...] = ()
-    units: dict[str, tuple[int, int]] = field(default_factory=dict)
-    refinement: tuple[float, ...] = ()
-    reconstruction: tuple[float, ...] = ()
-    distillation: tuple[float, ...] = ()
-    steps: int = 0
-    quality: Quality | None = None
-    tolerance: float = TOLERANCE
-    versions: dict[str, str] = field(default_factory=environment)
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
-    command: str = ""
-    attention_maps: AttentionMaps | None = None
-
-    @property
-    def pruning_ratio(self) -> float:
-        """Fraction of the heads present before that were removed."""
-        return 1 - self.after.heads / max(self.before.heads, 1)
-
-    def __str__(self) -> str:
-        """Say in one line what was kept."""
-        if set(self.units) <= {"heads"}:
-            kept = f"kept {self.after.heads} of {self.before.heads} heads (pruning ratio {self.pruning_ratio:.2f})"
-        else:
-            kept = "kept " + ", ".join(f"{after} of {before} {kind}" for kind, (before, after) in self.units.items())
-        return ", ".join([kept, *map(str, self.budget)])
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return {
-            "kind": "pruning_report",
-            "model": self.model,
-            "scorer": self.scorer,
-            "allocation": self.allocation,
-            "requested_ratio": self.requested_ratio,
-            "pruning_ratio": self.pruning_ratio,
-            "seed": self.seed,
-            "num_texts": self.num_texts,
-            "before": self.before.to_json(),
-            "after": self.after.to_json(),
-            "max_difference": self.max_difference,
-            "tolerance": self.tolerance,
-            "scoring_seconds": self.scoring_seconds,
-            "agreement": self.agreement,
-            "budget": [outcome.to_json() for outcome in self.budget],
-            "units": {kind: list(counts) for kind, counts in self.units.items()},
-            "refinement": list(self.refinement),
-            "reconstruction": list(self.reconstruction),
-            "distillation": list(self.distillation),
-            "steps": self.steps,
-            "quality": None if self.quality is None else self.quality.to_json(),
-            "scores": self._of_heads(self.scores.to_json()["scores"]),
-            "kept_heads": self._of_heads(self.mask.kept),
-            "kept_neurons": {
-                site: pack(kept) for site, kept in self.mask.kept.items() if self._kind(site) == "neurons"
-            },
-            "kept_layers": {site: kept for site, kept in self.mask.kept.items() if self._kind(site) == "layers"},
-            "versions": self.versions,
-            "created": self.created,
-            "command": self.command,
-        }
-
-    def _kind(self, site: str) -> str:
-        return self.scores.kinds.get(site, "heads")
-
-    def _of_heads(self, rows: Mapping[str, Any]) -> dict[str, Any]:
-        return {site: row for site, row in rows.items() if self._kind(site) == "heads"}
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, whole or not at all."""
-        write_text(path, json.dumps(self.to_json(), indent=1))
 
 
 @torch.inference_mode(False)  # a copy that is made in it could not be trained

@@ -17,10 +17,12 @@ from secateur.errors import CheckpointError
 from secateur.removal.remove import remove_
 from secateur.removal.replay import missing_sites
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_units
 from secateur.sites.recipe import Recipe, read_recipe
 from secateur.units.masks import Mask
 from tests.support.pruned import pruned
 from tests.support.tiny import tiny_model, uneven_mask
+from tests.support.units import ragged_mask
 
 
 def damage(**changes):
@@ -110,6 +112,17 @@ def test_a_site_may_have_a_second_name():
     sites = {name.replace("encoder", "again"): site for name, site in recipe.sites.items()}
     assert missing_sites(model, replace(recipe, sites=sites)) == []
     assert missing_sites(tiny_model("bert"), replace(recipe, sites=sites)) == list(sites)
+
+
+def test_a_recipe_that_counts_other_layers_than_the_config_is_refused(tmp_path):
+    model = tiny_model("bert")
+    remove_(model, ragged_mask(find_units(model)))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["head_pruning"]["kept_layers"]["encoder.layer"] = "0:3"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"encoder\.layer has 2 layers, the recipe keeps 3"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 def test_sites_that_are_alike_share_a_layout_and_others_do_not():

@@ -15,9 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 from secateur import cli
 from secateur.exporting import onnx as onnx_export
 from secateur.exporting.export import export_onnx
+from secateur.models.inputs import example_inputs
 from secateur.models.loading import load_model
 from secateur.removal.remove import remove_
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_units
+from secateur.units.masks import Mask
 from tests.support.tiny import CONFIGS, tiny_model, uneven_mask
 
 
@@ -128,3 +131,17 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert code == 2
     assert "pip install 'secateur[onnx]'" in error
+
+
+@pytest.mark.parametrize("kind", ["bert", "phi3"])
+def test_a_block_without_neurons_has_a_silent_one(kind):
+    """ONNX Runtime takes a size of 0 for another one."""
+    model = tiny_model(kind)
+    sites = find_units(model, ["neurons"])
+    remove_(model, Mask({name: torch.full((site.num_units,), "1" not in name) for name, site in sites.items()}))
+    filled = onnx_export._prepared(model)
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        assert torch.allclose(filled(**inputs)[0], model(**inputs)[0], atol=1e-5)
+    assert all(parameter.numel() for parameter in filled.parameters())
+    assert not all(parameter.numel() for parameter in model.parameters())

@@ -90,6 +90,7 @@ def test_neurons_and_layers_are_beside_the_heads():
         (lambda d: d["kept_neurons"].pop("layer.0.mlp.out"), "for the same sites"),
         (lambda d: d["layouts"][0].update(num_neurons=10**9), "no whole number from 1"),
         (lambda d: d["layouts"][0].update(kind="words"), "KeyError"),
+        (lambda d: d["layouts"][0].update(attributes={"in.size": "words"}), "unknown quantity among"),
         (lambda d: d["layouts"][0]["slices"][0].__setitem__(3, "0:99999999999"), "impossible run"),
     ],
 )

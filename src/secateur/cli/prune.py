@@ -26,7 +26,7 @@ from secateur.support.files import check_new_folder, new_folder
 from secateur.support.run_files import PAGE
 
 if TYPE_CHECKING:
-    from secateur.pruning import PruningReport
+    from secateur.pruning_report import PruningReport
     from secateur.texts.tokenization import Text
 
 cutting_options = together(

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from secateur.comparing.summary import Summary
 from secateur.measuring.bench import Benchmark
 from secateur.measuring.timing import quartiles
-from secateur.pruning import PruningReport
+from secateur.pruning_report import PruningReport
 from secateur.report.numbers import DASH
 from secateur.report.reading import cost_rows
 from secateur.units.scores import Scores

@@ -28,6 +28,7 @@ from secateur.models.inputs import example_inputs, max_length
 from secateur.models.loading import quiet_transformers
 from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, largest_difference
+from secateur.sites.feed_forward import FeedForwardSite
 from secateur.sites.layout import Site
 from secateur.sites.recipe import read_recipe
 
@@ -150,6 +151,9 @@ def _fill_(base: PreTrainedModel, site: Site) -> None:
     Its own code is left out. Where the output projection is part of it, the bias is all that it writes; elsewhere the
     projection reads one feature, which is 0, with the weight 0.
     """
+    if isinstance(site, FeedForwardSite):
+        _fill_block_(base, site)
+        return
     if site.output.startswith(site.name + "."):
         bypass_(base, site)
         return
@@ -162,6 +166,16 @@ def _fill_(base: PreTrainedModel, site: Site) -> None:
     projection.in_features = 1
     module: Any = base.get_submodule(site.name)
     module.__class__ = type(type(module).__name__, (_OneZero, type(module)), {})
+
+
+def _fill_block_(base: PreTrainedModel, site: FeedForwardSite) -> None:
+    """Give a block without neurons one that is written, and read, with weights of 0."""
+    first = torch.arange(site.num_units) == 0
+    for (name, axis), indices in site.kept_indices(first).items():
+        parameter = base.get_parameter(name)
+        shape = list(parameter.shape)
+        shape[axis] = len(indices)
+        parameter.data = parameter.data.new_zeros(shape)
 
 
 class _OneZero:

@@ -117,7 +117,7 @@ def _narrow(model: PreTrainedModel) -> None:
     part = held_part(base_of(model), recipe) if builder is None else None
     if part is not None:  # the class is a part of what was saved, such as its encoder
         from secateur.removal.digest import note_recipes_
-        from secateur.removal.remove import give_own_configs_
+        from secateur.removal.telling import give_own_configs_
 
         note_recipes_(model)
         give_own_configs_(model)

@@ -96,12 +96,7 @@ def remove_(
     as its `base_model`. The heads of Whisper's `alignment_heads` are given the numbers that they have then.
     """
     base = base_of(model)
-    for argument, value in (("inputs", inputs), ("sites", sites), ("record", record)):
-        if value is not None:
-            check_mapping(argument, value)
-    check_mask(mask)
-    check_record(record or {})
-    check_loaded(base, "removing units")
+    _check_possible(base, mask, inputs=inputs, sites=sites, record=record)
     sites = units_named(base, mask) if sites is None else sites
     kept = mask.present(sites)
     for name, vector in kept.items():
@@ -133,6 +128,16 @@ def remove_(
         vars(holder).pop("_cache", None)
     counts = units_left(sites, mask).values()
     return Removal(kept.original(sites), sum(n for n, _ in counts), sum(n for _, n in counts), difference)
+
+
+def _check_possible(base: PreTrainedModel, mask: Mask, **given: Mapping[str, Any] | None) -> None:
+    """Raise for arguments that `remove_` does not take, and for weights that cannot be cut."""
+    for argument, value in given.items():
+        if value is not None:
+            check_mapping(argument, value)
+    check_mask(mask)
+    check_record(given["record"] or {})
+    check_loaded(base, "removing units")
 
 
 def _is_plain(model: PreTrainedModel, recipe: Recipe, difference: Callable[[], float], undo: Undo) -> bool:

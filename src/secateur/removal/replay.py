@@ -74,6 +74,9 @@ def replay_(base: PreTrainedModel, recipe: Recipe) -> None:
     """Narrow an unpruned, perhaps weightless, base model as `recipe` says. Raises where the two do not fit."""
     for name, site in recipe.sites.items():
         if isinstance(site, LayerSite):  # the config asks for the layers that are left
+            layers = len(list(base.get_submodule(name).children()))
+            if layers != len(recipe.kept[name]):
+                raise UnsupportedModelError(f"{name} has {layers} layers, the recipe keeps {len(recipe.kept[name])}")
             continue
         for piece in site.slices:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from secateur.pruning import PruningReport
+from secateur.pruning_report import PruningReport
 from secateur.support.run_files import ATTENTION_MAPS, PRUNING
 
 

@@ -49,6 +49,8 @@ class FeedForwardSite(Site):
         runs = Runs() if runs is None else runs
         count = whole_number(data["num_neurons"], 1, LONGEST_AXIS)
         parts = absolute(name, data, {"neuron": count, "output": count}, runs)
+        if not set(parts["attributes"].values()) <= {"neurons"}:
+            raise ValueError(f"unknown quantity among {sorted(set(parts['attributes'].values()))}")
         return cls.unpruned(name, runs.units(count), **parts)
 
     @classmethod

@@ -8,6 +8,7 @@ It holds `format_version`, `kept_heads` (site → original indices), `kept_neuro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,10 @@ TRAINED = ("distilled", "finetuned")
 """What the record says of a model that was trained after its heads went."""
 
 
+Kept = dict[str, tuple[int, ...]]
+"""Site → the original indices of its units that stay."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to make the pruned model out of the unpruned one.
@@ -45,7 +50,7 @@ class Recipe:
     know and no code depends on.
     """
 
-    kept: dict[str, tuple[int, ...]]
+    kept: Kept
     sites: dict[str, Site]
     bypassed: tuple[str, ...] = ()
     reshaped: tuple[str, ...] = ()
@@ -102,24 +107,7 @@ class Recipe:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error)[:200].split())
             raise CheckpointError(f"`{KEY}` in the config is damaged: {type(error).__name__}: {reason}") from None
-        if not kept or set(kept) != set(sites):
-            raise CheckpointError(
-                f"`{KEY}` must give kept units and a layout for the same sites, got {shown(sorted(kept)[:3])}"
-            )
-        for site, indices in kept.items():
-            total = sites[site].num_units
-            whole = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < total for i in indices)
-            if not whole or list(indices) != sorted(set(indices)):
-                raise CheckpointError(
-                    f"`{KEY}.kept_heads[{shown(site)}]` must be increasing head indices below {total}, got "
-                    f"{shown(list(indices))}"
-                )
-        for site in bypassed:
-            if kept.get(site, (0,)):
-                raise CheckpointError(f"`{KEY}.bypassed` must name sites without heads, got {shown(site)}")
-        for site in reshaped:
-            if site not in kept:
-                raise CheckpointError(f"`{KEY}.reshaped` must name sites of the recipe, got {shown(site)}")
+        _check(kept, sites, bypassed, reshaped)
         return cls(kept, sites, bypassed, reshaped, {k: v for k, v in data.items() if k not in OWN_NAMES})
 
 
@@ -128,6 +116,28 @@ def note_(model: PreTrainedModel, name: str) -> None:
     for config in (model.config, base_of(model).config):
         if isinstance(entry := getattr(config, KEY, None), dict):
             entry[name] = True
+
+
+def _check(kept: Kept, sites: Mapping[str, Site], bypassed: tuple[str, ...], reshaped: tuple[str, ...]) -> None:
+    """Raise `CheckpointError` for a recipe whose parts do not fit each other."""
+    if not kept or set(kept) != set(sites):
+        raise CheckpointError(
+            f"`{KEY}` must give kept units and a layout for the same sites, got {shown(sorted(kept)[:3])}"
+        )
+    for site, indices in kept.items():
+        total = sites[site].num_units
+        whole = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < total for i in indices)
+        if not whole or list(indices) != sorted(set(indices)):
+            raise CheckpointError(
+                f"`{KEY}.kept_heads[{shown(site)}]` must be increasing head indices below {total}, got "
+                f"{shown(list(indices))}"
+            )
+    for site in bypassed:
+        if kept.get(site, (0,)):
+            raise CheckpointError(f"`{KEY}.bypassed` must name sites without heads, got {shown(site)}")
+    for site in reshaped:
+        if site not in kept:
+            raise CheckpointError(f"`{KEY}.reshaped` must name sites of the recipe, got {shown(site)}")
 
 
 def read_recipe(config: PreTrainedConfig) -> Recipe | None:
