@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, XLMConfi
 import secateur
 from secateur.errors import RemovalError, UnsupportedModelError
 from secateur.models.inputs import example_inputs
-from secateur.removal import proving
+from secateur.removal import proof
 from secateur.removal import remove as removal
 from secateur.removal.proof import hidden_states, largest_difference
 from secateur.removal.remove import remove_
@@ -178,7 +178,7 @@ def test_everything_is_put_back_where_the_proof_fails(kind, monkeypatch):
     model = small_model(kind)
     inputs = example_inputs(model)
     before, outputs = everything(model), hidden_states(model, inputs)
-    monkeypatch.setattr(proving, "largest_difference", lambda one, other: 1.0)
+    monkeypatch.setattr(proof, "largest_difference", lambda one, other: 1.0)
     with pytest.raises(RemovalError, match="differs from the gated model by 1"):
         remove_(model, ragged_mask(find_units(model)))
     assert_unchanged(model, before)

@@ -20,10 +20,11 @@ from transformers import (
 from secateur.errors import InvalidInputError, RemovalError
 from secateur.measuring.cost import count_parameters
 from secateur.models.inputs import example_inputs
-from secateur.removal import proof, replay
+from secateur.removal import proof
 from secateur.removal import remove as removal
 from secateur.removal.proof import TOLERANCE, hidden_states, largest_difference
 from secateur.removal.remove import gated, remove_
+from secateur.sites import narrowing
 from secateur.sites.attention import find_sites
 from secateur.sites.layout import AttentionSite
 from secateur.units.masks import Mask
@@ -426,7 +427,7 @@ def test_training_goes_on_while_an_earlier_loss_is_held(dtype, refused, monkeypa
 def test_new_values_of_another_shape_take_gradients_while_an_earlier_loss_is_held(dtype):
     parameter = nn.Parameter(torch.ones(4, dtype=dtype))
     held = (2 * parameter).sum()
-    replay._set_data(parameter, torch.ones(2, dtype=dtype))
+    narrowing._set_data(parameter, torch.ones(2, dtype=dtype))
     (3 * parameter).sum().backward()
     assert (parameter.grad.tolist(), parameter.dtype) == ([3, 3], dtype)
     assert held.grad_fn is not None
@@ -434,9 +435,9 @@ def test_new_values_of_another_shape_take_gradients_while_an_earlier_loss_is_hel
 
 def test_a_convolution_tells_the_shape_that_its_weight_has():
     layer = nn.Conv1d(6, 4, 1, groups=2)
-    assert replay._sizes(layer) == {"groups": 2, "out_channels": 4, "in_channels": 6}
+    assert narrowing._sizes(layer) == {"groups": 2, "out_channels": 4, "in_channels": 6}
     layer.weight.data = layer.weight.data[:2]
-    assert replay._sizes(layer) == {"groups": 1, "out_channels": 2, "in_channels": 3}
+    assert narrowing._sizes(layer) == {"groups": 1, "out_channels": 2, "in_channels": 3}
 
 
 def test_a_deep_copy_can_be_pruned_alone():

@@ -47,6 +47,7 @@ LITTLE = {
     "distill": "--steps 2",
     "finetune": "--epochs 1",
     "joint-train": "--samples 1 --texts 8 --batch-size 4 --judges 1",
+    "prune": "--steps 2",
     "meta-train": "--steps 1 --batch-size 4 --batches-per-step 1",
 }
 
@@ -89,7 +90,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("snippets")
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=16, vocab_size=20,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=20,
         max_position_embeddings=512,
     )  # fmt: skip
     for name in ("MODEL", "MINILM"):

@@ -52,7 +52,7 @@ def test_anything_else_is_no_list_of_eight_units(text):
 def feed_forward(name, count):
     every = tuple(range(count))
     slices = (Slice(f"{name}.in.weight", 0, "neuron", every), Slice(f"{name}.out.weight", 1, "output", every))
-    return FeedForwardSite.unpruned(f"{name}.out", count, slices=slices, attributes={}, output=f"{name}.out")
+    return FeedForwardSite.unpruned(f"{name}.out", every, slices=slices, attributes={}, output=f"{name}.out")
 
 
 def recipe_of(count, number, kept):
