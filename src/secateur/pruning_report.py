@@ -105,6 +105,11 @@ class PruningReport:
                 site: pack(kept) for site, kept in self.mask.kept.items() if self._kind(site) == "neurons"
             },
             "kept_layers": {site: kept for site, kept in self.mask.kept.items() if self._kind(site) == "layers"},
+            "blocks": {
+                site: {"kind": self._kind(site), "kept": int(row.sum()), "of": row.numel()}
+                for site, row in self.mask.items()
+                if self._kind(site) != "heads"
+            },
             "versions": self.versions,
             "created": self.created,
             "command": self.command,

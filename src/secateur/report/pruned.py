@@ -14,17 +14,18 @@ from secateur.support.checks import is_number
 def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
     """Return what the template places for one pruning, or for scores alone where `kind` is "scores".
 
-    Only `sites` is required: a list of `{"name", "scores", "kept"}` in the order of the model, with one entry for each
-    head, where `scores` or any of its entries may be null. The sections `cost`, `quality`, `times`, `proof`,
-    `refinement`, `attention_maps`, `command`, `environment` and `notes` and the facts `title`, `model`, `created`,
-    `scorer`, `allocation`, `budget` and `requested_ratio` are left out where they are absent. `kept`, `heads` and
-    `pruning_ratio` are counted from the sites, and checked where they are said. The tiles show the first two entries of
-    `cost` and the first of `quality`.
+    Only `sites` is required, or `blocks`, rows of what neurons and layers a block had and kept: a list of `{"name",
+    "scores", "kept"}` in the order of the model, with one entry for each head, where `scores` or any of its entries may
+    be null. The sections `cost`, `quality`, `times`, `proof`, `refinement`, `attention_maps`, `command`, `environment`
+    and `notes` and the facts `title`, `model`, `created`, `scorer`, `allocation`, `budget` and `requested_ratio` are
+    left out where they are absent. `kept`, `heads` and `pruning_ratio` are counted from the sites, and checked where
+    they are said. The tiles show the first two entries of `cost` and the first of `quality`.
 
     Raises `InvalidInputError` where a part has another form or contradicts the sites.
     """
     decided = data.get("kind") != "scores"
-    sites = check_sites(data.get("sites"))
+    blocks = [_cost(row) for row in _check_rows(data, "blocks", ("dense", "pruned"))]
+    sites = check_sites(data.get("sites")) if data.get("sites") or not blocks else []
     kept, heads = sum(sum(site["kept"]) for site in sites), sum(gone_before(site).count(False) for site in sites)
     ratio = 1 - kept / max(heads, 1)
     _check_counts(data, kept, heads, ratio)
@@ -34,7 +35,7 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
     cost = [_cost(row) for row in _check_rows(data, "cost", ("dense", "pruned"))]
     quality = [_quality(row) for row in _check_rows(data, "quality", ("dense", "pruned"))]
     times = _check_rows(data, "times", ("seconds",))
-    kept_words = f"Kept {kept} of {heads} heads (pruning ratio {ratio:.2f})"
+    kept_words = f"Kept {kept} of {heads} heads (pruning ratio {ratio:.2f})" if sites else "Kept some blocks whole"
     return {
         "kind": "pruning",
         "title": data.get("title"),
@@ -43,10 +44,11 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
         "decided": decided,
         "facts": _facts(data),
         "scorer": data.get("scorer"),
-        "tiles": _tiles(kept, heads, [*cost[:2], *quality[:1]]) if decided else [],
+        "tiles": _tiles(kept, heads, [*cost[:2], *quality[:1]]) if decided and sites else [],
         "rows": rows,
         "looks": {(cell["look"], cell["verdict"]) for row in rows for cell in row["cells"]},
-        "columns": max(len(site["kept"]) for site in sites),
+        "columns": max((len(site["kept"]) for site in sites), default=0),
+        "blocks": blocks,
         "bounds": bounds and [signed(f"{bound:.3g}") for bound in bounds],
         "histogram": bounds and histogram(sites, bounds[0], bounds[1]),
         "maps": _maps(data.get("attention_maps")),

@@ -9,7 +9,8 @@ from typing import Any
 from secateur.comparing.plan import COMMON
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.models.sentence_transformers import transformer_folder
-from secateur.report.relational_kl import distillation_note, reconstruction_note
+from secateur.report.head_map import short_labels
+from secateur.report.relational_kl import distillation_line, distillation_note, reconstruction_note
 from secateur.support.checks import is_number
 from secateur.support.files import read_json, read_lines
 from secateur.support.run_files import (
@@ -67,6 +68,8 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "requested_ratio": report["requested_ratio"],
             "budget": _budget(report.get("budget")),
             "sites": sites,
+            "blocks": _blocks(report.get("blocks", {})),
+            "quality": _quality(report.get("quality")),
             "cost": [row for row in cost_rows(before, after, report.get("units")) if row["name"] != "heads"],
             "times": [{"name": "scoring", "seconds": report["scoring_seconds"]}],
             "proof": {
@@ -79,7 +82,7 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "maps_note": maps.get("reason") if isinstance(maps, dict) else "No attention maps were stored.",
             "command": report.get("command"),
             "environment": report.get("versions"),
-            "notes": _reconstruction(report.get("reconstruction")),
+            "notes": _reconstruction(report.get("reconstruction")) + _learned(report),
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise _another_form(PRUNING, error) from None
@@ -93,6 +96,32 @@ def _reconstruction(relational_kl: Any) -> list[str]:
         raise invalid("reconstruction", "hold two numbers, without it and with it", relational_kl)
     before, after = relational_kl
     return [reconstruction_note(before, after)]
+
+
+def _learned(report: Mapping[str, Any]) -> list[str]:
+    """Say what the smaller model learned from the dense one within the pruning."""
+    if not report.get("distillation"):
+        return []
+    before, after = report["distillation"]
+    return [distillation_line(before, after, report["steps"]).capitalize() + "."]
+
+
+def _blocks(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each block of neurons and each list of layers, by short names where these tell them apart."""
+    names = list(found)
+    rows = zip(short_labels(names), found.values(), strict=True) if len(names) > 1 else found.items()
+    return [{"name": f"{label}: {row['kind']}", "dense": row["of"], "pruned": row["kept"]} for label, row in rows]
+
+
+def _quality(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return rows that say what is left of the model without labels."""
+    if not found:
+        return []
+    note = f"{found['num_texts']} texts held out"
+    return [
+        {"name": "mean cosine to the dense model", "dense": 1.0, "pruned": found["cosine"], "note": note},
+        {"name": "relational KL", "dense": 0.0, "pruned": found["relational_kl"], "note": note},
+    ]
 
 
 def _distillation(about: Any) -> list[str]:
@@ -183,7 +212,11 @@ def _maps_of(folder: Path) -> Any:
 
 
 def _scores(data: Any) -> dict[str, Any]:
-    rows = Scores.from_json(data).to_json()["scores"]
+    scores = Scores.from_json(data)
+    found = scores.to_json()["scores"]
+    rows = {name: row for name, row in found.items() if scores.kinds[name] != "neurons"}
+    if not rows:
+        raise invalid("run", "hold scores of heads or layers", "neurons", "`secateur score` prints those of neurons")
     sites = [{"name": name, "scores": row, "kept": [x is not None for x in row]} for name, row in rows.items()]
     return {"kind": "scores", "title": "secateur score", "scorer": data.get("scorer"), "sites": sites}
 
