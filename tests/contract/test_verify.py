@@ -17,8 +17,10 @@ from secateur.removal.remove import remove_
 from secateur.removal.verify import verify_checkpoint
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_units
 from secateur.texts.data import Task
 from tests.support.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
+from tests.support.units import even_mask, ragged_mask, small_model
 
 
 def saved(model, folder, record=None):
@@ -162,11 +164,12 @@ def test_refitted_projections_are_known_by_what_was_saved(tmp_path, capsys):
     _, small = reconstructed(tmp_path)
     found = verify_checkpoint(small)
     assert (found["equal"], found["weights"]) == (True, "as saved")
-    names = {f"encoder.layer.{layer}.attention.output.dense.weight" for layer in range(3)}
+    names = {f"encoder.layer.{n}.attention.output.dense.{kind}" for n in range(3) for kind in ("weight", "bias")}
     assert {one["name"] for one in found["differing"]} <= names
     assert {one["state"] for one in found["differing"]} == {"refitted"}
-    assert all(0 < one["change"] < 2 for one in found["differing"])
-    name = found["differing"][0]["name"]
+    changes = {one["name"]: one["change"] for one in found["differing"] if one["name"].endswith("weight")}
+    assert all(0 < change < 2 for change in changes.values())
+    name = next(iter(changes))
     damage(small, name, lambda tensor: -3 * tensor, keep_digest=True)
     found = verify_checkpoint(small)
     assert (found["equal"], found["verdict"], found["weights"]) == (False, "differs", "changed")
@@ -270,7 +273,7 @@ def test_a_fine_tuned_folder_is_said_to_be_trained(tmp_path, capsys):
     assert main(["verify", str(tmp_path / "tuned")]) == 1
     out = capsys.readouterr().out
     count, total = found["tensors"]["trained"], sum(found["tensors"].values())
-    assert f"as it was fine-tuned since: {count} of {total} tensors differ; heads removed as the recipe says" in out
+    assert f"as it was fine-tuned since: {count} of {total} tensors differ; units removed as the recipe says" in out
     # Training explains no NaN, and no change after the folder was written.
     damage(tmp_path / "tuned", "bert.embeddings.word_embeddings.weight", with_nan_in_an_unread_row)
     assert verify_checkpoint(tmp_path / "tuned")["verdict"] == "differs"
@@ -304,3 +307,48 @@ def test_models_of_no_file_and_other_kinds_load_as_before(tmp_path):
     again = type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert AutoModel.from_config(CONFIGS["bert"]()).config.num_attention_heads == 4
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "gated t5"])
+def test_neurons_and_layers_that_went_are_compared_too(kind, tmp_path):
+    model = small_model(kind)
+    model.save_pretrained(tmp_path / "whole")
+    sites = find_units(model)
+    remove_(model, ragged_mask(sites))
+    model.save_pretrained(tmp_path / "small")
+    found = verify_checkpoint(tmp_path / "small", tmp_path / "whole")
+    assert (found["equal"], found["weights"]) == (True, "as saved")
+    assert found["tensors"] == {"equal": len(model.state_dict())}
+    assert found["units"].keys() == {"heads", "neurons", "layers"}
+    last = [site.output for site in find_units(model, ["neurons"]).values()][-1]
+    name = next(name for name in model.state_dict() if name.endswith(f"{last}.weight"))
+    damage(tmp_path / "small", name, lambda tensor: tensor + 1, keep_digest=True)
+    found = verify_checkpoint(tmp_path / "small", tmp_path / "whole")
+    assert (found["verdict"], found["changed"]) == ("differs", [name])
+    assert [one["name"] for one in found["differing"]] == [name]
+
+
+def test_refitted_neurons_and_their_biases_are_known(tmp_path, capsys):
+    model = tiny_model("bert")
+    model.save_pretrained(tmp_path / "whole")
+    mask = ragged_mask(find_units(model, ["heads", "neurons"]))
+    before, after = secateur.reconstruct_(model, mask, tiny_texts(32), tiny_tokenizer(), reading=Reading(device="cpu"))
+    assert after < before
+    remove_(model, mask, record={"reconstructed": True})
+    model.save_pretrained(tmp_path / "small")
+    found = verify_checkpoint(tmp_path / "small", tmp_path / "whole")
+    assert (found["equal"], found["tensors"].keys()) == (True, {"equal", "refitted"})
+    assert {name for one in found["differing"] if ".attention." not in (name := one["name"])} <= {
+        f"encoder.layer.{n}.output.dense.{kind}" for n in range(3) for kind in ("weight", "bias")
+    }
+    assert main(["verify", str(tmp_path / "small"), "--against", str(tmp_path / "whole")]) == 0
+    assert "heads and 6 neurons gated and its output projections refitted" in capsys.readouterr().out
+
+
+def test_a_folder_whose_config_says_all_is_told_apart_from_one_that_is_whole(tmp_path):
+    model = tiny_model("bert")
+    model.save_pretrained(tmp_path / "whole")
+    remove_(model, even_mask(find_units(model, ["neurons"])))
+    model.save_pretrained(tmp_path / "small")
+    with pytest.raises(secateur.InvalidInputError, match="its config says all by its own numbers, and which units st"):
+        verify_checkpoint(tmp_path / "small", tmp_path / "whole")

@@ -34,17 +34,20 @@ def _lines(folder: Path, result: dict[str, Any]) -> list[str]:
     counts, differing = result["tensors"], result["differing"]
     relation = "equal to" if result["equal"] else "DIFFERS from"
     refitted = " and its output projections refitted" if result["reconstructed"] else ""
-    verdict = f"{folder} {relation} {result['against']} with {result['dropped']} heads gated{refitted}"
+    lost = [f"{before - after} {kind}" for kind, (before, after) in result["units"].items()]
+    verdict = f"{folder} {relation} {result['against']} with {' and '.join(lost)} gated{refitted}"
     if result["verdict"] == "trained":
         done = {"distilled": "distilled", "finetuned": "fine-tuned"}
         words = " and ".join(word for name, word in done.items() if result[name])
         verdict += f", as it was {words} since: {counts['trained']} of {sum(counts.values())} tensors differ; "
-        verdict += "heads removed as the recipe says"
+        verdict += "units removed as the recipe says"
     elif set(counts) & {"other"} and result["weights"] == "as saved":
         verdict += ": it has another original, or was trained since by what the recipe does not record"
     odd = [one["name"] for one in differing if one["state"] in ("not finite", "missing", "other")]
-    most = max((one["change"] or 0.0 for one in differing if one["state"] == "refitted"), default=0.0)
-    by = {"refitted": f" (by up to {most:.2g} of their norm)", "trained": " since"}
+    # A bias may have been near 0.
+    refits = (one for one in differing if one["state"] == "refitted" and not one["name"].endswith("bias"))
+    most = max((one["change"] or 0.0 for one in refits), default=0.0)
+    by = {"refitted": f" (weights by up to {most:.2g} of their norm)", "trained": " since"}
     states = ", ".join(f"{count} {state}{by.get(state, '')}" for state, count in counts.items())
     step = result["max_step_difference"]
     cached = "" if step is None else f", {step:.1e} with a cache"

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from secateur.models.base_model import base_of
 from secateur.models.loading import lacking
-from secateur.sites.layout import Site
-from secateur.units.masks import PresentMask
+from secateur.sites.layout import NOBODY, Site
+from secateur.units.masks import PresentMask, indices_of
 
 EQUAL, REFITTED, TRAINED_SINCE, NEW = "equal", "refitted", "trained", "not in the original"
 NOT_FINITE, MISSING, OTHER = "not finite", "missing", "other"
@@ -25,9 +25,9 @@ DAMAGE = (NOT_FINITE, MISSING, OTHER)
 class TensorCheck:
     """What a tensor of a pruned model is, held against the kept part of the original's.
 
-    `state` is "equal", "refitted" (of an output projection of which the recipe says so), "trained", "not in the
-    original", "not finite", "missing" (the file of the pruned model lacks it) or "other". `change` is the norm of the
-    difference divided by that of the original's kept part, where both have one shape.
+    `state` is "equal", "refitted" (of an output projection of which the recipe says so, or of its bias), "trained",
+    "not in the original", "not finite", "missing" (the file of the pruned model lacks it) or "other". `change` is the
+    norm of the difference divided by that of the original's kept part, where both have one shape.
     """
 
     name: str
@@ -53,7 +53,7 @@ def compare_weights(
 ) -> list[TensorCheck]:
     """Return what each tensor of `pruned` is, in the dtype that it has there; both models stay as they are.
 
-    `original` has all its heads: `sites` are its own, of which `kept` says what stays. Models of two classes are
+    `original` has all its units but the layers that went: `sites` are its own, of which `kept` says what stays. Models of two classes are
     compared by the base models inside them, beside which the pruned one's tensors are "not in the original". A tensor
     that neither file has is random in both models, and left out.
     """
@@ -133,13 +133,45 @@ def _cuts(
 
 
 def _refitted(original: PreTrainedModel, sites: Mapping[str, Site], kept: PresentMask) -> Iterator[Tensor]:
-    """Yield the weights that a reconstruction changes: what sites that lose some of their heads write with."""
+    """Yield the weights and biases that a reconstruction changes: what sites that lose some of their units write with."""
     base = base_of(original)
-    for name, vector in kept.items():
-        if vector.any() and (not vector.all() or len(sites[name].units) < sites[name].original_num_units):
-            for piece in sites[name].slices_of("output"):
-                if (parameter := base.get_parameter(piece.parameter)).ndim == 2:
-                    yield parameter
+    for name in losing(sites, kept):
+        for piece in sites[name].slices_of("output"):
+            if (parameter := base.get_parameter(piece.parameter)).ndim > 1:
+                yield parameter
+        if (bias := getattr(base.get_submodule(sites[name].output), "bias", None)) is not None:
+            yield bias
+
+
+def losing(sites: Mapping[str, Site], kept: PresentMask) -> list[str]:
+    """Return the sites that lose units, or have lost some before."""
+    return [
+        name
+        for name, vector in kept.items()
+        if not vector.all() or len(sites[name].units) < sites[name].original_num_units
+    ]
+
+
+@torch.no_grad()
+def take_output_projections_(
+    original: PreTrainedModel, pruned: PreTrainedModel, sites: Mapping[str, Site], kept: PresentMask
+) -> None:
+    """Copy what the kept units write with from the pruned model to the original; other weights stay.
+
+    What does not fit, as in a model that is not the original, stays too: then the comparison tells.
+    """
+    base, sources = base_of(original), base_of(pruned).state_dict()
+    for site in (sites[name] for name in losing(sites, kept)):
+        stays = {NOBODY, *indices_of(kept[site.name])}
+        for piece in site.slices_of("output"):
+            there = torch.tensor([owner in stays for owner in piece.owners])
+            rows = base.get_parameter(piece.parameter).movedim(piece.axis, 0)
+            source = sources.get(piece.parameter)
+            if source is not None and source.movedim(piece.axis, 0).shape == rows[there].shape:
+                rows[there] = source.movedim(piece.axis, 0).to(rows)
+        bias, source = getattr(base.get_submodule(site.output), "bias", None), sources.get(f"{site.output}.bias")
+        if bias is not None and source is not None and bias.shape == source.shape:
+            bias.copy_(source)
 
 
 def _compare(name: str, tensor: Tensor, rows: Tensor, is_refitted: bool, is_trained: bool) -> TensorCheck:

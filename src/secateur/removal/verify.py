@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ from secateur.removal.kept_weights import (
     TensorCheck,
     compare_weights,
     round_as_saved_,
+    take_output_projections_,
 )
+from secateur.removal.left import Left
 from secateur.removal.proof import TOLERANCE, cached_step, finite_step, hidden_states, largest_difference
 from secateur.removal.remove import gated
-from secateur.sites.attention import find_sites
-from secateur.sites.layout import NOBODY
-from secateur.sites.recipe import TRAINED, Recipe, read_recipe
-from secateur.units.masks import Mask, vector_of
+from secateur.sites.finding import find_layers, find_units
+from secateur.sites.layers import LayerSite
+from secateur.sites.layout import Site
+from secateur.sites.recipe import KINDS, TRAINED, Recipe, read_recipe
+from secateur.units.masks import Mask, PresentMask, vector_of
 
 
 def verify_checkpoint(
@@ -42,14 +46,15 @@ def verify_checkpoint(
     `against` is the original; without it, the one that the checkpoint's recipe names, if that is on this machine: what
     a checkpoint names is not fetched. Each tensor must be what is left of the original's, in the dtype that it was
     saved in, but where the recipe says otherwise: of output projections that were `reconstructed`, and of a model that
-    was `distilled` or `finetuned` since, which is not `equal`. The outputs are compared with the original's heads
-    gated, with refitted projections in both, and once more with the first token cached where there is a cache.
+    was `distilled` or `finetuned` since, which is not `equal`. Layers that went are taken out of the original too. The
+    outputs are compared with the other units of the original gated, with refitted projections in both, and once more
+    with the first token cached where there is a cache.
 
     The result has `equal`, and as `verdict` "equal", "trained" or, for what the recipe does not explain, "differs";
     `max_difference`, `max_step_difference` (None without a cache) and `tolerance` of the outputs; `tensors`, how many
     there are of each state that `TensorCheck` names, and in `differing` all that are not equal; `weights`, which are
     "as saved", "changed" since, namely those in `changed`, or "unknown" for files without digests; `against`, and the
-    numbers of heads `kept` and `dropped`.
+    numbers of units `kept` and `dropped`, and of each kind in `units`, before and after.
 
     Raises `InvalidInputError` for a model that is not pruned, and where the original cannot be found, and
     `CheckpointError` for a recipe that is not the one that the weights were saved with.
@@ -58,12 +63,12 @@ def verify_checkpoint(
     files = sorted(transformer_folder(Path(folder)).glob("*.safetensors")) if Path(folder).is_dir() else []
     changed = changed_tensors(files)
     original, recipe, origin = load_original(pruned, folder, against, device, whole=True)
-    mask = Mask({name: vector_of(kept, recipe.sites[name].num_units) for name, kept in recipe.kept.items()})
+    sites, kept = _sites_left(original, recipe)
     said = {name: bool(recipe.record.get(name)) for name in ("reconstructed", *TRAINED)}
-    sites = find_sites(original)
     explained = Explained(said["reconstructed"], any(said[name] for name in TRAINED))
-    checks = compare_weights(pruned, original, sites, mask.present(sites), explained)
-    difference, step = _output_differences(pruned, original, mask, recipe)
+    checks = compare_weights(pruned, original, sites, kept, explained)
+    difference, step = _output_differences(pruned, original, sites, kept, said["reconstructed"])
+    units = _units(recipe)
     return {
         "folder": str(folder),
         "against": origin,
@@ -71,10 +76,36 @@ def verify_checkpoint(
         "max_difference": difference,
         "max_step_difference": step,
         "tolerance": TOLERANCE,
-        "kept": mask.num_kept,
-        "dropped": mask.num_units - mask.num_kept,
+        "kept": sum(after for _, after in units.values()),
+        "dropped": sum(before - after for before, after in units.values()),
+        "units": {kind: list(counts) for kind, counts in units.items()},
         **said,
     }
+
+
+def _sites_left(original: PreTrainedModel, recipe: Recipe) -> tuple[dict[str, Site], PresentMask]:
+    """Take the layers out of the original that went; return its other sites, and what stays of them."""
+    rows = {name: vector_of(kept, recipe.sites[name].num_units) for name, kept in recipe.kept.items()}
+    gone = {name: row for name, row in rows.items() if isinstance(recipe.sites[name], LayerSite)}
+    if gone:
+        layers = find_layers(original)
+        Left.of(original, layers, Mask(gone).present(layers), [])
+    rest = {name: row for name, row in rows.items() if name not in gone}
+    sites = find_units(original, {recipe.sites[name].kind for name in rest} or {LayerSite.kind})
+    if rest:
+        return sites, Mask(rest).present(sites)
+    return sites, PresentMask({name: torch.ones(site.num_units, dtype=torch.bool) for name, site in sites.items()})
+
+
+def _units(recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Return, for each kind of units that went, how many the sites of the recipe had, and have."""
+    found = {}
+    for kind in KINDS:
+        names = [name for name, site in recipe.sites.items() if site.kind == kind]
+        if names:
+            before = sum(recipe.sites[name].num_units for name in names)
+            found[kind] = (before, sum(len(recipe.kept[name]) for name in names))
+    return found
 
 
 def _verdict(checks: list[TensorCheck], changed: list[str] | None, difference: float) -> dict[str, Any]:
@@ -97,7 +128,11 @@ def _verdict(checks: list[TensorCheck], changed: list[str] | None, difference: f
 
 
 def _output_differences(
-    pruned: PreTrainedModel, original: PreTrainedModel, mask: Mask, recipe: Recipe
+    pruned: PreTrainedModel,
+    original: PreTrainedModel,
+    sites: Mapping[str, Site],
+    kept: PresentMask,
+    reconstructed: bool,
 ) -> tuple[float, float | None]:
     """Return by how much the outputs differ from the gated original's, and those of a step with a cache, if any.
 
@@ -105,9 +140,9 @@ def _output_differences(
     """
     inputs = example_inputs(original)
     round_as_saved_(original, pruned)
-    with gated(original, mask):
-        if recipe.record.get("reconstructed"):
-            take_output_projections_(base_of(original), base_of(pruned), recipe)
+    with gated(original, kept.original(sites), sites):
+        if reconstructed:
+            take_output_projections_(original, pruned, sites, kept)
         wanted = hidden_states(original.float(), inputs)
         wanted_step = finite_step(original, inputs)
     difference = largest_difference(wanted, hidden_states(pruned.float(), inputs))
@@ -150,21 +185,3 @@ def load_original(
     if sizes[0] != sizes[1]:
         raise InvalidInputError(f"{folder} was not pruned from {name}: their vocabularies have {sizes} tokens")
     return original, recipe, str(name)
-
-
-@torch.no_grad()
-def take_output_projections_(original: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe) -> None:
-    """Copy what the kept heads write with from the pruned model to the original; other weights stay.
-
-    What does not fit, as in a model that is not the original, stays too: then the comparison tells.
-    """
-    sources = pruned.state_dict()
-    for name, site in find_sites(original).items():
-        stays = set(recipe.kept.get(name, site.units))
-        kept = {NOBODY, *(number for number, head in enumerate(site.units) if head in stays)}
-        for piece in site.slices_of("output"):
-            there = torch.tensor([owner in kept for owner in piece.owners])
-            rows = original.get_parameter(piece.parameter).movedim(piece.axis, 0)
-            source = sources.get(piece.parameter)
-            if source is not None and source.movedim(piece.axis, 0).shape == rows[there].shape:
-                rows[there] = source.movedim(piece.axis, 0).to(rows)
