@@ -22,13 +22,7 @@ from secateur.removal.remove import remove_
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
 from tests.support.pruned import assert_equal, pruned, pruned_classifier
-from tests.support.tiny import CONFIGS, tiny_model, uneven_mask
-
-LAYERS = {
-    "bert": "encoder.layer", "llama": "layers", "gpt2": "h", "t5": "encoder.block", "opt": "decoder.layers",
-    "vit": "layers", "bloom": "h", "mpnet": "encoder.layer",
-}  # fmt: skip
-ADAPTED = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "t5": ["q", "v"]}
+from tests.support.tiny import ADAPTED, CONFIGS, LAYERS, tiny_model, uneven_mask
 
 
 def saved(model, folder, auto=AutoModel):

@@ -23,10 +23,8 @@ from secateur.scorers.score import score
 from secateur.settings import Reading
 from secateur.units.select import select
 from tests.contract.test_fuzz import cases
-from tests.support.tiny import tiny_model
+from tests.support.tiny import ADAPTED, LAYERS, tiny_model
 
-ADAPTED = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "t5": ["q", "v"]}
-LAYERS = {"bert": "encoder.layer", "llama": "layers", "gpt2": "h", "t5": "encoder.block"}
 ROUNDED = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32}
 
 
@@ -36,7 +34,7 @@ came: Counter[str] = Counter()
 class Workflow(RuleBasedStateMachine):
     """One model; `adapted` is what PEFT made of it, while an adapter is there."""
 
-    @initialize(kind=st.sampled_from(sorted(LAYERS)))
+    @initialize(kind=st.sampled_from(sorted(ADAPTED)))
     def start(self, kind):
         self.kind, self.model, self.adapted = kind, tiny_model(kind), None
 

@@ -87,6 +87,15 @@ CONFIGS = {
     "xglm": lambda: XGLMConfig(d_model=32, num_layers=3, attention_heads=4, ffn_dim=37, vocab_size=99),
 }  # fmt: skip
 
+LAYERS = {
+    "bert": "encoder.layer", "llama": "layers", "gpt2": "h", "t5": "encoder.block", "opt": "decoder.layers",
+    "vit": "layers", "bloom": "h", "mpnet": "encoder.layer",
+}  # fmt: skip
+"""Where some kinds have their layers."""
+
+ADAPTED = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "t5": ["q", "v"]}
+"""What an adapter is put around in some kinds."""
+
 
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """Build a model whose weights are large enough that every head matters."""
