@@ -64,7 +64,7 @@ def test_a_wrong_reading_is_noticed(monkeypatch):
 
 
 def test_a_wrong_removal_is_noticed_though_the_proof_is_blind(monkeypatch):
-    from secateur.removal import remove as removal
+    from secateur.removal import proving
 
     honest = layout.AttentionSite.kept_indices
 
@@ -72,7 +72,7 @@ def test_a_wrong_removal_is_noticed_though_the_proof_is_blind(monkeypatch):
         return {key: (idx + 1) % 32 if "value.weight" in key[0] else idx for key, idx in honest(self, kept).items()}
 
     monkeypatch.setattr(layout.AttentionSite, "kept_indices", crooked)
-    monkeypatch.setattr(removal, "largest_difference", lambda one, other: 0.0)
+    monkeypatch.setattr(proving, "largest_difference", lambda one, other: 0.0)
     result = sweep.check_type("bert")
     assert (result["outcome"], result["stage"]) == ("WRONG", "removed")
 
