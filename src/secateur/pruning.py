@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -28,20 +27,19 @@ from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
 from secateur.models.tokenizer_saving import note_tokenizer_
+from secateur.pruning_plan import check_steps, recommended, without_held_out
 from secateur.pruning_report import PruningReport
-from secateur.relations import RELATED
 from secateur.removal.remove import remove_
-from secateur.restoring.distillation import FEWEST, distill_
-from secateur.restoring.quality import MOST_TEXTS, QualityJudge
+from secateur.restoring.distillation import distill_
+from secateur.restoring.quality import QualityJudge
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.score import AnyScorer, Labels, score
-from secateur.settings import AnyAllocation, AnyBudget, Budget, Cut, Reading, Restore, settings_of
+from secateur.settings import AnyAllocation, AnyBudget, Cut, Reading, Restore, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, mean_maps
 from secateur.sites.recipe import TRAINED, read_recipe
 from secateur.support.checks import check_whole
-from secateur.support.defaults import DISTILLATION_STEPS, UNITS
-from secateur.support.processes import is_shared
+from secateur.support.defaults import DISTILLATION_STEPS
 from secateur.support.versions import __version__
 from secateur.texts.calibration import PreparedModel, texts_of
 from secateur.texts.sources import reading_order
@@ -113,9 +111,15 @@ def prune(
         raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
     reading, texts = settings_of(reading, Reading), texts_of(texts)
     cut = Cut(pruning_ratio, allocation or "uniform", floor, budget, units, exclude=exclude)
-    cut, restore = _recommended(cut, allocation, restore, texts)
-    _check_steps(texts, cut, refine, restore, reading)
-    work = _Pruning(model, texts, tokenizer, cut, restore, reading)
+    cut, restore = recommended(cut, allocation, restore, texts)
+    check_steps(texts, cut, refine, restore, reading)
+    held_out: Sequence[Text] = []
+    if restore == "distill" and isinstance(texts, Sequence):  # as was checked
+        texts, labels, held_out = without_held_out(texts, labels, reading.seed)
+        if reading.stop == "all":
+            reading = replace(reading, stop=min(RECIPE_TEXTS, len(texts)))
+    work = _Pruning(model, texts, tokenizer, cut, restore == "distill", reading)
+    work.hold_out(held_out)
     scores = work.score(scorer, labels, options)
     mask = work.select(scores)
     if refine:
@@ -129,68 +133,25 @@ def prune(
     return work.smaller, PruningReport(**work.facts)
 
 
-def _recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> tuple[Cut, Restore]:
-    """Fill in what was not asked for: need and distillation where a budget takes more than heads."""
-    of_all = any(budget.quantity not in UNITS for budget in cut.budgets)
-    deep = of_all and cut.kinds != ("heads",) and isinstance(texts, Sequence) and len(texts) >= FEWEST
-    if allocation is None and deep:
-        cut = replace(cut, allocation="sensitivity")
-    elif allocation == "sensitivity" and not cut.budgets:
-        limit = 1 - cut.pruning_ratio
-        cut = replace(cut, budget=[Budget(kind, limit) for kind in cut.kinds])  # type: ignore[arg-type]
-    return cut, restore or ("distill" if deep and allocation is None else "none")
-
-
-def _check_steps(texts: Any, cut: Cut, refine: int, restore: str, reading: Reading) -> None:
-    """Raise `InvalidInputError` for steps that do not go together, before a model is loaded."""
-    if (refine or restore != "none") and not isinstance(texts, Sequence):
-        needs = "`refine` needs `texts` to judge masks by" if refine else "`restore` needs `texts` to fit on"
-        raise InvalidInputError(f"{needs}, in a list, as it reads them again")
-    if refine and cut.kinds != ("heads",):
-        raise invalid("refine", f"be 0 where {', '.join(cut.kinds)} go, as it exchanges heads alone", refine)
-    for wanted in cut.budgets:
-        if refine and cut.allocation == "ranking" and wanted.quantity != "heads":
-            rule = f"be 0 with allocation 'ranking' and the budget {wanted}, which exchanges may exceed"
-            raise invalid("refine", rule, refine)
-        if wanted.quantity == "latency" and is_shared(reading.accelerator):
-            raise invalid(
-                "budget", "be of another kind under a launcher, whose processes would time each other", wanted
-            )
-
-
-def _with_held_out(texts: Sequence[Text], seed: int) -> tuple[list[Text], list[Text]]:
-    """Return the texts without one of ten, at most 256, drawn with the seed, and these."""
-    count = min(len(texts) // 10, MOST_TEXTS)
-    if count < RELATED:
-        return list(texts), []
-    chosen = set(random.Random(seed).sample(range(len(texts)), count))
-    left = [text for number, text in enumerate(texts) if number not in chosen]
-    return left, [texts[number] for number in sorted(chosen)]
+def _copied(model: Any, tokenizer: Any, reads: bool, reading: Reading) -> tuple[str, Any, Any]:
+    """Return the name of the model, a copy that may get smaller, and the tokenizer, if any is known yet."""
+    if not isinstance(model, str | Path):
+        inner = transformer_of(model)
+        base_of(inner)
+        return original_name(inner) or type(inner).__name__, copy.deepcopy(model), tokenizer
+    if tokenizer is None:
+        with nullcontext() if reads else suppress(InvalidInputError):  # else it is only saved
+            tokenizer = load_tokenizer(model)
+    return str(model), load_model(model, reading.device), tokenizer
 
 
 class _Pruning:
     """A pruning on its way: the copy that gets smaller, prepared once, and the report's `facts` so far."""
 
-    def __init__(self, model: Any, texts: Any, tokenizer: Any, cut: Cut, restore: Restore, reading: Reading) -> None:
-        if isinstance(model, str | Path):
-            self.name = str(model)
-            if tokenizer is None:
-                with nullcontext() if texts is not None else suppress(InvalidInputError):  # else it is only saved
-                    tokenizer = load_tokenizer(model)
-            self.smaller: Any = load_model(model, reading.device)
-        else:
-            inner = transformer_of(model)
-            base_of(inner)
-            self.name = original_name(inner) or type(inner).__name__
-            self.smaller = copy.deepcopy(model)
+    def __init__(self, model: Any, texts: Any, tokenizer: Any, cut: Cut, teaches: bool, reading: Reading) -> None:
+        self.name, self.smaller, tokenizer = _copied(model, tokenizer, texts is not None, reading)
         self.prepared = PreparedModel(self.smaller, tokenizer, reading)
         self.model, self.cut, self.reading = self.prepared.model, cut, reading
-        self.teacher = copy.deepcopy(self.model) if restore == "distill" else None
-        held_out: Sequence[Text] = ()
-        if restore == "distill":
-            texts, held_out = _with_held_out(texts, reading.seed)
-            if reading.stop == "all":
-                self.reading = reading = replace(reading, stop=min(RECIPE_TEXTS, len(texts)))
         self.read: Sequence[Text] = []  # what was read of the texts, in that order; of a stream the first few
         if texts is None or isinstance(texts, Sequence):
             self.texts: Iterable[Text] | None = texts
@@ -208,19 +169,23 @@ class _Pruning:
         self.sites = self.prepared.sites_of(cut.kinds)
         if "heads" in cut.kinds:
             check_heads(self.model, before.heads)
-        self.quality = QualityJudge(self.prepared, held_out, reading) if held_out else None
-        self.within: BudgetedSelection | None = None
-        if cut.allocation == "sensitivity":
-            fitted = [self.texts[i] for i in reading_order(self.texts, self.reading)][:SENSITIVITY_TEXTS]
-            self.within = SensitivitySelection(self.prepared, cut, fitted, reading, self.sites)
-        elif cut.budgets:
-            self.within = BudgetedSelection(self.model, cut, reading.progress, self.sites)
+        self.teacher = copy.deepcopy(self.model) if teaches else None
+        self.quality: QualityJudge | None = None
+        self.within = self._within_budget()
         if self.within is not None:
             self.cut = replace(cut, pruning_ratio=self.within.expected_ratio)
         self.facts: dict[str, Any] = {
             "model": self.name, "allocation": cut.allocation, "seed": reading.seed, "before": before,
         }  # fmt: skip
         self.record: dict[str, Any] = {}
+
+    def _within_budget(self) -> BudgetedSelection | None:
+        """Return what finds a mask within the budget, None where there is none."""
+        cut, reading = self.cut, self.reading
+        if cut.allocation == "sensitivity" and isinstance(self.texts, Sequence):
+            fitted = [self.texts[i] for i in reading_order(self.texts, reading)][:SENSITIVITY_TEXTS]
+            return SensitivitySelection(self.prepared, cut, fitted, reading, self.sites)
+        return BudgetedSelection(self.model, cut, reading.progress, self.sites) if cut.budgets else None
 
     def _kinds_there(self, cut: Cut) -> tuple[str, ...]:
         """Return the kinds of units that may go. Neurons that nobody named may be missing, as those of experts are."""
@@ -292,6 +257,11 @@ class _Pruning:
         )  # fmt: skip
         self.facts |= {"distillation": (before, after), "steps": steps}
         self.teacher = None
+
+    def hold_out(self, texts: Sequence[Text]) -> None:
+        """Keep what the dense model makes of texts that nothing else reads."""
+        if texts:
+            self.quality = QualityJudge(self.prepared, texts, self.reading)
 
     def judge(self) -> None:
         """See what is left of the model on the texts held out."""

@@ -194,7 +194,7 @@ def test_what_cannot_be_distilled_is_refused():
     with pytest.raises(InvalidInputError, match=r"`teacher` must be another model .* got 'BertModel'"):
         distill_(student, student, TEXTS, tokenizer)
     wide = BertModel(BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=3, num_attention_heads=4))
-    with pytest.raises(InvalidInputError, match=r"got 4 hidden states 64 wide where the pruned model has 4 .* 32 wide"):
+    with pytest.raises(InvalidInputError, match=r"got hidden states 64 wide where the pruned model has 32$"):
         distill_(student, wide, TEXTS, tokenizer)
     with torch.inference_mode():
         unreachable = copy.deepcopy(teacher)

@@ -93,7 +93,7 @@ def test_what_would_hold_all_weights_is_refused_and_told_what_works(tmp_path):
     model, tokenizer, texts = on_disk("bert", tmp_path), tiny_tokenizer(), tiny_texts(8)
     mask = uneven_mask(find_sites(model))
     for what, attempt in (
-        ("removing heads", lambda: secateur.remove_(model, mask)),
+        ("removing units", lambda: secateur.remove_(model, mask)),
         ("pruning", lambda: secateur.prune(model, texts, tokenizer=tokenizer)),
         ("back-propagates", lambda: secateur.score(model, texts, "relational_taylor", tokenizer)),
     ):

@@ -185,8 +185,12 @@ def test_where_the_relational_kl_does_not_fall_the_weights_stay(monkeypatch):
     assert same(model, weights)
 
 
-def test_where_no_ridge_helps_the_weights_stay():
-    """Heads that write nothing that the others' outputs tell: here the kept heads always put out nothing."""
+@pytest.mark.parametrize("biased", [True, False])
+def test_where_no_ridge_helps_the_weights_stay(biased):
+    """Heads that write nothing that the others' outputs tell: here the kept heads always put out nothing.
+
+    A bias can still make up for what they write on average.
+    """
     model = tiny_model("bert")
     sites = find_sites(model)
     mask = first_half(model)
@@ -194,10 +198,13 @@ def test_where_no_ridge_helps_the_weights_stay():
         for piece in site.slices_of("value"):
             kept = mask[name][torch.tensor(piece.owners)]
             model.get_parameter(piece.parameter).data.movedim(piece.axis, 0)[kept] = 0
+        if not biased:
+            model.get_submodule(site.output).bias = None
     weights = state(model)
     without, after = reconstruct_(model, mask, TEXTS, tiny_tokenizer())
-    assert without == after > 0
-    assert same(model, weights)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])}
+    assert changed == ({f"{site.output}.bias" for site in sites.values()} if biased else set())
+    assert (without > after > 0) if biased else (without == after > 0)
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):

@@ -137,7 +137,8 @@ def _echo(report: PruningReport, texts: Iterable[Text], out: Path) -> None:
         before, after = report.reconstruction
         click.echo(reconstruction_line(before, after))
     if report.distillation:
-        click.echo(distillation_line(*report.distillation, report.steps))
+        before, after = report.distillation
+        click.echo(distillation_line(before, after, report.steps))
     if report.quality is not None:
         click.echo(f"quality: {report.quality}")
     click.echo(f"model: {out}\nreport: {out / PAGE}")

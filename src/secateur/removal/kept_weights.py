@@ -53,9 +53,9 @@ def compare_weights(
 ) -> list[TensorCheck]:
     """Return what each tensor of `pruned` is, in the dtype that it has there; both models stay as they are.
 
-    `original` has all its units but the layers that went: `sites` are its own, of which `kept` says what stays. Models of two classes are
-    compared by the base models inside them, beside which the pruned one's tensors are "not in the original". A tensor
-    that neither file has is random in both models, and left out.
+    `original` has all its units but the layers that went: `sites` are its own, of which `kept` says what stays. Models
+    of two classes are compared by the base models inside them, beside which the pruned one's tensors are "not in the
+    original". A tensor that neither file has is random in both models, and left out.
     """
     cuts = _cuts(original, sites, kept)
     refitted = {id(parameter) for parameter in _refitted(original, sites, kept)} if explained.refitted else set()
@@ -133,7 +133,7 @@ def _cuts(
 
 
 def _refitted(original: PreTrainedModel, sites: Mapping[str, Site], kept: PresentMask) -> Iterator[Tensor]:
-    """Yield the weights and biases that a reconstruction changes: what sites that lose some of their units write with."""
+    """Yield the weights and biases that a reconstruction changes: what sites that lose units write with."""
     base = base_of(original)
     for name in losing(sites, kept):
         for piece in sites[name].slices_of("output"):

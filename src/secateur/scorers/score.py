@@ -87,8 +87,7 @@ def score(
         cannot_repeat = smaller_batches(reading.batch_size)
     found = []
     for kind, criterion in criteria.items():
-        sites = prepared.sites_of([kind])
-        run = partial(_score, prepared, criterion, sites, texts, labels, inputs, cut)
+        run = partial(_score, prepared, criterion, kind, texts, labels, inputs, cut)
         found.append(in_batches_that_fit(run, reading, cannot_repeat))
     return found[0] if len(found) == 1 else _joined(dict(zip(criteria, found, strict=True)))
 
@@ -109,7 +108,7 @@ def _joined(found: Mapping[str, Scores]) -> Scores:
 def _score(
     prepared: PreparedModel,
     criterion: Scorer,
-    sites: Mapping[str, Site],
+    kind: str,
     texts: Iterable[Text] | None,
     labels: Labels | None,
     inputs: Sequence[Mapping[str, Tensor]] | None,
@@ -117,6 +116,7 @@ def _score(
     reading: Reading,
 ) -> Scores:
     base, name = prepared.base, name_of(criterion)
+    sites = prepared.sites_of([kind])
     with held(base), evaluation_mode(prepared.model), torch.inference_mode(False), torch.enable_grad():
         source: Source | None = None
         if inputs is not None:
@@ -260,7 +260,8 @@ def _verdicts(sites: Mapping[str, Site], cut: Cut) -> Callable[[Mapping[str, Ten
 
     def verdicts(means: Mapping[str, Tensor]) -> Tensor:
         scores = PresentScores.of({**empty, **means}, sites)
-        return torch.cat(list(select(scores, cut.pruning_ratio, cut.ranked, cut.floor).values()))
+        mask = select(scores, cut.pruning_ratio, cut.ranked, cut.floor, cut.multiple)
+        return torch.cat(list(mask.values()))
 
     return verdicts
 
