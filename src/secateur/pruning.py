@@ -110,7 +110,7 @@ def prune(
     if restore not in (None, *get_args(Restore)):
         raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
     reading, texts = settings_of(reading, Reading), texts_of(texts)
-    cut = Cut(pruning_ratio, allocation or "uniform", floor, budget, units, exclude=exclude)
+    cut = Cut(pruning_ratio, "uniform" if allocation is None else allocation, floor, budget, units, exclude=exclude)
     cut, restore = recommended(cut, allocation, restore, texts)
     check_steps(texts, cut, refine, restore, reading)
     held_out: Sequence[Text] = []
@@ -248,11 +248,10 @@ class _Pruning:
         """Teach the smaller model what the dense one computes, on all texts but those held out."""
         assert self.teacher is not None
         assert isinstance(self.texts, Sequence)
-        layers = {
-            name: kept for name, kept in self.facts["mask"].kept.items() if self.facts["scores"].kinds[name] == "layers"
-        }
+        kept = self.facts["mask"].present(self.sites).kept
+        layers = {name: kept[name] for name, site in self.sites.items() if site.kind == "layers"}
         before, after = distill_(
-            self.model, self.teacher, self.texts, self.prepared.tokenizer, steps=steps, layers=layers,
+            self.model, self.teacher, self.texts, self.prepared.tokenizer, steps=steps, layers=layers or None,
             reading=replace(self.reading, stop="all"),
         )  # fmt: skip
         self.facts |= {"distillation": (before, after), "steps": steps}

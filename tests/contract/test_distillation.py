@@ -20,10 +20,12 @@ from secateur.restoring import distillation
 from secateur.restoring.distillation import _share, distill_
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_units
 from secateur.texts.calibration import PreparedModel
 from secateur.units.masks import Mask
 from tests.support.memory import poisoned
 from tests.support.tiny import CONFIGS, tiny_model, tiny_texts, tiny_tokenizer
+from tests.support.units import even_mask
 
 TEXTS = tiny_texts(64)
 SHORT = Reading(batch_size=16, max_length=16)
@@ -270,3 +272,21 @@ def test_a_comparison_distils_pruned_runs_on_all_texts_and_leaves_dense_ones(tmp
     assert taught == [TEXTS[:40]]  # of which 24 are for fine-tuning
     with pytest.raises(InvalidInputError, match="`steps` must be a whole number from 1"):
         Settings("m", ("d",), ("contribution",), steps=0)
+
+
+def test_a_folder_whose_config_says_all_is_taught_by_the_model_that_is_named(tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("bert")
+    for name in ("whole", "small"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        if name == "whole":
+            remove_(model, even_mask(find_units(model, ["neurons"])))
+    (tmp_path / "texts.csv").write_text("sentence\n" + "".join(f"{text}\n" for text in TEXTS))
+    words = ["distill", tmp_path / "small", "--data", tmp_path / "texts.csv", "--device", "cpu", "--steps", 30]
+    words = [*map(str, words), "--learning-rate", "2e-3", "--max-length", "16", "--out", str(tmp_path / "taught")]
+    assert main(words) == 2
+    assert "or cut so that its config says all by its own numbers; give the original with" in capsys.readouterr().err
+    assert main([*words, "--against", str(tmp_path / "whole")]) == 0
+    before, after = json.loads((tmp_path / "taught" / "distillation.json").read_text())["relational_kl"]
+    assert after < before

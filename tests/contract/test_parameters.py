@@ -59,9 +59,9 @@ CALLS = {
     },
     "prune": {
         "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3],
-        "allocation": ALLOCATION, "floor": LEAST, "refine": LEAST, "restore": [True, "", None, "distill"],
+        "allocation": ["layer", "", 3, []], "floor": LEAST, "refine": LEAST, "restore": [True, "", "distil", 3],
         "tokenizer": [3, "", object()], "labels": [3, ""], "budget": BUDGET, "reading": SETTINGS,
-        "units": UNITS, "exclude": PATTERNS,
+        "units": UNITS, "exclude": PATTERNS, "steps": COUNT,
     },
     "reconstruct_": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()],
@@ -70,7 +70,7 @@ CALLS = {
     "distill_": {
         "model": MODEL, "teacher": MODEL, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": COUNT,
         "learning_rate": [0, -1, float("nan"), float("inf"), "1", None, True],
-        "reading": SETTINGS,
+        "layers": [3, "", {}, {"a": 3}, {"a": []}, {"a": ["0"]}, [0]], "reading": SETTINGS,
     },
     "refine_mask": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": LEAST,

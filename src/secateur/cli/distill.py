@@ -58,7 +58,7 @@ def distill(
     task = load_task(data, "train")
     texts = task.head(num_texts or len(task), seed=options["seed"]).texts
     pruned, tokenizer = load_model(model, chosen), load_tokenizer(model)
-    teacher, _, name = load_original(pruned, model, against, chosen)
+    teacher, name = load_original(pruned, model, against, chosen)
     has_page = (Path(model) / PRUNING).is_file()
     if has_page:
         read_runs([model])  # refuses what makes no page before the training, whose result would be lost

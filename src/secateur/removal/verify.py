@@ -62,7 +62,10 @@ def verify_checkpoint(
     pruned = load_model(folder, device)
     files = sorted(transformer_folder(Path(folder)).glob("*.safetensors")) if Path(folder).is_dir() else []
     changed = changed_tensors(files)
-    original, recipe, origin = load_original(pruned, folder, against, device, whole=True)
+    recipe = read_recipe(base_of(pruned).config)
+    if recipe is None:
+        raise InvalidInputError(f"{_without_recipe(folder)}, and which units stayed is not known")
+    original, origin = load_original(pruned, folder, against, device, whole=True)
     sites, kept = _sites_left(original, recipe)
     said = {name: bool(recipe.record.get(name)) for name in ("reconstructed", *TRAINED)}
     explained = Explained(said["reconstructed"], any(said[name] for name in TRAINED))
@@ -158,19 +161,16 @@ def load_original(
     device: torch.device | str | None = None,
     *,
     whole: bool = False,
-) -> tuple[PreTrainedModel, Recipe, str]:
-    """Return what the model loaded from `folder` was pruned from, its recipe, and the original's name.
+) -> tuple[PreTrainedModel, str]:
+    """Return what the model loaded from `folder` was pruned from, `against` or what its recipe names, and its name.
 
     It is a base model; `whole`, it is of the class of `pruned`, its task's head included, if their configs are alike.
-    Raises `InvalidInputError` for a model that is not pruned, and where the original cannot be found.
+    Raises `InvalidInputError` where the original cannot be found.
     """
     recipe = read_recipe(base_of(pruned).config)
-    if recipe is None:
-        raise InvalidInputError(
-            f"{folder} has no head_pruning entry in its config: it is not pruned, or cut so that its config says all "
-            "by its own numbers, and which units stayed is not known"
-        )
-    name = recipe.record.get("base_model") if against is None else against
+    name = against if recipe is None or against is not None else recipe.record.get("base_model")
+    if recipe is None and name is None:
+        raise InvalidInputError(f"{_without_recipe(folder)}; give the original with `--against`")
     if not isinstance(name, str | Path) or not str(name):
         raise InvalidInputError(f"{folder} does not say what it was pruned from; give the original with `--against`")
     source = name if against is not None else on_this_machine(name)
@@ -184,4 +184,11 @@ def load_original(
     sizes = [getattr(base_of(model).config, "vocab_size", None) for model in (pruned, original)]
     if sizes[0] != sizes[1]:
         raise InvalidInputError(f"{folder} was not pruned from {name}: their vocabularies have {sizes} tokens")
-    return original, recipe, str(name)
+    return original, str(name)
+
+
+def _without_recipe(folder: str | Path) -> str:
+    return (
+        f"{folder} has no head_pruning entry in its config: it is not pruned, or cut so that its config says all by "
+        "its own numbers"
+    )

@@ -33,7 +33,7 @@ from secateur.relations import RELATED, gated_representations, relational_kl, wi
 from secateur.settings import Reading, settings_of
 from secateur.sites.layers import LayerSite
 from secateur.sites.recipe import KEY, read_recipe
-from secateur.support.checks import check_positive, check_whole
+from secateur.support.checks import check_mapping, check_positive, check_whole
 from secateur.support.defaults import DISTILLATION_RATE, DISTILLATION_STEPS
 from secateur.texts.calibration import PreparedModel, is_pair, listed_texts
 from secateur.texts.tokenization import Text, padding_token, rows_of, tokenize
@@ -77,6 +77,7 @@ def distill_(
     """
     check_whole("steps", steps)
     check_positive("learning_rate", learning_rate)
+    _check_layers(layers)
     reading, texts = settings_of(reading, Reading), listed_texts(texts)
     if len(texts) < FEWEST:
         raise invalid("texts", f"be at least {FEWEST}, as every tenth judges", len(texts))
@@ -105,6 +106,15 @@ def distill_(
             pair, before, evaluate, partial(_teach, pair, prepared, training, steps, learning_rate, reading)
         )
     return before, after
+
+
+def _check_layers(layers: Any) -> None:
+    rule = "be a mapping from lists of layers to the original numbers of the layers that stay"
+    if layers is not None:
+        check_mapping("layers", layers, rule)
+        for kept in layers.values():
+            if not isinstance(kept, Sequence) or not kept or not all(type(number) is int for number in kept):
+                raise invalid("layers", rule, layers)
 
 
 def _kept_if_lower(pair: _Pair, before: float, evaluate: Callable[[], float], teach: Callable[[], None]) -> float:
