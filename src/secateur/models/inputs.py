@@ -174,8 +174,10 @@ def max_length(model: nn.Module, default: int = 512) -> int:
     config = base.config.get_text_config() if base.main_input_name == "input_ids" else base.config
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
-        decoded = getattr(config, "max_target_positions", None)  # of Whisper and its kin, whose encoders read no tokens
-        return decoded if isinstance(decoded, int) and decoded > 0 else default
+        # Of Whisper and its kin, whose encoders read no tokens, the decoder counts.
+        decoder = base.config.get_text_config(decoder=True)
+        found = [getattr(config, "max_target_positions", None), getattr(decoder, "max_position_embeddings", None)]
+        return next((number for number in found if isinstance(number, int) and number > 0), default)
     for name, module in base.named_modules():
         weight, padding = getattr(module, "weight", None), getattr(module, "padding_idx", None)
         is_table = "position" in name and isinstance(weight, Tensor) and weight.shape[:1] == (positions,)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.errors import RemovalError
+from secateur.errors import RemovalError, UnsupportedModelError
 from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs
 from secateur.models.names import forget_names_
@@ -141,10 +141,17 @@ def _check_possible(base: PreTrainedModel, mask: Mask, **given: Mapping[str, Any
 
 
 def _is_plain(model: PreTrainedModel, recipe: Recipe, difference: Callable[[], float], undo: Undo) -> bool:
-    """Let the config of the cut model say by its own numbers what `recipe` says, if it can and computes the same."""
+    """Let the config of the cut model say by its own numbers what `recipe` says, if it can and computes the same.
+
+    Also with attention maps, which are computed by other code: it may read a number that the usual code leaves alone.
+    """
     start = len(undo)
     try:
-        if say_plainly_(model, recipe, undo) and difference() <= TOLERANCE:
+        if (
+            say_plainly_(model, recipe, undo)
+            and difference() <= TOLERANCE
+            and _with_maps(model, difference) <= TOLERANCE
+        ):
             return True
     except FAILURES:  # of a model that runs with units missing, but not with those numbers
         pass
@@ -152,6 +159,15 @@ def _is_plain(model: PreTrainedModel, recipe: Recipe, difference: Callable[[], f
         step()
     del undo[start:]
     return False
+
+
+def _with_maps(model: PreTrainedModel, difference: Callable[[], float]) -> float:
+    """Return the difference where maps are computed, 0 for a model that computes none."""
+    try:
+        with probe(model, weights=True):
+            return difference()
+    except UnsupportedModelError:
+        return 0.0
 
 
 @contextmanager
