@@ -384,12 +384,13 @@ def page(report: dict[str, Any]) -> str:
         passed = sum(not r["failed_checks"] for r in tried)
         summary.append((f"every promise of benchmarks/battery.py kept, of {len(tried)} with sites", passed))
     for kind in ("neurons", "layers"):
-        tried = [r[kind] for r in rows if kind in r]
-        done = [one for one in tried if one["outcome"] == "reloaded" and one.get("share", 1) >= MOST_NEURONS]
-        summary.append((f"{kind} removed and reloaded exactly", len(done)))
-        summary.append((f"{kind} silently wrong", sum(one["outcome"] == "WRONG" for one in tried)))
-    alone = sum(bool(r["layers"].get("plain")) for r in rows if "layers" in r)
-    summary.append(("with a layer gone, loaded without secateur", alone))
+        if tried := [r[kind] for r in rows if kind in r]:
+            done = [one for one in tried if one["outcome"] == "reloaded" and one.get("share", 1) >= MOST_NEURONS]
+            summary.append((f"{kind} removed and reloaded exactly", len(done)))
+            summary.append((f"{kind} silently wrong", sum(one["outcome"] == "WRONG" for one in tried)))
+    if tried := [r["layers"] for r in rows if "layers" in r]:
+        alone = sum(bool(one.get("plain")) for one in tried)
+        summary.append(("with a layer gone, loaded without secateur", alone))
     lines = [
         "# Which models",
         "",
@@ -421,7 +422,8 @@ def page(report: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     lines += [f"| `{r['type']}` | {r['outcome']} | {cell(r.get('reason', ''))} |" for r in stopped]
-    lines += ["", "## Neurons and layers that stay", "", "| type | kind | reason |", "|---|---|---|"]
+    if any("neurons" in r or "layers" in r for r in rows):
+        lines += ["", "## Neurons and layers that stay", "", "| type | kind | reason |", "|---|---|---|"]
     for kind in ("neurons", "layers"):
         for r in rows:
             found = r.get(kind, {})
