@@ -28,7 +28,7 @@ def twin_of(model: PreTrainedModel, data: dict[str, Any]) -> PreTrainedModel | N
             for name, value in vars(model.config).items():
                 if name.startswith("_") and isinstance(value, PLAIN):
                     vars(config)[name] = value  # how attention is computed is in no file
-            with torch.device("meta"):
+            with torch.random.fork_rng([]), torch.device("meta"):
                 return type(model)(config)
     except Exception:  # whatever a class or a config raises over numbers that do not suit it
         return None
