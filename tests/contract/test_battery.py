@@ -13,7 +13,7 @@ from secateur.sites import gating
 from tests.support.tiny import tiny_model
 
 # Through the interface and past it, encoders, decoders and both, grouped queries, windows, pictures: the sweep has all.
-KINDS = ["vit", "modernbert", "gpt2", "llama", "t5", "falcon"]
+KINDS = ["vit", "modernbert", "llama", "t5", "falcon"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -60,9 +58,9 @@ sys.exit(pytest.main(["--collect-only", "-p", "no:cacheprovider", "tests/contrac
 """
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("edits")
+def test_everything_takes_up_a_scorer_that_a_file_and_a_line_add(tmp_path):
+    folder = tmp_path / "edits"
+    folder.mkdir()
     for part in ("src", "tests", "docs"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "_build", "generated"))
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -83,30 +81,16 @@ def answers(tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     parts = dict(part.split("\n", 1) for part in done.stdout.split("== ")[1:])
-    return folder, parts
-
-
-def test_the_command_line_lists_it(answers):
-    assert "latest" in answers[1]["help"]
-
-
-def test_compare_accepts_it(answers):
-    folder, parts = answers
+    assert "latest" in parts["help"]
     assert "latest" in parts["compare"]
     assert (folder / "c" / "scores" / "task-latest-0.json").is_file()
     assert "latest" in (folder / "c" / "report.html").read_text()
-
-
-def test_the_contract_tests_take_it_up(answers):
-    collected = [line for line in answers[1]["tests"].splitlines() if "::" in line]
+    collected = [line for line in parts["tests"].splitlines() if "::" in line]
     assert {line.split("::")[1].split("[")[0] for line in collected} >= {
         "test_every_scorer_scores_every_head_and_leaves_the_model_alone",
         "test_every_scorer_describes_itself",
     }
     assert all("latest" in line for line in collected)
-
-
-def test_the_documentation_lists_it(answers):
-    section = answers[1]["docs"].split("## latest\n")[1].split("\n## ")[0]
+    section = parts["docs"].split("## latest\n")[1].split("\n## ")[0]
     for words in ("The index of a head.", "Source: a test", "Needs: nothing but the weights", "`factor=2.5`"):
         assert words in section

@@ -114,16 +114,17 @@ def _narrow(model: PreTrainedModel) -> None:
     builder = _builder(model)
     if builder is not None and builder.base_model is not builder and type(model) is type(builder.base_model):
         return  # another beside its base model, whose recipe it is; one of another class takes that one's place
-    part = held_part(base_of(model), recipe) if builder is None else None
+    base, is_part = base_of(model), builder is None and not _is_what_was_saved(model)
+    part = held_part(base, recipe) if is_part else None
     if part is not None:  # the class is a part of what was saved, such as its encoder
         from secateur.removal.digest import note_recipes_
         from secateur.removal.telling import give_own_configs_
 
         note_recipes_(model)
         give_own_configs_(model)
-        for config in (model.config, base_of(model).config):
+        for config in (model.config, base.config):
             setattr(config, KEY, part.to_json())
-    if part is not None or (builder is None and _is_whole(model)) or not missing_sites(base_of(model), recipe):
+    if part is not None or (builder is None and _is_whole(model)) or not missing_sites(base, recipe):
         rebuild_(model)
 
 
@@ -140,15 +141,17 @@ def _builder(model: PreTrainedModel) -> PreTrainedModel | None:
 
 def _is_whole(model: PreTrainedModel) -> bool:
     """Is this the model that was asked for, rather than a part of it, such as the encoder alone?"""
+    return model.base_model is not model or _is_what_was_saved(model)
+
+
+def _is_what_was_saved(model: PreTrainedModel) -> bool:
+    """Is this of the class that a config names, or its base model of the one that holds all there is by the config?"""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     whole = MODEL_MAPPING.get(type(model.config), None)
     classes = whole if isinstance(whole, tuple) else (whole,)
-    return (
-        model.base_model is not model
-        or type(model) in classes
-        or type(model).__name__ in (getattr(model.config, "architectures", None) or [])
-    )
+    named = getattr(model.config, "architectures", None) or []
+    return type(model.base_model) in classes or type(model).__name__ in named
 
 
 def _saves_itself(model: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
