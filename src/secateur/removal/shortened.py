@@ -61,9 +61,9 @@ def _shorter_twin(model: PreTrainedModel, site: LayerSite, stays: list[int], mov
     whole = model.config.to_dict()
     recipe = read_recipe(model.config)
     if recipe is not None:
-        there = {site.name: tuple(site.units[layer] for layer in stays)} if site.name in recipe.kept else {}
+        counted = {site.name: tuple(site.units[layer] for layer in stays)} if site.name in recipe.kept else {}
         recipe = moved_recipe(recipe, moved)
-        whole[KEY] = replace(recipe, kept={**recipe.kept, **there}).to_json()
+        whole[KEY] = replace(recipe, kept={**recipe.kept, **counted}).to_json()
     for data in _shorter_configs(whole, site.num_units, stays):
         twin = twin_of(model, data)
         if twin is None or len(_lists(base_of(twin)).get(site.name, ())) != len(stays):
