@@ -26,7 +26,7 @@ def verify(folder: Path, against: str | None, device: str | None, as_json: bool)
         verdict = "equal to" if result["equal"] else "DIFFERS from"
         refitted = " and its output projections refitted" if result["reconstructed"] else ""
         since = ", as it was distilled since" if result["distilled"] else ""
-        click.echo(f"{folder} {verdict} {result['against']} with {result['dropped']} heads gated{refitted}{since}")
+        click.echo(f"{folder} {verdict} {result['against']} with {result['dropped']} units gated{refitted}{since}")
         click.echo(f"largest difference {result['max_difference']:.1e} (at most {result['tolerance']:g} is accepted)")
     if not result["equal"]:
         raise click.exceptions.Exit(1)
