@@ -241,7 +241,7 @@ GOOD = "sentence,label\nfine,1\nbad,0\n"
         ({"--data": "missing.csv"}, "missing.csv"),
         ({"--data": "columns.csv"}, "columns.csv"),
         ({"--data": "empty.csv"}, "empty.csv"),
-        ({"--scorer": "best"}, "scorer` must be one of block_influence, .*, got best"),
+        ({"--scorer": "best"}, "scorer` must be one of block_influence, confidence"),
         ({"--scorer": "smp", "--pruner": "nowhere"}, "cannot be loaded as a MetaPruner"),
         ({"--scorer": "smp", "--pruner": "none.bin"}, "there is no meta-pruner checkpoint"),
         ({"--pruner": "x"}, "goes with `--scorer smp` and"),
