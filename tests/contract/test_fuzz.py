@@ -17,12 +17,14 @@ from transformers import AutoModel
 from secateur.errors import CheckpointError, InvalidInputError
 from secateur.removal.remove import remove_
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_units
 from secateur.sites.recipe import KEY, Recipe
 from secateur.units.masks import Mask
 from secateur.units.scores import Scores
 from secateur.units.select import select
 from tests.support.damage import ODD, damaged
 from tests.support.tiny import CONFIGS, tiny_model, uneven_mask
+from tests.support.units import ragged_mask
 
 FULL = 2000
 CASES = int(os.environ.get("FUZZ_CASES", FULL // 4))
@@ -62,13 +64,17 @@ def check_message(error):
 
 @pytest.fixture(scope="module")
 def recipes():
-    """The recipes of a BERT with an emptied site, a T5, whose sites share a bias, and a Llama with grouped queries."""
+    """Recipes: a BERT with an emptied site, a T5, whose sites share a bias, a Llama with grouped queries, a ViT without
+    some neurons.
+    """
     found = {}
     for kind in ("bert", "t5", "llama"):
         model = tiny_model(kind)
         remove_(model, uneven_mask(find_sites(model), empty=kind == "bert"))
         found[kind] = json.loads(json.dumps(getattr(model.config, KEY)))
-    return found
+    model = tiny_model("vit")
+    remove_(model, ragged_mask(find_units(model, ["heads", "neurons"])))
+    return {**found, "vit": json.loads(json.dumps(getattr(model.config, KEY)))}
 
 
 @pytest.fixture(scope="module")

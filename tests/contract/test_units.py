@@ -16,6 +16,7 @@ from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.inputs import example_inputs
 from secateur.removal.proof import hidden_states, largest_difference
 from secateur.removal.remove import gated, remove_
+from secateur.removal.verify import verify_checkpoint
 from secateur.settings import Budget, Cut, budgets_of
 from secateur.sites.finding import find_units
 from secateur.sites.recipe import read_recipe
@@ -23,7 +24,7 @@ from secateur.units.masks import Mask
 from secateur.units.scores import Scores
 from secateur.units.select import select
 from tests.support.pruned import assert_equal
-from tests.support.tiny import tiny_classifier, tiny_model
+from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
 from tests.support.units import even_mask, ragged_mask, small_model
 
 
@@ -70,6 +71,22 @@ def test_a_second_removal_counts_as_the_original_did(tmp_path):
     again = AutoModel.from_pretrained(tmp_path)
     assert_equal(again, model)
     assert find_units(again)[first].units == stays
+
+
+@pytest.mark.parametrize("kind", ["bert", "gated t5"])
+@pytest.mark.parametrize("restore", ["none", "reconstruct"])
+def test_a_folder_without_layers_is_verified_against_the_original(kind, restore, tmp_path):
+    """Its sites have other names than the original's."""
+    model = small_model(kind)
+    model.save_pretrained(tmp_path / "whole")
+    scores = secateur.score(model, scorer="random", units=["heads", "neurons", "layers"])
+    rows = {**ragged_mask(find_units(model)), **select(scores.only([s for s in scores if scores.kinds[s] == "layers"]))}
+    if restore == "reconstruct":
+        secateur.reconstruct_(model, Mask(rows), tiny_texts(16), tiny_tokenizer())
+    remove_(model, Mask(rows), record={"reconstructed": restore == "reconstruct"})
+    model.save_pretrained(tmp_path / "small")
+    result = verify_checkpoint(tmp_path / "small", tmp_path / "whole")
+    assert result["equal"], result
 
 
 def test_neurons_stay_in_multiples():
