@@ -53,23 +53,28 @@ REASONS = ROOT / "benchmarks" / "survivors.json"
 KEPT = ROOT / "build" / "mutation.jsonl"
 PACKAGES = ("secateur", "torch", "transformers", "pytest", "hypothesis", "cosmic-ray")
 
+_REMOVAL = [
+    "contract/test_removal.py",
+    "contract/test_proof.py",
+    "contract/test_parts.py",
+    "unit/test_reshaped.py",
+    "contract/test_recipe.py::test_the_recipe_records_what_was_done",
+    "contract/test_offload.py::test_what_would_hold_all_weights_is_refused_and_told_what_works",
+    *(
+        f"contract/test_parameters.py::test_a_wrong_value_is_named[{name}]"
+        for name in ("gated-model", "gated-mask", "gated-sites", "remove_-mask", "remove_-inputs", "remove_-record")
+    ),
+    "contract/test_concurrency.py::test_two_models_of_one_config_object_in_two_threads",
+    "contract/test_memory_and_numbers.py::test_nothing_is_proved_with_values_that_are_not_finite",
+]
+
 # Each module with the tests that are about it, but for the slow ones.
 MODULES = {
-    "units/select.py": ["unit/test_selection.py"],
-    "removal/remove.py": [
-        "contract/test_removal.py",
-        "contract/test_proof.py",
-        "contract/test_parts.py",
-        "unit/test_reshaped.py",
-        "contract/test_recipe.py::test_the_recipe_records_what_was_done",
-        "contract/test_offload.py::test_what_would_hold_all_weights_is_refused_and_told_what_works",
-        *(
-            f"contract/test_parameters.py::test_a_wrong_value_is_named[{name}]"
-            for name in ("gated-model", "gated-mask", "gated-sites", "remove_-mask", "remove_-inputs", "remove_-record")
-        ),
-        "contract/test_concurrency.py::test_two_models_of_one_config_object_in_two_threads",
-        "contract/test_memory_and_numbers.py::test_nothing_is_proved_with_values_that_are_not_finite",
-    ],
+    "units/select.py": ["unit/test_selection.py", "unit/test_neurons.py"],
+    "removal/remove.py": _REMOVAL,
+    "removal/proving.py": _REMOVAL,
+    "removal/telling.py": [*_REMOVAL, "contract/test_recipe.py", "contract/test_plain.py"],
+    "sites/narrowing.py": ["contract/test_removal.py", "contract/test_units.py"],
     "removal/proof.py": [
         "contract/test_proof.py",
         "contract/test_removal.py",
@@ -107,6 +112,7 @@ MODULES = {
         "contract/test_checkpoint.py::test_round_trip_and_saving_again[bert]",
         "contract/test_checkpoint.py::test_an_emptied_site_comes_back[gpt2]",
         "contract/test_recipe.py::test_damaged_recipes_are_refused_before_any_weight_is_read",
+        "unit/test_packing.py",
         "contract/test_recipe.py::test_the_recipe_records_what_was_done",
         "unit/test_reshaped.py::test_a_module_that_asks_for_the_full_width_is_pruned_again_and_reloads",
         "unit/test_reshaped.py::test_a_recipe_that_reshapes_an_unknown_site_is_refused",
