@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from secateur.choosing.allocation import SensitivitySelection
 from secateur.choosing.budget import BudgetedSelection
 from secateur.choosing.refinement import refine_mask
-from secateur.errors import InvalidInputError, UnsupportedModelError, invalid
+from secateur.errors import InvalidInputError, UnsupportedModelError
 from secateur.measuring.cost import check_heads, measure_cost
 from secateur.models.base_model import base_of
 from secateur.models.loading import load_model, load_tokenizer
@@ -38,7 +38,6 @@ from secateur.scorers.score import AnyScorer, Labels, score
 from secateur.settings import AnyAllocation, AnyBudget, Cut, Reading, Restore, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, mean_maps
 from secateur.sites.recipe import TRAINED, read_recipe
-from secateur.support.checks import check_whole
 from secateur.support.defaults import DISTILLATION_STEPS
 from secateur.support.versions import __version__
 from secateur.texts.calibration import PreparedModel, texts_of
@@ -49,9 +48,6 @@ from secateur.units.scores import Scores
 from secateur.units.select import select
 
 _PROOF_TEXTS = 8
-
-RECIPE_TEXTS = 1024
-"""Texts that are scored and fitted on at most, where all are read to distil."""
 
 SENSITIVITY_TEXTS = 256
 """Texts that say where units go."""
@@ -105,19 +101,11 @@ def prune(
 
     Raises what the steps raise, before or after which `model` is what it was.
     """
-    check_whole("refine", refine, 0)
-    check_whole("steps", steps)
-    if restore not in (None, *get_args(Restore)):
-        raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
     reading, texts = settings_of(reading, Reading), texts_of(texts)
     cut = Cut(pruning_ratio, "uniform" if allocation is None else allocation, floor, budget, units, exclude=exclude)
     cut, restore = recommended(cut, allocation, restore, texts)
-    check_steps(texts, cut, refine, restore, reading)
-    held_out: Sequence[Text] = []
-    if restore == "distill" and isinstance(texts, Sequence):  # as was checked
-        texts, labels, held_out = without_held_out(texts, labels, reading.seed)
-        if reading.stop == "all":
-            reading = replace(reading, stop=min(RECIPE_TEXTS, len(texts)))
+    check_steps(texts, cut, refine, restore, steps, reading)
+    texts, labels, held_out, reading = without_held_out(texts, labels, restore, reading)
     work = _Pruning(model, texts, tokenizer, cut, restore == "distill", reading)
     work.hold_out(held_out)
     scores = work.score(scorer, labels, options)

@@ -5,21 +5,27 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast, get_args
 
 from secateur.errors import InvalidInputError, invalid
 from secateur.relations import RELATED
-from secateur.restoring.distillation import FEWEST
+from secateur.restoring.distillation import FEWEST, HELD_OUT
 from secateur.restoring.quality import MOST_TEXTS
 from secateur.scorers.score import Labels
 from secateur.settings import Budget, Cut, Reading, Restore
+from secateur.support.checks import check_whole
 from secateur.support.defaults import UNITS
 from secateur.support.processes import is_shared
 from secateur.texts.tokenization import Text
 
+SCORED_TEXTS = 1024
+"""Texts that are scored and fitted on at most, where all are read to distil."""
+
 
 def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> tuple[Cut, Restore]:
     """Fill in what was not asked for: need and distillation where a budget takes more than heads."""
+    if restore not in (None, *get_args(Restore)):
+        raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
     of_all = any(budget.quantity not in UNITS for budget in cut.budgets)
     deep = of_all and cut.kinds != ("heads",) and isinstance(texts, Sequence) and len(texts) >= FEWEST
     if allocation is None and deep:
@@ -30,8 +36,10 @@ def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> t
     return cut, restore or ("distill" if deep and allocation is None else "none")
 
 
-def check_steps(texts: Any, cut: Cut, refine: int, restore: str, reading: Reading) -> None:
+def check_steps(texts: Any, cut: Cut, refine: int, restore: Restore, steps: int, reading: Reading) -> None:
     """Raise `InvalidInputError` for steps that do not go together, before a model is loaded."""
+    check_whole("refine", refine, 0)
+    check_whole("steps", steps)
     needed = {
         "`refine` needs `texts` to judge masks by": bool(refine),
         "`restore` needs `texts` to fit on": restore != "none",
@@ -53,15 +61,21 @@ def check_steps(texts: Any, cut: Cut, refine: int, restore: str, reading: Readin
 
 
 def without_held_out(
-    texts: Sequence[Text], labels: Labels | None, seed: int
-) -> tuple[Sequence[Text], Labels | None, Sequence[Text]]:
-    """Return the texts and their labels without one text of ten, at most 256, drawn with the seed, and these."""
-    count = min(len(texts) // 10, MOST_TEXTS)
-    if count < RELATED:
-        return texts, labels, []
-    if labels is not None and len(labels) != len(texts):
-        raise invalid("labels", f"have one entry for each text, {len(texts)}", len(labels))
-    chosen = set(random.Random(seed).sample(range(len(texts)), count))
-    left = [number for number in range(len(texts)) if number not in chosen]
-    own_labels: Any = None if labels is None else [labels[number] for number in left]
-    return [texts[number] for number in left], own_labels, [texts[number] for number in sorted(chosen)]
+    texts: Any, labels: Labels | None, restore: Restore, reading: Reading
+) -> tuple[Any, Labels | None, Sequence[Text], Reading]:
+    """Return texts and labels to work with, the texts to judge a model by that is taught, and how texts are read.
+
+    Held out is one text of ten, at most 256, drawn with the seed. All others teach, some of which are scored.
+    """
+    count = min(len(texts) // HELD_OUT, MOST_TEXTS) if restore == "distill" else 0
+    held_out: Sequence[Text] = []
+    if count >= RELATED:
+        if labels is not None and len(labels) != len(texts):
+            raise invalid("labels", f"have one entry for each text, {len(texts)}", len(labels))
+        chosen = set(random.Random(reading.seed).sample(range(len(texts)), count))
+        left = [number for number in range(len(texts)) if number not in chosen]
+        labels = cast(Any, None if labels is None else [labels[number] for number in left])
+        texts, held_out = [texts[number] for number in left], [texts[number] for number in sorted(chosen)]
+    if restore == "distill" and reading.stop == "all":
+        reading = replace(reading, stop=min(SCORED_TEXTS, len(texts)))
+    return texts, labels, held_out, reading

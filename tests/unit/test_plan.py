@@ -51,19 +51,32 @@ def test_steps_that_read_texts_again_need_a_list(allocation, restore, refine, ne
     cut = Cut(0.5, allocation, budget="heads=0.5")
     for texts in (None, iter(TEXTS)):
         with pytest.raises(InvalidInputError, match=f"^`{needs}`.* needs `texts` .*, in a list"):
-            check_steps(texts, cut, refine, restore, Reading())
-    check_steps(TEXTS, cut, refine, restore, Reading())
+            check_steps(texts, cut, refine, restore, 1, Reading())
+    check_steps(TEXTS, cut, refine, restore, 1, Reading())
+
+
+def held_out_of(texts, labels=None, seed=3, restore="distill", stop="all"):
+    return without_held_out(texts, labels, restore, Reading(seed=seed, stop=stop))
 
 
 def test_one_text_of_ten_is_held_out_and_takes_its_label_along():
     labels = [2 * number for number in range(60)]
-    texts, left, held_out = without_held_out(TEXTS, labels, 3)
+    texts, left, held_out, _ = held_out_of(TEXTS, labels)
     assert (len(texts), len(held_out)) == (54, 6)
     assert sorted([*texts, *held_out], key=int) == TEXTS
     assert left == [2 * int(text) for text in texts]
-    assert without_held_out(TEXTS, None, 3)[1:] == (None, held_out)
-    assert without_held_out(TEXTS, None, 4)[2] != held_out
-    assert without_held_out(TEXTS[:29], labels, 3) == (TEXTS[:29], labels, [])
-    assert len(without_held_out(TEXTS * 100, None, 3)[2]) == 256
+    assert held_out_of(TEXTS)[1:3] == (None, held_out)
+    assert held_out_of(TEXTS, seed=4)[2] != held_out
+    assert held_out_of(TEXTS[:29], labels)[:3] == (TEXTS[:29], labels, [])
+    assert held_out_of(TEXTS, labels, restore="reconstruct")[:3] == (TEXTS, labels, [])
+    assert len(held_out_of(TEXTS * 100)[2]) == 256
     with pytest.raises(InvalidInputError, match="`labels` must have one entry for each text, 60, got 59"):
-        without_held_out(TEXTS, labels[:59], 3)
+        held_out_of(TEXTS, labels[:59])
+
+
+@pytest.mark.parametrize(
+    ("restore", "stop", "count", "scored"),
+    [("distill", "all", 60, 54), ("distill", "all", 6000, 1024), ("distill", 9, 60, 9), ("none", "all", 6000, "all")],
+)
+def test_of_all_texts_that_teach_some_are_scored(restore, stop, count, scored):
+    assert held_out_of(TEXTS * (count // 60), restore=restore, stop=stop)[3].stop == scored

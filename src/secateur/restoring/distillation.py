@@ -81,13 +81,7 @@ def distill_(
     reading, texts = settings_of(reading, Reading), listed_texts(texts)
     if len(texts) < FEWEST:
         raise invalid("texts", f"be at least {FEWEST}, as every tenth judges", len(texts))
-    student = base_of(model)
-    if not isinstance(teacher, PreTrainedModel) or (master := base_of(teacher)) is student:
-        raise invalid("teacher", "be another model of transformers, `model` before pruning", type(teacher).__name__)
-    for one in (student, master):
-        check_loaded(one, "distillation")
-    check_plain_weights(student)
-    check_takes_gradients(student)
+    student, master = _checked(model, teacher)
     prepared = PreparedModel(model, tokenizer, reading)
     reading = replace(reading, device=str(training_device(device_of(student))))
     every = max(HELD_OUT, math.ceil(len(texts) / MOST_HELD_OUT))
@@ -106,6 +100,18 @@ def distill_(
             pair, before, evaluate, partial(_teach, pair, prepared, training, steps, learning_rate, reading)
         )
     return before, after
+
+
+def _checked(model: nn.Module, teacher: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Return the base models of both, which can be taught and teach."""
+    student = base_of(model)
+    if not isinstance(teacher, PreTrainedModel) or (master := base_of(teacher)) is student:
+        raise invalid("teacher", "be another model of transformers, `model` before pruning", type(teacher).__name__)
+    for one in (student, master):
+        check_loaded(one, "distillation")
+    check_plain_weights(student)
+    check_takes_gradients(student)
+    return student, master
 
 
 def _check_layers(layers: Any) -> None:
