@@ -99,6 +99,6 @@ def test_runs_that_are_written_alike_are_held_once():
     assert runs.units(3) == (0, 1, 2)
     assert runs.units(3) is runs.units(3)
     assert runs.owners("", 3) == ()
-    with pytest.raises(ValueError, match="impossible run '2x1' among 2 heads"):
+    with pytest.raises(ValueError, match="impossible run '2x1' among 2 units"):
         runs.owners("2x1", 2)
     assert torch.tensor(runs.owners("0x1000000", 1)).sum() == 0
