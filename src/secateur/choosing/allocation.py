@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
 from secateur.texts.calibration import PreparedModel
 from secateur.texts.tokenization import Text
-from secateur.units.masks import Mask, original_vector
+from secateur.units.masks import Mask, indices_of, original_vector
 from secateur.units.scores import Scores
 
 JUDGES = 4
@@ -30,7 +30,8 @@ class SensitivitySelection(BudgetedSelection):
 
     Which units of a site these are say the scores. Sites are measured alone, and their errors add up (see
     `options_of_sites`, `cheapest`). A layer, where layers may go, goes with all that is in it or stays with what its
-    sites choose. A budget for one kind of units is kept by its sites alone.
+    sites choose. A budget for one kind of units is kept by its sites alone, and what they save counts towards one that
+    counts all.
     """
 
     def __init__(
@@ -54,10 +55,13 @@ class SensitivitySelection(BudgetedSelection):
         rows: dict[str, Tensor] = {}
         for kind, budget in self.own.items():
             names = [name for name in measured if self.sites[name].kind == kind]
-            rows |= self._choose([self._alone(name, measured[name], budget) for name in names], budget, scores)
+            parts = [self._alone(name, measured[name], budget) for name in names]
+            rows |= self._choose(parts, budget, scores, 1 - budget.limit)
         if self.joint is not None:
-            names = [name for name in measured if self.sites[name].kind not in self.own]
-            rows |= self._choose(self._parts(names, measured, self.joint), self.joint, scores)
+            saved = self._saved(rows, self.joint)
+            names = [name for name in measured if self.sites[name].kind not in self.own and not _within(name, saved)]
+            needed = max(0.0, 1 - self.joint.limit - sum(saved.values()))
+            rows |= self._choose(self._parts(names, measured, self.joint, saved), self.joint, scores, needed)
         mask = Mask({name: rows[name] for name in scores if name in rows})
         return mask, 1 - self._units_left(self.cut.kinds[0], mask)
 
@@ -79,9 +83,19 @@ class SensitivitySelection(BudgetedSelection):
         except UnsupportedModelError:
             return {}
 
-    def _choose(self, parts: list[list[Option]], budget: Budget, scores: Scores) -> dict[str, Tensor]:
-        """Return the units that stay, of the sites that the parts are about."""
-        chosen = cheapest(parts, 1 - budget.limit)
+    def _saved(self, rows: Mapping[str, Tensor], budget: Budget) -> dict[str, float]:
+        """Return the share that what is chosen already saves, by site, and by layer where one goes whole."""
+        saved: dict[str, float] = {}
+        kept = {name: row[list(self.sites[name].units)] for name, row in rows.items()}
+        for name in (name for name in kept if self.sites[name].kind == LayerSite.kind):
+            paths = [f"{name}.{number}" for number in indices_of(~kept[name])]
+            saved |= {path: self.share_of_layer(budget, path) for path in paths}
+        others = [name for name in kept if self.sites[name].kind != LayerSite.kind and not _within(name, saved)]
+        return saved | {name: self.share_of_site(budget, name, kept[name]) for name in others}
+
+    def _choose(self, parts: list[list[Option]], budget: Budget, scores: Scores, needed: float) -> dict[str, Tensor]:
+        """Return the units that stay, of the sites that the parts are about, so that `needed` is saved."""
+        chosen = cheapest(parts, needed)
         if chosen is None:
             share = partial(self._units_left, budget.quantity) if budget.quantity in self.own else self.share
             raise self.out_of_reach(scores, budget, share)
@@ -112,9 +126,16 @@ class SensitivitySelection(BudgetedSelection):
         return options
 
     def _parts(
-        self, names: Sequence[str], measured: Mapping[str, Sequence[tuple[float, Tensor]]], budget: Budget
+        self,
+        names: Sequence[str],
+        measured: Mapping[str, Sequence[tuple[float, Tensor]]],
+        budget: Budget,
+        saved: Mapping[str, float],
     ) -> list[list[Option]]:
-        """Return the parts of the model that choose for themselves: layers that may go, and single sites elsewhere."""
+        """Return the parts of the model that choose for themselves: layers that may go, and single sites elsewhere.
+
+        `saved` has the shares that sites save already, which a layer that goes cannot save again.
+        """
         lists = {name: site for name in names if isinstance(site := self.sites[name], LayerSite)}
         inside: dict[tuple[str, int], list[list[Option]]] = {
             (name, number): [] for name, site in lists.items() for number in range(site.num_units)
@@ -126,10 +147,15 @@ class SensitivitySelection(BudgetedSelection):
                 (parts if place is None else inside[place]).append(self._alone(name, measured[name], budget))
         for (name, number), of_sites in inside.items():
             gone = ((name, number),)
-            saved = self.share_of_layer(budget, f"{name}.{number}")
-            without = Option(saved, measured[name][number][0], {}, gone)
+            path = f"{name}.{number}"
+            already = sum(share for site, share in saved.items() if _within(site, [path]))
+            without = Option(self.share_of_layer(budget, path) - already, measured[name][number][0], {}, gone)
             parts.append([*map(_together, itertools.product(*of_sites)), without])
         return parts
+
+
+def _within(site: str, paths: Iterable[str]) -> bool:
+    return any(site.startswith(f"{path}.") for path in paths)
 
 
 def _together(options: tuple[Option, ...]) -> Option:
