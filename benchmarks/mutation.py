@@ -70,7 +70,7 @@ _REMOVAL = [
 
 # Each module with the tests that are about it, but for the slow ones.
 MODULES = {
-    "units/select.py": ["unit/test_selection.py", "unit/test_neurons.py"],
+    "units/select.py": ["unit/test_selection.py"],
     "removal/remove.py": _REMOVAL,
     "removal/proving.py": _REMOVAL,
     "removal/telling.py": [*_REMOVAL, "contract/test_recipe.py", "contract/test_plain.py"],

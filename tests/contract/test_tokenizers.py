@@ -208,9 +208,14 @@ def test_one_that_was_made_up_elsewhere_is_refused():
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scorer", ["contribution", "magnitude"])
-def test_a_pruned_model_is_saved_with_its_tokenizer(scorer, dense, tmp_path):
-    model, _ = secateur.prune(dense, TEXTS if scorer == "contribution" else None, scorer=scorer, reading=READING)
+@pytest.mark.parametrize(
+    ("scorer", "units"), [("contribution", "heads"), ("magnitude", "heads"), ("block_influence", "layers")]
+)
+def test_a_pruned_model_is_saved_with_its_tokenizer(scorer, units, dense, tmp_path):
+    model, _ = secateur.prune(
+        dense, None if scorer == "magnitude" else TEXTS, scorer=scorer, units=[units], reading=READING
+    )
+    assert hasattr(model.config, "head_pruning") == (units == "heads")
     model.save_pretrained(tmp_path / "small")
     assert ids(AutoTokenizer.from_pretrained(tmp_path / "small")) == ids(tiny_tokenizer())
 

@@ -89,19 +89,6 @@ def test_a_folder_without_layers_is_verified_against_the_original(kind, restore,
     assert result["equal"], result
 
 
-def test_neurons_stay_in_multiples():
-    draw = torch.Generator().manual_seed(0)
-    scores = Scores(
-        {"a": torch.rand(100, generator=draw), "b": torch.rand(20, generator=draw), "c": torch.rand(8, generator=draw)},
-        kinds={"a": "neurons", "b": "neurons"},
-    )
-    mask = select(scores, 0.5)
-    assert {name: int(row.sum()) for name, row in mask.items()} == {"a": 64, "b": 20, "c": 4}
-    assert mask.kept["a"] == sorted(scores["a"].topk(64).indices.tolist())
-    assert {name: int(row.sum()) for name, row in select(scores, 0.5, multiple=1).items()} == {"a": 50, "b": 10, "c": 4}
-    assert int(select(scores, 0.5, multiple=8)["a"].sum()) == 56
-
-
 @pytest.mark.parametrize(
     ("text", "kinds"),
     [

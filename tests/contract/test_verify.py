@@ -20,7 +20,7 @@ from secateur.sites.attention import find_sites
 from secateur.sites.finding import find_units
 from secateur.texts.data import Task
 from tests.support.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
-from tests.support.units import even_mask, ragged_mask, small_model
+from tests.support.units import ragged_mask, small_model
 
 
 def saved(model, folder, record=None):
@@ -343,12 +343,3 @@ def test_refitted_neurons_and_their_biases_are_known(tmp_path, capsys):
     }
     assert main(["verify", str(tmp_path / "small"), "--against", str(tmp_path / "whole")]) == 0
     assert "heads and 6 neurons gated and its output projections refitted" in capsys.readouterr().out
-
-
-def test_a_folder_whose_config_says_all_is_told_apart_from_one_that_is_whole(tmp_path):
-    model = tiny_model("bert")
-    model.save_pretrained(tmp_path / "whole")
-    remove_(model, even_mask(find_units(model, ["neurons"])))
-    model.save_pretrained(tmp_path / "small")
-    with pytest.raises(secateur.InvalidInputError, match="its config says all by its own numbers, and which units st"):
-        verify_checkpoint(tmp_path / "small", tmp_path / "whole")

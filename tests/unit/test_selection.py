@@ -213,3 +213,26 @@ def test_what_is_selected_with_is_checked_without_scores():
     for wrong in ({"pruning_ratio": 1}, {"allocation": "layer"}, {"floor": -1}):
         with pytest.raises(InvalidInputError, match=f"`{next(iter(wrong))}` must"):
             check_selection(**right | wrong)
+
+
+def test_neurons_stay_in_multiples():
+    draw = torch.Generator().manual_seed(0)
+    scores = Scores(
+        {"a": torch.rand(100, generator=draw), "b": torch.rand(20, generator=draw), "c": torch.rand(8, generator=draw)},
+        kinds={"a": "neurons", "b": "neurons"},
+    )
+    mask = select(scores, 0.5)
+    assert {name: int(row.sum()) for name, row in mask.items()} == {"a": 64, "b": 20, "c": 4}
+    assert mask.kept["a"] == sorted(scores["a"].topk(64).indices.tolist())
+    assert {name: int(row.sum()) for name, row in select(scores, 0.5, multiple=1).items()} == {"a": 50, "b": 10, "c": 4}
+    assert int(select(scores, 0.5, multiple=8)["a"].sum()) == 56
+
+
+def test_a_multiple_that_is_none_is_refused_and_heads_have_none():
+    rows = {"a": torch.arange(100.0), "b": torch.arange(12.0)}
+    scores = Scores(rows, kinds={"a": "neurons"})
+    kept = select(scores, 0.75, multiple=30)
+    assert (int(kept["a"].sum()), int(kept["b"].sum())) == (30, 3)
+    assert kept.kept["a"] == list(range(70, 100))
+    with pytest.raises(InvalidInputError, match="`multiple` must"):
+        select(scores, multiple=0)
