@@ -1,4 +1,4 @@
-"""secateur: remove the attention heads that a task does not need, prove the result, reload it with `from_pretrained`.
+"""secateur: remove what of a Transformer a task does not need, prove the result, reload it with `from_pretrained`.
 
 Importing this package is cheap. As soon as transformers is there too, every `from_pretrained` can rebuild models that
 were pruned; models without a `head_pruning` entry in their config are not touched.
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from secateur.settings import Cut as Cut
     from secateur.settings import Reading as Reading
     from secateur.sites.attention import find_sites as find_sites
+    from secateur.sites.finding import find_units as find_units
     from secateur.units.masks import Mask as Mask
     from secateur.units.scores import Scores as Scores
     from secateur.units.select import select as select
@@ -58,6 +59,7 @@ _WHERE = {
     "allocate": "secateur.choosing.budget",
     "distill_": "secateur.restoring.distillation",
     "find_sites": "secateur.sites.attention",
+    "find_units": "secateur.sites.finding",
     "gated": "secateur.removal.remove",
     "prune": "secateur.pruning",
     "reconstruct_": "secateur.restoring.reconstruction",
