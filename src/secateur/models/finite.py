@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from secateur.errors import InvalidInputError
 
@@ -31,7 +32,8 @@ def check_pass(model: nn.Module, run: Callable[[], Any]) -> None:
 def check_weights(model: nn.Module) -> None:
     """Raise `InvalidInputError`, naming the first, where weights are not finite."""
     for name, weight in model.named_parameters():
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        packed = weight.is_meta or is_traceable_wrapper_subclass(weight)  # quantised ones cannot be asked
+        if not packed and not bool(torch.isfinite(weight).all()):
             raise _error(f"{name} holds NaN or infinity")
 
 
