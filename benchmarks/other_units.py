@@ -40,6 +40,8 @@ def check_neurons(model: PreTrainedModel, build_fails: str) -> dict[str, Any]:
         return result | {"reason": str(error)[:300]}
     result |= {"sites": len(found), "refused": refused, "share": _share(model, found, refused)}
     kept = {name: torch.arange(site.num_units) % 2 == 0 for name, site in found.items() if site.num_units > 1}
+    if not kept:
+        return result | {"reason": "no block has two neurons"}
     fresh = example_inputs(model, batch=3, length=10, padding=2, seed=1)
     with _silenced(model, kept):
         wanted = said(model, fresh)
