@@ -23,6 +23,7 @@ SEED = [-1, 2**32, 0.5, "0", None, True, ""]
 MASK = [None, 3, "", {}, {"a": torch.ones(2, dtype=torch.bool)}]
 MODEL = [None, 3, torch.nn.Linear(2, 2)]
 ALLOCATION = ["layer", "", None, 3, []]
+RANKED = [*ALLOCATION, "sensitivity"]  # needs texts, which `prune` alone has
 LEAST = [-1, 1.5, "1", None, True]
 RATIO = [-0.1, 1, float("nan"), "half", None, True, ""]
 TEXTS = [[], "", "a text", 3, [3], {"a": 1}]
@@ -39,18 +40,19 @@ PATTERNS = [3, "encoder.*", [3], ["nowhere.*"]]
 
 CALLS = {
     "find_sites": {"model": MODEL, "inputs": INPUTS},
+    "find_units": {"model": MODEL, "units": UNITS, "inputs": INPUTS},
     "gated": {"model": MODEL, "mask": MASK, "sites": [3, "", {}]},
     "remove_": {
         "model": MODEL, "mask": MASK, "inputs": INPUTS, "sites": [3, "", {}],
         "record": [3, "", {}, {"kept_heads": {}}, {"a": object()}],
     },
     "select": {
-        "scores": [None, 3, "", {}], "pruning_ratio": RATIO, "allocation": ALLOCATION, "floor": LEAST,
+        "scores": [None, 3, "", {}], "pruning_ratio": RATIO, "allocation": RANKED, "floor": LEAST,
         "multiple": COUNT,
     },
     "allocate": {
         "scores": [None, 3, "", {}], "budget": [*BUDGET, None, "heads=0", "heads=1.1", "heads=nan", "latency=0.5"],
-        "model": MODEL, "allocation": ALLOCATION, "floor": LEAST, "multiple": COUNT,
+        "model": MODEL, "allocation": RANKED, "floor": LEAST, "multiple": COUNT,
     },
     "score": {
         "model": MODEL, "texts": LISTED, "scorer": ["best", "", None, 3],

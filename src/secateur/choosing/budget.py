@@ -24,7 +24,7 @@ from secateur.sites.layout import Site
 from secateur.support.defaults import MULTIPLE, UNITS
 from secateur.units.masks import Mask
 from secateur.units.scores import PresentScores, Scores
-from secateur.units.select import Allocation, check_scores, groups_of, select
+from secateur.units.select import Allocation, check_scores, check_selection, groups_of, select
 
 _ROUNDING = 1e-9
 
@@ -259,6 +259,7 @@ def allocate(
     `InvalidInputError` for a budget that cannot be reached.
     """
     check_scores(scores)
+    check_selection(0, allocation, floor)
     cut = Cut(0, allocation, floor, budgets_of(budget), set(scores.kinds.values()), multiple)
     return BudgetedSelection(model, cut).select(scores)[0]
 
