@@ -38,6 +38,7 @@ from secateur.sites.recipe import KINDS, TRAINED, Recipe, read_recipe
 from secateur.units.masks import Mask, PresentMask, vector_of
 
 
+@torch.random.fork_rng([])  # transformers draws numbers for what it reads a moment later
 def verify_checkpoint(
     folder: str | Path, against: str | Path | None = None, device: torch.device | str | None = None
 ) -> dict[str, Any]:
