@@ -52,7 +52,7 @@ def test_prune_verify_prune_again(minilm_folder, texts, tmp_path, capsys):
 
     code, text, _ = run(capsys, "verify", out)
     assert code == 0
-    assert "with 36 units gated" in text
+    assert "with 36 heads gated" in text
     code, text, _ = run(capsys, "verify", out, "--against", minilm_folder, "--json")
     assert json.loads(text)["equal"] is True
 

