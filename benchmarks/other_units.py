@@ -159,7 +159,7 @@ def _bypassed(layer: nn.Module) -> Iterator[None]:
 
     def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         taken = args[0] if args else kwargs["hidden_states"]
-        return (taken, *output[1:]) if isinstance(output, tuple) else taken
+        return (taken, *output[1:]) if isinstance(output, tuple | list) else taken
 
     handle = layer.register_forward_hook(change, with_kwargs=True)
     try:

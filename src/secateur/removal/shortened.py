@@ -84,12 +84,11 @@ def _shorter_configs(data: dict[str, Any], count: int, stays: list[int]) -> Iter
     places = [path for path, value in walk(data) if value == count and not isinstance(value, bool | list)]
     for number in (1, 2):
         for chosen in itertools.combinations(places, number):
-            for with_lists in (True, False):
-                changed = dict(walk(data))
+            for is_per_layer in (_says_layer, _no_list, _says_kinds):
                 changes: dict[Place, Any] = dict.fromkeys(chosen, len(stays))
-                for path, value in changed.items() if with_lists else ():
+                for path, value in walk(data):
                     beside = any(path[:-1] == one[:-1] for one in chosen)
-                    if beside and isinstance(value, list) and len(value) == count and _is_per_layer(path, value):
+                    if beside and isinstance(value, list) and len(value) == count and is_per_layer(path, value):
                         changes[path] = [value[layer] for layer in stays]
                 yield changed_data(_without_stages(data, count), changes)
 
@@ -100,7 +99,18 @@ def _without_stages(data: dict[str, Any], count: int) -> dict[str, Any]:
     return {key: value for key, value in data.items() if not last or key not in _STAGES}
 
 
-def _is_per_layer(path: tuple[str, ...], value: list[Any]) -> bool:
+def _says_layer(path: Place, value: list[Any]) -> bool:
+    """Has the list an entry a layer, as its name says?"""
+    return "layer" in path[-1]
+
+
+def _no_list(path: Place, value: list[Any]) -> bool:
+    """No list counts: one as long as there are layers may be about something else."""
+    return False
+
+
+def _says_kinds(path: Place, value: list[Any]) -> bool:
+    """Has the list an entry a layer, as it names kinds, such as of attention?"""
     return "layer" in path[-1] or all(isinstance(entry, str) for entry in value)
 
 

@@ -57,13 +57,18 @@ def changed_data(data: Mapping[str, Any], changes: Mapping[Place, Any], above: P
     return found
 
 
+def is_plain(value: Any) -> bool:
+    """Is it a number, a text or the like, or a list of such, which is compared by what it says?"""
+    return isinstance(value, PLAIN) or (isinstance(value, list | tuple) and all(map(is_plain, value)))
+
+
 def take_over_(model: PreTrainedModel, before: PreTrainedModel, after: PreTrainedModel, undo: Undo) -> None:
     """Give every module the config of the twin `after`, and the attributes in which that differs from `before`."""
     for path, new in after.named_modules():
         module, old = model.get_submodule(path), before.get_submodule(path)
         for name, value in vars(new).items():
             was = vars(module).get(name)
-            counted = isinstance(value, PLAIN) and value != vars(old).get(name, value) and was == vars(old).get(name)
+            counted = is_plain(value) and value != vars(old).get(name, value) and was == vars(old).get(name)
             if counted or isinstance(value, PreTrainedConfig):
                 undo.append(partial(setattr, module, name, was))
                 setattr(module, name, value)
