@@ -7,10 +7,11 @@ from the config that will be saved, without weights, as `from_pretrained` will b
 
 from __future__ import annotations
 
-import json
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +112,9 @@ def _build(model: PreTrainedModel, recipe: dict[str, Any] | None) -> PreTrainedM
     Raises `CheckpointError` where the recipe does not fit, or the config cannot be read back.
     """
     try:
-        data = json.loads(model.config.to_json_string())
+        with tempfile.TemporaryDirectory() as folder:  # read as a folder is: an infinity is no number in JSON
+            model.config.to_json_file(Path(folder) / "config.json")
+            data = type(model.config).get_config_dict(folder)[0]
         config: PreTrainedConfig = type(model.config).from_dict(
             {**data, KEY: recipe, "architectures": [type(model).__name__]}
         )
