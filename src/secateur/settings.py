@@ -246,12 +246,19 @@ class Cut:
         return () if self.budget is None else budgets_of(self.budget)
 
     def may_go(self, scores: Scores) -> Scores:
-        """Return the scores of the sites that are not excluded. Raises `InvalidInputError` where none is left."""
+        """Return the scores of the sites that are not excluded.
+
+        Raises `InvalidInputError` where none is left, and where a layer that holds an excluded site could go with it.
+        """
         left = [site for site in scores if not any(fnmatch.fnmatchcase(site, pattern) for pattern in self.exclude)]
         unused = [p for p in self.exclude if not any(fnmatch.fnmatchcase(site, p) for site in scores)]
         if not left or unused:
             known = f"such as {next(iter(scores))!r}"
             raise invalid("exclude", f"leave some sites, and each pattern match one, {known}", unused or self.exclude)
+        lists = [site for site in left if scores.kinds[site] == "layers"]
+        if inside := [s for s in scores if s not in left and any(s.startswith(f"{path}.") for path in lists)]:
+            rule = f"name the list of layers too, as {inside[0]!r} would go with its layer"
+            raise invalid("exclude", rule, self.exclude, "or leave layers out of `units`")
         return scores.only(left)
 
     @property

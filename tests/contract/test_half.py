@@ -132,3 +132,19 @@ def test_the_command_takes_the_same(tmp_path, capsys):
     assert report["quality"]["num_texts"] == 6
     assert [outcome["asked"] for outcome in report["budget"]] == ["heads=0.6", "neurons=0.6"]
     assert "quality" in (tmp_path / "small" / "report.html").read_text()
+
+
+def test_a_command_that_teaches_reads_more_texts_than_it_scores_elsewhere(tmp_path):
+    (tmp_path / "texts.csv").write_text("\n".join(["sentence", *tiny_texts(400)]))
+    data = ["--data", tmp_path / "texts.csv", "--no-maps", "--max-length", 8, "--scorer", "contribution"]
+    model = saved_model(tmp_path / "model")
+    scored = {}
+    for name, words in {
+        "taught": ["--budget", "macs=0.8", "--steps", 1],
+        "asked for": ["--ratio", 0.5, "--restore", "distill", "--steps", 1],
+        "not taught": ["--budget", "macs=0.8", "--restore", "none"],
+    }.items():
+        command = ["prune", model, *data, *words, "--out", tmp_path / name]
+        assert main([*map(str, command)]) == 0
+        scored[name] = json.loads((tmp_path / name / "pruning_report.json").read_text())["num_texts"]
+    assert scored == {"taught": 360, "asked for": 360, "not taught": 256}

@@ -158,6 +158,11 @@ def test_excluded_sites_stay_whole():
     assert [layer.attention.self.num_attention_heads for layer in smaller.encoder.layer] == [4, 2, 2]
     with pytest.raises(InvalidInputError, match=r"`exclude` must .*each pattern match one.*'nowhere\.\*'"):
         secateur.prune(model, scorer="random", exclude=["encoder.layer.0.*", "nowhere.*"])
+    some = {"scorer": "random", "units": ["heads", "layers"], "exclude": ["encoder.layer.0.*"]}
+    with pytest.raises(InvalidInputError, match=r"`exclude` must name the list of layers too.*leave layers out"):
+        secateur.prune(model, **some)
+    smaller, _ = secateur.prune(model, **some | {"exclude": ["encoder.layer.0.*", "encoder.layer"]})
+    assert len(smaller.encoder.layer) == len(model.encoder.layer)
     assert report.units["neurons"] == (768, 640)
 
 

@@ -93,7 +93,7 @@ def prune(context: click.Context, model: str, data: str, out: Path, as_json: boo
         check_new_folder(out)
     cut = _cut(context, options)
     scorer = scorer_of(options)
-    texts, labels = calibration_of(data, options)
+    texts, labels = calibration_of(data, options, teaches=_teaches(options))
     tokenizer = load_tokenizer(model)
     reading = reading_of(options, device=str(device), accelerator=accelerator, maps=options["maps"], progress=is_main)
     # Of the processes that a launcher started, the first one holds the folder and saves.
@@ -111,6 +111,16 @@ def prune(context: click.Context, model: str, data: str, out: Path, as_json: boo
         print_json({**report.to_json(), "out": str(out)})
     else:
         _echo(report, texts, out)
+
+
+def _teaches(options: Mapping[str, Any]) -> bool:
+    """Will the smaller model be taught, by what was asked for or unasked?"""
+    from secateur.pruning_plan import recommended
+    from secateur.restoring.distillation import FEWEST
+    from secateur.settings import Cut
+
+    cut = Cut(budget=options["budget"], units=options["units"])
+    return recommended(cut, options["allocation"], options["restore"], range(FEWEST))[1] == "distill"
 
 
 def _cut(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from secateur.cli.options import (
     together,
 )
 from secateur.scorers import DEFAULT_SCORER, LAYER_SCORERS, SCORERS, make_scorer, scorer_class
-from secateur.support.defaults import CALIBRATION_TEXTS, UNITS
+from secateur.support.defaults import CALIBRATION_TEXTS, TEACHING_TEXTS, UNITS
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,8 @@ scoring_options = together(
     click.option("--split", default="train", show_default=True, type=click.Choice(["train", "dev", "test"])),
     click.option(
         "--texts", "num_texts", default=None, type=click.IntRange(1),
-        help=f"Calibration texts, drawn from the data with the seed [default: {CALIBRATION_TEXTS}; all with --stop].",
+        help=f"Calibration texts, drawn from the data with the seed [default: {CALIBRATION_TEXTS}; up to "
+        f"{TEACHING_TEXTS:,} where they teach too; all with --stop].",
     ),
     click.option(
         "--stop", default="all", show_default=True, type=StopRule(),
@@ -127,8 +128,11 @@ def scorer_of(options: Mapping[str, Any]) -> str | Scorer | dict[str, Scorer]:
     return {kind: make_scorer(name) for kind, name in options["scorer"].items()}
 
 
-def calibration_of(data: str, options: Mapping[str, Any]) -> tuple[Iterable[Text], Any]:
-    """Return calibration texts and labels: a random choice of the data's rows by the seed, or the first of a stream."""
+def calibration_of(data: str, options: Mapping[str, Any], teaches: bool = False) -> tuple[Iterable[Text], Any]:
+    """Return calibration texts and labels: a random choice of the data's rows by the seed, or the first of a stream.
+
+    There are more where they also teach the smaller model.
+    """
     from secateur.errors import invalid
     from secateur.texts.data import load_task
     from secateur.texts.streams import stream_texts
@@ -139,7 +143,7 @@ def calibration_of(data: str, options: Mapping[str, Any]) -> tuple[Iterable[Text
     )
     number = options["num_texts"]
     if number is None and options["stop"] == "all":
-        number = CALIBRATION_TEXTS
+        number = TEACHING_TEXTS if teaches and not options["stream"] else CALIBRATION_TEXTS
     if options["stream"]:
         if need_labels:
             raise invalid("stream", f"not be given with scorer {options['scorer']}, which needs labels", True)

@@ -10,6 +10,9 @@ FLOOR = 1
 CALIBRATION_TEXTS = 256
 """Texts that the commands score."""
 
+TEACHING_TEXTS = 50_000
+"""Texts that a command reads at most where they teach a smaller model."""
+
 COMPARISON_TEXTS = 96
 """Texts that a comparison scores for each task."""
 
