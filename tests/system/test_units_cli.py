@@ -42,13 +42,16 @@ def test_half_of_the_work_goes(work, tmp_path, capsys):
 def test_a_criterion_for_each_kind_and_sites_that_stay(work, tmp_path, capsys):
     given = ["--scorer", "heads=magnitude,neurons=random,layers=block_influence", "--units", "heads,neurons,layers"]
     given += ["--ratio", "0.4", "--exclude", "encoder.layer.0.*", "--exclude", "encoder.layer.1.*", "--json"]
+    assert run(work, "prune", *given, "--no-maps", "--out", str(tmp_path / "small")) == 2
+    assert "`exclude` must name the list of layers too" in capsys.readouterr().err
+    given += ["--exclude", "encoder.layer"]
     assert run(work, "prune", *given, "--no-maps", "--out", str(tmp_path / "small")) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["scorer"] == "heads=magnitude,neurons=random,layers=block_influence"
     assert [len(kept) for kept in report["kept_heads"].values()] == [4, 4, 3]
     assert list(report["kept_neurons"].values())[:2] == ["0:256", "0:256"]
-    assert [len(kept) for kept in report["kept_layers"].values()] == [2]
-    assert len(AutoModel.from_pretrained(tmp_path / "small").encoder.layer) == 2
+    assert [len(kept) for kept in report["kept_layers"].values()] == [3]
+    assert len(AutoModel.from_pretrained(tmp_path / "small").encoder.layer) == 3
 
 
 def test_scores_of_all_kinds(work, tmp_path, capsys):
