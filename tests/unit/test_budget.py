@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, CLIPConfig, LlamaConfig, RobertaConfig
+from transformers.models.llama import modeling_llama
 
 import secateur
 from secateur import cli
@@ -40,6 +41,16 @@ def test_counted_cost_is_the_cost_after_the_removal(kind, empty):
     remove_(model, mask, sites=sites)
     assert counted == measure_cost(model, 2, 16)
     assert counted.macs < costs.dense.macs
+
+
+def test_work_is_counted_with_and_without_the_models_own_eager_attention(monkeypatch):
+    """It fails in one model of transformers 5, which runs with PyTorch's alone."""
+    model = tiny_model("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, "eager_attention_forward", None)
+        counted = measure_cost(model, 2, 16).macs
+    model.set_attn_implementation("eager")
+    assert measure_cost(model, 2, 16).macs == counted
 
 
 CLIP = CLIPConfig(

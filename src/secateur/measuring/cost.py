@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -67,13 +68,21 @@ def count_macs(base: PreTrainedModel, batch: int = 1, length: int = 128) -> tupl
     length = min(length, max_length(base, length))
     inputs = example_inputs(base, batch, length, padding=0)
     counter = FlopCounterMode(display=False)
-    # PyTorch counts matrix products but not its fused CPU attention, so the pass is made with separate products. Its
-    # counter wants a graph behind every tensor that asks for gradients, and modules may be handed bare parameters.
-    with evaluation_mode(base), frozen(base), probe(base, weights=True), counter:
+    # PyTorch counts matrix products but no fused attention, so the pass is made with separate products. Its counter
+    # wants a graph behind every tensor that asks for gradients, and modules may be handed bare parameters.
+    with evaluation_mode(base), frozen(base), _separate_products(base), counter:
         base(**inputs)
     root = type(base).__name__ + "."
     found = {name.removeprefix(root): sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     return {**found, "": counter.get_total_flops() // 2}, length
+
+
+@contextmanager
+def _separate_products(base: PreTrainedModel) -> Iterator[None]:
+    """Let attention multiply matrices one by one meanwhile, in PyTorch's own function or in the model's."""
+    fused = getattr(base.config, "_attn_implementation", None) not in (None, "eager", "sdpa")
+    with sdpa_kernel(SDPBackend.MATH), probe(base, weights=True) if fused else nullcontext():
+        yield
 
 
 def count_parameters(model: nn.Module) -> int:
