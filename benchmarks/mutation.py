@@ -71,7 +71,7 @@ _REMOVAL = [
 # Each module with the tests that are about it, but for the slow ones.
 MODULES = {
     "units/select.py": ["unit/test_selection.py"],
-    "removal/remove.py": _REMOVAL,
+    "removal/remove.py": [*_REMOVAL, "contract/test_plain.py", "contract/test_names.py"],
     "removal/proving.py": _REMOVAL,
     "removal/telling.py": [*_REMOVAL, "contract/test_recipe.py", "contract/test_plain.py"],
     "sites/narrowing.py": ["contract/test_removal.py", "contract/test_units.py"],
@@ -129,6 +129,8 @@ MODULES = {
 SLOW = [
     "--deselect=tests/unit/test_reshaped.py::test_it_trains_and_compiles",
     "--deselect=tests/contract/test_legacy.py::test_the_call_compiles_as_before",
+    "--deselect=tests/contract/test_plain.py::test_folders_load_where_secateur_is_not",
+    "--deselect=tests/contract/test_plain.py::test_what_follows_works_on_a_plain_cut",
 ]
 # Not imported before the processes fork: what is mutated, what tests it, and what runs the tests.
 OURS = ("secateur", "tests", "_pytest", "pytest", "__main__")

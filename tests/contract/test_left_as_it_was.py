@@ -1,5 +1,8 @@
 """What a call leaves as it was: statistics of a model in train mode, random states, gradients, hooks, switches."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from benchmarks.tiny_configs import candidate
@@ -26,7 +29,7 @@ TEXTS, READING = tiny_texts(24), secateur.Reading(batch_size=8, max_length=16)
 
 
 class Restless(nn.Module):
-    """A layer that draws a random number in every pass, and in training keeps statistics."""
+    """A layer that draws random numbers in every pass, and in training keeps statistics."""
 
     def __init__(self, inner):
         super().__init__()
@@ -34,6 +37,8 @@ class Restless(nn.Module):
 
     def forward(self, hidden):
         torch.rand(())
+        np.random.rand()
+        random.random()
         self.seen(hidden.detach().flatten(0, 1))
         return self.inner(hidden)
 

@@ -22,7 +22,7 @@ from secateur.measuring.memory import peak_bytes
 from secateur.measuring.timing import Clock, quartiles, time_in_turn
 from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs, max_length
-from secateur.models.state import evaluation_mode, gradients_for_all, torch_random_state_kept
+from secateur.models.state import evaluation_mode, gradients_for_all, random_states_kept
 from secateur.settings import Shape, parse_shape
 from secateur.support.checks import check_whole
 from secateur.support.defaults import BENCHMARK_ROUNDS, BENCHMARK_SHAPES
@@ -172,7 +172,7 @@ def _passes(bases: Mapping[str, PreTrainedModel], shape: Shape) -> Iterator[dict
 @contextmanager
 def _training_steps(bases: Mapping[str, PreTrainedModel], shape: Shape) -> Iterator[dict[str, Callable[[], Any]]]:
     copies = {name: copy.deepcopy(base).train() for name, base in bases.items()}
-    with torch_random_state_kept(), ExitStack() as modes:  # dropout draws from it
+    with random_states_kept(), ExitStack() as modes:  # dropout draws from it
         for base in copies.values():
             modes.enter_context(gradients_for_all(base))
         yield {name: _training_step(base, shape) for name, base in copies.items()}

@@ -49,16 +49,16 @@ def held(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and running statistics off; modes, and torch's random state, are afterwards what they were.
+    """Switch dropout and running statistics off; modes, and random states, are afterwards what they were.
 
-    Some models draw random numbers in every pass (ViT-MAE hides patches, VITS adds noise). Whatever passes we make for
-    a caller belong in here.
+    Some models draw random numbers in every pass, from torch (ViT-MAE hides patches, VITS adds noise) or from numpy
+    (VITS does that too). Whatever passes we make for a caller belong in here.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
             module.training = False
-        with torch_random_state_kept():
+        with random_states_kept():
             yield
     finally:
         for module, mode in modes:
@@ -66,18 +66,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def torch_random_state_kept() -> Iterator[None]:
-    """Put torch's random states back at the end, those of CUDA devices where they are in use."""
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
-        yield
-
-
-@contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Put the random states of Python, numpy and torch back at the end: training seeds all of them."""
+    """Put the random states of Python, numpy and torch back at the end, and those of CUDA devices that are in use."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch_random_state_kept():
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
             yield
     finally:
         random.setstate(python)

@@ -1,0 +1,60 @@
+"""Peak memory of scoring and of refitting neurons, beside the model's weights and the second moments of one block.
+
+BERT-base's shape with a small vocabulary and random weights, on one batch of 8 x 128 tokens that is read several times;
+half of the neurons of every block go. Each way runs in a process of its own. Memory is resident memory: its peak
+meanwhile, less what there was once the model had run. Linux only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.runs import Run, alone, memory_mb
+from transformers import BertConfig, BertModel
+
+from secateur.models.inputs import example_inputs
+from secateur.restoring.reconstruction import reconstruct_
+from secateur.scorers.score import score
+from secateur.units.select import select
+
+BATCHES = 6
+
+
+def one_way(way: str, layers: int) -> dict[str, Any]:
+    model = BertModel(BertConfig(vocab_size=1000, num_hidden_layers=layers)).eval()
+    inputs = [example_inputs(model, 8, 128, padding=0, seed=seed) for seed in range(BATCHES)]
+    with torch.no_grad():
+        model(**inputs[0])
+    scores = score(model, units=["neurons"], scorer="magnitude")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    before = memory_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    spent = time.process_time()
+    if way == "pass":
+        with torch.no_grad():
+            model(**inputs[0])
+    elif way == "score":
+        score(model, units=["neurons"], scorer="contribution", inputs=inputs)
+    else:
+        reconstruct_(model, select(scores, 0.5), inputs=inputs)
+    found = {"weights_mb": weights, "added_mb": memory_mb() - before, "processor_seconds": time.process_time() - spent}
+    return {"way": way, "layers": layers, **{name: round(value, 1) for name, value in found.items()}}
+
+
+def measure(run: Run, *, cells: list[list[Any]]) -> None:
+    moments = 3072 * 3072 * 8 / 2**20
+    rows = []
+    for way, layers in cells:
+        rows.append(alone(__name__, way, str(layers)))
+        rows[-1]["added_over_moments"] = round(rows[-1]["added_mb"] / moments, 2)
+        print(rows[-1], flush=True)
+    run.write(moments_of_one_block_mb=moments, threads=run.threads, rows=rows)
+
+
+if __name__ == "__main__":
+    print(json.dumps(one_way(sys.argv[1], int(sys.argv[2]))))
