@@ -149,10 +149,22 @@ def test_neurons_that_others_read_too_are_no_units():
     layer.output.other = Total()
     found, refused = find_neurons(model)
     assert list(found) == ["encoder.layer.0.output.dense", "encoder.layer.2.output.dense"]
-    assert refused == {
-        "encoder.layer.1.output.output.dense": "site encoder.layer.1.output.output.dense: without its neurons the "
-        "model differs from the gated one"
-    }
+    assert refused == {}, "it is no feed-forward block, rather than one that stays"
+
+
+class Counting(torch.nn.Module):
+    """An activation that counts on the number of neurons that a block began with."""
+
+    def forward(self, hidden):
+        return torch.nn.functional.gelu(hidden.view(*hidden.shape[:-1], 37))
+
+
+def test_a_block_whose_code_counts_on_all_neurons_is_refused():
+    model = tiny_model("bert")
+    for layer in model.encoder.layer:
+        layer.intermediate.intermediate_act_fn = Counting()
+    with pytest.raises(UnsupportedModelError, match="site encoder.layer.0.output.dense: its code counts on all neurons"):
+        find_neurons(model)
 
 
 def test_gates_multiply_what_the_last_projection_reads():

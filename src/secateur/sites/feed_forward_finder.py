@@ -9,7 +9,7 @@ layers read what the same rows write, it is no feed-forward block.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -53,12 +53,13 @@ class FeedForwardFinder:
         self.holders = {id(p): module for module in base.modules() for p in module.parameters(recurse=False)}
         # Shared layers run again and again, and what a second run reads is mixed by the first.
         self.seen: set[str] = set()
+        self.written: dict[str, list[Any]] = {}  # by each projection: the nodes of the graph that its outputs are of
         self.found: dict[str, FeedForwardSite] = {}
         self.refused: dict[str, str] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the input of every projection meanwhile, and add noise to what each writes.
+        """Watch the input and the output of every projection meanwhile, and add noise to what each writes.
 
         Rectified units are silent on most inputs, and would seem to own nothing; noise three times as large as what is
         written wakes them at one token or another.
@@ -75,8 +76,16 @@ class FeedForwardFinder:
             for name, module in self.modules.items():
                 if is_projection(module):
                     hooks.callback(module.register_forward_pre_hook(self._reader(name), with_kwargs=True).remove)
+                    hooks.callback(module.register_forward_hook(self._noter(name)).remove)
                     hooks.callback(module.register_forward_hook(shaken).remove)
             yield
+
+    def _noter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                self.written.setdefault(name, []).append(output.grad_fn)
+
+        return hook
 
     def _reader(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -122,6 +131,24 @@ class FeedForwardFinder:
             for name, site in self.found.items()
             if all(readers[piece.parameter] == 1 for piece in site.slices if piece.role == "neuron")
         }
+
+    def others_read(self, site: FeedForwardSite, outputs: Sequence[Tensor]) -> bool:
+        """Do `outputs`, which the watched pass returned, also depend on the site's neurons past its own projection?
+
+        A residual sum reads them then, or the model hands them out: it is no feed-forward block.
+        """
+        rows = {id(self.base.get_parameter(piece.parameter)) for piece in site.slices if piece.role == "neuron"}
+        waiting: list[Any] = [tensor.grad_fn for tensor in outputs]
+        known = set(self.written[site.name])
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in known:
+                continue
+            known.add(node)
+            if hasattr(node, "variable") and id(node.variable) in rows:
+                return True
+            waiting += [child for child, _ in node.next_functions]
+        return False
 
     def _reason_against(self, name: str, taken: Tensor, slices: list[Slice]) -> str:
         """Return why the projection's channels are no neurons that could go, or nothing."""
