@@ -96,6 +96,27 @@ def test_units_that_are_silent_on_every_text_are_found_all_the_same():
     assert {name: owned(site) for name, site in find_neurons(model)[0].items()} == wanted
 
 
+class Wide(torch.nn.Module):
+    """Neurons that are written by a convolution over three tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv1d(32, 37, 3, padding=1)
+        torch.nn.init.constant_(self.convolution.bias, -9)
+
+    def forward(self, hidden):
+        return torch.relu(self.convolution(hidden.transpose(1, 2)).transpose(1, 2))
+
+
+def test_rectified_units_are_found_at_a_single_token_and_behind_a_wide_convolution():
+    model = tiny_model("opt")
+    assert len(find_neurons(model, {"input_ids": torch.tensor([[5]])})[0]) == len(find_neurons(model)[0])
+    model = tiny_model("bert")
+    model.encoder.layer[1].intermediate = Wide()
+    site = find_neurons(model)[0][SITE]
+    assert owned(site)["encoder.layer.1.intermediate.convolution.weight", 0, "neuron"] == tuple(range(37))
+
+
 C = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 
 

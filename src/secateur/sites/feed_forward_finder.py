@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedModelError
 from secateur.sites.feed_forward import FeedForwardSite, channel_axis, is_projection, num_channels, read_slice
@@ -23,7 +24,8 @@ from secateur.sites.layout import Slice
 from secateur.sites.ownership import Ownership, Part, only
 
 _MOST_MATRICES = 3  # that write neurons; a graph that meets more of them before any other is the residual stream's
-_NOISE = 3.0  # times the root mean square of what a projection writes
+_WRITERS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+_LEAST, _MOST = 0.1, 0.9  # where no activation is silent, saturated or clamped
 _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Mkldnn", "ScaledDot", "Efficient", "Flash")
 _VIEWS = (
     "TBackward",
@@ -59,25 +61,27 @@ class FeedForwardFinder:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the input and the output of every projection meanwhile, and add noise to what each writes.
+        """Watch what every projection takes and writes meanwhile, and let all that is written look awake.
 
-        Rectified units are silent on most inputs, and would seem to own nothing; noise three times as large as what is
-        written wakes them at one token or another.
+        Rectified units are silent on most inputs, and would seem to own nothing; saturated ones too. So each layer that
+        may write neurons gives small positive numbers drawn at random, with the gradients of its own: at those every
+        activation passes something on.
         """
         random = torch.Generator().manual_seed(0)
 
-        def shaken(module: nn.Module, args: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor) or output.numel() < 2:
+        def awake(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
                 return output
-            noise = torch.randn(output.shape, generator=random).to(output)
-            return output + _NOISE * output.detach().square().mean().sqrt() * noise
+            numbers = _LEAST + (_MOST - _LEAST) * torch.rand(output.shape, generator=random)
+            return numbers.to(output) + (output - output.detach())
 
         with ExitStack() as hooks:
             for name, module in self.modules.items():
                 if is_projection(module):
                     hooks.callback(module.register_forward_pre_hook(self._reader(name), with_kwargs=True).remove)
                     hooks.callback(module.register_forward_hook(self._noter(name)).remove)
-                    hooks.callback(module.register_forward_hook(shaken).remove)
+                if isinstance(module, _WRITERS):
+                    hooks.callback(module.register_forward_hook(awake).remove)
             yield
 
     def _noter(self, name: str) -> Callable[..., None]:
