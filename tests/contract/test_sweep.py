@@ -44,6 +44,14 @@ def test_types_that_are_refused_with_a_reason(model_type, outcome, reason):
     assert "raw" not in result
 
 
+@pytest.mark.parametrize("model_type", ["altclip", "swinv2", "gemma4"])
+def test_types_whose_neurons_come_through(model_type):
+    if model_type not in sweep.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    result = sweep.check_other_units(model_type)["neurons"]
+    assert (result["outcome"], result["share"], result["refused"]) == ("reloaded", 1, {})
+
+
 def test_a_wrong_gate_is_noticed(monkeypatch):
     honest = probe._pass
 
