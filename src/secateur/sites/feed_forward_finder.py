@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -24,7 +26,7 @@ from secateur.sites.layout import Slice
 from secateur.sites.ownership import Ownership, Part, only
 
 _MOST_MATRICES = 3  # that write neurons; a graph that meets more of them before any other is the residual stream's
-_WRITERS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+_WRITERS = (nn.Linear, Conv1D, _ConvNd, _BatchNorm)
 _LEAST, _MOST = 0.1, 0.9  # where no activation is silent, saturated or clamped
 _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Mkldnn", "ScaledDot", "Efficient", "Flash")
 _VIEWS = (
@@ -162,6 +164,8 @@ class FeedForwardFinder:
             return "some of its channels own no row of a matrix: they never were active, or are mixed before"
         for piece in slices:
             holder = self.holders[id(self.base.get_parameter(piece.parameter))]
+            if isinstance(holder, _BatchNorm):  # whose statistics go with their channels
+                continue
             wide = [key for key, value in holder.named_buffers(recurse=False) if value.ndim and channels in value.shape]
             if wide:
                 return f"{type(holder).__name__} between its projections keeps statistics of every channel"
