@@ -414,8 +414,7 @@ def page(report: dict[str, Any]) -> str:
         "zeros in "
         "the output projection; the smaller model equals the gated one on inputs that the proof has not seen (float32, "
         "1e-4); what `AutoModel.from_pretrained` reads back is equal bit for bit. Models of several parts were given "
-        "text alone where they take it: the sites counted are those that this reaches. "
-        f"{sum('inputs' in r for r in rows)} types of which secateur makes no example inputs were given `inputs`.",
+        "text alone where they take it: the sites counted are those that this reaches." + _said_of_inputs(rows),
         "",
         "| | types |",
         "|---|---:|",
@@ -446,6 +445,13 @@ def page(report: dict[str, Any]) -> str:
     lines += ["", "## Could not be built offline from a tiny config", "", "| type | reason |", "|---|---|"]
     lines += [f"| `{r['type']}` | {cell(r.get('reason', ''))} |" for r in groups["not built"]]
     return "\n".join(lines) + "\n"
+
+
+def _said_of_inputs(rows: list[dict[str, Any]]) -> str:
+    given = [f"`{row['type']}`" for row in rows if "inputs" in row]
+    return f" Of these types no example inputs can be made, and they were given `inputs`: {', '.join(given)}." * bool(
+        given
+    )
 
 
 def _first_reason(found: dict[str, Any]) -> str:

@@ -80,8 +80,8 @@ def find_neurons(
     """Return the feed-forward sites of a model, and the reason for each block that is refused, by its name.
 
     Half of the neurons are cut at one site of every kind, for a moment: where the model does not run then, or does not
-    compute what it does with them gated, sites of the kind are refused. Raises `UnsupportedModelError` for a model in
-    which nothing is left.
+    compute what it does with them gated, sites of the kind are refused, or no sites at all where others read their
+    neurons too. Raises `UnsupportedModelError` for a model in which nothing is left.
     """
     base = base_of(model)
     check_loaded(base, "finding neurons")
