@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 from benchmarks.outputs import difference, said
+from benchmarks.ready_inputs import ready_inputs
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import SecateurError
 from secateur.models.base_model import base_of
-from secateur.models.inputs import example_inputs
 from secateur.removal.checkpoint import without_hook
 from secateur.removal.remove import remove_
 from secateur.sites.feed_forward import FeedForwardSite
 from secateur.sites.finding import find_layers, find_neurons
 from secateur.sites.layers import LayerSite
+from secateur.sites.layout import Site
 from secateur.units.masks import Mask
 
 TOLERANCE = 1e-4
@@ -35,23 +36,25 @@ def check_neurons(model: PreTrainedModel, build_fails: str) -> dict[str, Any]:
     """Remove half of the neurons of every site that has any; say how far that came, and what was refused."""
     result: dict[str, Any] = {"outcome": "refused"}
     try:
-        found, refused = find_neurons(model)
+        inputs = ready_inputs(model)
+        found, refused = find_neurons(model, inputs)
     except SecateurError as error:
         return result | {"reason": str(error)[:300]}
     result |= {"sites": len(found), "refused": refused, "share": _share(model, found, refused)}
     kept = {name: torch.arange(site.num_units) % 2 == 0 for name, site in found.items() if site.num_units > 1}
     if not kept:
         return result | {"reason": "no block has two neurons"}
-    fresh = example_inputs(model, batch=3, length=10, padding=2, seed=1)
+    fresh = ready_inputs(model, batch=3, length=10, padding=2, seed=1)
     with _silenced(model, kept):
         wanted = said(model, fresh)
-    return result | _removed_and_read(model, Mask(kept), fresh, wanted, build_fails)
+    removed = _removed(model, Mask(kept), found, inputs)
+    return result | (removed or _compared_and_read(model, fresh, wanted, build_fails))
 
 
 def check_layers(model: PreTrainedModel, build_fails: str) -> dict[str, Any]:
     """Remove a layer of every list that can lose one, each from a copy; say which can, and how far that came."""
     try:
-        lists = {name: site for name, site in find_layers(model).items() if site.num_units > 1}
+        lists = {name: site for name, site in find_layers(model, ready_inputs(model)).items() if site.num_units > 1}
     except SecateurError as error:
         return {"outcome": "refused", "reason": str(error)[:300]}
     tried = {name: _without_one(model, site, build_fails) for name, site in lists.items()}
@@ -69,23 +72,30 @@ def _without_one(model: PreTrainedModel, site: LayerSite, build_fails: str) -> d
         kept = torch.ones(site.num_units, dtype=torch.bool)
         kept[number] = False
         smaller = copy.deepcopy(model)
-        fresh = example_inputs(smaller, batch=3, length=10, padding=2, seed=1)
+        fresh = ready_inputs(smaller, batch=3, length=10, padding=2, seed=1)
         with _bypassed(base_of(smaller).get_submodule(f"{site.name}.{number}")):
             wanted = said(smaller, fresh)
-        found = _removed_and_read(smaller, Mask({site.name: kept}), fresh, wanted, build_fails)
-        if found["outcome"] != "refused":
-            return {"layer": number, **found}
-        reasons.append(found["reason"])
+        refused = _removed(smaller, Mask({site.name: kept}), {site.name: site}, ready_inputs(smaller))
+        if not refused:
+            return {"layer": number, **_compared_and_read(smaller, fresh, wanted, build_fails)}
+        reasons.append(refused["reason"])
     return {"outcome": "refused", "reason": reasons[0]}
 
 
-def _removed_and_read(
-    model: PreTrainedModel, mask: Mask, fresh: Mapping[str, Any], wanted: list[Tensor], build_fails: str
+def _removed(
+    model: PreTrainedModel, mask: Mask, sites: Mapping[str, Site], inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Remove what `mask` drops; return the outcome where that is refused, and nothing elsewhere."""
     try:
-        remove_(model, mask)
+        remove_(model, mask, inputs=inputs, sites=sites)
     except SecateurError as error:
         return {"outcome": "refused", "reason": str(error)[:300]}
+    return {}
+
+
+def _compared_and_read(
+    model: PreTrainedModel, fresh: Mapping[str, Any], wanted: list[Tensor], build_fails: str
+) -> dict[str, Any]:
     removed = said(model, fresh)
     apart = difference(wanted, removed)
     if apart > TOLERANCE:
@@ -158,7 +168,7 @@ def _bypassed(layer: nn.Module) -> Iterator[None]:
     """Let a layer return the stream that it was given in the place of its own."""
 
     def change(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        taken = args[0] if args else kwargs["hidden_states"]
+        taken = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
         return (taken, *output[1:]) if isinstance(output, tuple | list) else taken
 
     handle = layer.register_forward_hook(change, with_kwargs=True)

@@ -35,6 +35,7 @@ import torch
 from benchmarks.battery import failures
 from benchmarks.other_units import check_layers, check_neurons
 from benchmarks.outputs import difference, tensors, uneven_mask
+from benchmarks.ready_inputs import has_examples, ready_inputs
 from benchmarks.tiny_configs import CANDIDATES, candidate
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
@@ -43,7 +44,6 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_
 
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.base_model import base_of
-from secateur.models.inputs import example_inputs
 from secateur.removal.remove import gated, remove_
 from secateur.sites.attention import find_sites
 from secateur.sites.gating import probe
@@ -71,7 +71,7 @@ def check_type(model_type: str) -> dict[str, Any]:
     result: dict[str, Any] = {"type": model_type, "outcome": "not built"}
     try:
         model = build(model_type)
-        inputs = example_inputs(model)
+        inputs = ready_inputs(model)
         plain = run(model, inputs)
         if not plain:
             raise ValueError("the model returns no floating-point tensor")
@@ -88,20 +88,24 @@ def check_type(model_type: str) -> dict[str, Any]:
             "trace": traceback.format_exc()[-900:],
         }
     result |= {"outcome": "refused", "class": type(model).__name__, "parameters": model.num_parameters()}
+    if not has_examples(model):
+        result["inputs"] = "given"
+        with contextlib.suppress(SecateurError):
+            find_sites(model, inputs)  # what is captured past transformers' interface has to be found with them first
     stage = "captured"
     try:
         result |= capture(model, inputs, plain)
         result["outcome"] = "captured"
         stage = "gated"
-        sites = find_sites(model)
+        sites = find_sites(model, inputs)
         result["whole"] = len(sites) == result["sites"]
         check_gates(model, sites, inputs, plain)
         result["outcome"] = "gated"
         stage = "removed"
         mask = uneven_mask(sites)
-        fresh = example_inputs(model, batch=3, length=10, padding=2, seed=1)
+        fresh = ready_inputs(model, batch=3, length=10, padding=2, seed=1)
         whole = dense_round_trip(model)
-        removed = check_removal(model, mask, fresh, result)
+        removed = check_removal(model, mask, sites, inputs, fresh, result)
         result["outcome"] = "removed"
         stage = "reloaded"
         if whole:
@@ -134,7 +138,7 @@ def check_promises(model_type: str) -> dict[str, Any]:
 def row_of(model_type: str, timeout: float) -> dict[str, Any]:
     """Return all that is found of one model type, in a process for each battery, since either may take long."""
     row = in_child(check_type, model_type, timeout)
-    if "whole" in row:  # sites were found
+    if "whole" in row and "inputs" not in row:  # sites were found, by calls that make their inputs themselves
         tried = in_child(check_promises, model_type, timeout)
         row["failed_checks"] = tried.get("failed_checks", {"the battery": tried.get("reason", "")})
     if row["outcome"] != "not built":
@@ -172,7 +176,7 @@ def build(model_type: str) -> PreTrainedModel:
                     if parameter.is_floating_point():
                         parameter.add_(torch.randn_like(parameter) * 0.1)
             with contextlib.suppress(SecateurError):
-                run(model, example_inputs(model))
+                run(model, ready_inputs(model))
             return model
         except Exception as error:
             first = first or error
@@ -212,7 +216,7 @@ def capture(model: PreTrainedModel, inputs: Mapping[str, Any], plain: list[Tenso
         )
         maps = 0
     if not heads:
-        find_sites(model)  # says why
+        find_sites(model, inputs)  # says why
         raise Wrong("no head was seen, but sites were found")
     return {"sites": len(heads), "heads": sum(heads.values()), "maps": maps > 0} | ({"note": note} if note else {})
 
@@ -257,13 +261,20 @@ def check_gates(
             raise NotShown(f"the tiny random model's outputs do not depend on head {head} of {name}")
 
 
-def check_removal(model: PreTrainedModel, mask: Mask, fresh: Mapping[str, Any], result: dict[str, Any]) -> list[Tensor]:
+def check_removal(
+    model: PreTrainedModel,
+    mask: Mask,
+    sites: Mapping[str, AttentionSite],
+    inputs: Mapping[str, Any],
+    fresh: Mapping[str, Any],
+    result: dict[str, Any],
+) -> list[Tensor]:
     """Compare gated and removed on inputs that the proof has not seen; return what the removed model says."""
     dense = run(model, fresh)
-    with gated(model, mask):
+    with gated(model, mask, sites):
         preview = run(model, fresh)
     before = model.num_parameters()
-    remove_(model, mask)
+    remove_(model, mask, inputs=inputs, sites=sites)
     removed = run(model, fresh)
     result["difference"] = difference(preview, removed)
     result["kept"] = str(mask.num_kept)
@@ -403,7 +414,7 @@ def page(report: dict[str, Any]) -> str:
         "zeros in "
         "the output projection; the smaller model equals the gated one on inputs that the proof has not seen (float32, "
         "1e-4); what `AutoModel.from_pretrained` reads back is equal bit for bit. Models of several parts were given "
-        "text alone where they take it: the sites counted are those that this reaches.",
+        "text alone where they take it: the sites counted are those that this reaches." + _said_of_inputs(rows),
         "",
         "| | types |",
         "|---|---:|",
@@ -434,6 +445,13 @@ def page(report: dict[str, Any]) -> str:
     lines += ["", "## Could not be built offline from a tiny config", "", "| type | reason |", "|---|---|"]
     lines += [f"| `{r['type']}` | {cell(r.get('reason', ''))} |" for r in groups["not built"]]
     return "\n".join(lines) + "\n"
+
+
+def _said_of_inputs(rows: list[dict[str, Any]]) -> str:
+    given = [f"`{row['type']}`" for row in rows if "inputs" in row]
+    return f" Of these types no example inputs can be made, and they were given `inputs`: {', '.join(given)}." * bool(
+        given
+    )
 
 
 def _first_reason(found: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from benchmarks import sweep
+from benchmarks.other_units import check_neurons
 from transformers import AutoModel
 
 from secateur.sites import gating as probe
@@ -42,6 +43,23 @@ def test_types_that_are_refused_with_a_reason(model_type, outcome, reason):
     assert result["outcome"] == outcome, result
     assert reason in result["reason"]
     assert "raw" not in result
+
+
+@pytest.mark.parametrize("model_type", ["altclip", "swinv2", "gemma4"])
+def test_types_whose_neurons_come_through(model_type):
+    if model_type not in sweep.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    result = check_neurons(sweep.build(model_type), "")
+    assert (result["outcome"], result["share"], result["refused"]) == ("reloaded", 1, {})
+
+
+@pytest.mark.parametrize("model_type", ["perceiver", "decision_transformer"])
+def test_types_that_are_given_their_inputs(model_type):
+    result = sweep.check_type(model_type)
+    assert (result["outcome"], result["inputs"]) == ("reloaded", "given"), result
+    others = sweep.check_other_units(model_type)
+    assert (others["neurons"]["outcome"], others["layers"]["outcome"]) == ("reloaded", "reloaded")
+    assert others["neurons"]["share"] == 1
 
 
 def test_a_wrong_gate_is_noticed(monkeypatch):

@@ -12,9 +12,12 @@ from transformers import (
 )
 
 import secateur
-from secateur.errors import InvalidInputError, UnsupportedModelError
+from secateur.errors import InvalidInputError, RemovalError, UnsupportedModelError
 from secateur.models.inputs import example_inputs
+from secateur.removal import remove
+from secateur.removal.proving import Special
 from secateur.removal.remove import gated, remove_
+from secateur.removal.verify import verify_checkpoint
 from secateur.scorers import make_scorer
 from secateur.sites.finding import find_neurons, find_units
 from secateur.sites.gating import probe
@@ -96,6 +99,27 @@ def test_units_that_are_silent_on_every_text_are_found_all_the_same():
     assert {name: owned(site) for name, site in find_neurons(model)[0].items()} == wanted
 
 
+class Wide(torch.nn.Module):
+    """Neurons that are written by a convolution over three tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv1d(32, 37, 3, padding=1)
+        torch.nn.init.constant_(self.convolution.bias, -9)
+
+    def forward(self, hidden):
+        return torch.relu(self.convolution(hidden.transpose(1, 2)).transpose(1, 2))
+
+
+def test_rectified_units_are_found_at_a_single_token_and_behind_a_wide_convolution():
+    model = tiny_model("opt")
+    assert len(find_neurons(model, {"input_ids": torch.tensor([[5]])})[0]) == len(find_neurons(model)[0])
+    model = tiny_model("bert")
+    model.encoder.layer[1].intermediate = Wide()
+    site = find_neurons(model)[0][SITE]
+    assert owned(site)["encoder.layer.1.intermediate.convolution.weight", 0, "neuron"] == tuple(range(37))
+
+
 C = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 
 
@@ -112,17 +136,78 @@ def test_experts_are_refused():
     assert refused[expert] == f"site {expert}: it is one of several experts, each of which reads some tokens"
 
 
-def test_a_block_with_statistics_of_its_channels_is_refused():
+CHANNELS = "encoder.layers.1.conv_module"
+
+
+def conformer():
+    """A model with a batch normalisation between two projections, that has seen texts."""
     config = Wav2Vec2ConformerConfig(
         **C, intermediate_size=37, conv_dim=[8, 8], conv_stride=[20, 20], conv_kernel=[20, 20],
         num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
     )  # fmt: skip
-    found, refused = find_neurons(model_of(config))
-    assert list(found)[:2] == ["encoder.layers.0.ffn1.output_dense", "encoder.layers.0.ffn2.output_dense"]
-    assert refused["encoder.layers.1.conv_module.pointwise_conv2"] == (
-        "site encoder.layers.1.conv_module.pointwise_conv2: BatchNorm1d between its projections keeps statistics of "
-        "every channel"
-    )
+    model = model_of(config)
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            layer.conv_module.batch_norm.running_mean.normal_()
+            layer.conv_module.batch_norm.running_var.uniform_(0.5, 2)
+    return model
+
+
+def test_what_a_batch_normalisation_keeps_of_a_channel_goes_with_its_neuron(tmp_path):
+    model = conformer()
+    model.save_pretrained(tmp_path / "whole")
+    found, refused = find_neurons(model)
+    assert (len(found), refused) == (6, {})
+    mask = even_mask({name: found[name] for name in [f"{CHANNELS}.pointwise_conv2"]})
+    kept, before = mask[f"{CHANNELS}.pointwise_conv2"], copy.deepcopy(model.get_submodule(CHANNELS).batch_norm)
+    inputs = example_inputs(model, seed=1)
+    with torch.no_grad(), gated(model, mask, found):
+        wanted = model(**inputs).last_hidden_state
+    remove_(model, mask, record={"base_model": str(tmp_path / "whole")})
+    norm = model.get_submodule(CHANNELS).batch_norm
+    assert (norm.num_features, len(norm.weight)) == (21, 21)
+    assert torch.equal(norm.running_mean, before.running_mean[kept])
+    assert torch.equal(norm.running_var, before.running_var[kept])
+    model.save_pretrained(tmp_path / "small")
+    again = type(model).from_pretrained(tmp_path / "small")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.allclose(again(**inputs).last_hidden_state, wanted, atol=1e-5)
+    verdict = verify_checkpoint(tmp_path / "small")
+    assert (verdict["verdict"], verdict["differing"], verdict["weights"]) == ("equal", [], "as saved")
+
+
+def test_a_removal_that_fails_puts_the_statistics_back(monkeypatch):
+    model = conformer()
+    before = condition(model)
+    mask = even_mask({name: site for name, site in find_neurons(model)[0].items() if CHANNELS in name})
+    monkeypatch.setattr(remove, "prove", lambda *given: (1.0, Special()))
+    with pytest.raises(RemovalError, match="differs from the gated model by 1"):
+        remove_(model, mask)
+    assert condition(model) == before
+    assert model.get_submodule(CHANNELS).batch_norm.num_features == 32
+
+
+class Remembering(torch.nn.Module):
+    """A normalisation of its own kind, with statistics of every channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(37))
+        self.register_buffer("mean", torch.zeros(37))
+
+    def forward(self, hidden):
+        return (torch.nn.functional.gelu(hidden) - self.mean) * self.weight
+
+
+def test_a_block_with_other_statistics_of_its_channels_is_refused():
+    model = tiny_model("bert")
+    model.encoder.layer[1].intermediate.intermediate_act_fn = Remembering()
+    found, refused = find_neurons(model)
+    assert SITE not in found
+    assert refused == {
+        SITE: f"site {SITE}: Remembering between its projections keeps statistics of every channel",
+    }
 
 
 class Leaking(torch.nn.Module):
@@ -149,10 +234,22 @@ def test_neurons_that_others_read_too_are_no_units():
     layer.output.other = Total()
     found, refused = find_neurons(model)
     assert list(found) == ["encoder.layer.0.output.dense", "encoder.layer.2.output.dense"]
-    assert refused == {
-        "encoder.layer.1.output.output.dense": "site encoder.layer.1.output.output.dense: without its neurons the "
-        "model differs from the gated one"
-    }
+    assert refused == {}, "it is no feed-forward block, rather than one that stays"
+
+
+class Counting(torch.nn.Module):
+    """An activation that counts on the number of neurons that a block began with."""
+
+    def forward(self, hidden):
+        return torch.nn.functional.gelu(hidden.view(*hidden.shape[:-1], 37))
+
+
+def test_a_block_whose_code_counts_on_all_neurons_is_refused():
+    model = tiny_model("bert")
+    for layer in model.encoder.layer:
+        layer.intermediate.intermediate_act_fn = Counting()
+    with pytest.raises(UnsupportedModelError, match=r"site \S+: its code counts on all neurons"):
+        find_neurons(model)
 
 
 def test_gates_multiply_what_the_last_projection_reads():

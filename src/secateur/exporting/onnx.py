@@ -30,6 +30,7 @@ from secateur.removal.emptied import bypass_
 from secateur.removal.proof import TOLERANCE, largest_difference
 from secateur.sites.feed_forward import FeedForwardSite
 from secateur.sites.layout import Site
+from secateur.sites.narrowing import cut_together
 from secateur.sites.recipe import read_recipe
 
 OPSET = 20
@@ -172,10 +173,10 @@ def _fill_block_(base: PreTrainedModel, site: FeedForwardSite) -> None:
     """Give a block without neurons one that is written, and read, with weights of 0."""
     first = torch.arange(site.num_units) == 0
     for (name, axis), indices in site.kept_indices(first).items():
-        parameter = base.get_parameter(name)
-        shape = list(parameter.shape)
-        shape[axis] = len(indices)
-        parameter.data = parameter.data.new_zeros(shape)
+        for tensor in cut_together(base, name):
+            shape = list(tensor.shape)
+            shape[axis] = len(indices)
+            tensor.data = tensor.data.new_zeros(shape)
 
 
 class _OneZero:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from secateur.models.base_model import base_of
 from secateur.models.loading import lacking
 from secateur.sites.layout import NOBODY, Site
+from secateur.sites.narrowing import cut_together
 from secateur.units.masks import PresentMask, indices_of
 
 EQUAL, REFITTED, TRAINED_SINCE, NEW = "equal", "refitted", "trained", "not in the original"
@@ -119,16 +120,17 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 def _cuts(
     original: PreTrainedModel, sites: Mapping[str, Site], kept: PresentMask
 ) -> dict[int, list[tuple[int, Tensor]]]:
-    """Return for each parameter that loses indices, by its `id`, the axes and the indices that stay.
+    """Return for each tensor that loses indices, by its `id`, the axes and the indices that stay.
 
-    A removal cuts a parameter once for each site that has it, so two of one parameter follow one another.
+    A removal cuts a tensor once for each site that has it, so two of one tensor follow one another.
     """
     base = base_of(original)
     cuts: dict[int, list[tuple[int, Tensor]]] = {}
     for name, vector in kept.items():
         if not vector.all():
             for (parameter, axis), indices in sites[name].kept_indices(vector).items():
-                cuts.setdefault(id(base.get_parameter(parameter)), []).append((axis, indices))
+                for tensor in cut_together(base, parameter):
+                    cuts.setdefault(id(tensor), []).append((axis, indices))
     return cuts
 
 

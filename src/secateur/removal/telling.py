@@ -88,7 +88,7 @@ def carry_over_(base: PreTrainedModel, model: PreTrainedModel) -> None:
     """Let the config of `model` tell what that of its base model tells of removals, where it is another object."""
     names = {KEY, *vars(base).get(REMOVED, ())}
     told = {name: getattr(base.config, name, None) for name in names}
-    if all(getattr(model.config, name, None) == value for name, value in told.items()):
+    if all(_same(getattr(model.config, name, None), value) for name, value in told.items()):
         return
     give_own_configs_(model)
     for name, value in told.items():
@@ -102,9 +102,15 @@ def is_told(part: nn.Module, config: Any) -> bool:
     """Does a config, or one within it, have what the config of `part` tells of removals?"""
     mine = vars(part.config)
     inner = config if isinstance(config, dict) else vars(config)  # a part's config as a user's own class may keep it
-    if all(inner.get(name) == mine.get(name) for name in (KEY, *getattr(part, REMOVED))):
+    if all(_same(inner.get(name), mine.get(name)) for name in (KEY, *getattr(part, REMOVED))):
         return True
     return any(is_told(part, one) for one in inner.values() if isinstance(one, PreTrainedConfig | dict))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Are two entries of configs equal? Configs by their data, as one whose layers differ compares with none."""
+    one, other = (value.to_dict() if isinstance(value, PreTrainedConfig) else value for value in (one, other))
+    return bool(one == other)
 
 
 def give_own_configs_(model: nn.Module) -> None:

@@ -9,13 +9,16 @@ layers read what the same rows write, it is no feed-forward block.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedModelError
 from secateur.sites.feed_forward import FeedForwardSite, channel_axis, is_projection, num_channels, read_slice
@@ -23,7 +26,8 @@ from secateur.sites.layout import Slice
 from secateur.sites.ownership import Ownership, Part, only
 
 _MOST_MATRICES = 3  # that write neurons; a graph that meets more of them before any other is the residual stream's
-_NOISE = 3.0  # times the root mean square of what a projection writes
+_WRITERS = (nn.Linear, Conv1D, _ConvNd, _BatchNorm)
+_LEAST, _MOST = 0.1, 0.9  # where no activation is silent, saturated or clamped
 _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Mkldnn", "ScaledDot", "Efficient", "Flash")
 _VIEWS = (
     "TBackward",
@@ -53,30 +57,41 @@ class FeedForwardFinder:
         self.holders = {id(p): module for module in base.modules() for p in module.parameters(recurse=False)}
         # Shared layers run again and again, and what a second run reads is mixed by the first.
         self.seen: set[str] = set()
+        self.written: dict[str, list[Any]] = {}  # by each projection: the nodes of the graph that its outputs are of
         self.found: dict[str, FeedForwardSite] = {}
         self.refused: dict[str, str] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the input of every projection meanwhile, and add noise to what each writes.
+        """Watch what every projection takes and writes meanwhile, and let all that is written look awake.
 
-        Rectified units are silent on most inputs, and would seem to own nothing; noise three times as large as what is
-        written wakes them at one token or another.
+        Rectified units are silent on most inputs, and would seem to own nothing; saturated ones too. So each layer that
+        may write neurons gives small positive numbers drawn at random, with the gradients of its own: at those every
+        activation passes something on.
         """
         random = torch.Generator().manual_seed(0)
 
-        def shaken(module: nn.Module, args: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor) or output.numel() < 2:
+        def awake(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
                 return output
-            noise = torch.randn(output.shape, generator=random).to(output)
-            return output + _NOISE * output.detach().square().mean().sqrt() * noise
+            numbers = _LEAST + (_MOST - _LEAST) * torch.rand(output.shape, generator=random)
+            return numbers.to(output) + (output - output.detach())
 
         with ExitStack() as hooks:
             for name, module in self.modules.items():
                 if is_projection(module):
                     hooks.callback(module.register_forward_pre_hook(self._reader(name), with_kwargs=True).remove)
-                    hooks.callback(module.register_forward_hook(shaken).remove)
+                    hooks.callback(module.register_forward_hook(self._noter(name)).remove)
+                if isinstance(module, _WRITERS):
+                    hooks.callback(module.register_forward_hook(awake).remove)
             yield
+
+    def _noter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                self.written.setdefault(name, []).append(output.grad_fn)
+
+        return hook
 
     def _reader(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,6 +138,24 @@ class FeedForwardFinder:
             if all(readers[piece.parameter] == 1 for piece in site.slices if piece.role == "neuron")
         }
 
+    def others_read(self, site: FeedForwardSite, outputs: Sequence[Tensor]) -> bool:
+        """Do `outputs`, which the watched pass returned, also depend on the site's neurons past its own projection?
+
+        A residual sum reads them then, or the model hands them out: it is no feed-forward block.
+        """
+        rows = {id(self.base.get_parameter(piece.parameter)) for piece in site.slices if piece.role == "neuron"}
+        waiting: list[Any] = [tensor.grad_fn for tensor in outputs]
+        known = set(self.written[site.name])
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in known:
+                continue
+            known.add(node)
+            if hasattr(node, "variable") and id(node.variable) in rows:
+                return True
+            waiting += [child for child, _ in node.next_functions]
+        return False
+
     def _reason_against(self, name: str, taken: Tensor, slices: list[Slice]) -> str:
         """Return why the projection's channels are no neurons that could go, or nothing."""
         channels = num_channels(self.modules[name])
@@ -131,6 +164,8 @@ class FeedForwardFinder:
             return "some of its channels own no row of a matrix: they never were active, or are mixed before"
         for piece in slices:
             holder = self.holders[id(self.base.get_parameter(piece.parameter))]
+            if isinstance(holder, _BatchNorm):  # whose statistics go with their channels
+                continue
             wide = [key for key, value in holder.named_buffers(recurse=False) if value.ndim and channels in value.shape]
             if wide:
                 return f"{type(holder).__name__} between its projections keeps statistics of every channel"

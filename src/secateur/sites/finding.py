@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,8 +80,8 @@ def find_neurons(
     """Return the feed-forward sites of a model, and the reason for each block that is refused, by its name.
 
     Half of the neurons are cut at one site of every kind, for a moment: where the model does not run then, or does not
-    compute what it does with them gated, sites of the kind are refused. Raises `UnsupportedModelError` for a model in
-    which nothing is left.
+    compute what it does with them gated, sites of the kind are refused, or no sites at all where others read their
+    neurons too. Raises `UnsupportedModelError` for a model in which nothing is left.
     """
     base = base_of(model)
     check_loaded(base, "finding neurons")
@@ -92,9 +92,9 @@ def find_neurons(
         torch.random.fork_rng(),
     ):  # fmt: skip
         with finder.watching():
-            base(**inputs)
+            outputs = tensors_of(base(**inputs))
         with torch.no_grad():
-            found, refused = _without_unfit(base, finder.sites(), inputs)
+            found, refused = _without_unfit(base, finder, inputs, outputs)
     found = _numbered(found, read_recipe(base.config))
     if not found:
         reasons = [*(finder.refused | refused).values()]
@@ -139,18 +139,24 @@ def _numbered(found: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]
 
 
 def _without_unfit(
-    base: PreTrainedModel, sites: Mapping[str, FeedForwardSite], inputs: Mapping[str, Any]
+    base: PreTrainedModel, finder: FeedForwardFinder, inputs: Mapping[str, Any], outputs: Sequence[Tensor]
 ) -> tuple[dict[str, FeedForwardSite], dict[str, str]]:
-    """Try a cut at one site of every layout; return the sites that stand it, and the reason for each of the others."""
-    verdicts: dict[str, str] = {}
+    """Try a cut at one site of every layout; return the sites that stand it, and the reason for each of the others.
+
+    Left out of both are those that fail because others read their neurons too: they are no feed-forward blocks.
+    `outputs` are those of the pass that `finder` watched.
+    """
+    verdicts: dict[str, str | None] = {}
     fit, refused = {}, {}
-    for name, site in sites.items():
+    for name, site in finder.sites().items():
         layout = repr({**site.to_json(), "class": type(base.get_submodule(name.rpartition(".")[0])).__name__})
         if layout not in verdicts:
-            verdicts[layout] = _reason_against(base, site, inputs)
-        if verdicts[layout]:
-            refused[name] = f"site {name}: {verdicts[layout]}"
-        else:
+            reason = _reason_against(base, site, inputs)
+            verdicts[layout] = None if reason and finder.others_read(site, outputs) else reason
+        verdict = verdicts[layout]
+        if verdict:
+            refused[name] = f"site {name}: {verdict}"
+        elif verdict is not None:
             fit[name] = site
     return fit, refused
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -20,16 +21,24 @@ def narrow_(base: PreTrainedModel, site: Site, kept: Tensor, undo: Undo) -> None
     Works on meta weights too. `undo` collects what puts them back, in order.
     """
     for (name, axis), indices in site.kept_indices(kept).items():
-        parameter = base.get_parameter(name)
-        undo.append(_setter(parameter, parameter.data, parameter.grad))
-        parameter.grad = None
-        narrowed = parameter.data.index_select(axis, indices.to(parameter.device))
-        # The Parameter stays the same object, so that a tied copy follows and an optimiser built before fails loudly
-        # instead of training weights that are no longer part of the model.
-        _set_data(parameter, narrowed)
+        for tensor in cut_together(base, name):
+            undo.append(_setter(tensor, tensor.data, tensor.grad))
+            tensor.grad = None
+            narrowed = tensor.data.index_select(axis, indices.to(tensor.device))
+            # The Parameter stays the same object, so that a tied copy follows and an optimiser built before fails
+            # loudly instead of training weights that are no longer part of the model.
+            _set_data(tensor, narrowed)
         holder = base.get_submodule(name.rpartition(".")[0])
         for attribute, size in _sizes(holder).items():
             set_attribute_(holder, attribute, size, undo)
+
+
+def cut_together(base: PreTrainedModel, name: str) -> list[Tensor]:
+    """Return the parameter with that path, and what a batch normalisation of that weight keeps of each channel."""
+    path, _, last = name.rpartition(".")
+    holder = base.get_submodule(path)
+    statistics = holder.buffers(recurse=False) if isinstance(holder, _BatchNorm) and last == "weight" else ()
+    return [base.get_parameter(name), *(buffer for buffer in statistics if buffer.ndim == 1)]
 
 
 def set_attribute_(module: nn.Module, name: str, value: object, undo: Undo) -> None:
@@ -50,10 +59,12 @@ def _sizes(holder: nn.Module) -> dict[str, int]:
         groups = max(1, holder.groups * holder.weight.shape[0] // holder.out_channels)
         written, read = holder.weight.shape[:2]
         return {"groups": groups, "out_channels": written, "in_channels": groups * read}
+    if isinstance(holder, _BatchNorm):
+        return {"num_features": len(holder.weight)}
     return {}
 
 
-def _setter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
+def _setter(parameter: Tensor, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
     def put_back() -> None:
         parameter.grad = None
         _set_data(parameter, data)
@@ -62,7 +73,7 @@ def _setter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> Calla
     return put_back
 
 
-def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
+def _set_data(parameter: Tensor, data: Tensor) -> None:
     """Give a parameter values of another shape, also while an output that was computed with the old ones lives on.
 
     Such an output keeps the node that collects the parameter's gradients, which the next pass would take over together
