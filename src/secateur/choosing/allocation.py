@@ -17,7 +17,7 @@ from secateur.settings import Budget, Cut, Reading
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
 from secateur.texts.calibration import PreparedModel
-from secateur.texts.tokenization import Text
+from secateur.texts.examples import Example, source_of
 from secateur.units.masks import Mask, indices_of, original_vector
 from secateur.units.scores import Scores
 
@@ -38,14 +38,14 @@ class SensitivitySelection(BudgetedSelection):
         self,
         prepared: PreparedModel,
         cut: Cut,
-        texts: Sequence[Text],
+        texts: Sequence[Example],
         reading: Reading,
         sites: Mapping[str, Site] | None = None,
     ) -> None:
         sites = prepared.sites_of(cut.kinds) if sites is None else sites
         super().__init__(prepared.model, cut, reading.progress, sites)
         if len(texts) < 2 * JUDGES:
-            raise invalid("texts", f"be at least {2 * JUDGES} with allocation 'sensitivity'", len(texts))
+            raise invalid(source_of(texts), f"be at least {2 * JUDGES} with allocation 'sensitivity'", len(texts))
         self.prepared, self.texts, self.reading = prepared, texts, reading
 
     def select(self, scores: Scores) -> tuple[Mask, float]:
