@@ -15,7 +15,7 @@ from secateur.texts.calibration import PreparedModel
 from secateur.texts.examples import examples_of
 from secateur.texts.sources import reading_order
 from tests.support.scoring import condition
-from tests.support.tiny import _stirred, tiny_model, tiny_texts, tiny_tokenizer
+from tests.support.tiny import _stirred, tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
 from tests.support.units import even_mask
 
 READING = Reading(batch_size=8, max_length=16, device="cpu")
@@ -142,6 +142,18 @@ def test_inputs_of_unlike_shapes_never_share_a_batch():
     assert (quality.num_texts, quality.cosine) == (72, pytest.approx(1, abs=1e-5))
     _, report = secateur.prune(model, inputs=sounds, restore="distill", steps=2, reading=READING)
     assert (report.num_texts, len(report.distillation)) == (65, 2)
+
+
+def test_labels_go_with_their_examples():
+    """In whatever order the examples are read: of two shapes here, in turn."""
+    model, draw = tiny_classifier("bert"), torch.Generator().manual_seed(0)
+    shapes = [(4, 9), (4, 5), (4, 9), (4, 5)]
+    ready = [{"input_ids": torch.randint(4, 99, shape, generator=draw)} for shape in shapes]
+    labels = torch.randint(0, 3, (16,), generator=draw).tolist()
+    wanted = secateur.score(model, scorer="fisher", inputs=ready, labels=labels)
+    _, report = secateur.prune(model, inputs=ready, labels=labels, scorer="fisher", reading=READING)
+    for site, row in report.scores.items():
+        assert torch.allclose(row, wanted[site], rtol=1e-4)
 
 
 def test_switches_and_what_a_model_does_not_take_come_along():

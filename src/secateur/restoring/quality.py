@@ -14,7 +14,7 @@ from secateur.models.state import evaluation_mode, held
 from secateur.relations import gated_representations, relational_kl, with_relations
 from secateur.settings import Reading
 from secateur.texts.calibration import PreparedModel, is_pair
-from secateur.texts.examples import Example
+from secateur.texts.examples import Example, by_form
 
 MOST_TEXTS = 256
 
@@ -50,7 +50,7 @@ class QualityJudge:
 
     def __init__(self, prepared: PreparedModel, texts: Sequence[Example], reading: Reading) -> None:
         self.base, self.is_pair = prepared.base, is_pair(texts)
-        self.batches = with_relations(prepared.batches(texts, reading.batch_size))
+        self.batches = with_relations(prepared.batches(by_form(texts), reading.batch_size))
         self.dense = self._representations()
 
     def __call__(self) -> Quality:

@@ -24,7 +24,7 @@ from secateur.sites.finding import check_units, find_layers, find_neurons, kinds
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import AttentionSite, Site
 from secateur.support.checks import check_tokenizer
-from secateur.texts.examples import Example, Row, are_rows, check_examples, examples_of, in_parts, joined
+from secateur.texts.examples import Example, Row, are_rows, by_form, check_examples, examples_of, in_parts, joined
 from secateur.texts.tokenization import Text, padded, rows_of, tokenize
 
 
@@ -163,9 +163,12 @@ def texts_of(texts: Iterable[Text] | None) -> Iterable[Text] | None:
 
 
 def listed_examples(texts: Any, inputs: Any) -> Sequence[Example]:
-    """Return texts that must be a list, or the rows of `inputs`. Raises what `examples_of` and `texts_of` raise."""
+    """Return texts that must be a list, or the rows of `inputs`, shape by shape.
+
+    Raises what `examples_of` and `texts_of` raise.
+    """
     found: Any = texts_of(texts)
-    return examples_of(found, inputs)
+    return by_form(examples_of(found, inputs))
 
 
 def is_pair(examples: Sequence[Any]) -> bool:

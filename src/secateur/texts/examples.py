@@ -80,10 +80,15 @@ def in_parts(examples: Sequence[Example], size: int) -> list[list[Example]]:
     return [group[start : start + size] for group in alike for start in range(0, len(group), size)]
 
 
+def by_form(examples: Sequence[Example]) -> list[Example]:
+    """Return examples form by form, each in the order given, so that as many as can share batches."""
+    return sorted(examples, key=form_of)
+
+
 def shuffled_parts(examples: Sequence[Example], size: int, seed: int) -> list[list[Example]]:
     """Return examples, at most `size` at a time, drawn at random from those that may share a batch."""
     drawn = random.Random(seed).sample(examples, len(examples))
-    return in_parts(sorted(drawn, key=form_of), size)
+    return in_parts(by_form(drawn), size)
 
 
 def joined(rows: Sequence[Any], device: str | torch.device) -> dict[str, Any]:

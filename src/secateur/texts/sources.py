@@ -103,15 +103,16 @@ class ReadyInputs(Source):
 def reading_order(examples: Sequence[Any], reading: Reading) -> list[int]:
     """Return which texts, or rows, are read, in which order: as they stand, or at random where not all may be read.
 
-    A fixed number of rows is read shape by shape, so that they share batches.
+    Rows are read shape by shape, so that they share batches, but where the order must be random to the end.
     """
     check_examples(examples)
-    if reading.stop == "all":
-        return list(range(len(examples)))
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(reading.seed)).tolist()
+    order = list(range(len(examples)))
+    if reading.stop != "all":
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(reading.seed)).tolist()
     if reading.stop == "auto":
         return order
-    return sorted(order[: reading.stop], key=lambda number: form_of(examples[number]))
+    chosen = order if reading.stop == "all" else order[: reading.stop]
+    return sorted(chosen, key=lambda number: form_of(examples[number]))
 
 
 def by_length(examples: Sequence[Any]) -> list[Any]:
