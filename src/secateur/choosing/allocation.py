@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
 from secateur.texts.calibration import PreparedModel
 from secateur.texts.examples import Example, source_of
-from secateur.units.masks import Mask, indices_of, original_vector
+from secateur.units.masks import Mask, is_within, layers_gone, original_vector
 from secateur.units.scores import Scores
 
 JUDGES = 4
@@ -59,7 +59,7 @@ class SensitivitySelection(BudgetedSelection):
             rows |= self._choose(parts, budget, scores, 1 - budget.limit)
         if self.joint is not None:
             saved = self._saved(rows, self.joint)
-            names = [name for name in measured if self.sites[name].kind not in self.own and not _within(name, saved)]
+            names = [name for name in measured if self.sites[name].kind not in self.own and not is_within(name, saved)]
             needed = max(0.0, 1 - self.joint.limit - sum(saved.values()))
             rows |= self._choose(self._parts(names, measured, self.joint, saved), self.joint, scores, needed)
         mask = Mask({name: rows[name] for name in scores if name in rows})
@@ -85,12 +85,10 @@ class SensitivitySelection(BudgetedSelection):
 
     def _saved(self, rows: Mapping[str, Tensor], budget: Budget) -> dict[str, float]:
         """Return the share that what is chosen already saves, by site, and by layer where one goes whole."""
-        saved: dict[str, float] = {}
         kept = {name: row[list(self.sites[name].units)] for name, row in rows.items()}
-        for name in (name for name in kept if self.sites[name].kind == LayerSite.kind):
-            paths = [f"{name}.{number}" for number in indices_of(~kept[name])]
-            saved |= {path: self.share_of_layer(budget, path) for path in paths}
-        others = [name for name in kept if self.sites[name].kind != LayerSite.kind and not _within(name, saved)]
+        chosen = {name: self.sites[name] for name in kept}
+        saved = {path: self.share_of_layer(budget, path) for path in layers_gone(chosen, kept)}
+        others = [name for name in kept if self.sites[name].kind != LayerSite.kind and not is_within(name, saved)]
         return saved | {name: self.share_of_site(budget, name, kept[name]) for name in others}
 
     def _choose(self, parts: list[list[Option]], budget: Budget, scores: Scores, needed: float) -> dict[str, Tensor]:
@@ -148,14 +146,10 @@ class SensitivitySelection(BudgetedSelection):
         for (name, number), of_sites in inside.items():
             gone = ((name, number),)
             path = f"{name}.{number}"
-            already = sum(share for site, share in saved.items() if _within(site, [path]))
+            already = sum(share for site, share in saved.items() if is_within(site, [path]))
             without = Option(self.share_of_layer(budget, path) - already, measured[name][number][0], {}, gone)
             parts.append([*map(_together, itertools.product(*of_sites)), without])
         return parts
-
-
-def _within(site: str, paths: Iterable[str]) -> bool:
-    return any(site.startswith(f"{path}.") for path in paths)
 
 
 def _together(options: tuple[Option, ...]) -> Option:
