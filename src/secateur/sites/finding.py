@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from secateur.models.inputs import example_inputs
 from secateur.models.offload import check_loaded
 from secateur.models.state import evaluation_mode, gradients_for_all, held, in_float32, without_autocast
 from secateur.sites.attention import find_sites
-from secateur.sites.feed_forward import FeedForwardSite, is_projection
+from secateur.sites.feed_forward import FeedForwardSite, is_projection, num_channels, widths
 from secateur.sites.feed_forward_finder import FeedForwardFinder
 from secateur.sites.layers import LayerFinder, LayerSite
 from secateur.sites.layout import AttentionSite, Site
@@ -157,6 +158,8 @@ def _without_unfit(
 
 def _reason_against(base: PreTrainedModel, site: FeedForwardSite, inputs: Mapping[str, Any]) -> str:
     """Return why the model does not compute with fewer neurons what it does with them gated, or nothing."""
+    if _is_adapters(base, site):
+        return "it is an adapter's; merge adapters into the weights first"
     kept = torch.arange(site.num_units) % 2 == 0
     if site.num_units < 2:
         return ""
@@ -173,6 +176,25 @@ def _reason_against(base: PreTrainedModel, site: FeedForwardSite, inputs: Mappin
             step()
     same = [a.shape == b.shape and _close(a, b) for a, b in zip(wanted, found, strict=False)]
     return "" if len(wanted) == len(found) and all(same) else "without its neurons the model differs from the gated one"
+
+
+def _is_adapters(base: PreTrainedModel, site: FeedForwardSite) -> bool:
+    """Does a projection beside the block, in the one module that holds both, read and write what the block does?
+
+    So LoRA lays two thin matrices around each weight that it adapts; what lies between them is a rank.
+    """
+    paths = {piece.parameter.rpartition(".")[0] for piece in site.slices}
+    shared = os.path.commonprefix([path.split(".") for path in paths])
+    beside = base.get_submodule(".".join(shared)).named_children()
+    others = [child for name, child in beside if is_projection(child) and ".".join([*shared, name]) not in paths]
+    last = base.get_submodule(site.output)
+    writers = [base.get_submodule(path) for path in paths if path != site.output]
+    return any(
+        widths(other) == (num_channels(writer), widths(last)[1])
+        for other in others
+        for writer in writers
+        if is_projection(writer)
+    )
 
 
 def _outputs(base: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
