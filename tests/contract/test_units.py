@@ -159,11 +159,21 @@ def test_excluded_sites_stay_whole():
     with pytest.raises(InvalidInputError, match=r"`exclude` must .*each pattern match one.*'nowhere\.\*'"):
         secateur.prune(model, scorer="random", exclude=["encoder.layer.0.*", "nowhere.*"])
     some = {"scorer": "random", "units": ["heads", "layers"], "exclude": ["encoder.layer.0.*"]}
-    with pytest.raises(InvalidInputError, match=r"`exclude` must name the list of layers too.*leave layers out"):
-        secateur.prune(model, **some)
     smaller, _ = secateur.prune(model, **some | {"exclude": ["encoder.layer.0.*", "encoder.layer"]})
     assert len(smaller.encoder.layer) == len(model.encoder.layer)
     assert report.units["neurons"] == (768, 640)
+
+
+def test_a_layer_that_holds_an_excluded_site_stays():
+    model = small_model("bert")
+    spared = model.encoder.layer[1].attention.self.query.weight
+    given = {"scorer": "random", "units": ["heads", "layers"], "exclude": ["encoder.layer.1.attention.*"]}
+    for wanted in ({"pruning_ratio": 0.67}, {"budget": "layers=0.4,heads=0.9"}, {"budget": "macs=0.4"}):
+        smaller, report = secateur.prune(model, **given, **wanted)
+        assert report.mask["encoder.layer"].tolist() == [False, True, False]
+        assert torch.equal(smaller.encoder.layer[0].attention.self.query.weight, spared)
+    with pytest.raises(InvalidInputError, match=r"`budget` must be at least layers=0\.334"):
+        secateur.prune(model, **given, budget="layers=0.3")
 
 
 def test_each_kind_may_have_a_criterion_of_its_own():

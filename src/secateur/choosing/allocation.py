@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -66,7 +67,7 @@ class SensitivitySelection(BudgetedSelection):
         return mask, 1 - self._units_left(self.cut.kinds[0], mask)
 
     def _measure(self, scores: Scores) -> dict[str, list[tuple[float, Tensor]]]:
-        """Return what every site with scores costs the end at every size."""
+        """Return what every site with scores costs the end at every size; a layer that must stay, without end."""
         base, size = self.prepared.base, self.reading.batch_size
         judges = self.texts[::JUDGES]
         fitted = [text for number, text in enumerate(self.texts) if number % JUDGES]
@@ -75,7 +76,11 @@ class SensitivitySelection(BudgetedSelection):
             evaluator = EndError(base, list(self.prepared.batches(judges, self.reading.batch_size)), self._lists())
             sites = {name: self.sites[name] for name in scores}
             batches = list(self.prepared.batches(fitted, size))
-            return options_of_sites(base, sites, scores, batches, evaluator, self.cut, self.reading)
+            found = options_of_sites(base, sites, scores, batches, evaluator, self.cut, self.reading)
+        for name, units in scores.staying.items():
+            for number in map(self.sites[name].units.index, units):
+                found[name][number] = (math.inf, found[name][number][1])
+        return found
 
     def _lists(self) -> dict[str, LayerSite]:
         try:

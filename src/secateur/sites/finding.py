@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -184,17 +184,14 @@ def _is_adapters(base: PreTrainedModel, site: FeedForwardSite) -> bool:
     So LoRA lays two thin matrices around each weight that it adapts; what lies between them is a rank.
     """
     paths = {piece.parameter.rpartition(".")[0] for piece in site.slices}
-    shared = os.path.commonprefix([path.split(".") for path in paths])
-    beside = base.get_submodule(".".join(shared)).named_children()
-    others = [child for name, child in beside if is_projection(child) and ".".join([*shared, name]) not in paths]
-    last = base.get_submodule(site.output)
-    writers = [base.get_submodule(path) for path in paths if path != site.output]
-    return any(
-        widths(other) == (num_channels(writer), widths(last)[1])
-        for other in others
-        for writer in writers
-        if is_projection(writer)
-    )
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    shared = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
+    holder = base.get_submodule(".".join(shared))
+    within = {id(base.get_submodule(path)) for path in paths}
+    beside = [module for module in holder.children() if is_projection(module) and id(module) not in within]
+    writes = widths(base.get_submodule(site.output))[1]
+    writers = [module for path in paths if path != site.output and is_projection(module := base.get_submodule(path))]
+    return any(widths(module) == (num_channels(writer), writes) for module in beside for writer in writers)
 
 
 def _outputs(base: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:

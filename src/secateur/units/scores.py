@@ -118,7 +118,8 @@ class Scores(_Scores, Saved):
 
     Minus infinity stands for a unit that an earlier removal took. `num_groups`, `scorer` and `interactions`: see
     `PresentScores`, in original numbering. `num_texts` is how many texts were scored, None where that is not known;
-    `agreement` is what `stop="auto"` found out (see `secateur.texts.stopping.Settling`), None elsewhere.
+    `agreement` is what `stop="auto"` found out (see `secateur.texts.stopping.Settling`), None elsewhere. `staying` has
+    units that stay whatever their score, by site; it is about one selection, and not saved.
 
     Raises `InvalidInputError` for an empty mapping and for NaN or +inf, naming the site, for interactions that are not
     finite or of another shape, and for a site whose groups have unlike numbers of units left.
@@ -126,6 +127,7 @@ class Scores(_Scores, Saved):
 
     num_texts: int | None = None
     agreement: float | None = None
+    staying: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
