@@ -91,7 +91,7 @@ def prune(
             ("ranking"), or by what each site alone changes at the end of the model ("sensitivity"). None =
             "sensitivity" where neurons or layers may go within a budget that counts all, and "uniform" elsewhere.
         floor: units that every site keeps at least.
-        exclude: patterns of the names of sites that stay whole, such as "encoder.layer.0.*", and with them their layers.
+        exclude: patterns of the names of sites that stay whole, such as "encoder.layer.0.*", and so do their layers.
         refine: exchanges of heads that `refine_mask` tries on the scored texts.
         restore: "reconstruct" refits what the kept units write on these texts, as `reconstruct_` does, "distill" also
             teaches the smaller model on them, as `distill_` does, and "none" does neither. None = "distill" where the
