@@ -39,9 +39,9 @@ def examples_of(texts: Sequence[Any] | None, inputs: Any) -> Sequence[Example]:
             raise invalid("texts", "be given, or `inputs`", texts)
         check_examples(texts)
         return texts
+    check_inputs(inputs)
     if texts is not None:
         raise invalid("texts", "be left out where `inputs` are given", texts)
-    check_inputs(inputs)
     return [row for number, batch in enumerate(inputs) for row in _rows(f"inputs[{number}]", batch)]
 
 

@@ -136,6 +136,9 @@ class Scores(_Scores, Saved):
             raise invalid("num_texts", "be a whole number from 0", texts)
         if self.agreement is not None and not (isinstance(self.agreement, int | float) and 0 <= self.agreement <= 1):
             raise invalid("agreement", "be in [0, 1]", self.agreement)
+        known = isinstance(self.staying, Mapping)
+        if not known or not all(isinstance(x, list) and {*map(type, x)} <= {int} for x in self.staying.values()):
+            raise invalid("staying", "map sites to lists of the units that stay", self.staying)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Scores) and self.to_json() == other.to_json()
