@@ -142,6 +142,9 @@ def test_inputs_of_unlike_shapes_never_share_a_batch():
     assert (quality.num_texts, quality.cosine) == (72, pytest.approx(1, abs=1e-5))
     _, report = secateur.prune(model, inputs=sounds, restore="distill", steps=2, reading=READING)
     assert (report.num_texts, len(report.distillation)) == (65, 2)
+    sounds = [{"input_values": torch.randn(2, 800 + 160 * number)} for number in range(4)]
+    with pytest.raises(InvalidInputError, match=r"`inputs` must be at least 3 a batch.*got 2; give more of one shape"):
+        secateur.prune(model, inputs=sounds, restore="reconstruct", reading=READING)
 
 
 def test_labels_go_with_their_examples():
