@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from secateur.choosing.allocation import SensitivitySelection
@@ -41,6 +41,7 @@ from secateur.sites.recipe import TRAINED, read_recipe
 from secateur.support.defaults import DISTILLATION_STEPS
 from secateur.support.versions import __version__
 from secateur.texts.calibration import PreparedModel, texts_of
+from secateur.texts.examples import Example, are_rows, examples_of
 from secateur.texts.sources import reading_order
 from secateur.texts.tokenization import Text
 from secateur.units.masks import Mask, units_left
@@ -69,6 +70,7 @@ def prune(
     restore: Restore | None = None,
     steps: int = DISTILLATION_STEPS,
     labels: Labels | None = None,
+    inputs: Sequence[Mapping[str, Tensor]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     reading: Reading | None = None,
     **options: Any,
@@ -89,19 +91,23 @@ def prune(
             ("ranking"), or by what each site alone changes at the end of the model ("sensitivity"). None =
             "sensitivity" where neurons or layers may go within a budget that counts all, and "uniform" elsewhere.
         floor: units that every site keeps at least.
-        exclude: patterns of the names of sites that stay whole, such as "encoder.layer.0.*".
+        exclude: patterns of the names of sites that stay whole, such as "encoder.layer.0.*", and so do their layers.
         refine: exchanges of heads that `refine_mask` tries on the scored texts.
         restore: "reconstruct" refits what the kept units write on these texts, as `reconstruct_` does, "distill" also
             teaches the smaller model on them, as `distill_` does, and "none" does neither. None = "distill" where the
             allocation is by sensitivity by default, and "none" elsewhere. A step that needs more texts is left out.
         steps: optimiser updates of the distillation.
         labels: one for each text, for scorers that need them.
+        inputs: ready batches of keyword arguments instead of texts, for models that read images or sound. Every tensor
+            has a row for each example, and each step chooses among these, and reads them in batches of its own, as it
+            does with texts; examples of unlike shapes share none.
         tokenizer: of the model; looked up by its name where absent.
         reading: how the texts are read, and on which device.
 
     Raises what the steps raise, before or after which `model` is what it was.
     """
-    reading, texts = settings_of(reading, Reading), texts_of(texts)
+    reading = settings_of(reading, Reading)
+    texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
     cut = Cut(pruning_ratio, "uniform" if allocation is None else allocation, floor, budget, units, exclude=exclude)
     cut, restore = recommended(cut, allocation, restore, texts)
     check_steps(texts, cut, refine, restore, steps, reading)
@@ -137,18 +143,19 @@ class _Pruning:
     """A pruning on its way: the copy that gets smaller, prepared once, and the report's `facts` so far."""
 
     def __init__(self, model: Any, texts: Any, tokenizer: Any, cut: Cut, teaches: bool, reading: Reading) -> None:
-        self.name, self.smaller, tokenizer = _copied(model, tokenizer, texts is not None, reading)
+        self.reads_texts = texts is not None and not are_rows(texts)
+        self.name, self.smaller, tokenizer = _copied(model, tokenizer, self.reads_texts, reading)
         self.prepared = PreparedModel(self.smaller, tokenizer, reading)
         self.model, self.cut, self.reading = self.prepared.model, cut, reading
-        self.read: Sequence[Text] = []  # what was read of the texts, in that order; of a stream the first few
+        self.read: Sequence[Example] = []  # what was read of the texts, in that order; of a stream the first few
         if texts is None or isinstance(texts, Sequence):
-            self.texts: Iterable[Text] | None = texts
+            self.texts: Iterable[Any] | None = texts
         else:
             left = iter(texts)
             self.read = list(itertools.islice(left, MAX_TEXTS))
             self.texts = itertools.chain(self.read, left)
-        self.prepared.keeps = frozenset(self.read) if self.read else None
-        if texts is not None:
+        self.prepared.keeps = frozenset(cast(Any, self.read)) if self.read else None
+        if self.reads_texts:
             self.prepared.tokenizer  # noqa: B018 - a model without one is refused before any work
         check_loaded(self.model, "pruning")
         check_plain_weights(self.prepared.base)
@@ -201,7 +208,7 @@ class _Pruning:
             "agreement": scores.agreement, "scoring_seconds": seconds,
         }  # fmt: skip
         if self.reading.maps and self.read:
-            batch = self.prepared.batch(self.read[:MAX_TEXTS])
+            batch = self.prepared.batches(self.read[:MAX_TEXTS], MAX_TEXTS)[0]
             self.facts["attention_maps"] = mean_maps(self.model, self.prepared.sites, batch)
         return scores
 
@@ -219,7 +226,7 @@ class _Pruning:
     def refine(self, mask: Mask, steps: int) -> Mask:
         """Exchange heads while that helps."""
         mask, losses = refine_mask(
-            self.prepared, mask, self.read, steps=steps, allocation=self.cut.ranked, floor=self.cut.floor,
+            self.prepared, mask, cast(Any, self.read), steps=steps, allocation=self.cut.ranked, floor=self.cut.floor,
             reading=self.reading,
         )  # fmt: skip
         self.facts["refinement"] = tuple(losses)
@@ -227,7 +234,7 @@ class _Pruning:
 
     def reconstruct(self, mask: Mask) -> None:
         """Refit what the kept heads write."""
-        before, after = reconstruct_(self.prepared, mask, self.read, reading=self.reading)
+        before, after = reconstruct_(self.prepared, mask, cast(Any, self.read), reading=self.reading)
         self.facts["reconstruction"] = (before, after)
         if after < before:
             self.record["reconstructed"] = True
@@ -238,14 +245,15 @@ class _Pruning:
         assert isinstance(self.texts, Sequence)
         kept = self.facts["mask"].present(self.sites).kept
         layers = {name: kept[name] for name, site in self.sites.items() if site.kind == "layers"}
+        tokenizer = self.prepared.tokenizer if self.reads_texts else None
         before, after = distill_(
-            self.model, self.teacher, self.texts, self.prepared.tokenizer, steps=steps, layers=layers or None,
+            self.model, self.teacher, self.texts, tokenizer, steps=steps, layers=layers or None,
             reading=replace(self.reading, stop="all"),
         )  # fmt: skip
         self.facts |= {"distillation": (before, after), "steps": steps}
         self.teacher = None
 
-    def hold_out(self, texts: Sequence[Text]) -> None:
+    def hold_out(self, texts: Sequence[Example]) -> None:
         """Keep what the dense model makes of texts that nothing else reads."""
         if texts:
             self.quality = QualityJudge(self.prepared, texts, self.reading)
@@ -257,7 +265,7 @@ class _Pruning:
 
     def remove(self, mask: Mask) -> None:
         """Remove what the mask drops, prove it, and measure what is left."""
-        inputs = self.prepared.batch(self.read[:_PROOF_TEXTS]) if self.read else None
+        inputs = self.prepared.batches(self.read[:_PROOF_TEXTS], _PROOF_TEXTS)[0] if self.read else None
         about = {"scorer": self.facts["scorer"], "allocation": self.cut.allocation, "base_model": self.name}
         # Of the model that is named here, which may be a pruned one, nothing was trained since.
         earlier = read_recipe(self.prepared.base.config)

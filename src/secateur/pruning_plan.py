@@ -16,7 +16,7 @@ from secateur.settings import Budget, Cut, Reading, Restore
 from secateur.support.checks import check_whole
 from secateur.support.defaults import UNITS
 from secateur.support.processes import is_shared
-from secateur.texts.tokenization import Text
+from secateur.texts.examples import Example
 
 SCORED_TEXTS = 1024
 """Texts that are scored and fitted on at most, where all are read to distil."""
@@ -62,13 +62,13 @@ def check_steps(texts: Any, cut: Cut, refine: int, restore: Restore, steps: int,
 
 def without_held_out(
     texts: Any, labels: Labels | None, restore: Restore, reading: Reading
-) -> tuple[Any, Labels | None, Sequence[Text], Reading]:
+) -> tuple[Any, Labels | None, Sequence[Example], Reading]:
     """Return texts and labels to work with, the texts to judge a model by that is taught, and how texts are read.
 
     Held out is one text of ten, at most 256, drawn with the seed. All others teach, some of which are scored.
     """
     count = min(len(texts) // HELD_OUT, MOST_TEXTS) if restore == "distill" else 0
-    held_out: Sequence[Text] = []
+    held_out: Sequence[Example] = []
     if count >= RELATED:
         if labels is not None and len(labels) != len(texts):
             raise invalid("labels", f"have one entry for each text, {len(texts)}", len(labels))

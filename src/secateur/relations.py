@@ -97,7 +97,9 @@ def with_relations(batches: Iterable[Batch]) -> list[Batch]:
     if not related:
         rule = f"be at least {RELATED} a batch, as the relations between them count"
         most = max((size for size, _ in sizes), default=0)
-        raise invalid("texts", rule, most, "give more texts, or larger batches")
+        if all("input_ids" in batch for _, batch in sizes):
+            raise invalid("texts", rule, most, "give more texts, or larger batches")
+        raise invalid("inputs", rule, most, "give more of one shape, or larger batches")
     return related
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -202,7 +203,8 @@ class Cut:
         units: kinds of units that may go. None = those that the budget names, heads and neurons for a budget that
             counts all, and heads for a ratio.
         multiple: neurons that stay at a site are a multiple of this.
-        exclude: patterns, as of file names, of sites that stay whole, such as `encoder.layer.0.*`.
+        exclude: patterns, as of file names, of sites that stay whole, such as `encoder.layer.0.*`, and so do the layers
+            that hold them.
 
     Raises `InvalidInputError` for values outside their ranges.
     """
@@ -246,20 +248,17 @@ class Cut:
         return () if self.budget is None else budgets_of(self.budget)
 
     def may_go(self, scores: Scores) -> Scores:
-        """Return the scores of the sites that are not excluded.
+        """Return the scores of the sites that are not excluded; layers that hold an excluded site are among `staying`.
 
-        Raises `InvalidInputError` where none is left, and where a layer that holds an excluded site could go with it.
+        Raises `InvalidInputError` where none is left, and for a pattern that matches none.
         """
         left = [site for site in scores if not any(fnmatch.fnmatchcase(site, pattern) for pattern in self.exclude)]
         unused = [p for p in self.exclude if not any(fnmatch.fnmatchcase(site, p) for site in scores)]
         if not left or unused:
             known = f"such as {next(iter(scores))!r}"
             raise invalid("exclude", f"leave some sites, and each pattern match one, {known}", unused or self.exclude)
-        lists = [site for site in left if scores.kinds[site] == "layers"]
-        if inside := [s for s in scores if s not in left and any(s.startswith(f"{path}.") for path in lists)]:
-            rule = f"name the list of layers too, as {inside[0]!r} would go with its layer"
-            raise invalid("exclude", rule, self.exclude, "or leave layers out of `units`")
-        return scores.only(left)
+        staying = {path: _holding(path, scores, left) for path in left if scores.kinds[path] == "layers"}
+        return replace(scores.only(left), staying=staying)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -270,6 +269,13 @@ class Cut:
         of_all = any(quantity not in UNITS for quantity in quantities)
         usual = ("heads", "neurons") if of_all else () if quantities else ("heads",)
         return tuple(kind for kind in UNITS if kind in quantities or kind in usual)
+
+
+def _holding(path: str, scores: Scores, left: Sequence[str]) -> list[int]:
+    """Return the layers of the list at `path`, by original number, that hold a site that is not `left`."""
+    held = [site.removeprefix(f"{path}.") for site in scores if site not in left and site.startswith(f"{path}.")]
+    there = (scores[path] > -math.inf).nonzero().flatten().tolist()  # names count the layers that are there now
+    return sorted({there[int(name.partition(".")[0])] for name in held})
 
 
 def settings_of(value: Any, kind: type[Settings]) -> Settings:

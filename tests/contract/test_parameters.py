@@ -34,6 +34,7 @@ PATH = [None, 3, "", [], "a\0b"]
 CONFIG = [3, "", {}]
 LEARNED_ON = [None, 3, "", [], ["a"], {}]
 INPUTS = [3, "", {}, {3: 1}]
+READY = [3, "", [], [{}], [3]]
 SETTINGS = [3, "", {}, {"batch_size": 4}]
 UNITS = [3, "", "heads", {}, [], ["words"]]
 PATTERNS = [3, "encoder.*", [3], ["nowhere.*"]]
@@ -56,27 +57,27 @@ CALLS = {
     },
     "score": {
         "model": MODEL, "texts": LISTED, "scorer": ["best", "", None, 3],
-        "tokenizer": [3, "", object()], "labels": [3, ""], "inputs": [3, "", [], [{}], [3]],
+        "tokenizer": [3, "", object()], "labels": [3, ""], "inputs": READY,
         "cut": SETTINGS, "reading": SETTINGS, "units": [None, *UNITS],
     },
     "prune": {
         "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3],
         "allocation": ["layer", "", 3, []], "floor": LEAST, "refine": LEAST, "restore": [True, "", "distil", 3],
         "tokenizer": [3, "", object()], "labels": [3, ""], "budget": BUDGET, "reading": SETTINGS,
-        "units": UNITS, "exclude": PATTERNS, "steps": COUNT,
+        "units": UNITS, "exclude": PATTERNS, "steps": COUNT, "inputs": READY,
     },
     "reconstruct_": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()],
-        "reading": SETTINGS,
+        "inputs": READY, "reading": SETTINGS,
     },
     "distill_": {
         "model": MODEL, "teacher": MODEL, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": COUNT,
         "learning_rate": [0, -1, float("nan"), float("inf"), "1", None, True],
-        "layers": [3, "", {}, {"a": 3}, {"a": []}, {"a": ["0"]}, [0]], "reading": SETTINGS,
+        "layers": [3, "", {}, {"a": 3}, {"a": []}, {"a": ["0"]}, [0]], "inputs": READY, "reading": SETTINGS,
     },
     "refine_mask": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": LEAST,
-        "allocation": ALLOCATION, "floor": LEAST, "reading": SETTINGS,
+        "allocation": ALLOCATION, "floor": LEAST, "inputs": READY, "reading": SETTINGS,
     },
     "Reading": {
         "batch_size": COUNT, "max_length": [3, -1, 4.5, "9", None, True, ""], "seed": SEED,
@@ -93,6 +94,7 @@ CALLS = {
         "scorer": [None, 3], "interactions": [None, 3, "", {"b": [[1.0]]}, {"a": "x"}, {"a": [1.0]}],
         "kinds": [None, 3, "", {"a": "words"}],
         "num_texts": [-1, "3", 1.5, True], "agreement": [-0.1, 1.1, "1", float("nan")],
+        "staying": [None, 3, "", {"a": 0}, {"a": ["0"]}],
     },
     "train_meta_pruner": {
         "subjects": LEARNED_ON, "tasks": LEARNED_ON, "out": PATH, "config": CONFIG, "held_out": [3, "", None, [3]],

@@ -1,5 +1,6 @@
 """Heads, neurons and layers together: removal, reloading, selection, budgets, and the commands."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -159,11 +160,21 @@ def test_excluded_sites_stay_whole():
     with pytest.raises(InvalidInputError, match=r"`exclude` must .*each pattern match one.*'nowhere\.\*'"):
         secateur.prune(model, scorer="random", exclude=["encoder.layer.0.*", "nowhere.*"])
     some = {"scorer": "random", "units": ["heads", "layers"], "exclude": ["encoder.layer.0.*"]}
-    with pytest.raises(InvalidInputError, match=r"`exclude` must name the list of layers too.*leave layers out"):
-        secateur.prune(model, **some)
     smaller, _ = secateur.prune(model, **some | {"exclude": ["encoder.layer.0.*", "encoder.layer"]})
     assert len(smaller.encoder.layer) == len(model.encoder.layer)
     assert report.units["neurons"] == (768, 640)
+
+
+def test_a_layer_that_holds_an_excluded_site_stays():
+    model = small_model("bert")
+    spared = model.encoder.layer[1].attention.self.query.weight
+    given = {"scorer": "random", "units": ["heads", "layers"], "exclude": ["encoder.layer.1.attention.*"]}
+    for wanted in ({"pruning_ratio": 0.67}, {"budget": "layers=0.4,heads=0.9"}, {"budget": "macs=0.4"}):
+        smaller, report = secateur.prune(model, **given, **wanted)
+        assert report.mask["encoder.layer"].tolist() == [False, True, False]
+        assert torch.equal(smaller.encoder.layer[0].attention.self.query.weight, spared)
+    with pytest.raises(InvalidInputError, match=r"`budget` must be at least layers=0\.334"):
+        secateur.prune(model, **given, budget="layers=0.3")
 
 
 def test_each_kind_may_have_a_criterion_of_its_own():
@@ -264,3 +275,24 @@ def test_even_cuts_are_selected_and_kept_apart_from_ragged_ones():
     remove_(other, Mask(uneven))
     assert (model.config.intermediate_size, hasattr(model.config, "head_pruning")) == (24, False)
     assert (other.config.intermediate_size, hasattr(other.config, "head_pruning")) == (37, True)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_a_block_that_loses_all_neurons_keeps_its_bias(kind, tmp_path):
+    model = tiny_model(kind)
+    sites = find_units(model, ["neurons"])
+    first, second, third = sites
+    none = {name: torch.zeros(sites[name].num_units, dtype=torch.bool) for name in (first, second)}
+    inputs = example_inputs(model)
+    with torch.no_grad(), secateur.gated(model, Mask(none)):
+        wanted = model(**inputs).last_hidden_state
+    remove_(model, Mask({first: none[first]}))
+    assert remove_(copy.deepcopy(model), Mask(none)).units_after == sites[first].num_units
+    remove_(model, Mask(none))
+    model.save_pretrained(tmp_path)
+    for one in (model, copy.deepcopy(model), AutoModel.from_pretrained(tmp_path)):
+        with torch.no_grad():
+            assert torch.allclose(one(**inputs).last_hidden_state, wanted, atol=1e-5)
+        assert one.get_submodule(second).weight.numel() == 0
+        left = {name: site.num_units for name, site in find_units(one, ["neurons"]).items()}
+        assert left == {first: 0, second: 0, third: sites[third].num_units}

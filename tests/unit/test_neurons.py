@@ -351,3 +351,23 @@ def test_the_taylor_score_is_the_gradient_of_the_gate():
     squares = gate.grad.square().mean(dim=0)
     given.pop("normalize")
     assert torch.allclose(secateur.score(model, scorer="fisher", **given)[name].float(), squares, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
+@pytest.mark.parametrize(("kind", "targets"), [("bert", ["query", "output.dense"]), ("gpt2", ["c_attn", "mlp.c_proj"])])
+def test_the_rank_of_an_adapter_is_no_width_of_a_block(kind, targets):
+    peft = pytest.importorskip("peft")
+
+    def adapted(*names):
+        model = tiny_model(kind)
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=list(names), r=4), model)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    found, refused = find_neurons(adapted(targets[0]))
+    assert found == find_neurons(tiny_model(kind))[0]
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in refused} == {"lora_B"}
+    with pytest.raises(UnsupportedModelError, match="it is an adapter's; merge adapters into the weights first"):
+        find_neurons(adapted(*targets))

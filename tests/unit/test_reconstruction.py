@@ -44,6 +44,17 @@ def same(model, weights):
     return all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
+def test_inputs_that_hardly_vary_are_made_up_for_by_their_mean():
+    """Of what lies below the rounding of its own sums no regression tells, and the bias takes what was written."""
+    torch.manual_seed(0)
+    inputs = 10 * torch.randn(1, 40) + 1e-4 * torch.randn(400, 40)
+    rows, stays = torch.randn(40, 8).double(), torch.arange(40) < 30
+    fit = Fit(Moments(inputs.T @ inputs, inputs.sum(dim=0), len(inputs)), stays, rows, with_bias=True)
+    change = fit.change(1e-2)
+    assert not change.any()
+    assert torch.allclose(fit.shift(change), (inputs.double() @ rows - inputs[:, :30].double() @ rows[:30]).mean(dim=0))
+
+
 def test_ridge_regression_by_hand():
     """Two inputs, [1, 2], [3, 4] and [5, 6] on three tokens; the second, which writes 10 times itself, goes.
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError
 from secateur.removal.remove import gated, remove_
+from secateur.settings import Cut
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask, PresentMask
 from secateur.units.scores import PresentScores, Scores
@@ -236,3 +237,18 @@ def test_a_multiple_that_is_none_is_refused_and_heads_have_none():
     assert kept.kept["a"] == list(range(70, 100))
     with pytest.raises(InvalidInputError, match="`multiple` must"):
         select(scores, multiple=0)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "ranking"])
+def test_layers_that_hold_excluded_sites_are_ranked_last(allocation):
+    """Of a list that has lost its first layer, the layer now called 0 is number 1."""
+    rows = {"layers.0.attn": [1.0, 2.0], "layers.1.attn": [3.0, 4.0], "layers": [-math.inf, 0.1, 0.2, 0.3]}
+    scores = Scores(rows, kinds={"layers": "layers"})
+    may_go = Cut(exclude=["layers.0.*"]).may_go(scores)
+    assert set(may_go) == {"layers.1.attn", "layers"}
+    only = may_go.only(["layers"])
+    assert [select(only, ratio, allocation, 0).kept["layers"] for ratio in (0, 0.34, 0.67, 0.99)] == [
+        [1, 2, 3], [1, 3], [1], [1],
+    ]  # fmt: skip
+    every = Cut(exclude=["layers.*"]).may_go(scores)
+    assert select(every, 0.99, allocation, 0).kept == {"layers": [1, 2]}

@@ -214,6 +214,18 @@ def test_a_layer_that_does_nothing_goes():
     assert all(row.all() for name, row in mask.items() if name != "layers" and ".1." not in name)
 
 
+@pytest.mark.parametrize("budget", ["params={}", "layers=0.7"])
+def test_a_layer_that_holds_an_excluded_site_stays_though_it_does_nothing(budget):
+    prepared = with_an_empty_layer("llama")
+    cut = Cut(0, "sensitivity", budget="params=0.99", units=ALL, multiple=1, exclude=["layers.1.self_attn"])
+    saved = SensitivitySelection(prepared, cut, TEXTS, READING).share_of_layer(cut.budgets[0], "layers.1")
+    cut = replace(cut, budget=budget.format(1.001 - saved), units=ALL if "params" in budget else ("heads", "layers"))
+    mask, _ = SensitivitySelection(prepared, cut, TEXTS, READING).select(scores_of(prepared, cut.kinds))
+    assert mask.get("layers", torch.ones(3))[1]
+    assert "layers.1.self_attn" not in mask
+    assert "params" in budget or mask["layers"].sum() == 2
+
+
 def test_what_cannot_be_measured_or_reached_is_refused():
     prepared = prepared_model("bert")
     with pytest.raises(InvalidInputError, match=r"`texts` must be at least 8 with allocation 'sensitivity', got 7"):

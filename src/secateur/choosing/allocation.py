@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,8 +18,8 @@ from secateur.settings import Budget, Cut, Reading
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
 from secateur.texts.calibration import PreparedModel
-from secateur.texts.tokenization import Text
-from secateur.units.masks import Mask, indices_of, original_vector
+from secateur.texts.examples import Example, source_of
+from secateur.units.masks import Mask, is_within, layers_gone, original_vector
 from secateur.units.scores import Scores
 
 JUDGES = 4
@@ -38,14 +39,14 @@ class SensitivitySelection(BudgetedSelection):
         self,
         prepared: PreparedModel,
         cut: Cut,
-        texts: Sequence[Text],
+        texts: Sequence[Example],
         reading: Reading,
         sites: Mapping[str, Site] | None = None,
     ) -> None:
         sites = prepared.sites_of(cut.kinds) if sites is None else sites
         super().__init__(prepared.model, cut, reading.progress, sites)
         if len(texts) < 2 * JUDGES:
-            raise invalid("texts", f"be at least {2 * JUDGES} with allocation 'sensitivity'", len(texts))
+            raise invalid(source_of(texts), f"be at least {2 * JUDGES} with allocation 'sensitivity'", len(texts))
         self.prepared, self.texts, self.reading = prepared, texts, reading
 
     def select(self, scores: Scores) -> tuple[Mask, float]:
@@ -59,14 +60,14 @@ class SensitivitySelection(BudgetedSelection):
             rows |= self._choose(parts, budget, scores, 1 - budget.limit)
         if self.joint is not None:
             saved = self._saved(rows, self.joint)
-            names = [name for name in measured if self.sites[name].kind not in self.own and not _within(name, saved)]
+            names = [name for name in measured if self.sites[name].kind not in self.own and not is_within(name, saved)]
             needed = max(0.0, 1 - self.joint.limit - sum(saved.values()))
             rows |= self._choose(self._parts(names, measured, self.joint, saved), self.joint, scores, needed)
         mask = Mask({name: rows[name] for name in scores if name in rows})
         return mask, 1 - self._units_left(self.cut.kinds[0], mask)
 
     def _measure(self, scores: Scores) -> dict[str, list[tuple[float, Tensor]]]:
-        """Return what every site with scores costs the end at every size."""
+        """Return what every site with scores costs the end at every size; a layer that must stay, without end."""
         base, size = self.prepared.base, self.reading.batch_size
         judges = self.texts[::JUDGES]
         fitted = [text for number, text in enumerate(self.texts) if number % JUDGES]
@@ -75,7 +76,11 @@ class SensitivitySelection(BudgetedSelection):
             evaluator = EndError(base, list(self.prepared.batches(judges, self.reading.batch_size)), self._lists())
             sites = {name: self.sites[name] for name in scores}
             batches = list(self.prepared.batches(fitted, size))
-            return options_of_sites(base, sites, scores, batches, evaluator, self.cut, self.reading)
+            found = options_of_sites(base, sites, scores, batches, evaluator, self.cut, self.reading)
+        for name, units in scores.staying.items():
+            for number in map(self.sites[name].units.index, units):
+                found[name][number] = (math.inf, found[name][number][1])
+        return found
 
     def _lists(self) -> dict[str, LayerSite]:
         try:
@@ -85,12 +90,10 @@ class SensitivitySelection(BudgetedSelection):
 
     def _saved(self, rows: Mapping[str, Tensor], budget: Budget) -> dict[str, float]:
         """Return the share that what is chosen already saves, by site, and by layer where one goes whole."""
-        saved: dict[str, float] = {}
         kept = {name: row[list(self.sites[name].units)] for name, row in rows.items()}
-        for name in (name for name in kept if self.sites[name].kind == LayerSite.kind):
-            paths = [f"{name}.{number}" for number in indices_of(~kept[name])]
-            saved |= {path: self.share_of_layer(budget, path) for path in paths}
-        others = [name for name in kept if self.sites[name].kind != LayerSite.kind and not _within(name, saved)]
+        chosen = {name: self.sites[name] for name in kept}
+        saved = {path: self.share_of_layer(budget, path) for path in layers_gone(chosen, kept)}
+        others = [name for name in kept if self.sites[name].kind != LayerSite.kind and not is_within(name, saved)]
         return saved | {name: self.share_of_site(budget, name, kept[name]) for name in others}
 
     def _choose(self, parts: list[list[Option]], budget: Budget, scores: Scores, needed: float) -> dict[str, Tensor]:
@@ -148,14 +151,10 @@ class SensitivitySelection(BudgetedSelection):
         for (name, number), of_sites in inside.items():
             gone = ((name, number),)
             path = f"{name}.{number}"
-            already = sum(share for site, share in saved.items() if _within(site, [path]))
+            already = sum(share for site, share in saved.items() if is_within(site, [path]))
             without = Option(self.share_of_layer(budget, path) - already, measured[name][number][0], {}, gone)
             parts.append([*map(_together, itertools.product(*of_sites)), without])
         return parts
-
-
-def _within(site: str, paths: Iterable[str]) -> bool:
-    return any(site.startswith(f"{path}.") for path in paths)
 
 
 def _together(options: tuple[Option, ...]) -> Option:

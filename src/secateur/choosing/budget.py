@@ -22,7 +22,7 @@ from secateur.settings import AnyBudget, Budget, Cut, budgets_of
 from secateur.sites.finding import find_units
 from secateur.sites.layout import Site
 from secateur.support.defaults import MULTIPLE, UNITS
-from secateur.units.masks import Mask
+from secateur.units.masks import Mask, is_within, layers_gone
 from secateur.units.scores import PresentScores, Scores
 from secateur.units.select import Allocation, check_scores, check_selection, groups_of, select
 
@@ -189,8 +189,10 @@ class BudgetedSelection:
         if self.table is None:
             return _left(self.joint, self.costs, mask)
         kept = mask.present(self.sites)
-        saved = {name: self.costs.saved_macs(name, kept[name]) for kind in self.table.kinds for name in kind.sites}
-        return 1 - sum(kind.saved(saved[name]) for kind in self.table.kinds for name in kind.sites)
+        gone = layers_gone(self.sites, kept)
+        others = [name for name, site in self.sites.items() if site.kind != "layers" and not is_within(name, gone)]
+        saved = [self.share_of_layer(self.joint, path) for path in gone]
+        return 1 - sum([*saved, *(self.share_of_site(self.joint, name, kept[name]) for name in others)])
 
     def share_of_site(self, budget: Budget, name: str, kept: Tensor) -> float:
         """Return the share of a budget's quantity that one site saves with the units in `kept` (bool `[units now]`)."""
@@ -204,12 +206,11 @@ class BudgetedSelection:
         return parameters / dense.parameters if budget.quantity == "params" else macs / dense.macs
 
     def share_of_layer(self, budget: Budget, path: str) -> float:
-        """Return the share that a whole layer saves; of latency what its sites do."""
-        if self.table is not None:
-            inside = [name for name in self.sites if name.startswith(f"{path}.")]
-            none = {name: torch.zeros(self.sites[name].num_units, dtype=torch.bool) for name in inside}
-            return sum(self.share_of_site(budget, name, kept) for name, kept in none.items())
+        """Return the share that a whole layer saves."""
         parameters, macs = self.costs.saved_by_layer(path)
+        if self.table is not None:
+            name = path.rpartition(".")[0]
+            return next((kind.saved_by_layer(macs) for kind in self.table.kinds if name in kind.sites), 0.0)
         dense = self.costs.dense
         return parameters / dense.parameters if budget.quantity == "params" else macs / dense.macs
 

@@ -94,9 +94,10 @@ class Fit:
         self.with_bias = with_bias
 
     def change(self, ridge: float) -> Tensor:
-        """Return D; `ridge` is in units of the mean second moment."""
+        """Return D; `ridge` is in units of the mean second moment. 0 where inputs vary by less than their rounding."""
         loaded = self.among + ridge * self.unit * torch.eye(len(self.among), dtype=self.among.dtype)
-        return torch.cholesky_solve(self.across, torch.linalg.cholesky(loaded))
+        factor, failed = torch.linalg.cholesky_ex(loaded)
+        return torch.zeros_like(self.across) if int(failed) else torch.cholesky_solve(self.across, factor)
 
     def shift(self, change: Tensor) -> Tensor | None:
         """Return d for D, None without a bias."""

@@ -30,19 +30,20 @@ def train(
     learning_rate: float,
     reading: Reading,
     every_column: bool = False,
+    by_length: bool = True,
 ) -> tuple[float, int, float]:
     """Train in place for `steps` updates, or, where given, for `epochs`, and return the seconds, updates and mean loss.
 
     AdamW with a linear schedule whose first tenth of `steps` warms up. `every_column` hands the model what it does not
-    name as an argument too. Raises `SecateurError` where the loss does not stay finite, and `InvalidInputError` for a
-    device that this machine has not.
+    name as an argument too; `by_length` puts texts of similar length into a batch. Raises
+    `SecateurError` where the loss does not stay finite, and `InvalidInputError` for a device that this machine has not.
     """
     with (
         tempfile.TemporaryDirectory(prefix="secateur-") as folder,
         _kept(getattr(model, "config", None), "use_cache"),
         _kept(model, "forward", "_original_forward"),
     ):
-        arguments = _arguments(folder, steps, epochs, learning_rate, reading, every_column)
+        arguments = _arguments(folder, steps, epochs, learning_rate, reading, every_column, by_length)
         bar = _Progress(title, reading.progress)
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[bar])
         # It prints to stdout, which belongs to results.
@@ -59,7 +60,13 @@ def train(
 
 
 def _arguments(
-    folder: str, steps: int, epochs: float | None, learning_rate: float, reading: Reading, every_column: bool
+    folder: str,
+    steps: int,
+    epochs: float | None,
+    learning_rate: float,
+    reading: Reading,
+    every_column: bool,
+    by_length: bool,
 ) -> TrainingArguments:
     """Return what the `Trainer` is told. Raises `InvalidInputError` for a device that this machine has not."""
     device = None if reading.device is None else training_device(reading.device)
@@ -71,7 +78,7 @@ def _arguments(
         per_device_train_batch_size=reading.batch_size,
         warmup_steps=math.ceil(0.1 * steps),
         lr_scheduler_type="linear",
-        **_group_by_length(),
+        **(_group_by_length() if by_length else {}),
         seed=reading.seed,
         data_seed=reading.seed,
         remove_unused_columns=not every_column,

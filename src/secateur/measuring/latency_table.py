@@ -22,6 +22,7 @@ from secateur.models.base_model import base_of
 from secateur.models.state import evaluation_mode
 from secateur.removal.remove import remove_
 from secateur.settings import Shape
+from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
 from secateur.units.masks import Mask, original_vector
 
@@ -62,6 +63,11 @@ class Kind:
         raw = [quartiles([1 - a / b for a, b in zip(level.seconds, whole, strict=True)])[1] for level in self.levels]
         return isotonic_regression(raw, sample_weight=[1e6] + [1] * (len(raw) - 1), y_min=0)
 
+    def saved_by_layer(self, macs: float) -> float:
+        """Return the share that one layer of a list saves, by its multiply-accumulates: as the measured ones do."""
+        measured = self.levels[-1].saved_macs
+        return self.saved(measured) * macs / measured if measured else 0.0
+
     def rounded(self, units: int) -> int:
         """Return the largest number of units, `units` or more, that was faster in three of four rounds."""
         by_units = {level.units: level.seconds for level in reversed(self.levels)}
@@ -99,6 +105,8 @@ def measure_latency(
 ) -> LatencyTable:
     """Time the base model whole, and with the sites of one kind at a time cut to fewer and fewer units.
 
+    Of a list of layers, without half of them: what one layer saves, with all that is in it, is its part of that.
+
     What units do not own is shared with the copies that are cut, so they take the memory of the attention's weights.
     """
     base = base_of(model)
@@ -114,7 +122,7 @@ def measure_latency(
         modes.enter_context(evaluation_mode(base))
         for number, sites in enumerate(groups.values()):
             levels[number] = [(sites[0].num_units, 0.0)]
-            for kept in _thinned(list(_fewer(sites[0], costs))):
+            for kept in _cuts(sites[0], costs):
                 smaller = shared_copy(base, costs.sites)
                 cut = Mask({site.name: original_vector(site, kept) for site in sites})
                 remove_(smaller, cut, sites=costs.sites)
@@ -138,6 +146,18 @@ def shared_copy(base: nn.Module, sites: Any) -> Any:
     owned = {piece.parameter for site in sites.values() for piece in site.slices}
     shared = {id(p): p for name, p in base.named_parameters(remove_duplicate=False) if name not in owned}
     return copy.deepcopy(base, shared)
+
+
+def _cuts(site: Site, costs: UnitCosts) -> list[Tensor]:
+    """Return the masks of the units there now that are timed, each saving more.
+
+    Of layers half go at once: they stand out of the noise so, and what lies around them still weighs as it does. The
+    first ones stay, as a shorter model has them.
+    """
+    if isinstance(site, LayerSite):
+        left = site.num_units - site.num_units // 2
+        return [torch.arange(site.num_units) < left] if left < site.num_units else []
+    return _thinned(list(_fewer(site, costs)))
 
 
 def _fewer(site: Site, costs: UnitCosts) -> Iterator[Tensor]:

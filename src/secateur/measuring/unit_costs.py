@@ -12,7 +12,7 @@ from secateur.measuring.cost import ModelCost, count_macs, count_parameters
 from secateur.models.base_model import base_of
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import AttentionSite, Site
-from secateur.units.masks import Mask
+from secateur.units.masks import Mask, is_within, layers_gone
 
 
 class UnitCosts:
@@ -49,19 +49,10 @@ class UnitCosts:
     def after(self, mask: Mask) -> ModelCost:
         """Return the cost without the units that `mask` drops."""
         kept = mask.present(self.sites)
-        gone = [
-            f"{name}.{number}"
-            for name, site in self.sites.items()
-            if isinstance(site, LayerSite)
-            for number, stays in enumerate(kept[name].tolist())
-            if not stays
-        ]
+        gone = layers_gone(self.sites, kept)
         heads, parameters, macs = 0, 0, 0.0
-        for path in gone:
-            parameters += self._layers[path][0]
-            macs += self._layers[path][1]
         for name, site in self.sites.items():
-            if any(name.startswith(f"{path}.") for path in gone):
+            if is_within(name, gone):
                 continue
             heads += int(kept[name].sum()) if isinstance(site, AttentionSite) else 0
             weights, work = self._saved(site, kept[name])
@@ -86,6 +77,9 @@ class UnitCosts:
         """Return the parameters and the multiply-accumulates that a site saves."""
         if bool(kept.all()):
             return 0, 0.0
+        if isinstance(site, LayerSite):
+            of_layers = [self._layers[path] for path in layers_gone({site.name: site}, {site.name: kept})]
+            return sum(count for count, _ in of_layers), float(sum(macs for _, macs in of_layers))
         shapes = {piece.parameter: list(self._shapes[piece.parameter]) for piece in site.slices}
         for (name, axis), indices in site.kept_indices(kept).items():
             shapes[name][axis] = len(indices)

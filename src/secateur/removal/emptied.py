@@ -1,4 +1,4 @@
-"""Attention blocks without a head: code that cannot run them (GPT-2 splits, OPT reshapes) is left out.
+"""Blocks without a unit: attention code that cannot run without heads (GPT-2 splits, OPT reshapes) is left out.
 
 A cache asks its first layer how many tokens it has seen, and where that layer's keys hold no number the answer is none:
 the next token would be placed and masked as if it were the first. So blocks without a head cache one number a token.
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from secateur.removal.adapted import Mixin, mix_in_
 from secateur.sites.forward import own_forward
@@ -110,6 +111,32 @@ def bypass_(base: PreTrainedModel, site: Site, undo: list[Callable[[], None]] | 
     module.secateur_output = site.output.removeprefix(site.name + ".") if inside else ""
     if undo is not None:
         undo.append(lambda: _restore(module, before))
+
+
+class EmptiedProjection(Mixin):
+    """Mixed into a `Conv1D` that reads no channel: its code cannot tell of no numbers how many tokens they were.
+
+    As in a linear layer, its bias alone is left.
+    """
+
+    nf: int
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the bias for every token."""
+        return x.new_zeros(*x.shape[:-1], self.nf) + self.bias
+
+
+def keep_bias_(base: PreTrainedModel, site: Site, undo: list[Callable[[], None]]) -> None:
+    """Let the last projection of a feed-forward block without neurons write its bias; `undo` collects what reverses it.
+
+    Linear layers do so by themselves.
+    """
+    projection = base.get_submodule(site.output)
+    before = type(projection)
+    if isinstance(projection, Conv1D) and not issubclass(before, EmptiedProjection):
+        undo.append(lambda: setattr(projection, "__class__", before))
+        mix_in_(projection, EmptiedProjection)
 
 
 def _restore(module: Any, before: type) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from secateur.errors import CheckpointError, SecateurError, UnsupportedModelError, shown
 from secateur.models.base_model import base_of
 from secateur.removal.adapted import narrow_bias_, set_in_config_
-from secateur.removal.emptied import bypass_, count_tokens_
+from secateur.removal.emptied import bypass_, count_tokens_, keep_bias_
 from secateur.removal.reshaped import reshape_
 from secateur.sites.forward import takes_bias
 from secateur.sites.layers import LayerSite
@@ -118,6 +118,8 @@ def cut_site_(base: PreTrainedModel, site: Site, kept: Tensor, undo: Undo | None
         else:
             set_attribute_(base.get_submodule(holder_path), attribute, counts[quantity], undo)
     if not isinstance(site, AttentionSite):
+        if not kept.any():
+            keep_bias_(base, site, undo)
         return
     module = base.get_submodule(site.name)
     if takes_bias(module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,7 +35,8 @@ from secateur.sites.layers import LayerSite
 from secateur.sites.recipe import KEY, read_recipe
 from secateur.support.checks import check_mapping, check_positive, check_whole
 from secateur.support.defaults import DISTILLATION_RATE, DISTILLATION_STEPS
-from secateur.texts.calibration import PreparedModel, is_pair, listed_texts
+from secateur.texts.calibration import PreparedModel, is_pair, listed_examples
+from secateur.texts.examples import are_rows, joined, shuffled_parts, source_of
 from secateur.texts.tokenization import Text, padding_token, rows_of, tokenize
 
 HELD_OUT = 10  # one of so many texts evaluates the distillation and teaches nothing …
@@ -46,9 +47,10 @@ FEWEST = HELD_OUT * (RELATED - 1) + 1  # texts of which so many evaluate that th
 def distill_(
     model: nn.Module,
     teacher: nn.Module,
-    texts: Sequence[Text],
+    texts: Sequence[Text] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    inputs: Sequence[Mapping[str, Tensor]] | None = None,
     steps: int = DISTILLATION_STEPS,
     learning_rate: float = DISTILLATION_RATE,
     layers: Mapping[str, Sequence[int]] | None = None,
@@ -67,6 +69,9 @@ def distill_(
     one for all to the end: its hidden state is held against what the teacher has after them. `layers` has the original
     numbers of the layers that stay, by the list's name; None = what the recipe says.
 
+    `inputs` are ready batches of keyword arguments instead of texts, whose tensors have a row for each example; rows of
+    one shape are shuffled once and taught `batch_size` at a time.
+
     One text of ten, at most 256, teaches nothing and judges: returns the relational KL from the teacher on these,
     before and after. Where it is no lower after, or something fails, the weights are what they were. Gradients that
     parameters have, modes and random states stay.
@@ -78,14 +83,14 @@ def distill_(
     check_whole("steps", steps)
     check_positive("learning_rate", learning_rate)
     _check_layers(layers)
-    reading, texts = settings_of(reading, Reading), listed_texts(texts)
-    if len(texts) < FEWEST:
-        raise invalid("texts", f"be at least {FEWEST}, as every tenth judges", len(texts))
+    reading, examples = settings_of(reading, Reading), listed_examples(texts, inputs)
+    if len(examples) < FEWEST:
+        raise invalid(source_of(examples), f"be at least {FEWEST}, as every tenth judges", len(examples))
     student, master = _checked(model, teacher)
     prepared = PreparedModel(model, tokenizer, reading)
     reading = replace(reading, device=str(training_device(device_of(student))))
-    every = max(HELD_OUT, math.ceil(len(texts) / MOST_HELD_OUT))
-    held_out, training = texts[::every], [text for number, text in enumerate(texts) if number % every]
+    every = max(HELD_OUT, math.ceil(len(examples) / MOST_HELD_OUT))
+    held_out, training = examples[::every], [one for number, one in enumerate(examples) if number % every]
     device = torch.device(str(reading.device))
     with (
         held(student), held(master), evaluation_mode(student), _on(master, device), torch.inference_mode(False),
@@ -94,7 +99,7 @@ def distill_(
         batches = with_relations(prepared.batches(held_out, reading.batch_size))
         pair = _Pair(student, master, _kept_layers(student) if layers is None else layers)
         _check_same_shapes(pair, batches[0])
-        evaluate = partial(_relational_kl, pair, batches, is_pair(texts))
+        evaluate = partial(_relational_kl, pair, batches, is_pair(examples))
         before = evaluate()
         after = _kept_if_lower(
             pair, before, evaluate, partial(_teach, pair, prepared, training, steps, learning_rate, reading)
@@ -144,17 +149,25 @@ def _kept_if_lower(pair: _Pair, before: float, evaluate: Callable[[], float], te
 
 
 def _teach(
-    pair: _Pair, prepared: PreparedModel, texts: Sequence[Text], steps: int, learning_rate: float, reading: Reading
+    pair: _Pair, prepared: PreparedModel, examples: Sequence[Any], steps: int, learning_rate: float, reading: Reading
 ) -> None:
     """Run the training."""
-    tokenizer = prepared.tokenizer
-    with padding_token(tokenizer), quiet_transformers(False), torch.enable_grad():
-        rows = rows_of(tokenize(tokenizer, texts, prepared.longest))
-        collate = DataCollatorWithPadding(tokenizer)
-        train(
-            pair, rows, collate, title="distilling", steps=steps, learning_rate=learning_rate, reading=reading,
-            every_column=True,
-        )  # fmt: skip
+    run = partial(train, pair, title="distilling", steps=steps, learning_rate=learning_rate, every_column=True)
+    with quiet_transformers(False), torch.enable_grad():
+        if are_rows(examples):
+            # The batches are fixed, as rows of unlike shapes cannot share one; drawn are the batches.
+            parts = shuffled_parts(examples, reading.batch_size, reading.seed)
+            run(parts, _only_one, reading=reading.with_batches_of(1), by_length=False)
+            return
+        tokenizer = prepared.tokenizer
+        with padding_token(tokenizer):
+            rows = rows_of(tokenize(tokenizer, examples, prepared.longest))
+            run(rows, DataCollatorWithPadding(tokenizer), reading=reading)
+
+
+def _only_one(parts: list[Any]) -> dict[str, Any]:
+    """Return the one batch of a list, on the CPU, from where the training fetches it."""
+    return joined(parts[0], "cpu")
 
 
 class _Pair(nn.Module):
@@ -259,8 +272,10 @@ def _relational_kl(pair: _Pair, batches: Sequence[Mapping[str, Any]], is_pair: b
 @contextmanager
 def _changing(student: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
     """Let gradients reach the parameters that ask for them, but for input embeddings, and yield these."""
-    table = student.get_input_embeddings()
-    fixed = [p for p in (table.parameters() if isinstance(table, nn.Module) else ()) if p.requires_grad]
+    table: Any = None
+    with suppress(NotImplementedError):  # of models of sound
+        table = student.get_input_embeddings()
+    fixed = [p for p in (table.parameters() if isinstance(table, nn.Embedding) else ()) if p.requires_grad]
     try:
         for parameter in fixed:
             parameter.requires_grad_(False)

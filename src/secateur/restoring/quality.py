@@ -14,7 +14,7 @@ from secateur.models.state import evaluation_mode, held
 from secateur.relations import gated_representations, relational_kl, with_relations
 from secateur.settings import Reading
 from secateur.texts.calibration import PreparedModel, is_pair
-from secateur.texts.tokenization import Text
+from secateur.texts.examples import Example, by_form
 
 MOST_TEXTS = 256
 
@@ -43,11 +43,14 @@ class Quality:
 
 
 class QualityJudge:
-    """Keeps what a model makes of some texts now, to be compared with what it makes of them once it is pruned."""
+    """Keeps what a model makes of some texts now, to be compared with what it makes of them once it is pruned.
 
-    def __init__(self, prepared: PreparedModel, texts: Sequence[Text], reading: Reading) -> None:
+    Or of rows of ready inputs, each represented by the mean of its last hidden states.
+    """
+
+    def __init__(self, prepared: PreparedModel, texts: Sequence[Example], reading: Reading) -> None:
         self.base, self.is_pair = prepared.base, is_pair(texts)
-        self.batches = with_relations(prepared.batches(texts, reading.batch_size))
+        self.batches = with_relations(prepared.batches(by_form(texts), reading.batch_size))
         self.dense = self._representations()
 
     def __call__(self) -> Quality:

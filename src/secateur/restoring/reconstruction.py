@@ -21,7 +21,8 @@ from secateur.models.state import check_plain_weights, evaluation_mode, held
 from secateur.relations import RELATED
 from secateur.settings import Reading, settings_of
 from secateur.sites.layout import Site
-from secateur.texts.calibration import PreparedModel, is_pair, listed_texts
+from secateur.texts.calibration import PreparedModel, is_pair, listed_examples
+from secateur.texts.examples import Example, source_of
 from secateur.texts.halving import in_batches_that_fit
 from secateur.texts.tokenization import Text
 from secateur.units.masks import Mask, PresentMask, check_mask
@@ -33,9 +34,10 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 def reconstruct_(
     model: nn.Module | PreparedModel,
     mask: Mask,
-    texts: Sequence[Text],
+    texts: Sequence[Text] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    inputs: Sequence[Mapping[str, Tensor]] | None = None,
     reading: Reading | None = None,
 ) -> tuple[float, float]:
     """Prepare `model`, in place, for losing the units that `mask` drops: those that stay write what they can of it.
@@ -48,35 +50,37 @@ def reconstruct_(
     texts do most good. No labels. Each site takes a pass that ends at it, and its second moments alone are in memory.
 
     The model still has all its units then, and is of use without those that go alone: `remove_` with the same mask
-    takes them, and proves that it changed nothing else. Returns the relational KL on these texts without reconstruction
+    takes them, and proves that it changed nothing else. `inputs` are ready batches of keyword arguments instead of
+    texts, whose tensors have a row for each example. Returns the relational KL on these texts without reconstruction
     and with it, each half of the texts by the fit on the other. Where that is no lower, or something fails, the weights
     are what they were; else they are those fitted on all texts.
 
     Raises `InvalidInputError` for a mask that does not fit, fewer than six texts or three a batch, and a site that
     loses units and that texts do not reach, and `UnsupportedModelError` for quantised weights.
     """
-    reading, texts = settings_of(reading, Reading), listed_texts(texts)
+    reading, examples = settings_of(reading, Reading), listed_examples(texts, inputs)
     prepared = PreparedModel.of(model, tokenizer, reading)
     check_loaded(prepared.base, "reconstruction")
     check_plain_weights(prepared.base)
     check_mask(mask)
     kept = mask.present(prepared.sites_named(mask))
-    if len(texts) < 2 * RELATED:
-        raise invalid("texts", f"be at least {2 * RELATED}, {RELATED} for each half that judges the other", len(texts))
-    return in_batches_that_fit(partial(_reconstruct_, prepared, kept, texts), reading)
+    if len(examples) < 2 * RELATED:
+        rule = f"be at least {2 * RELATED}, {RELATED} for each half that judges the other"
+        raise invalid(source_of(examples), rule, len(examples))
+    return in_batches_that_fit(partial(_reconstruct_, prepared, kept, examples), reading)
 
 
 def _reconstruct_(
-    prepared: PreparedModel, kept: PresentMask, texts: Sequence[Text], reading: Reading
+    prepared: PreparedModel, kept: PresentMask, examples: Sequence[Example], reading: Reading
 ) -> tuple[float, float]:
     base = prepared.base
     sites = {name: site for name, site in prepared.sites_named(kept).items() if site.slices_of("output")}
     # Every other batch belongs to the same half of the texts: as many to each.
-    count = 2 * math.ceil(len(texts) / (2 * reading.batch_size))
-    size = math.ceil(len(texts) / count)
+    count = 2 * math.ceil(len(examples) / (2 * reading.batch_size))
+    size = math.ceil(len(examples) / count)
     with held(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad():
-        batches = list(prepared.batches(texts, size))
-        evaluators = [MaskLoss(base, batches[half::2], is_pair(texts), reading.accelerator) for half in (0, 1)]
+        batches = list(prepared.batches(examples, size))
+        evaluators = [MaskLoss(base, batches[half::2], is_pair(examples), reading.accelerator) for half in (0, 1)]
         # The evaluators look at the dense model here, before its weights change.
         before = statistics.fmean(loss(kept) for loss in evaluators)
         refits = []

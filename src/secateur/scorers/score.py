@@ -24,6 +24,7 @@ from secateur.sites.finding import check_units
 from secateur.sites.layout import Site
 from secateur.texts.calibration import PreparedModel, is_pair, texts_of
 from secateur.texts.data import Task
+from secateur.texts.examples import are_rows
 from secateur.texts.halving import in_batches_that_fit, smaller_batches
 from secateur.texts.sources import ListedTexts, ReadyInputs, Source, StreamedTexts, by_length, reading_order
 from secateur.texts.stopping import AGREEMENT, Settling
@@ -128,8 +129,9 @@ def _score(
         elif texts is not None:
             most = reading.stop if isinstance(reading.stop, int) else None
             source = StreamedTexts(prepared, itertools.islice(texts, most), reading.batch_size)
+        reads_texts = isinstance(texts, Iterable) and not are_rows(texts)
         special_ids = special_ids_of(
-            prepared.tokenizer if isinstance(texts, Iterable) or prepared.knows_tokenizer else prepared.text_config
+            prepared.tokenizer if reads_texts or prepared.knows_tokenizer else prepared.text_config
         )
         task = ScoringTask(prepared.base, sites, source, reading, cut, special_ids)
         if criterion.needs_labels:
@@ -247,10 +249,11 @@ def _supervision(
     if labels is None:
         raise InvalidInputError(f"scorer {scorer} needs `labels`, one for each text")
     sizes = [len(next(iter(batch.values()))) for batch in task.batches]
-    labelled = Task("calibration", [""] * sum(sizes) if texts is None else list(texts), list(labels))
+    reads_texts = texts is not None and not are_rows(texts)
+    labelled = Task("calibration", list(texts) if reads_texts else [""] * sum(sizes), list(labels))
     dtype = torch.float32 if labelled.is_regression else torch.int64
     rows = torch.tensor(labelled.labels, dtype=dtype, device=prepared.base.device).split(sizes)
-    tokenizer = None if texts is None else prepared.tokenizer
+    tokenizer = prepared.tokenizer if reads_texts else None
     return Supervision(prepared.model, rows, labelled, tokenizer, prepared.longest)
 
 

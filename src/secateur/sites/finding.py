@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from secateur.models.inputs import example_inputs
 from secateur.models.offload import check_loaded
 from secateur.models.state import evaluation_mode, gradients_for_all, held, in_float32, without_autocast
 from secateur.sites.attention import find_sites
-from secateur.sites.feed_forward import FeedForwardSite, is_projection
+from secateur.sites.feed_forward import FeedForwardSite, is_projection, num_channels, widths
 from secateur.sites.feed_forward_finder import FeedForwardFinder
 from secateur.sites.layers import LayerFinder, LayerSite
 from secateur.sites.layout import AttentionSite, Site
@@ -163,6 +164,8 @@ def _without_unfit(
 
 def _reason_against(base: PreTrainedModel, site: FeedForwardSite, inputs: Mapping[str, Any]) -> str:
     """Return why the model does not compute with fewer neurons what it does with them gated, or nothing."""
+    if _is_adapters(base, site):
+        return "it is an adapter's; merge adapters into the weights first"
     kept = torch.arange(site.num_units) % 2 == 0
     if site.num_units < 2:
         return ""
@@ -179,6 +182,22 @@ def _reason_against(base: PreTrainedModel, site: FeedForwardSite, inputs: Mappin
             step()
     same = [a.shape == b.shape and _close(a, b) for a, b in zip(wanted, found, strict=False)]
     return "" if len(wanted) == len(found) and all(same) else "without its neurons the model differs from the gated one"
+
+
+def _is_adapters(base: PreTrainedModel, site: FeedForwardSite) -> bool:
+    """Does a projection beside the block, in the one module that holds both, read and write what the block does?
+
+    So LoRA lays two thin matrices around each weight that it adapts; what lies between them is a rank.
+    """
+    paths = {piece.parameter.rpartition(".")[0] for piece in site.slices}
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    shared = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
+    holder = base.get_submodule(".".join(shared))
+    within = {id(base.get_submodule(path)) for path in paths}
+    beside = [module for module in holder.children() if is_projection(module) and id(module) not in within]
+    writes = widths(base.get_submodule(site.output))[1]
+    writers = [module for path in paths if path != site.output and is_projection(module := base.get_submodule(path))]
+    return any(widths(module) == (num_channels(writer), writes) for module in beside for writer in writers)
 
 
 def _outputs(base: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -24,7 +24,8 @@ from secateur.sites.finding import check_units, find_layers, find_neurons, kinds
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import AttentionSite, Site
 from secateur.support.checks import check_tokenizer
-from secateur.texts.tokenization import Text, check_texts, padded, rows_of, tokenize
+from secateur.texts.examples import Example, Row, are_rows, by_form, check_examples, examples_of, in_parts, joined
+from secateur.texts.tokenization import Text, padded, rows_of, tokenize
 
 
 class PreparedModel:
@@ -102,18 +103,25 @@ class PreparedModel:
         """Tokens of a text at most: those asked for, cut to what the model has positions for."""
         return min(self._max_length, max_length(self.model, self._max_length))
 
-    def batches(self, texts: Sequence[Text], batch_size: int) -> TextBatches:
+    def batches(self, examples: Sequence[Example], batch_size: int) -> Batches:
         """Return consecutive batches of keyword arguments for the base model, each made when it is asked for.
 
-        Raises `InvalidInputError` for what `check_texts` refuses, and for a model that reads something else than texts.
+        Rows of ready inputs share a batch where their shapes are the same. Raises `InvalidInputError` for what
+        `check_examples` refuses, and for texts where the model reads something else.
         """
-        check_texts(texts)
-        check_reads_texts(self.model)
-        check_tokenizer(self.tokenizer)
-        return TextBatches(self, texts, batch_size)
+        check_examples(examples)
+        if not are_rows(examples):
+            check_reads_texts(self.model)
+            check_tokenizer(self.tokenizer)
+        return Batches(self, examples, batch_size)
 
-    def batch(self, texts: Sequence[Text]) -> dict[str, Any]:
+    def batch(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Return one batch of keyword arguments for the base model."""
+        if are_rows(examples):
+            return self._arguments.of(joined(examples, device_of(self.base)))
+        return self._of_texts(examples)
+
+    def _of_texts(self, texts: Sequence[Text]) -> dict[str, Any]:
         new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
         made = dict(zip(new, rows_of(tokenize(self.tokenizer, new, self.longest)), strict=True)) if new else {}
         rows = [made[text] if text in made else self._tokens[text] for text in texts]
@@ -125,21 +133,20 @@ class PreparedModel:
         return ForwardArguments(self.base, [])
 
 
-class TextBatches(Sequence[dict[str, Any]]):
-    """Batches of texts for a prepared model, made when they are asked for."""
+class Batches(Sequence[dict[str, Any]]):
+    """Batches of examples for a prepared model, made when they are asked for."""
 
-    def __init__(self, prepared: PreparedModel, texts: Sequence[Text], batch_size: int) -> None:
-        self.prepared, self.texts, self.batch_size = prepared, texts, batch_size
+    def __init__(self, prepared: PreparedModel, examples: Sequence[Example], batch_size: int) -> None:
+        self.prepared, self.parts = prepared, in_parts(examples, batch_size)
 
     def __len__(self) -> int:
-        return -(-len(self.texts) // self.batch_size)
+        return len(self.parts)
 
     def __getitem__(self, number: Any) -> Any:
         """Return the batch of that number, or the list of those of a slice."""
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        start = range(len(self))[number] * self.batch_size
-        return self.prepared.batch(self.texts[start : start + self.batch_size])
+        return self.prepared.batch(self.parts[number])
 
 
 def texts_of(texts: Iterable[Text] | None) -> Iterable[Text] | None:
@@ -155,16 +162,18 @@ def texts_of(texts: Iterable[Text] | None) -> Iterable[Text] | None:
     return list(texts) if hasattr(texts, "__array__") and isinstance(texts, Iterable) else texts
 
 
-def listed_texts(texts: Any) -> Sequence[Text]:
-    """Return texts that must be a list. Raises `InvalidInputError` for others, and for what `check_texts` refuses."""
+def listed_examples(texts: Any, inputs: Any) -> Sequence[Example]:
+    """Return texts that must be a list, or the rows of `inputs`, shape by shape.
+
+    Raises what `examples_of` and `texts_of` raise.
+    """
     found: Any = texts_of(texts)
-    check_texts(found)
-    return found
+    return by_form(examples_of(found, inputs))
 
 
-def is_pair(texts: Sequence[Text]) -> bool:
-    """Whether each of the texts is a pair of strings."""
-    return len(texts) > 0 and not isinstance(texts[0], str)
+def is_pair(examples: Sequence[Any]) -> bool:
+    """Whether each of the examples is a pair of strings."""
+    return len(examples) > 0 and not isinstance(examples[0], str | Row)
 
 
 def check_reads_texts(model: nn.Module) -> None:

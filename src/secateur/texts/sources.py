@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from secateur.errors import invalid
 from secateur.models.inputs import ForwardArguments
 from secateur.settings import Reading
-from secateur.support.checks import check_mapping
 from secateur.texts.batches import Batch
 from secateur.texts.calibration import PreparedModel, check_reads_texts, is_pair
+from secateur.texts.examples import Example, are_rows, check_examples, check_inputs, form_of
 from secateur.texts.tokenization import Text, check_texts
 
 
@@ -41,9 +40,9 @@ class Source(ABC):
 
 
 class ListedTexts(Source):
-    """Texts in a list, which may be read again and again."""
+    """Texts in a list, or rows of ready inputs, which may be read again and again."""
 
-    def __init__(self, prepared: PreparedModel, texts: Sequence[Text], batch_size: int) -> None:
+    def __init__(self, prepared: PreparedModel, texts: Sequence[Example], batch_size: int) -> None:
         self.texts = texts
         self.batches = prepared.batches(texts, batch_size)
         self.is_pair, self.total, self.seen = is_pair(texts), len(texts), len(texts)
@@ -88,10 +87,7 @@ class ReadyInputs(Source):
     """Batches that the caller made, of whatever the model reads. Raises `InvalidInputError` for anything else."""
 
     def __init__(self, prepared: PreparedModel, inputs: Any, is_pair: bool = False) -> None:
-        if not isinstance(inputs, Sequence) or isinstance(inputs, str) or not inputs:
-            raise invalid("inputs", "be a list of at least one batch", inputs)
-        for number, batch in enumerate(inputs):
-            check_mapping(f"inputs[{number}]", batch)
+        check_inputs(inputs)
         self.batches = ForwardArguments(prepared.base, [dict(batch) for batch in inputs])
         self.is_pair = is_pair
 
@@ -104,15 +100,23 @@ class ReadyInputs(Source):
         return self.batches[part]
 
 
-def reading_order(texts: Sequence[Text], reading: Reading) -> list[int]:
-    """Return which texts are read, in which order: as they stand, or at random where they may not all be read."""
-    check_texts(texts)
-    if reading.stop == "all":
-        return list(range(len(texts)))
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(reading.seed)).tolist()
-    return order if reading.stop == "auto" else order[: reading.stop]
+def reading_order(examples: Sequence[Any], reading: Reading) -> list[int]:
+    """Return which texts, or rows, are read, in which order: as they stand, or at random where not all may be read.
+
+    Rows are read shape by shape, so that they share batches, but where the order must be random to the end.
+    """
+    check_examples(examples)
+    order = list(range(len(examples)))
+    if reading.stop != "all":
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(reading.seed)).tolist()
+    if reading.stop == "auto":
+        return order
+    chosen = order if reading.stop == "all" else order[: reading.stop]
+    return sorted(chosen, key=lambda number: form_of(examples[number]))
 
 
-def by_length(texts: Sequence[Text]) -> list[Text]:
-    """Return the texts from the longest to the shortest, in characters: what takes most memory comes first."""
-    return sorted(texts, key=lambda text: len(text) if isinstance(text, str) else sum(map(len, text)), reverse=True)
+def by_length(examples: Sequence[Any]) -> list[Any]:
+    """Return texts from the longest to the shortest, in characters, as what takes most memory comes first, or rows."""
+    if are_rows(examples):
+        return list(examples)
+    return sorted(examples, key=lambda text: len(text) if isinstance(text, str) else sum(map(len, text)), reverse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -128,18 +128,24 @@ def units_left(sites: Mapping[str, Site], mask: Mask) -> dict[str, tuple[int, in
     What lies in a layer that goes, goes too.
     """
     kept = mask.present(sites)
-    gone = [
-        f"{name}.{number}."
-        for name, site in sites.items()
-        if site.kind == "layers"
-        for number in indices_of(~kept[name])
-    ]
+    gone = layers_gone(sites, kept)
     found: dict[str, tuple[int, int]] = {}
     for name, site in sites.items():
         before, after = found.get(site.kind, (0, 0))
-        stays = not any(name.startswith(path) for path in gone)
+        stays = not is_within(name, gone)
         found[site.kind] = (before + site.num_units, after + (int(kept[name].sum()) if stays else 0))
     return found
+
+
+def layers_gone(sites: Mapping[str, Site], kept: Mapping[str, Tensor]) -> list[str]:
+    """Return the paths of the layers that go, of the lists of layers among `sites`."""
+    lists = [name for name, site in sites.items() if site.kind == "layers"]
+    return [f"{name}.{number}" for name in lists for number in indices_of(~kept[name])]
+
+
+def is_within(site: str, paths: Iterable[str]) -> bool:
+    """Whether a site lies in one of the modules at these paths."""
+    return any(site.startswith(f"{path}.") for path in paths)
 
 
 def check_mask(mask: Any) -> None:

@@ -118,7 +118,8 @@ class Scores(_Scores, Saved):
 
     Minus infinity stands for a unit that an earlier removal took. `num_groups`, `scorer` and `interactions`: see
     `PresentScores`, in original numbering. `num_texts` is how many texts were scored, None where that is not known;
-    `agreement` is what `stop="auto"` found out (see `secateur.texts.stopping.Settling`), None elsewhere.
+    `agreement` is what `stop="auto"` found out (see `secateur.texts.stopping.Settling`), None elsewhere. `staying` has
+    units that stay whatever their score, by site; it is about one selection, and not saved.
 
     Raises `InvalidInputError` for an empty mapping and for NaN or +inf, naming the site, for interactions that are not
     finite or of another shape, and for a site whose groups have unlike numbers of units left.
@@ -126,6 +127,7 @@ class Scores(_Scores, Saved):
 
     num_texts: int | None = None
     agreement: float | None = None
+    staying: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,6 +136,9 @@ class Scores(_Scores, Saved):
             raise invalid("num_texts", "be a whole number from 0", texts)
         if self.agreement is not None and not (isinstance(self.agreement, int | float) and 0 <= self.agreement <= 1):
             raise invalid("agreement", "be in [0, 1]", self.agreement)
+        known = isinstance(self.staying, Mapping)
+        if not known or not all(isinstance(x, list) and {*map(type, x)} <= {int} for x in self.staying.values()):
+            raise invalid("staying", "map sites to lists of the units that stay", self.staying)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Scores) and self.to_json() == other.to_json()

@@ -126,11 +126,18 @@ def groups_of(scores: AnyScores, site: str) -> list[list[int]]:
     return [row for row in present if row]
 
 
+def _importance(scores: AnyScores, site: str) -> Tensor:
+    """Return the scores of a site, infinite for the units that stay whatever their score."""
+    staying = scores.staying.get(site, []) if isinstance(scores, Scores) else []
+    return scores[site].index_fill(0, torch.tensor(staying, dtype=torch.int64), math.inf) if staying else scores[site]
+
+
 def _select_in_site(scores: AnyScores, site: str, pruning_ratio: float, floor: int) -> Tensor:
-    vector, groups = scores[site], groups_of(scores, site)
+    vector, groups = _importance(scores, site), groups_of(scores, site)
     kept = torch.zeros(vector.numel(), dtype=torch.bool)
     present = sum(len(g) for g in groups)
-    target = max(present - removable(present, pruning_ratio), min(floor, present))
+    staying = int((vector == math.inf).sum())
+    target = max(present - removable(present, pruning_ratio), min(floor, present), staying)
     if not target:
         return kept
     if scores.num_groups[site] == vector.numel():  # thousands of neurons have no choice of shapes
@@ -157,10 +164,11 @@ def _select_by_ranking(scores: AnyScores, pruning_ratio: float, floor: int) -> d
     values = {site: vector > -math.inf for site, vector in scores.items()}
     if not units:  # every unit is gone already
         return values
-    means = torch.stack([scores[site][group].mean() for site, group in units])
+    means = torch.stack([_importance(scores, site)[group].mean() for site, group in units])
     for number in reversed(_ranked(means)):
         site, group = units[number]
-        if len(group) <= allowed and left[site] - len(group) >= floor:
+        may_go = float(means[number]) < math.inf
+        if may_go and len(group) <= allowed and left[site] - len(group) >= floor:
             values[site][group] = False
             allowed -= len(group)
             left[site] -= len(group)
