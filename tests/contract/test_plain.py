@@ -8,13 +8,17 @@ import sys
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers.models.bert import modeling_bert
 
 import secateur
-from secateur.errors import InvalidInputError
+from secateur.errors import InvalidInputError, UnsupportedModelError
 from secateur.models.inputs import example_inputs
 from secateur.removal import plain
+from secateur.removal import remove as removal
+from secateur.removal.plain import say_plainly_
 from secateur.removal.remove import remove_
 from secateur.removal.verify import load_original, verify_checkpoint
+from secateur.sites import gating
 from secateur.sites.finding import find_units
 from secateur.units.masks import Mask
 from tests.support.pruned import assert_equal
@@ -161,6 +165,72 @@ def test_a_model_that_is_not_what_its_config_says_keeps_a_recipe():
     remove_(model, even_mask(find_units(model, ["neurons"])))
     assert model.config.head_pruning["kept_neurons"]
     assert model.config.intermediate_size == 37
+
+
+def plain_numbers(monkeypatch, change):
+    """The config of a cut BERT after a removal in which `change` follows upon its plain numbers, and can be undone."""
+
+    def say_and_change(model, recipe, undo):
+        said = say_plainly_(model, recipe, undo)
+        change(model, undo)
+        return said
+
+    monkeypatch.setattr(removal, "say_plainly_", say_and_change)
+    model = tiny_model("bert")
+    sites = find_units(model, ["neurons"])
+    inputs = example_inputs(model)
+    with secateur.gated(model, even_mask(sites), sites), torch.no_grad():
+        wanted = model(**inputs)[0]
+    remove_(model, even_mask(sites), sites=sites)
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs)[0], wanted, atol=1e-5)
+    return model.config
+
+
+def double_the_embeddings(model, undo):
+    weight = model.embeddings.word_embeddings.weight
+    undo.append(lambda: weight.data.div_(2))
+    weight.data.mul_(2)
+
+
+def fail(model, undo):
+    raise RuntimeError("shapes of another width")
+
+
+def test_numbers_with_which_a_model_computes_something_else_are_taken_back(monkeypatch):
+    config = plain_numbers(monkeypatch, double_the_embeddings)
+    assert (config.intermediate_size, len(config.head_pruning["kept_neurons"])) == (37, 3)
+
+
+def test_numbers_with_which_a_model_does_not_run_are_taken_back(monkeypatch):
+    config = plain_numbers(monkeypatch, fail)
+    assert (config.intermediate_size, len(config.head_pruning["kept_neurons"])) == (37, 3)
+
+
+def with_eager_attention(monkeypatch, change):
+    """What makes maps attend by `change(outputs, weights)` from then on."""
+
+    def attend(module, *args, **kwargs):
+        return change(*modeling_bert.eager_attention_forward(module, *args, **kwargs))
+
+    own = gating._own_function
+    return lambda model, undo: monkeypatch.setattr(
+        gating, "_own_function", lambda kind, of: attend if kind == "eager" else own(kind, of)
+    )
+
+
+def test_attention_maps_are_looked_at_too(monkeypatch):
+    change = with_eager_attention(monkeypatch, lambda outputs, weights: (2 * outputs, weights))
+    config = plain_numbers(monkeypatch, change)
+    assert (config.intermediate_size, len(config.head_pruning["kept_neurons"])) == (37, 3)
+
+
+def test_a_model_without_attention_maps_has_plain_numbers(monkeypatch):
+    def none(outputs, weights):
+        raise UnsupportedModelError("it computes none")
+
+    config = plain_numbers(monkeypatch, with_eager_attention(monkeypatch, none))
+    assert (config.intermediate_size, hasattr(config, "head_pruning")) == (24, False)
 
 
 def test_no_more_configs_are_tried_than_some(monkeypatch):
