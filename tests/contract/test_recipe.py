@@ -162,6 +162,15 @@ def test_a_recipe_of_another_model_names_the_missing_site(tmp_path):
         AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 
+def test_blocks_that_keep_all_neurons_have_no_part_in_the_recipe():
+    model = tiny_model("bert")
+    sites = find_units(model, ["neurons"])
+    whole, *cut = sites
+    rows = ragged_mask(sites) | {whole: torch.ones(sites[whole].num_units, dtype=torch.bool)}
+    remove_(model, Mask(rows), sites=sites)
+    assert set(model.config.head_pruning["kept_neurons"]) == {*cut}
+
+
 def test_the_recipe_records_what_was_done(tmp_path):
     model = tiny_model("bert")
     record = {"scorer": "contribution", "allocation": "uniform", "base_model": "tiny", "secateur_version": "0"}
