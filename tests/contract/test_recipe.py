@@ -166,7 +166,7 @@ def test_blocks_that_keep_all_neurons_have_no_part_in_the_recipe():
     model = tiny_model("bert")
     sites = find_units(model, ["neurons"])
     whole, *cut = sites
-    rows = ragged_mask(sites) | {whole: torch.ones(sites[whole].num_units, dtype=torch.bool)}
+    rows = {**ragged_mask(sites), whole: torch.ones(sites[whole].num_units, dtype=torch.bool)}
     remove_(model, Mask(rows), sites=sites)
     assert set(model.config.head_pruning["kept_neurons"]) == {*cut}
 
