@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -17,7 +18,7 @@ from secateur.sites.attention_maps import AttentionMaps
 from secateur.sites.packing import pack
 from secateur.support.files import write_text
 from secateur.support.versions import environment
-from secateur.units.masks import Mask
+from secateur.units.masks import Mask, is_within
 from secateur.units.scores import Scores
 
 
@@ -76,7 +77,9 @@ class PruningReport:
         return ", ".join([kept, *map(str, self.budget)])
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
+        """Return plain JSON data; a layer that went kept none of its units."""
+        gone = self._layers_gone()
+        kept = {site: [] if is_within(site, gone) else units for site, units in self.mask.kept.items()}
         return {
             "kind": "pruning_report",
             "model": self.model,
@@ -100,20 +103,29 @@ class PruningReport:
             "steps": self.steps,
             "quality": None if self.quality is None else self.quality.to_json(),
             "scores": self._of_heads(self.scores.to_json()["scores"]),
-            "kept_heads": self._of_heads(self.mask.kept),
-            "kept_neurons": {
-                site: pack(kept) for site, kept in self.mask.kept.items() if self._kind(site) == "neurons"
-            },
-            "kept_layers": {site: kept for site, kept in self.mask.kept.items() if self._kind(site) == "layers"},
+            "kept_heads": self._of_heads(kept),
+            "kept_neurons": {site: pack(units) for site, units in kept.items() if self._kind(site) == "neurons"},
+            "kept_layers": {site: units for site, units in kept.items() if self._kind(site) == "layers"},
             "blocks": {
-                site: {"kind": self._kind(site), "kept": int(row.sum()), "of": row.numel()}
-                for site, row in self.mask.items()
+                site: {"kind": self._kind(site), "kept": len(units), "of": self.mask[site].numel()}
+                for site, units in kept.items()
                 if self._kind(site) != "heads"
             },
             "versions": self.versions,
             "created": self.created,
             "command": self.command,
         }
+
+    def _layers_gone(self) -> list[str]:
+        """Return the paths of the layers that went, by the names that they had in the model before."""
+        lists = {site: self.mask[site] for site in self.mask if self._kind(site) == "layers"}
+        there = {site: self.scores[site] > -math.inf for site in lists}  # not since an earlier pruning
+        return [
+            f"{site}.{number}"
+            for site, row in lists.items()
+            for number, stays in enumerate(row[there[site]].tolist())
+            if not stays
+        ]
 
     def _kind(self, site: str) -> str:
         return self.scores.kinds.get(site, "heads")

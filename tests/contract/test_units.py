@@ -18,6 +18,8 @@ from secateur.models.inputs import example_inputs
 from secateur.removal.proof import hidden_states, largest_difference
 from secateur.removal.remove import gated, remove_
 from secateur.removal.verify import verify_checkpoint
+from secateur.report.pruned import pruning_view
+from secateur.report.reading import pruning_data
 from secateur.settings import Budget, Cut, budgets_of
 from secateur.sites.finding import find_units
 from secateur.sites.recipe import read_recipe
@@ -217,6 +219,26 @@ def test_prune_removes_layers():
     assert (len(model.encoder.layer), len(smaller.encoder.layer), report.units) == (3, 2, {"layers": (3, 2)})
     assert report.to_json()["kept_layers"] == report.mask.kept
     assert not hasattr(smaller.config, "head_pruning")
+
+
+def test_a_report_says_that_layers_which_went_kept_nothing():
+    _, report = secateur.prune(
+        tiny_model("bert"),
+        scorer="random",
+        pruning_ratio=0.4,
+        units=["heads", "neurons", "layers"],
+        allocation="ranking",
+    )
+    data = report.to_json()
+    (stays,) = data["kept_layers"].values()
+    (gone,) = {0, 1, 2} - {*stays}
+    kept = data["kept_heads"] | {name: block["kept"] for name, block in data["blocks"].items()}
+    assert {name for name, units in kept.items() if not units} == {name for name in kept if f"layer.{gone}." in name}
+    counts = [sum(map(len, data["kept_heads"].values())), report.after.heads, data["units"]["heads"][1]]
+    assert len({*counts}) == 1
+    view = pruning_view(pruning_data(data))
+    assert view["headline"].startswith(f"Kept {counts[0]} of 12 heads, ")
+    assert view["headline"].endswith(" neurons, 2 of 3 layers")
 
 
 def test_refinement_exchanges_heads_alone():

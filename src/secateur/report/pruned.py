@@ -16,10 +16,11 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
 
     Only `sites` is required, or `blocks`, rows of what neurons and layers a block had and kept: a list of `{"name",
     "scores", "kept"}` in the order of the model, with one entry for each head, where `scores` or any of its entries may
-    be null. The sections `cost`, `quality`, `times`, `proof`, `refinement`, `attention_maps`, `command`, `environment`
-    and `notes` and the facts `title`, `model`, `created`, `scorer`, `allocation`, `budget` and `requested_ratio` are
-    left out where they are absent. `kept`, `heads` and `pruning_ratio` are counted from the sites, and checked where
-    they are said. The tiles show the first two entries of `cost` and the first of `quality`.
+    be null. The sections `units` (of each kind how many there were, and are), `cost`, `quality`, `times`, `proof`,
+    `refinement`, `attention_maps`, `command`, `environment` and `notes` and the facts `title`, `model`, `created`,
+    `scorer`, `allocation`, `budget` and `requested_ratio` are left out where they are absent. `kept`, `heads` and
+    `pruning_ratio` are counted from the sites, and checked where they are said. The tiles show what stays of heads,
+    the first two entries of `cost`, or all but the parameters where more than heads go, and the first of `quality`.
 
     Raises `InvalidInputError` where a part has another form or contradicts the sites.
     """
@@ -32,19 +33,19 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
     known = [score for site in sites for score in site["scores"] if score is not None]
     bounds = (min(known), max(known)) if known else None
     rows = head_map(sites, bounds, decided)
+    units = _units(data, kept, heads)
     cost = [_cost(row) for row in _check_rows(data, "cost", ("dense", "pruned"))]
     quality = [_quality(row) for row in _check_rows(data, "quality", ("dense", "pruned"))]
     times = _check_rows(data, "times", ("seconds",))
-    kept_words = f"Kept {kept} of {heads} heads (pruning ratio {ratio:.2f})" if sites else "Kept some blocks whole"
     return {
         "kind": "pruning",
         "title": data.get("title"),
         "name": " ".join(str(x) for x in (data.get("model"), data.get("scorer") and f"by {data['scorer']}") if x),
-        "headline": kept_words if decided else f"Scores of {kept:,} heads",
+        "headline": _headline(units, ratio) if decided else f"Scores of {kept:,} heads",
         "decided": decided,
         "facts": _facts(data),
         "scorer": data.get("scorer"),
-        "tiles": _tiles(kept, heads, [*cost[:2], *quality[:1]]) if decided and sites else [],
+        "tiles": _tiles(kept, heads, [*_key_costs(cost, units), *quality[:1]]) if decided and sites else [],
         "rows": rows,
         "looks": {(cell["look"], cell["verdict"]) for row in rows for cell in row["cells"]},
         "columns": max((len(site["kept"]) for site in sites), default=0),
@@ -62,6 +63,25 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
         "environment": _check_type(data, "environment", dict, "map names to values"),
         "notes": _check_type(data, "notes", list, "be a list of texts"),
     }
+
+
+def _units(data: dict[str, Any], kept: int, heads: int) -> dict[str, tuple[int, int]]:
+    """Return how many units of each kind there were, and how many stay; of heads as the sites say."""
+    found = _check_type(data, "units", dict, "map kinds of units to their numbers before and after")
+    for kind, counts in found.items():
+        if not isinstance(counts, list | tuple) or len(counts) != 2 or not all(map(is_number, counts)):
+            raise invalid(f"units[{kind!r}]", "be two numbers, before and after", counts)
+    return found or ({"heads": (heads, kept)} if heads else {})
+
+
+def _headline(units: dict[str, tuple[int, int]], ratio: float) -> str:
+    words = "Kept " + ", ".join(f"{after:,} of {before:,} {kind}" for kind, (before, after) in units.items())
+    return f"{words} (pruning ratio {ratio:.2f})" if set(units) == {"heads"} else words
+
+
+def _key_costs(cost: list[dict[str, Any]], units: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the cost table that have a tile: the first two, or units and work where more than heads go."""
+    return cost[:2] if set(units) <= {"heads"} else [row for row in cost if row["name"] != "parameters"]
 
 
 def _check_counts(data: dict[str, Any], kept: int, heads: int, ratio: float) -> None:

@@ -68,6 +68,7 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "requested_ratio": report["requested_ratio"],
             "budget": _budget(report.get("budget")),
             "sites": sites,
+            "units": report.get("units"),
             "blocks": _blocks(report.get("blocks", {})),
             "quality": _quality(report.get("quality")),
             "cost": [row for row in cost_rows(before, after, report.get("units")) if row["name"] != "heads"],
