@@ -41,11 +41,8 @@ def tell_(model: PreTrainedModel, recipe: Recipe | None, before: Mapping[str, An
     base = base_of(model)
     if recipe is not None:
         give_own_configs_(model)
-    for config in (model.config, base.config):
-        if recipe is not None:
+        for config in (model.config, base.config):
             setattr(config, KEY, recipe.to_json())
-        elif hasattr(config, KEY):
-            delattr(config, KEY)
     after = base.config.to_dict()
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     setattr(base, REMOVED, frozenset(changed | vars(base).get(REMOVED, set())))
