@@ -286,7 +286,7 @@ def test_a_folder_whose_config_says_all_is_taught_by_the_model_that_is_named(tmp
     words = ["distill", tmp_path / "small", "--data", tmp_path / "texts.csv", "--device", "cpu", "--steps", 30]
     words = [*map(str, words), "--learning-rate", "2e-3", "--max-length", "16", "--out", str(tmp_path / "taught")]
     assert main(words) == 2
-    assert "or cut so that its config says all by its own numbers; give the original with" in capsys.readouterr().err
+    assert "does not say what it was pruned from; give the original with" in capsys.readouterr().err
     assert main([*words, "--against", str(tmp_path / "whole")]) == 0
     before, after = json.loads((tmp_path / "taught" / "distillation.json").read_text())["relational_kl"]
     assert after < before

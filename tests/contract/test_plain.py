@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.models.bert import modeling_bert
 
 import secateur
-from secateur.errors import InvalidInputError, UnsupportedModelError
+from secateur.errors import UnsupportedModelError
 from secateur.models.inputs import example_inputs
 from secateur.removal import plain
 from secateur.removal import remove as removal
@@ -242,6 +242,32 @@ def test_no_more_configs_are_tried_than_some(monkeypatch):
     assert model.config.head_pruning["kept_neurons"]
 
 
+def test_a_plain_folder_is_verified_by_what_its_config_has_for_the_record(tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path / "whole")
+    model, _ = secateur.prune(
+        tmp_path / "whole", scorer="random", units=["neurons", "layers"], pruning_ratio=0.4, allocation="uniform"
+    )
+    assert (model.config.num_hidden_layers, hasattr(model.config, "head_pruning")) == (2, False)
+    model.save_pretrained(tmp_path / "small")
+    found = verify_checkpoint(tmp_path / "small")
+    assert (found["verdict"], found["against"]) == ("equal", str(tmp_path / "whole"))
+    assert found["units"] == {"neurons": [2 * 37, 2 * model.config.intermediate_size], "layers": [3, 2]}
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[3, 2] += 1
+    model.save_pretrained(tmp_path / "small")
+    assert verify_checkpoint(tmp_path / "small")["verdict"] == "differs"
+
+
+def test_a_cut_of_a_plain_cut_that_was_never_saved_names_no_original():
+    model = tiny_model("bert")
+    model.name_or_path = "somewhere/bert"
+    remove_(model, even_mask(find_units(model, ["neurons"])))
+    assert model.config.pruned_from["base_model"] == "somewhere/bert"
+    remove_(model, ragged_mask(find_units(model, ["neurons"])))
+    assert not hasattr(model.config, "pruned_from")
+    assert "base_model" not in model.config.head_pruning  # units count from a width that it never had
+
+
 def test_what_follows_works_on_a_plain_cut(tmp_path):
     teacher, tokenizer = tiny_model("bert"), tiny_tokenizer()
     model, report = secateur.prune(teacher, scorer="random", units=["layers"], pruning_ratio=0)
@@ -255,8 +281,8 @@ def test_what_follows_works_on_a_plain_cut(tmp_path):
     assert_equal(AutoModel.from_pretrained(tmp_path / "twice"), again)
     for one in (teacher, model):
         one.save_pretrained(tmp_path / str(id(one)))
-    with pytest.raises(InvalidInputError, match="its config says all by its own numbers, and which units stayed is no"):
-        verify_checkpoint(tmp_path / str(id(model)), tmp_path / str(id(teacher)))
+    found = verify_checkpoint(tmp_path / str(id(model)), tmp_path / str(id(teacher)))
+    assert found["verdict"] == ("trained" if after < before else "equal")
     original, _ = load_original(model, "it", tmp_path / str(id(teacher)))  # as distilling it once more asks for
     assert original.config.intermediate_size == 37
     # What is cut of a plain cut is verified against that.

@@ -27,7 +27,8 @@ def on_this_machine(name: str | Path) -> str | Path | None:
 
 def recorded_original(model: str | Path) -> str | None:
     """Return what the recipe in the config of a folder, or of a Hub id whose files are here, names as the original."""
-    recipe = _config(model).get("head_pruning")
+    config = _config(model)
+    recipe = config.get("head_pruning", config.get("pruned_from"))
     name = recipe.get("base_model") if isinstance(recipe, dict) else None
     return name if isinstance(name, str) and name else None
 

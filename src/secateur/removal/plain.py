@@ -20,7 +20,7 @@ from secateur.models.base_model import base_of
 from secateur.removal.twins import PLAIN, Place, changed_data, shapes_of, take_over_, twin_of, walk
 from secateur.sites.layers import LayerSite
 from secateur.sites.narrowing import Undo
-from secateur.sites.recipe import KEY, Recipe
+from secateur.sites.recipe import KEY, PLAIN_KEY, Recipe
 
 _MOST_TRIES = 64
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -37,7 +37,7 @@ def say_plainly_(model: PreTrainedModel, recipe: Recipe, undo: Undo) -> bool:
     counts = _counts(recipe)
     if counts is None or recipe.bypassed or recipe.reshaped:
         return False
-    data = {key: value for key, value in model.config.to_dict().items() if key != KEY}
+    data = {key: value for key, value in model.config.to_dict().items() if key not in (KEY, PLAIN_KEY)}
     for tried in itertools.islice(_configs(data, counts), _MOST_TRIES):
         after = twin_of(model, tried)
         if after is not None and _has_shapes_of(model, after):

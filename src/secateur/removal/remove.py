@@ -120,7 +120,7 @@ def remove_(
                 )
             recipe = recipe_of(model, left, special, record or {})
             is_plain = _is_plain(model, recipe, partial(difference_to, wanted, base), undo)
-    tell_(model, None if is_plain else recipe, before)
+    tell_(model, recipe, is_plain, before)
     renumber_alignment_heads_(model, kept)
     forget_names_(model)
     for holder in (model, base):

@@ -23,7 +23,7 @@ from secateur.removal.twins import Place, changed_data, shapes_of, take_over_, t
 from secateur.sites.layers import LayerSite
 from secateur.sites.moved import Moved, moved_recipe
 from secateur.sites.narrowing import Undo
-from secateur.sites.recipe import KEY, read_recipe
+from secateur.sites.recipe import KEY, PLAIN_KEY, read_recipe
 
 _STAGES = ("out_features", "out_indices", "stage_names")  # of a backbone's config
 
@@ -58,7 +58,7 @@ def shorten_(model: PreTrainedModel, site: LayerSite, kept: Tensor, undo: Undo) 
 
 def _shorter_twin(model: PreTrainedModel, site: LayerSite, stays: list[int], moved: Moved) -> PreTrainedModel:
     """Return the model on the meta device with the layers in `stays` alone, built from a config that asks for it."""
-    whole = model.config.to_dict()
+    whole = {key: value for key, value in model.config.to_dict().items() if key != PLAIN_KEY}
     recipe = read_recipe(model.config)
     if recipe is not None:
         left = {site.name: tuple(site.units[layer] for layer in stays)} if site.name in recipe.kept else {}

@@ -19,7 +19,7 @@ from secateur.removal.left import Left
 from secateur.removal.proving import Special
 from secateur.sites.layout import AttentionSite
 from secateur.sites.moved import mark_sites_, present_recipe
-from secateur.sites.recipe import KEY, OWN_NAMES, REMOVED, Recipe
+from secateur.sites.recipe import KEY, OWN_NAMES, PLAIN_KEY, REMOVED, Recipe
 
 
 def check_record(record: Mapping[str, Any]) -> None:
@@ -32,21 +32,22 @@ def check_record(record: Mapping[str, Any]) -> None:
         raise invalid("record", "hold what JSON can hold", dict(record)) from None
 
 
-def tell_(model: PreTrainedModel, recipe: Recipe | None, before: Mapping[str, Any]) -> None:
-    """Put the recipe, None where there need be none, into the configs of the model and of its base model.
+def tell_(model: PreTrainedModel, recipe: Recipe, is_plain: bool, before: Mapping[str, Any]) -> None:
+    """Put the recipe into the configs of the model and of its base model; for the record alone where these are plain.
 
     The base model notes which entries are others than `before`, as the whole config had them: a model that it is a part
     of has to tell of them too.
     """
     base = base_of(model)
-    if recipe is not None:
+    if not is_plain:  # else they are its own already
         give_own_configs_(model)
-        for config in (model.config, base.config):
-            setattr(config, KEY, recipe.to_json())
+    for config in (model.config, base.config):
+        vars(config).pop(PLAIN_KEY, None)
+        setattr(config, PLAIN_KEY if is_plain else KEY, recipe.to_json())
     after = base.config.to_dict()
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     setattr(base, REMOVED, frozenset(changed | vars(base).get(REMOVED, set())))
-    if recipe is not None:
+    if not is_plain:
         mark_sites_(base, recipe)
 
 
@@ -55,6 +56,8 @@ def recipe_of(model: PreTrainedModel, left: Left, special: Special, record: Mapp
     earlier = present_recipe(base_of(model)) or Recipe({}, {})
     origin = original_name(model)
     record = {**({"base_model": origin} if origin else {}), **earlier.record, **record}
+    if hasattr(base_of(model).config, PLAIN_KEY) and not model.name_or_path:
+        record.pop("base_model", None)  # units count from a model that was cut in between and is nowhere on disk
     units_now = {
         name: tuple(itertools.compress(site.units, left.kept[name].tolist())) for name, site in left.sites.items()
     }
@@ -83,7 +86,7 @@ def recipe_of(model: PreTrainedModel, left: Left, special: Special, record: Mapp
 
 def carry_over_(base: PreTrainedModel, model: PreTrainedModel) -> None:
     """Let the config of `model` tell what that of its base model tells of removals, where it is another object."""
-    names = {KEY, *vars(base).get(REMOVED, ())}
+    names = {KEY, PLAIN_KEY, *vars(base).get(REMOVED, ())}
     told = {name: getattr(base.config, name, None) for name in names}
     if all(_same(getattr(model.config, name, None), value) for name, value in told.items()):
         return
@@ -91,15 +94,16 @@ def carry_over_(base: PreTrainedModel, model: PreTrainedModel) -> None:
     for name, value in told.items():
         if value is not None or hasattr(model.config, name):
             setattr(model.config, name, value)
-    if told[KEY] is None and hasattr(model.config, KEY):
-        delattr(model.config, KEY)
+    for key in (KEY, PLAIN_KEY):
+        if told[key] is None:
+            vars(model.config).pop(key, None)
 
 
 def is_told(part: nn.Module, config: Any) -> bool:
     """Does a config, or one within it, have what the config of `part` tells of removals?"""
     mine = vars(part.config)
     inner = config if isinstance(config, dict) else vars(config)  # a part's config as a user's own class may keep it
-    if all(_same(inner.get(name), mine.get(name)) for name in (KEY, *getattr(part, REMOVED))):
+    if all(_same(inner.get(name), mine.get(name)) for name in (KEY, PLAIN_KEY, *getattr(part, REMOVED))):
         return True
     return any(is_told(part, one) for one in inner.values() if isinstance(one, PreTrainedConfig | dict))
 

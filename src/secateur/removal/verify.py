@@ -34,7 +34,7 @@ from secateur.removal.remove import gated
 from secateur.sites.finding import find_layers, find_units
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
-from secateur.sites.recipe import KINDS, TRAINED, Recipe, read_recipe
+from secateur.sites.recipe import KINDS, TRAINED, Recipe, read_record
 from secateur.units.masks import Mask, PresentMask, vector_of
 
 
@@ -63,7 +63,7 @@ def verify_checkpoint(
     pruned = load_model(folder, device)
     files = sorted(transformer_folder(Path(folder)).glob("*.safetensors")) if Path(folder).is_dir() else []
     changed = changed_tensors(files)
-    recipe = read_recipe(base_of(pruned).config)
+    recipe = read_record(base_of(pruned).config)
     if recipe is None:
         raise InvalidInputError(f"{_without_recipe(folder)}, and which units stayed is not known")
     original, origin = load_original(pruned, folder, against, device, whole=True)
@@ -168,7 +168,7 @@ def load_original(
     It is a base model; `whole`, it is of the class of `pruned`, its task's head included, if their configs are alike.
     Raises `InvalidInputError` where the original cannot be found.
     """
-    recipe = read_recipe(base_of(pruned).config)
+    recipe = read_record(base_of(pruned).config)
     name = against if recipe is None or against is not None else recipe.record.get("base_model")
     if recipe is None and name is None:
         raise InvalidInputError(f"{_without_recipe(folder)}; give the original with `--against`")
@@ -189,7 +189,4 @@ def load_original(
 
 
 def _without_recipe(folder: str | Path) -> str:
-    return (
-        f"{folder} has no head_pruning entry in its config: it is not pruned, or cut so that its config says all by "
-        "its own numbers"
-    )
+    return f"{folder} has neither a head_pruning nor a pruned_from entry in its config: it is not pruned"

@@ -32,7 +32,7 @@ from secateur.models.state import (
 from secateur.relations import RELATED, gated_representations, relational_kl, with_relations
 from secateur.settings import Reading, settings_of
 from secateur.sites.layers import LayerSite
-from secateur.sites.recipe import KEY, read_recipe
+from secateur.sites.recipe import note_, read_record
 from secateur.support.checks import check_mapping, check_positive, check_whole
 from secateur.support.defaults import DISTILLATION_RATE, DISTILLATION_STEPS
 from secateur.texts.calibration import PreparedModel, is_pair, listed_examples
@@ -138,8 +138,8 @@ def _kept_if_lower(pair: _Pair, before: float, evaluate: Callable[[], float], te
             teach()
             after = evaluate()
             is_lower = after < before
-            if is_lower and isinstance(entry := getattr(student.config, KEY, None), dict):
-                entry["distilled"] = True
+            if is_lower:
+                note_(student, "distilled")
         finally:
             if not is_lower:
                 with torch.no_grad():
@@ -219,7 +219,7 @@ class _Pair(nn.Module):
 
 def _kept_layers(student: PreTrainedModel) -> dict[str, Sequence[int]]:
     """Return the layers that stay of every list that lost some, as the recipe tells."""
-    recipe = read_recipe(student.config)
+    recipe = read_record(student.config)
     sites = {} if recipe is None else recipe.sites
     return {
         name: recipe.kept[name] for name, site in sites.items() if isinstance(site, LayerSite) and recipe is not None

@@ -22,6 +22,8 @@ from secateur.sites.layout import AttentionSite, Runs, Site
 from secateur.sites.packing import pack, unpack
 
 KEY = "head_pruning"
+PLAIN_KEY = "pruned_from"
+"""The same entry of a config whose own numbers describe the smaller model: for the record, no code builds by it."""
 REMOVED = "_secateur_removed"  # on a base model that lost units: the entries of its config that tell so
 FORMAT_VERSION = 2
 KINDS: dict[str, type[AttentionSite | FeedForwardSite | LayerSite]] = {
@@ -112,10 +114,11 @@ class Recipe:
 
 
 def note_(model: PreTrainedModel, name: str) -> None:
-    """Record `name`, such as "finetuned", in the recipe of a pruned model; of another nothing is recorded."""
+    """Record `name`, such as "finetuned", in the config of a pruned model; of another nothing is recorded."""
     for config in (model.config, base_of(model).config):
-        if isinstance(entry := getattr(config, KEY, None), dict):
-            entry[name] = True
+        for key in (KEY, PLAIN_KEY):
+            if isinstance(entry := getattr(config, key, None), dict):
+                entry[name] = True
 
 
 def _check(kept: Kept, sites: Mapping[str, Site], bypassed: tuple[str, ...], reshaped: tuple[str, ...]) -> None:
@@ -144,3 +147,9 @@ def read_recipe(config: PreTrainedConfig) -> Recipe | None:
     """Return the recipe that a config carries, or None. Raises `CheckpointError` where it cannot be followed."""
     data = getattr(config, KEY, None)
     return None if data is None else Recipe.from_json(data)
+
+
+def read_record(config: PreTrainedConfig) -> Recipe | None:
+    """Return what a config tells of the removals that led to it, as a recipe or for the record; None where nothing."""
+    data = getattr(config, PLAIN_KEY, None)
+    return read_recipe(config) if data is None else Recipe.from_json(data)
