@@ -4,8 +4,10 @@
 
 all-MiniLM-L6-v2 is pruned by `prune` alone on up to 50,000 single sentences of the GLUE training files, without labels:
 by its defaults, with the same share at every site, with whole layers instead, and without the restoring steps. Judged
-by the Spearman correlation of cosines with the scores of STS-B's test pairs, of which nothing is read before, as a
-share of the dense model's; and by what `prune` itself says, on sentences that it holds out.
+on texts that are not read before: by the Spearman correlation of cosines with the scores of STS-B's test pairs, as a
+share of the dense model's; by whether an index stays valid, as recall@10 of a question's duplicate for the duplicates
+of QQP's dev pairs among these and up to 20,000 questions of its training pairs, the questions asked and the index
+embedded by either model; and by what `prune` itself says, on sentences that it holds out.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from secateur.pruning import prune
 from secateur.settings import Reading
 from secateur.texts.data import Task
 
-MOST_TEXTS, FROM_EACH, SCORED = 50_000, 8_000, 1_024
+MOST_TEXTS, FROM_EACH, SCORED, OTHERS = 50_000, 8_000, 1_024, 22_000
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -37,31 +39,27 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def measure(run: Run, *, cells: list[list[Any]]) -> None:
     """Add a row for each way, budget and number of steps in `cells`, and each seed, that there is none of."""
-    test = run.task("stsb", "test", need_labels=True)
     done = {(row["way"], row["budget"], row["steps"], row["seed"]) for row in run.rows()}
-    dense = None
+    judge = None
     for seed in run.seeds:
         for way, budget, steps in cells:
             if (way, budget, steps, seed) in done:
                 continue
             model, tokenizer = minilm()
-            dense = similarity(model, tokenizer, test) if dense is None else dense
+            judge = Judge(run, model, tokenizer) if judge is None else judge
             start, spent = time.perf_counter(), time.process_time()
             smaller, report = prune(
                 model, sentences(run, seed), budget=budget, steps=steps, tokenizer=tokenizer,
                 reading=Reading(seed=seed, stop=SCORED), **{"scorer": "contribution"} | WAYS[way],
             )  # fmt: skip
             seconds, processor = time.perf_counter() - start, time.process_time() - spent
-            left = similarity(smaller, tokenizer, test)
             run.add(
                 {
                     "way": way,
                     "budget": budget,
                     "steps": steps,
                     "seed": seed,
-                    "spearman": round(left, 4),
-                    "dense": round(dense, 4),
-                    "retention": round(left / dense, 4),
+                    **judge(smaller),
                     "macs": round(report.after.macs / report.before.macs, 4),
                     "quality": None if report.quality is None else report.quality.to_json(),
                     "kept": {name: len(kept) for name, kept in report.mask.kept.items()},
@@ -80,6 +78,46 @@ def sentences(run: Run, seed: int) -> list[str]:
     unique = list(dict.fromkeys(found))
     random.Random(seed).shuffle(unique)
     return unique[:MOST_TEXTS]
+
+
+class Judge:
+    """Compares a smaller model with the dense one on texts that neither was made with."""
+
+    def __init__(self, run: Run, dense: Any, tokenizer: Any) -> None:
+        self.tokenizer, self.test = tokenizer, run.task("stsb", "test", need_labels=True)
+        pairs = run.task("qqp", "dev", need_labels=True)
+        same = [text for text, label in zip(pairs.texts, pairs.labels, strict=True) if int(label) == 1]
+        others = [question for text in [*pairs.texts, *run.task("qqp").texts] for question in text]
+        self.asked = [text[0] for text in same]
+        self.index = list(dict.fromkeys([*(text[1] for text in same), *others[:OTHERS]]))
+        self.index_of = {text: number for number, text in enumerate(self.index)}
+        self.places = [self.index_of[text[1]] for text in same]
+        self.spearman = similarity(dense, tokenizer, self.test)
+        self.queries, self.documents = (embeddings(dense.eval(), tokenizer, one) for one in (self.asked, self.index))
+        self.recall = self.recall_of(self.queries, self.documents)
+
+    def __call__(self, smaller: Any) -> dict[str, float]:
+        """Return what is left of both measures."""
+        left = similarity(smaller, self.tokenizer, self.test)
+        queries, documents = (embeddings(smaller, self.tokenizer, one) for one in (self.asked, self.index))
+        found = {
+            "spearman": left,
+            "dense": self.spearman,
+            "retention": left / self.spearman,
+            "recall_dense": self.recall,
+            "recall_small": self.recall_of(queries, documents),
+            "recall_small_on_dense_index": self.recall_of(queries, self.documents),
+        }
+        return {name: round(value, 4) for name, value in found.items()} | {"index": len(self.index)}
+
+    def recall_of(self, queries: torch.Tensor, documents: torch.Tensor, among: int = 10) -> float:
+        """Return how often a question's duplicate is among its nearest by cosine, itself left out."""
+        near = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(documents, dim=1).T
+        for row, question in zip(near, self.asked, strict=True):
+            if question in self.index_of:
+                row[self.index_of[question]] = -1
+        found = near.topk(among, dim=1).indices
+        return sum(place in row for place, row in zip(self.places, found.tolist(), strict=True)) / len(self.places)
 
 
 def similarity(model: Any, tokenizer: Any, test: Task) -> float:
