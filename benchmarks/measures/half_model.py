@@ -6,7 +6,7 @@ all-MiniLM-L6-v2 is pruned by `prune` alone on up to 50,000 single sentences of 
 by its defaults, with the same share at every site, with whole layers instead, and without the restoring steps. Judged
 on texts that are not read before: by the Spearman correlation of cosines with the scores of STS-B's test pairs, as a
 share of the dense model's; by whether an index stays valid, as recall@10 of a question's duplicate for the duplicates
-of QQP's dev pairs among these and up to 20,000 questions of its training pairs, the questions asked and the index
+of QQP's dev pairs among these and 10,000 other questions, the questions asked and the index
 embedded by either model; and by what `prune` itself says, on sentences that it holds out.
 """
 
@@ -25,7 +25,7 @@ from secateur.pruning import prune
 from secateur.settings import Reading
 from secateur.texts.data import Task
 
-MOST_TEXTS, FROM_EACH, SCORED, OTHERS = 50_000, 8_000, 1_024, 22_000
+MOST_TEXTS, FROM_EACH, SCORED, OTHERS = 50_000, 8_000, 1_024, 10_000
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
