@@ -118,7 +118,9 @@ def _quality(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     if not found:
         return []
     note = f"{found['num_texts']} texts held out"
+    answers = {"name": "answers as the dense model", "dense": 1.0, "pruned": found.get("agreement"), "note": note}
     return [
+        *([] if answers["pruned"] is None else [answers]),
         {"name": "mean cosine to the dense model", "dense": 1.0, "pruned": found["cosine"], "note": note},
         {"name": "relational KL", "dense": 0.0, "pruned": found["relational_kl"], "note": note},
     ]
