@@ -82,7 +82,7 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "maps_note": maps.get("reason") if isinstance(maps, dict) else "No attention maps were stored.",
             "command": report.get("command"),
             "environment": report.get("versions"),
-            "notes": _reconstruction(report.get("reconstruction")) + _learned(report),
+            "notes": _reconstruction(report.get("reconstruction")) + _learned(report) + _left_out(report),
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise _another_form(PRUNING, error) from None
@@ -104,6 +104,14 @@ def _learned(report: Mapping[str, Any]) -> list[str]:
         return []
     before, after = report["distillation"]
     return [distillation_line(before, after, report["steps"]).capitalize() + "."]
+
+
+def _left_out(report: Mapping[str, Any]) -> list[str]:
+    """Say which steps were not taken."""
+    lines = report.get("left_out", [])
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise invalid("left_out", "be a list of lines", lines)
+    return [f"{line[:1].upper()}{line[1:]}." for line in lines]
 
 
 def _blocks(found: Mapping[str, Any]) -> list[dict[str, Any]]:
