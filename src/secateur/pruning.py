@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,14 +29,15 @@ from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
 from secateur.models.tokenizer_saving import note_tokenizer_
-from secateur.pruning_plan import SCORED_TEXTS, check_steps, recommended, too_few, without_held_out
+from secateur.pruning_plan import SCORED_TEXTS, SENSITIVITY_TEXTS, check_steps, recommended, too_few, without_held_out
 from secateur.pruning_report import PruningReport
+from secateur.pruning_time import planned, tell_duration
 from secateur.removal.remove import remove_
 from secateur.restoring.distillation import distill_
 from secateur.restoring.quality import QualityJudge
 from secateur.restoring.reconstruction import FEWEST, reconstruct_
 from secateur.scorers import DEFAULT_SCORER
-from secateur.scorers.score import AnyScorer, Labels, score
+from secateur.scorers.score import AnyScorer, Labels, criteria_of, score
 from secateur.settings import AnyAllocation, AnyBudget, Cut, Reading, Restore, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, mean_maps
 from secateur.sites.recipe import TRAINED, read_recipe
@@ -50,9 +52,6 @@ from secateur.units.scores import Scores
 from secateur.units.select import select
 
 _PROOF_TEXTS = 8
-
-SENSITIVITY_TEXTS = 256
-"""Texts that say where units go."""
 
 
 @torch.inference_mode(False)  # a copy that is made in it could not be trained
@@ -119,6 +118,11 @@ def prune(
     work = _Pruning(model, texts, tokenizer, cut, restore == "distill", reading)
     work.facts["left_out"] = left_out
     work.hold_out(held_out)
+    if reading.progress:
+        criteria = criteria_of(scorer, work.cut.kinds, options)
+        asked = {"refine": refine, "restore": restore, "steps": steps}
+        plan = partial(planned, work.prepared, work.texts, work.cut, criteria, reading, **asked)
+        tell_duration(work.prepared, work.texts, reading, plan)
     scores = work.score(scorer, labels, options)
     mask = work.select(scores)
     if refine:

@@ -23,6 +23,9 @@ from secateur.texts.examples import Example, source_of
 SCORED_TEXTS = 1024
 """Texts that are scored and fitted on at most, where all are read to distil."""
 
+SENSITIVITY_TEXTS = 256
+"""Texts that say where units go."""
+
 
 def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> tuple[Cut, Restore, tuple[str, ...]]:
     """Fill in what was not asked for, and leave out what there are too few texts for; say which in the last value.
