@@ -120,8 +120,7 @@ def prune(
     work.hold_out(held_out)
     if reading.progress:
         criteria = criteria_of(scorer, work.cut.kinds, options)
-        asked = {"refine": refine, "restore": restore, "steps": steps}
-        plan = partial(planned, work.prepared, work.texts, work.cut, criteria, reading, **asked)
+        plan = partial(planned, cut=work.cut, criteria=criteria, refine=refine, restore=restore, steps=steps)
         tell_duration(work.prepared, work.texts, reading, plan)
     scores = work.score(scorer, labels, options)
     mask = work.select(scores)

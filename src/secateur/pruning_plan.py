@@ -45,14 +45,15 @@ def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> t
         cut = replace(cut, budget=[Budget(kind, limit) for kind in cut.kinds])  # type: ignore[arg-type]
     usual: Restore = "none" if texts is None or cut.kinds == ("layers",) else "reconstruct"
     found: Restore = restore or ("distill" if deep and allocation is None else usual)
-    for step, what, fewest, instead in (
+    steps: list[tuple[Restore, str, int, Restore]] = [
         ("distill", "distilled", FEWEST, usual),
         ("reconstruct", "reconstructed", FEWEST_FITTED, "none"),
-    ):
+    ]
+    for step, what, fewest, instead in steps:
         # A stream is refused where that was asked for: see `check_steps`.
         if found == step and not (restore and not isinstance(texts, Sequence)):
             left_out.append(line := _lacking(what, texts, fewest))
-            found = cast(Restore, instead) if line else found
+            found = instead if line else found
     return cut, found, tuple(filter(None, left_out))
 
 

@@ -131,10 +131,10 @@ def in_words(seconds: Mapping[str, float]) -> str:
 def planned(
     prepared: PreparedModel,
     texts: Sequence[Any],
-    cut: Cut,
-    criteria: Mapping[str, Scorer],
     reading: Reading,
     *,
+    cut: Cut,
+    criteria: Mapping[str, Scorer],
     refine: int,
     restore: Restore,
     steps: int,
@@ -157,13 +157,16 @@ def planned(
     )
 
 
-def tell_duration(prepared: PreparedModel, texts: Any, reading: Reading, plan: Callable[[], Plan]) -> None:
-    """Say on stderr how long a plan will take; nothing where that cannot be timed, as the step that fails says why."""
+def tell_duration(prepared: PreparedModel, texts: Any, reading: Reading, plan: Callable[..., Plan]) -> None:
+    """Say on stderr how long a plan will take, made by `planned` with all but the first three of its arguments known.
+
+    Nothing is said where that cannot be timed: the step that fails says why.
+    """
     if not isinstance(texts, Sequence):
         return
     try:
         pace = Pace.of(prepared.base, prepared.batch(list(texts[: reading.batch_size])))
-        said = in_words(plan().seconds(pace))
+        said = in_words(plan(prepared, texts, reading).seconds(pace))
     except Exception:
         return
     tqdm.write(said, file=sys.stderr)
