@@ -121,7 +121,8 @@ def measure(run: Run, *, rounds: int) -> None:
     torch._inductor.config.force_disable_caches = True
     load = os.getloadavg()[0]
     dense, tokenizer = minilm()
-    half, _ = secateur.prune(demo_model(), demo_task(0)[0].head(96, seed=0).texts, 0.5, reading=Reading(device="cpu"))
+    texts = demo_task(0)[0].head(96, seed=0).texts
+    half, _ = secateur.prune(demo_model(), texts, 0.5, restore="none", reading=Reading(device="cpu"))
     models = {"dense": dense, "half": half}
     rows = [at_shape(models, work, shape, rounds) for work in ("pass", "training step") for shape in SHAPES]
     found = scoring(dense, tokenizer, rounds)

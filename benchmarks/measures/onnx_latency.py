@@ -52,7 +52,10 @@ def measure(run: Run, *, rounds: int) -> None:
 def seconds_by_shape(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Return, by shape, the seconds of every round for each runtime and model."""
     pruned, _ = prune(
-        demo_model(), demo_task()[0].head(CALIBRATION_TEXTS).texts, reading=Reading(max_length=MAX_LENGTH, device="cpu")
+        demo_model(),
+        demo_task()[0].head(CALIBRATION_TEXTS).texts,
+        restore="none",
+        reading=Reading(max_length=MAX_LENGTH, device="cpu"),
     )
     pruned.save_pretrained(folder / "pruned")
     models = {"dense": load_model(demo_model(), "cpu"), "pruned": pruned}

@@ -54,7 +54,7 @@ def measure(run: Run, *, rounds: int, training_rounds: int, level_rounds: int, c
     models = {"dense": load_model(demo_model(), "cpu")}
     for allocation in ("uniform", "ranking"):
         models[f"half, allocation {allocation}"], _ = secateur.prune(
-            demo_model(), texts, 0.5, allocation=allocation, reading=Reading(device="cpu")
+            demo_model(), texts, 0.5, allocation=allocation, restore="none", reading=Reading(device="cpu")
         )
     result: dict[str, Any] = {"seed": 0, "load_average": [], "rows": [], "heads": []}
     for count, train in ((rounds, False), (training_rounds, True)):

@@ -80,7 +80,7 @@ def run_demo(
     seconds: dict[str, float] = {}
     with _step("scoring every head in one pass, removing half, proving", seconds, "prune"):
         texts = train.head(CALIBRATION_TEXTS).texts
-        pruned, report = prune(dense, texts, RATIO, reading=replace(reading, maps=True))
+        pruned, report = prune(dense, texts, RATIO, restore="none", reading=replace(reading, maps=True))
     with _step("saving, and reloading with plain AutoModel.from_pretrained", seconds, "save and reload"):
         reloaded, verified = _save_and_reload(pruned, small, dense, where)
     with _step("timing dense and pruned in turn, 8 x 128 tokens", seconds, "latency"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,14 +29,15 @@ from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
 from secateur.models.tokenizer_saving import note_tokenizer_
-from secateur.pruning_plan import check_steps, recommended, without_held_out
+from secateur.pruning_plan import SCORED_TEXTS, SENSITIVITY_TEXTS, check_steps, recommended, too_few, without_held_out
 from secateur.pruning_report import PruningReport
+from secateur.pruning_time import planned, tell_duration
 from secateur.removal.remove import remove_
 from secateur.restoring.distillation import distill_
 from secateur.restoring.quality import QualityJudge
-from secateur.restoring.reconstruction import reconstruct_
+from secateur.restoring.reconstruction import FEWEST, reconstruct_
 from secateur.scorers import DEFAULT_SCORER
-from secateur.scorers.score import AnyScorer, Labels, score
+from secateur.scorers.score import AnyScorer, Labels, criteria_of, score
 from secateur.settings import AnyAllocation, AnyBudget, Cut, Reading, Restore, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, mean_maps
 from secateur.sites.recipe import TRAINED, read_recipe
@@ -49,9 +52,6 @@ from secateur.units.scores import Scores
 from secateur.units.select import select
 
 _PROOF_TEXTS = 8
-
-SENSITIVITY_TEXTS = 256
-"""Texts that say where units go."""
 
 
 @torch.inference_mode(False)  # a copy that is made in it could not be trained
@@ -93,9 +93,11 @@ def prune(
         floor: units that every site keeps at least.
         exclude: patterns of the names of sites that stay whole, such as "encoder.layer.0.*", and so do their layers.
         refine: exchanges of heads that `refine_mask` tries on the scored texts.
-        restore: "reconstruct" refits what the kept units write on these texts, as `reconstruct_` does, "distill" also
-            teaches the smaller model on them, as `distill_` does, and "none" does neither. None = "distill" where the
-            allocation is by sensitivity by default, and "none" elsewhere. A step that needs more texts is left out.
+        restore: "reconstruct" refits what the kept units write on up to 1,024 of the texts scored, as `reconstruct_`
+            does, "distill" also teaches the smaller model on all, as `distill_` does, and "none" does neither. None =
+            "distill" where the allocation is by sensitivity by default, "none" where layers alone go or there are no
+            texts in a list, "reconstruct" elsewhere. A step that needs more texts is left out, and so is a refit that
+            nobody asked for and the model or the batches do not allow; the report's `left_out` says which and why.
         steps: optimiser updates of the distillation.
         labels: one for each text, for scorers that need them.
         inputs: ready batches of keyword arguments instead of texts, for models that read images or sound. Every tensor
@@ -109,17 +111,23 @@ def prune(
     reading = settings_of(reading, Reading)
     texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
     cut = Cut(pruning_ratio, "uniform" if allocation is None else allocation, floor, budget, units, exclude=exclude)
-    cut, restore = recommended(cut, allocation, restore, texts)
+    is_asked = restore is not None
+    cut, restore, left_out = recommended(cut, allocation, restore, texts)
     check_steps(texts, cut, refine, restore, steps, reading)
     texts, labels, held_out, reading = without_held_out(texts, labels, restore, reading)
     work = _Pruning(model, texts, tokenizer, cut, restore == "distill", reading)
+    work.facts["left_out"] = left_out
     work.hold_out(held_out)
+    if reading.progress:
+        criteria = criteria_of(scorer, work.cut.kinds, options)
+        plan = partial(planned, cut=work.cut, criteria=criteria, refine=refine, restore=restore, steps=steps)
+        tell_duration(work.prepared, work.texts, reading, plan)
     scores = work.score(scorer, labels, options)
     mask = work.select(scores)
     if refine:
         mask = work.refine(mask, refine)
     if restore != "none":
-        work.reconstruct(mask)
+        work.reconstruct(mask, is_asked)
     work.remove(mask)
     if restore == "distill":
         work.distill(steps)
@@ -232,9 +240,19 @@ class _Pruning:
         self.facts["refinement"] = tuple(losses)
         return mask
 
-    def reconstruct(self, mask: Mask) -> None:
-        """Refit what the kept heads write."""
-        before, after = reconstruct_(self.prepared, mask, cast(Any, self.read), reading=self.reading)
+    def reconstruct(self, mask: Mask, is_asked: bool) -> None:
+        """Refit what the kept units write; a refusal of what nobody asked for is noted, and stops nothing."""
+        fitted = cast(Any, self.read[:: math.ceil(len(self.read) / SCORED_TEXTS) or 1])
+        if line := too_few("reconstructed", fitted, FEWEST):
+            self.facts["left_out"] += (line,)
+            return
+        try:
+            before, after = reconstruct_(self.prepared, mask, fitted, reading=self.reading)
+        except (InvalidInputError, UnsupportedModelError) as error:
+            if is_asked:
+                raise
+            self.facts["left_out"] += (f"not reconstructed: {error}",)
+            return
         self.facts["reconstruction"] = (before, after)
         if after < before:
             self.record["reconstructed"] = True

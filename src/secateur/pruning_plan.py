@@ -7,33 +7,67 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast, get_args
 
+from secateur.choosing.allocation import FEWEST as FEWEST_MEASURED
 from secateur.errors import InvalidInputError, invalid
 from secateur.relations import RELATED
 from secateur.restoring.distillation import FEWEST, HELD_OUT
 from secateur.restoring.quality import MOST_TEXTS
+from secateur.restoring.reconstruction import FEWEST as FEWEST_FITTED
 from secateur.scorers.score import Labels
 from secateur.settings import Budget, Cut, Reading, Restore
 from secateur.support.checks import check_whole
 from secateur.support.defaults import UNITS
 from secateur.support.processes import is_shared
-from secateur.texts.examples import Example
+from secateur.texts.examples import Example, source_of
 
 SCORED_TEXTS = 1024
 """Texts that are scored and fitted on at most, where all are read to distil."""
 
+SENSITIVITY_TEXTS = 256
+"""Texts that say where units go."""
 
-def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> tuple[Cut, Restore]:
-    """Fill in what was not asked for: need and distillation where a budget takes more than heads."""
+
+def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> tuple[Cut, Restore, tuple[str, ...]]:
+    """Fill in what was not asked for, and leave out what there are too few texts for; say which in the last value.
+
+    Heads and neurons that stay are refitted, and where a budget takes more than heads, need says where units go and the
+    smaller model is taught.
+    """
     if restore not in (None, *get_args(Restore)):
         raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
     of_all = any(budget.quantity not in UNITS for budget in cut.budgets)
-    deep = of_all and cut.kinds != ("heads",) and isinstance(texts, Sequence) and len(texts) >= FEWEST
-    if allocation is None and deep:
+    deep = of_all and cut.kinds != ("heads",) and texts is not None
+    left_out = [_lacking("allocated by sensitivity", texts, FEWEST_MEASURED)] if deep and allocation is None else []
+    if left_out == [""]:
         cut = replace(cut, allocation="sensitivity")
     elif allocation == "sensitivity" and not cut.budgets:
         limit = 1 - cut.pruning_ratio
         cut = replace(cut, budget=[Budget(kind, limit) for kind in cut.kinds])  # type: ignore[arg-type]
-    return cut, restore or ("distill" if deep and allocation is None else "none")
+    usual: Restore = "none" if texts is None or cut.kinds == ("layers",) else "reconstruct"
+    found: Restore = restore or ("distill" if deep and allocation is None else usual)
+    steps: list[tuple[Restore, str, int, Restore]] = [
+        ("distill", "distilled", FEWEST, usual),
+        ("reconstruct", "reconstructed", FEWEST_FITTED, "none"),
+    ]
+    for step, what, fewest, instead in steps:
+        # A stream is refused where that was asked for: see `check_steps`.
+        if found == step and not (restore and not isinstance(texts, Sequence)):
+            left_out.append(line := _lacking(what, texts, fewest))
+            found = instead if line else found
+    return cut, found, tuple(filter(None, left_out))
+
+
+def _lacking(what: str, texts: Any, fewest: int) -> str:
+    """Return the line that says why something is not done on these texts, empty where they suffice."""
+    if not isinstance(texts, Sequence):
+        return f"not {what}: texts in a list are needed, which can be read again"
+    return too_few(what, texts, fewest)
+
+
+def too_few(what: str, texts: Sequence[Any], fewest: int) -> str:
+    """Return the line that says for what there are fewer than `fewest` texts, empty where there are enough."""
+    noun = source_of(texts) if len(texts) != 1 else source_of(texts)[:-1]
+    return f"not {what}: {len(texts)} {noun}, {fewest} are needed" if len(texts) < fewest else ""
 
 
 def check_steps(texts: Any, cut: Cut, refine: int, restore: Restore, steps: int, reading: Reading) -> None:

@@ -32,9 +32,10 @@ class PruningReport:
     `requested_ratio` was found; `max_difference` is the proof's (float32, at most `tolerance`). `refinement` holds the
     relational KL of every mask that was tried to improve the one that the scores gave, which comes first; `mask` is the
     best of them. `reconstruction` holds the relational KL of that mask without reconstruction and with it, where it was
-    asked for, and `distillation` that before and after `steps` updates, on texts of its own; `quality` is what is left
-    of the model on texts held out. `command` is the command line that asked for it, where one did. `attention_maps` are
-    those of the model before, where they were asked for; they have a file of their own.
+    done, and `distillation` that before and after `steps` updates, on texts of its own; `quality` is what is left
+    of the model on texts held out; `left_out` says, in a line each, which steps were not taken and why. `command` is
+    the command line that asked for it, where one did. `attention_maps` are those of the model before, where they were
+    asked for; they have a file of their own.
     """
 
     model: str
@@ -57,6 +58,7 @@ class PruningReport:
     distillation: tuple[float, ...] = ()
     steps: int = 0
     quality: Quality | None = None
+    left_out: tuple[str, ...] = ()
     tolerance: float = TOLERANCE
     versions: dict[str, str] = field(default_factory=environment)
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
@@ -102,6 +104,7 @@ class PruningReport:
             "distillation": list(self.distillation),
             "steps": self.steps,
             "quality": None if self.quality is None else self.quality.to_json(),
+            "left_out": list(self.left_out),
             "scores": self._of_heads(self.scores.to_json()["scores"]),
             "kept_heads": self._of_heads(kept),
             "kept_neurons": {site: pack(units) for site, units in kept.items() if self._kind(site) == "neurons"},

@@ -17,7 +17,8 @@ from secateur.errors import InvalidInputError, SecateurError, UnsupportedModelEr
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.removal.remove import remove_
 from secateur.restoring import distillation
-from secateur.restoring.distillation import _share, distill_
+from secateur.restoring.distillation import distill_
+from secateur.restoring.distillation_loss import share
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.sites.finding import find_units
@@ -52,10 +53,10 @@ def test_the_loss_is_a_share_of_the_teachers_variance_over_real_tokens():
     """Wanted 1 and 3 on two real tokens: variance 2 (of a sample). Errors 1 and 3: mean square 5."""
     wanted = torch.tensor([[[1.0], [3.0], [100.0]]])
     found = torch.tensor([[[2.0], [6.0], [-100.0]]])
-    assert _share(found, wanted, torch.tensor([[1, 1, 0]])) == pytest.approx(5 / 2)
+    assert share(found, wanted, torch.tensor([[1, 1, 0]])) == pytest.approx(5 / 2)
     # A decoder's tokens are not those of the mask.
-    assert _share(found[:, :2], wanted[:, :2], torch.tensor([[1, 1, 0]])) == pytest.approx(5 / 2)
-    assert _share(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1), None) == 0
+    assert share(found[:, :2], wanted[:, :2], torch.tensor([[1, 1, 0]])) == pytest.approx(5 / 2)
+    assert share(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1), None) == 0
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "vit"])
@@ -211,7 +212,7 @@ def test_the_command_teaches_a_pruned_folder(tmp_path, capsys):
     tiny_tokenizer().save_pretrained(tmp_path / "whole")
     (tmp_path / "texts.csv").write_text("sentence\n" + "".join(f"{text}\n" for text in TEXTS))
     data = ["--data", str(tmp_path / "texts.csv"), "--device", "cpu", "--out", str(tmp_path / "small")]
-    assert main(["prune", str(tmp_path / "whole"), *data, "--scorer", "contribution"]) == 0
+    assert main(["prune", str(tmp_path / "whole"), *data, "--scorer", "contribution", "--restore", "none"]) == 0
     capsys.readouterr()
     words = ["distill", tmp_path / "small", "--data", tmp_path / "texts.csv", "--device", "cpu", "--steps", 30]
     words = [*map(str, words), "--learning-rate", "2e-3", "--max-length", "16"]

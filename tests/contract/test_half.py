@@ -10,7 +10,7 @@ from secateur.cli import main
 from secateur.models.state import evaluation_mode
 from secateur.removal.remove import remove_
 from secateur.removal.verify import verify_checkpoint
-from secateur.restoring.distillation import _hidden_states, _Pair
+from secateur.restoring.distillation_loss import Pair, hidden_states
 from secateur.restoring.quality import Quality, QualityJudge
 from secateur.settings import Reading
 from secateur.sites.finding import find_layers, find_units
@@ -72,7 +72,7 @@ def test_what_pruning_changed_shows_in_cosine_and_relations():
 )
 def test_a_layer_answers_for_those_that_went_before_it(kept, own, there, numbers):
     model = tiny_model("bert")
-    assert _Pair(model, model, {"encoder.layer": kept})._numbers("hidden_states", own, there) == numbers
+    assert Pair(model, model, {"encoder.layer": kept})._numbers("hidden_states", own, there) == numbers
 
 
 def test_a_model_without_a_layer_that_did_nothing_has_nothing_to_learn():
@@ -84,13 +84,13 @@ def test_a_model_without_a_layer_that_did_nothing_has_nothing_to_learn():
                 model.get_submodule(site.output).weight.data.zero_()
     remove_(student, Mask({name: torch.tensor([True, False, True]) for name in find_layers(student)}))
     batch = PreparedModel(teacher, tiny_tokenizer(), READING).batch(TEXTS)
-    assert [len(_hidden_states(model, batch)["hidden_states"]) for model in (teacher, student)] == [4, 3]
-    losses = [_Pair(student, teacher, {"layers": kept})(**batch)["loss"].item() for kept in ([0, 2], [1, 2])]
+    assert [len(hidden_states(model, batch)["hidden_states"]) for model in (teacher, student)] == [4, 3]
+    losses = [Pair(student, teacher, {"layers": kept})(**batch)["loss"].item() for kept in ([0, 2], [1, 2])]
     assert losses == [pytest.approx(0, abs=1e-8)] * 2
     student.layers[0].mlp.down_proj.weight.data.mul_(2)
-    assert _Pair(student, teacher, {"layers": [0, 2]})(**batch)["loss"].item() > 1e-3
+    assert Pair(student, teacher, {"layers": [0, 2]})(**batch)["loss"].item() > 1e-3
     with pytest.raises(secateur.InvalidInputError, match="got 4 hidden states where the pruned model has 3, and which"):
-        _Pair(student, teacher, {})(**batch)
+        Pair(student, teacher, {})(**batch)
 
 
 def test_half_of_a_model_in_one_call(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from secateur.errors import InvalidInputError
 from secateur.pruning_plan import check_steps, recommended, without_held_out
 from secateur.settings import Cut, Reading
+from secateur.texts.examples import Row
 
 TEXTS = [str(number) for number in range(60)]
 
@@ -17,29 +18,64 @@ def plan(budget=None, units=None, allocation=None, restore=None, texts=TEXTS):
 @pytest.mark.parametrize(
     ("asked", "allocation", "restore"),
     [
-        ({}, "uniform", "none"),
-        ({"budget": "heads=0.5"}, "uniform", "none"),
-        ({"budget": "neurons=0.5"}, "uniform", "none"),
-        ({"budget": "macs=0.5", "units": ["heads"]}, "uniform", "none"),
+        ({}, "uniform", "reconstruct"),
+        ({"texts": None}, "uniform", "none"),
+        ({"texts": iter(TEXTS)}, "uniform", "none"),
+        ({"units": ["layers"]}, "uniform", "none"),
+        ({"restore": "none"}, "uniform", "none"),
+        ({"budget": "heads=0.5"}, "uniform", "reconstruct"),
+        ({"budget": "neurons=0.5"}, "uniform", "reconstruct"),
+        ({"budget": "macs=0.5", "units": ["heads"]}, "uniform", "reconstruct"),
         ({"budget": "macs=0.5"}, "sensitivity", "distill"),
         ({"budget": "params=0.5", "units": ["layers"]}, "sensitivity", "distill"),
         ({"budget": "heads=0.75,macs=0.5"}, "sensitivity", "distill"),
-        ({"budget": "macs=0.5", "texts": TEXTS[:20]}, "uniform", "none"),
+        ({"budget": "macs=0.5", "texts": TEXTS[:20]}, "sensitivity", "reconstruct"),
+        ({"budget": "macs=0.5", "texts": TEXTS[:7]}, "uniform", "reconstruct"),
+        ({"budget": "macs=0.5", "texts": TEXTS[:5]}, "uniform", "none"),
+        ({"budget": "macs=0.5", "texts": TEXTS[:20], "units": ["layers"]}, "sensitivity", "none"),
         ({"budget": "macs=0.5", "texts": iter(TEXTS)}, "uniform", "none"),
         ({"budget": "macs=0.5", "texts": None}, "uniform", "none"),
-        ({"budget": "macs=0.5", "allocation": "uniform"}, "uniform", "none"),
-        ({"budget": "macs=0.5", "allocation": "sensitivity"}, "sensitivity", "none"),
+        ({"budget": "macs=0.5", "allocation": "uniform"}, "uniform", "reconstruct"),
+        ({"budget": "macs=0.5", "allocation": "sensitivity"}, "sensitivity", "reconstruct"),
         ({"budget": "macs=0.5", "restore": "none"}, "sensitivity", "none"),
         ({"restore": "distill"}, "uniform", "distill"),
     ],
 )
 def test_what_is_not_asked_for_is_filled_in(asked, allocation, restore):
-    cut, found = plan(**asked)
+    cut, found, _ = plan(**asked)
     assert (cut.allocation, found) == (allocation, restore)
 
 
+_NO_LIST = "texts in a list are needed, which can be read again"
+
+
+@pytest.mark.parametrize(
+    ("asked", "lines"),
+    [
+        ({"budget": "macs=0.5"}, ()),
+        ({"budget": "macs=0.5", "texts": None}, ()),
+        ({"texts": TEXTS[:6]}, ()),
+        ({"texts": TEXTS[:1]}, ("not reconstructed: 1 text, 6 are needed",)),
+        ({"texts": iter(TEXTS)}, (f"not reconstructed: {_NO_LIST}",)),
+        ({"texts": iter(TEXTS), "restore": "none"}, ()),
+        ({"texts": iter(TEXTS), "restore": "distill"}, ()),  # refused as it was asked for
+        ({"texts": TEXTS[:12], "restore": "distill"}, ("not distilled: 12 texts, 21 are needed",)),
+        ({"texts": [Row()] * 12, "restore": "distill"}, ("not distilled: 12 inputs, 21 are needed",)),
+        (
+            {"budget": "macs=0.5", "texts": TEXTS[:5]},
+            tuple(
+                f"not {what}: 5 texts, {fewest} are needed"
+                for what, fewest in (("allocated by sensitivity", 8), ("distilled", 21), ("reconstructed", 6))
+            ),
+        ),
+    ],
+)
+def test_what_texts_do_not_suffice_for_is_said(asked, lines):
+    assert plan(**asked)[2] == lines
+
+
 def test_a_ratio_is_a_budget_for_each_kind_where_units_go_by_need():
-    cut, _ = plan(units=["heads", "neurons"], allocation="sensitivity")
+    cut, _, _ = plan(units=["heads", "neurons"], allocation="sensitivity")
     assert [str(budget) for budget in cut.budgets] == ["heads=0.75", "neurons=0.75"]
 
 

@@ -25,6 +25,9 @@ from secateur.units.scores import Scores
 JUDGES = 4
 """One text of so many judges sizes, and is not fitted on."""
 
+FEWEST = 2 * JUDGES
+"""Texts that sites are measured on at least."""
+
 
 class SensitivitySelection(BudgetedSelection):
     """Finds for a model how many units each site keeps within a budget, so that the end of the model changes least.
@@ -45,8 +48,8 @@ class SensitivitySelection(BudgetedSelection):
     ) -> None:
         sites = prepared.sites_of(cut.kinds) if sites is None else sites
         super().__init__(prepared.model, cut, reading.progress, sites)
-        if len(texts) < 2 * JUDGES:
-            raise invalid(source_of(texts), f"be at least {2 * JUDGES} with allocation 'sensitivity'", len(texts))
+        if len(texts) < FEWEST:
+            raise invalid(source_of(texts), f"be at least {FEWEST} with allocation 'sensitivity'", len(texts))
         self.prepared, self.texts, self.reading = prepared, texts, reading
 
     def select(self, scores: Scores) -> tuple[Mask, float]:

@@ -57,7 +57,8 @@ cutting_options = together(
     click.option(
         "--restore", default=None, type=click.Choice(["none", "reconstruct", "distill"]),
         help="How far quality is restored, without labels: refit what the kept units write, and teach the smaller "
-        "model what the dense one computes [default: distill where neurons or layers go within a budget, else none].",
+        "model what the dense one computes [default: distill where neurons or layers go within a budget, else "
+        "reconstruct]. What there are too few texts for is left out.",
     ),
     click.option(
         "--steps", default=DISTILLATION_STEPS, show_default=True, type=click.IntRange(1), help="Updates of distill."
@@ -151,4 +152,6 @@ def _echo(report: PruningReport, texts: Iterable[Text], out: Path) -> None:
         click.echo(distillation_line(before, after, report.steps))
     if report.quality is not None:
         click.echo(f"quality: {report.quality}")
+    for line in report.left_out:
+        click.echo(line)
     click.echo(f"model: {out}\nreport: {out / PAGE}")

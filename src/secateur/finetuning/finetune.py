@@ -16,7 +16,7 @@ from secateur.errors import InvalidInputError, invalid
 from secateur.finetuning.evaluate import EVALUATION, check_model_fits, evaluate_model, main_metric
 from secateur.finetuning.trainer import train, training_device
 from secateur.models.base_model import base_of
-from secateur.models.loading import check_device, load_model, load_tokenizer, quiet_transformers
+from secateur.models.loading import check_device, load_model, load_tokenizer, note_trained_, quiet_transformers
 from secateur.models.names import original_name
 from secateur.models.tokenizer_saving import save_tokenizer
 from secateur.settings import Reading, said_of, settings_of
@@ -92,6 +92,7 @@ def finetune(
             seconds, steps, loss = _train(model, tokenizer, task, epochs, learning_rate, reading)
             model.eval()
             note_(model, "finetuned")
+            note_trained_(model)
             own = replace(EVALUATION, max_length=reading.max_length, progress=reading.progress)
             metrics = {} if dev is None else evaluate_model(model, tokenizer, dev, reading=own)
             result = FinetuneResult(metrics, seconds, steps, loss, main_metric(task if dev is None else dev))

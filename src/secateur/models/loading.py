@@ -83,6 +83,11 @@ def lacking(loaded: PreTrainedModel) -> frozenset[str]:
     return found
 
 
+def note_trained_(model: torch.nn.Module) -> None:
+    """Note that no weight is random any more, as a training has seen to those that the files lacked."""
+    vars(model).pop(_LACKING, None)
+
+
 def config_class(model: str | Path) -> type | None:
     """Return the class of the config of a folder or Hub id, or None where it has none that can be read."""
     source, from_file = _source(model)

@@ -83,7 +83,7 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "maps_note": maps.get("reason") if isinstance(maps, dict) else "No attention maps were stored.",
             "command": report.get("command"),
             "environment": report.get("versions"),
-            "notes": _reconstruction(report.get("reconstruction")) + _learned(report),
+            "notes": _reconstruction(report.get("reconstruction")) + _learned(report) + _left_out(report),
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise _another_form(PRUNING, error) from None
@@ -107,6 +107,14 @@ def _learned(report: Mapping[str, Any]) -> list[str]:
     return [distillation_line(before, after, report["steps"]).capitalize() + "."]
 
 
+def _left_out(report: Mapping[str, Any]) -> list[str]:
+    """Say which steps were not taken."""
+    lines = report.get("left_out", [])
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise invalid("left_out", "be a list of lines", lines)
+    return [f"{line[:1].upper()}{line[1:]}." for line in lines]
+
+
 def _blocks(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each block of neurons and each list of layers, by short names where these tell them apart."""
     names = list(found)
@@ -119,7 +127,9 @@ def _quality(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     if not found:
         return []
     note = f"{found['num_texts']} texts held out"
+    answers = {"name": "answers as the dense model", "dense": 1.0, "pruned": found.get("agreement"), "note": note}
     return [
+        *([] if answers["pruned"] is None else [answers]),
         {"name": "mean cosine to the dense model", "dense": 1.0, "pruned": found["cosine"], "note": note},
         {"name": "relational KL", "dense": 0.0, "pruned": found["relational_kl"], "note": note},
     ]

@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.errors import InvalidInputError, UnsupportedModelError, invalid
+from secateur.errors import InvalidInputError, invalid
 from secateur.finetuning.trainer import train, training_device
 from secateur.models.base_model import base_of
-from secateur.models.inputs import ForwardArguments
 from secateur.models.loading import quiet_transformers
 from secateur.models.offload import check_loaded, device_of
 from secateur.models.state import (
@@ -30,6 +29,7 @@ from secateur.models.state import (
     random_states_kept,
 )
 from secateur.relations import RELATED, gated_representations, relational_kl, with_relations
+from secateur.restoring.distillation_loss import Pair, taught_by_logits
 from secateur.settings import Reading, settings_of
 from secateur.sites.layers import LayerSite
 from secateur.sites.recipe import note_, read_record
@@ -63,6 +63,13 @@ def distill_(
     share of the variance of the teacher's, mean over layers (hidden-state distillation: Jiao et al. 2020, arXiv
     1909.10351; without their maps between widths). Dropout is off. Trained are the base model's parameters that ask
     for gradients, but for the table of input embeddings, as texts show few of its rows; a task's head stays as it is.
+
+    Two task models of one class, whose outputs have `logits` of classes, texts or tokens, are also held against each
+    other by these: KL of the softmax at temperature 2, times its square (Hinton et al. 2015, arXiv 1503.02531), and the
+    squared difference where a logit is a number or a label of its own. A head that a command loaded by name and whose
+    weights were not in its files teaches nothing, as it is random. Of a model that you loaded yourself that is not
+    known: its head counts as trained, so hand over the base model of one that is not.
+
     AdamW, `learning_rate` at its height after a tenth of the `steps`, then falling to 0, where the model lies.
 
     Of a list that lost layers, each layer that stays stands for itself and for those that went before it, and the last
@@ -87,17 +94,19 @@ def distill_(
     if len(examples) < FEWEST:
         raise invalid(source_of(examples), f"be at least {FEWEST}, as every tenth judges", len(examples))
     student, master = _checked(model, teacher)
+    model, teacher = cast(PreTrainedModel, model), cast(PreTrainedModel, teacher)
     prepared = PreparedModel(model, tokenizer, reading)
     reading = replace(reading, device=str(training_device(device_of(student))))
     every = max(HELD_OUT, math.ceil(len(examples) / MOST_HELD_OUT))
     held_out, training = examples[::every], [one for number, one in enumerate(examples) if number % every]
     device = torch.device(str(reading.device))
     with (
-        held(student), held(master), evaluation_mode(student), _on(master, device), torch.inference_mode(False),
-        random_states_kept(), gradients_kept(student),
+        held(student), held(master), evaluation_mode(model), _on(teacher, device), torch.inference_mode(False),
+        random_states_kept(), gradients_kept(model),
     ):  # fmt: skip
         batches = with_relations(prepared.batches(held_out, reading.batch_size))
-        pair = _Pair(student, master, _kept_layers(student) if layers is None else layers)
+        layers = _kept_layers(student) if layers is None else layers
+        pair = Pair(model, teacher, layers, taught_by_logits(model, teacher, batches[0]))
         _check_same_shapes(pair, batches[0])
         evaluate = partial(_relational_kl, pair, batches, is_pair(examples))
         before = evaluate()
@@ -128,10 +137,10 @@ def _check_layers(layers: Any) -> None:
                 raise invalid("layers", rule, layers)
 
 
-def _kept_if_lower(pair: _Pair, before: float, evaluate: Callable[[], float], teach: Callable[[], None]) -> float:
+def _kept_if_lower(pair: Pair, before: float, evaluate: Callable[[], float], teach: Callable[[], None]) -> float:
     """Teach, and return the lower of the losses before and after; the weights are put back where it did not fall."""
-    student = pair.student
-    with in_float32(student), _changing(student) as parameters:
+    student = pair.bases[0]
+    with in_float32(pair.student), _changing(pair) as parameters:
         weights = [parameter.detach().clone() for parameter in parameters]
         is_lower = False
         try:
@@ -149,7 +158,7 @@ def _kept_if_lower(pair: _Pair, before: float, evaluate: Callable[[], float], te
 
 
 def _teach(
-    pair: _Pair, prepared: PreparedModel, examples: Sequence[Any], steps: int, learning_rate: float, reading: Reading
+    pair: Pair, prepared: PreparedModel, examples: Sequence[Any], steps: int, learning_rate: float, reading: Reading
 ) -> None:
     """Run the training."""
     run = partial(train, pair, title="distilling", steps=steps, learning_rate=learning_rate, every_column=True)
@@ -170,53 +179,6 @@ def _only_one(parts: list[Any]) -> dict[str, Any]:
     return joined(parts[0], "cpu")
 
 
-class _Pair(nn.Module):
-    """The student, whose loss is how far its hidden states are from those of a teacher that is no part of it."""
-
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, layers: Mapping[str, Sequence[int]]) -> None:
-        super().__init__()
-        self.layers = layers
-        self.student, self.arguments = student, ForwardArguments(student, [])
-        self.models = (student, teacher)  # a tuple registers no module, so that nobody trains or moves the teacher
-
-    def train(self, mode: bool = True) -> _Pair:
-        """Stay in evaluation mode: the teacher has no dropout either."""
-        return super().train(False)
-
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Return the loss of a batch of token ids."""
-        arguments, (student, teacher) = self.arguments.of(batch), self.models
-        with torch.no_grad():
-            wanted = _hidden_states(teacher, arguments)
-        found = _hidden_states(student, arguments)
-        mask = arguments.get("attention_mask")
-        shares = [_share(one, other, mask) for one, other in self.matched(found, wanted)]
-        return {"loss": torch.stack(shares).mean()}
-
-    def matched(
-        self, found: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Sequence[Tensor]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return each hidden state of the student beside the teacher's that it is held against."""
-        pairs = []
-        for name, states in found.items():
-            numbers = self._numbers(name, len(states), len(wanted.get(name, ())))
-            pairs += [(state, wanted[name][number]) for state, number in zip(states, numbers, strict=True)]
-        return pairs
-
-    def _numbers(self, name: str, own: int, there: int) -> Sequence[int]:
-        """Return which of the teacher's hidden states, `there` in number, the student's `own` stand for."""
-        if own == there:
-            return range(own)
-        half = name.removesuffix("hidden_states").rstrip("_")  # encoder, decoder, or nothing
-        known = [kept for path, kept in self.layers.items() if half in path and len(kept) == own - 1]
-        if not known or known[0][-1] >= there - 1:
-            raise InvalidInputError(
-                f"`teacher` must be the model before pruning, got {there} hidden states where the pruned model has "
-                f"{own}, and which layers went is not known; name those that stay in `layers`"
-            )
-        return [0, *(number + 1 for number in known[0][:-1]), there - 1]
-
-
 def _kept_layers(student: PreTrainedModel) -> dict[str, Sequence[int]]:
     """Return the layers that stay of every list that lost some, as the recipe tells."""
     recipe = read_record(student.config)
@@ -226,56 +188,38 @@ def _kept_layers(student: PreTrainedModel) -> dict[str, Sequence[int]]:
     }
 
 
-def _hidden_states(model: PreTrainedModel, arguments: Mapping[str, Any]) -> dict[str, Sequence[Tensor]]:
-    """Return the hidden states of every layer, the embeddings first, of an encoder and of a decoder where there are."""
-    outputs = model(**arguments, output_hidden_states=True)
-    names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
-    found = {name: states for name in names if (states := getattr(outputs, name, None))}
-    if not found:
-        raise UnsupportedModelError(f"{type(model).__name__} returns no hidden states to distil")
-    return found
-
-
-def _share(found: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean squared difference, as a share of the variance of what is wanted, over tokens not padded."""
-    if mask is not None and mask.shape == wanted.shape[:2]:
-        found, wanted = found[mask.bool()], wanted[mask.bool()]
-    wanted = wanted.float()
-    return (found.float() - wanted).pow(2).mean() / wanted.var().clamp_min(torch.finfo(torch.float32).tiny)
-
-
 @torch.no_grad()
-def _check_same_shapes(pair: _Pair, batch: Mapping[str, Any]) -> None:
-    states = []
-    for model in pair.models:
-        with evaluation_mode(model):
-            states.append(_hidden_states(model, pair.arguments.of(batch)))
-    for found, wanted in pair.matched(*states):
-        if found.shape != wanted.shape:
+def _check_same_shapes(pair: Pair, batch: Mapping[str, Any]) -> None:
+    (found, _), (wanted, _) = pair.read(pair.arguments.of(batch))
+    for one, other in pair.matched(found, wanted):
+        if one.shape != other.shape:
             raise InvalidInputError(
-                f"`teacher` must be the model before pruning, got hidden states {wanted.shape[-1]} wide where the "
-                f"pruned model has {found.shape[-1]}"
+                f"`teacher` must be the model before pruning, got hidden states {other.shape[-1]} wide where the "
+                f"pruned model has {one.shape[-1]}"
             )
 
 
 @torch.no_grad()
-def _relational_kl(pair: _Pair, batches: Sequence[Mapping[str, Any]], is_pair: bool) -> float:
+def _relational_kl(pair: Pair, batches: Sequence[Mapping[str, Any]], is_pair: bool) -> float:
     """Return the mean over batches of KL(teacher ‖ student) between the relations of their texts."""
     values = []
     for batch in batches:
         arguments = pair.arguments.of(batch)
-        student, teacher = (gated_representations(model, arguments, {}, is_pair) for model in pair.models)
+        student, teacher = (gated_representations(model, arguments, {}, is_pair) for model in pair.bases)
         values.append(float(relational_kl(teacher, student)))
     return statistics.fmean(values)
 
 
 @contextmanager
-def _changing(student: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
-    """Let gradients reach the parameters that ask for them, but for input embeddings, and yield these."""
-    table: Any = None
+def _changing(pair: Pair) -> Iterator[list[nn.Parameter]]:
+    """Let gradients reach the base's parameters that ask for them, but for input embeddings, and yield these."""
+    student, table = pair.bases[0], cast(Any, None)
     with suppress(NotImplementedError):  # of models of sound
         table = student.get_input_embeddings()
-    fixed = [p for p in (table.parameters() if isinstance(table, nn.Embedding) else ()) if p.requires_grad]
+    taught = {id(parameter) for parameter in student.parameters()}
+    if isinstance(table, nn.Embedding):
+        taught -= {id(parameter) for parameter in table.parameters()}
+    fixed = [p for p in pair.student.parameters() if p.requires_grad and id(p) not in taught]
     try:
         for parameter in fixed:
             parameter.requires_grad_(False)

@@ -30,6 +30,9 @@ from secateur.units.masks import Mask, PresentMask, check_mask
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths of the ridge that are tried, in units of the mean second moment of what the projection is given."""
 
+FEWEST = 2 * RELATED
+"""Texts that it takes at least: each half judges the other."""
+
 
 def reconstruct_(
     model: nn.Module | PreparedModel,
@@ -64,8 +67,8 @@ def reconstruct_(
     check_plain_weights(prepared.base)
     check_mask(mask)
     kept = mask.present(prepared.sites_named(mask))
-    if len(examples) < 2 * RELATED:
-        rule = f"be at least {2 * RELATED}, {RELATED} for each half that judges the other"
+    if len(examples) < FEWEST:
+        rule = f"be at least {FEWEST}, {RELATED} for each half that judges the other"
         raise invalid(source_of(examples), rule, len(examples))
     return in_batches_that_fit(partial(_reconstruct_, prepared, kept, examples), reading)
 
