@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.choosing.allocation import SensitivitySelection
-from secateur.choosing.budget import BudgetedSelection
+from secateur.choosing.by_cut import kinds_there, selection_of
 from secateur.choosing.refinement import refine_mask
-from secateur.errors import InvalidInputError, UnsupportedModelError
+from secateur.errors import InvalidInputError
 from secateur.measuring.cost import check_heads, measure_cost
 from secateur.models.base_model import base_of
 from secateur.models.loading import load_model, load_tokenizer
@@ -29,6 +28,7 @@ from secateur.models.state import check_plain_weights
 from secateur.models.tokenizer_saving import note_tokenizer_
 from secateur.pruning_plan import check_steps, recommended, without_held_out
 from secateur.pruning_report import PruningReport
+from secateur.removal.plain import check_plain
 from secateur.removal.remove import remove_
 from secateur.restoring.distillation import distill_
 from secateur.restoring.quality import QualityJudge
@@ -50,9 +50,6 @@ from secateur.units.select import select
 
 _PROOF_TEXTS = 8
 
-SENSITIVITY_TEXTS = 256
-"""Texts that say where units go."""
-
 
 @torch.inference_mode(False)  # a copy that is made in it could not be trained
 def prune(
@@ -66,6 +63,7 @@ def prune(
     allocation: AnyAllocation | None = None,
     floor: int = 1,
     exclude: Sequence[str] = (),
+    plain: bool = False,
     refine: int = 0,
     restore: Restore | None = None,
     steps: int = DISTILLATION_STEPS,
@@ -92,6 +90,8 @@ def prune(
             "sensitivity" where neurons or layers may go within a budget that counts all, and "uniform" elsewhere.
         floor: units that every site keeps at least.
         exclude: patterns of the names of sites that stay whole, such as "encoder.layer.0.*", and so do their layers.
+        plain: whether the folder must load where secateur is not: all layers of a stack keep as many units, whose
+            number the config can say, and layers may go too (`PlainSelection`). The allocation is by sensitivity.
         refine: exchanges of heads that `refine_mask` tries on the scored texts.
         restore: "reconstruct" refits what the kept units write on these texts, as `reconstruct_` does, "distill" also
             teaches the smaller model on them, as `distill_` does, and "none" does neither. None = "distill" where the
@@ -108,7 +108,8 @@ def prune(
     """
     reading = settings_of(reading, Reading)
     texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
-    cut = Cut(pruning_ratio, "uniform" if allocation is None else allocation, floor, budget, units, exclude=exclude)
+    spread: AnyAllocation = "uniform" if allocation is None else allocation
+    cut = Cut(pruning_ratio, spread, floor, budget, units, exclude=exclude, plain=plain)
     cut, restore = recommended(cut, allocation, restore, texts)
     check_steps(texts, cut, refine, restore, steps, reading)
     texts, labels, held_out, reading = without_held_out(texts, labels, restore, reading)
@@ -160,38 +161,19 @@ class _Pruning:
         check_loaded(self.model, "pruning")
         check_plain_weights(self.prepared.base)
         before = measure_cost(self.model)
-        self.cut = cut = replace(cut, units=self._kinds_there(cut))
+        self.cut = cut = replace(cut, units=kinds_there(self.prepared, cut))
         self.sites = self.prepared.sites_of(cut.kinds)
         if "heads" in cut.kinds:
             check_heads(self.model, before.heads)
         self.teacher = copy.deepcopy(self.model) if teaches else None
         self.quality: QualityJudge | None = None
-        self.within = self._within_budget()
+        self.within = selection_of(self.prepared, cut, self.texts, reading, self.sites)
         if self.within is not None:
             self.cut = replace(cut, pruning_ratio=self.within.expected_ratio)
         self.facts: dict[str, Any] = {
             "model": self.name, "allocation": cut.allocation, "seed": reading.seed, "before": before,
         }  # fmt: skip
         self.record: dict[str, Any] = {}
-
-    def _within_budget(self) -> BudgetedSelection | None:
-        """Return what finds a mask within the budget, None where there is none."""
-        cut, reading = self.cut, self.reading
-        if cut.allocation == "sensitivity" and isinstance(self.texts, Sequence):
-            fitted = [self.texts[i] for i in reading_order(self.texts, reading)][:SENSITIVITY_TEXTS]
-            return SensitivitySelection(self.prepared, cut, fitted, reading, self.sites)
-        return BudgetedSelection(self.model, cut, reading.progress, self.sites) if cut.budgets else None
-
-    def _kinds_there(self, cut: Cut) -> tuple[str, ...]:
-        """Return the kinds of units that may go. Neurons that nobody named may be missing, as those of experts are."""
-        unnamed = cut.units is None and all(budget.quantity != "neurons" for budget in cut.budgets)
-        try:
-            self.prepared.sites_of(cut.kinds)
-        except UnsupportedModelError:
-            if not unnamed or "neurons" not in cut.kinds:
-                raise
-            return tuple(kind for kind in cut.kinds if kind != "neurons")
-        return cut.kinds
 
     def score(self, scorer: AnyScorer, labels: Any, options: Mapping[str, Any]) -> Scores:
         """Score every unit that may go, and see which texts that took."""
@@ -273,6 +255,8 @@ class _Pruning:
         record = {**about, "secateur_version": __version__, **since, **self.record}
         counts = units_left(self.sites, mask)
         removal = remove_(self.model, mask, inputs=inputs, sites=self.sites, record=record)
+        if self.cut.plain:
+            check_plain(self.model)
         if self.prepared.knows_tokenizer:
             note_tokenizer_(self.model, self.prepared.tokenizer)
         self.facts |= {

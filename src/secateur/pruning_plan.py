@@ -28,9 +28,13 @@ def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> t
         raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
     of_all = any(budget.quantity not in UNITS for budget in cut.budgets)
     deep = of_all and cut.kinds != ("heads",) and isinstance(texts, Sequence) and len(texts) >= FEWEST
-    if allocation is None and deep:
+    if cut.plain and allocation not in (None, "sensitivity"):
+        raise invalid(
+            "allocation", "be 'sensitivity' with `plain`, where all sites of a stack keep as many", allocation
+        )
+    if allocation is None and (deep or cut.plain):
         cut = replace(cut, allocation="sensitivity")
-    elif allocation == "sensitivity" and not cut.budgets:
+    if cut.allocation == "sensitivity" and not cut.budgets:
         limit = 1 - cut.pruning_ratio
         cut = replace(cut, budget=[Budget(kind, limit) for kind in cut.kinds])  # type: ignore[arg-type]
     return cut, restore or ("distill" if deep and allocation is None else "none")

@@ -201,10 +201,12 @@ class Cut:
         budget: what may remain of the model, as `budgets_of` takes it; the smallest pruning ratio within it takes the
             place of `pruning_ratio`.
         units: kinds of units that may go. None = those that the budget names, heads and neurons for a budget that
-            counts all, and heads for a ratio.
+            counts all, with `plain` layers too, and heads for a ratio.
         multiple: neurons that stay at a site are a multiple of this.
         exclude: patterns, as of file names, of sites that stay whole, such as `encoder.layer.0.*`, and so do the layers
             that hold them.
+        plain: whether the config of what is left says all by its own numbers: every layer keeps as many units, by
+            allocation "sensitivity", and whole layers may go too.
 
     Raises `InvalidInputError` for values outside their ranges.
     """
@@ -216,6 +218,7 @@ class Cut:
     units: Collection[str] | None = None
     multiple: int = MULTIPLE
     exclude: Sequence[str] = ()
+    plain: bool = False
 
     def __post_init__(self) -> None:
         patterns = self.exclude
@@ -227,6 +230,7 @@ class Cut:
             raise invalid("allocation", "be 'uniform', 'ranking' or 'sensitivity'", self.allocation)
         check_selection(self.pruning_ratio, self.ranked, self.floor)
         check_whole("multiple", self.multiple)
+        check_flag("plain", self.plain)
         if self.units is not None:
             check_units(self.units)
         if self.budget is None:
@@ -267,7 +271,8 @@ class Cut:
             return tuple(kind for kind in UNITS if kind in self.units)
         quantities = [one.quantity for one in self.budgets]
         of_all = any(quantity not in UNITS for quantity in quantities)
-        usual = ("heads", "neurons") if of_all else () if quantities else ("heads",)
+        of_budget = UNITS if self.plain else ("heads", "neurons")
+        usual = of_budget if of_all else () if quantities else ("heads",)
         return tuple(kind for kind in UNITS if kind in quantities or kind in usual)
 
 

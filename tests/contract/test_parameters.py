@@ -64,7 +64,7 @@ CALLS = {
         "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3],
         "allocation": ["layer", "", 3, []], "floor": LEAST, "refine": LEAST, "restore": [True, "", "distil", 3],
         "tokenizer": [3, "", object()], "labels": [3, ""], "budget": BUDGET, "reading": SETTINGS,
-        "units": UNITS, "exclude": PATTERNS, "steps": COUNT, "inputs": READY,
+        "units": UNITS, "exclude": PATTERNS, "steps": COUNT, "inputs": READY, "plain": FLAG,
     },
     "reconstruct_": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()],
@@ -86,7 +86,7 @@ CALLS = {
     },
     "Cut": {
         "pruning_ratio": RATIO, "allocation": ALLOCATION, "floor": LEAST, "budget": [3, "", {}], "units": UNITS,
-        "multiple": COUNT, "exclude": [3, "encoder.*", [3]],
+        "multiple": COUNT, "exclude": [3, "encoder.*", [3]], "plain": FLAG,
     },
     "Scores": {
         "values_by_site": [None, 3, "", {}, {3: [1.0]}, {"a": []}, {"a": "x"}, {"a": [float("nan")]}, {"a": [[1.0]]}],

@@ -51,6 +51,10 @@ cutting_options = together(
         help="Sites to keep whole, such as 'encoder.layer.0.*'; may be repeated.",
     ),
     click.option(
+        "--plain", is_flag=True,
+        help="A folder that loads where secateur is not installed: all layers of a stack keep as many units.",
+    ),
+    click.option(
         "--refine", default=0, show_default=True, type=click.IntRange(0),
         help="Exchanges of heads to try on the texts after scoring, no labels; each takes a pass.",
     ),
@@ -86,6 +90,7 @@ def prune(context: click.Context, model: str, data: str, out: Path, as_json: boo
     from secateur.report import write_report
     from secateur.report.pruning_files import save_pruning
     from secateur.report.reading import read_runs
+    from secateur.sites.recipe import KEY
 
     accelerator, device = processes(options["device"])
     is_main = accelerator.is_main_process
@@ -111,6 +116,8 @@ def prune(context: click.Context, model: str, data: str, out: Path, as_json: boo
         print_json({**report.to_json(), "out": str(out)})
     else:
         _echo(report, texts, out)
+        if getattr(pruned.config, KEY, None) is None:
+            click.echo("it loads where secateur is not installed: its config says all by its own numbers")
 
 
 def _teaches(options: Mapping[str, Any]) -> bool:
@@ -119,7 +126,7 @@ def _teaches(options: Mapping[str, Any]) -> bool:
     from secateur.restoring.distillation import FEWEST
     from secateur.settings import Cut
 
-    cut = Cut(budget=options["budget"], units=options["units"])
+    cut = Cut(budget=options["budget"], units=options["units"], plain=options["plain"])
     return recommended(cut, options["allocation"], options["restore"], range(FEWEST))[1] == "distill"
 
 
@@ -128,8 +135,8 @@ def _cut(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
     budget = options["budget"]
     if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("`ratio` must be left out where there is a `--budget`")
-    named = {name: options[name] for name in ("allocation", "floor", "units", "exclude", "refine", "restore", "steps")}
-    return {"pruning_ratio": options["ratio"], "budget": budget, **named}
+    names = ("allocation", "floor", "units", "exclude", "plain", "refine", "restore", "steps")
+    return {"pruning_ratio": options["ratio"], "budget": budget, **{name: options[name] for name in names}}
 
 
 def _echo(report: PruningReport, texts: Iterable[Text], out: Path) -> None:
