@@ -66,6 +66,11 @@ CALLS = {
         "tokenizer": [3, "", object()], "labels": [3, ""], "budget": BUDGET, "reading": SETTINGS,
         "units": UNITS, "exclude": PATTERNS, "steps": COUNT, "inputs": READY, "plain": FLAG,
     },
+    "preview": {
+        "model": [*MODEL, ""], "texts": LISTED,
+        "budgets": [*BUDGET, None, [], ["heads=0.5"], ["macs=0.5", "params=0.5"]], "scorer": ["best", "", None, 3], "floor": LEAST, "tokenizer": [3, "", object()], "labels": [3, ""],
+        "reading": SETTINGS, "units": UNITS, "exclude": PATTERNS, "plain": FLAG, "inputs": READY,
+    },
     "reconstruct_": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()],
         "inputs": READY, "reading": SETTINGS,
@@ -122,8 +127,8 @@ METHODS = {
     "MetaPruner.from_authors_checkpoint": (MetaPruner.from_authors_checkpoint, "path"),
 }
 # Made by the functions above or raised by them, and the class that scorers derive from.
-RESULTS = {"CheckpointError", "InvalidInputError", "PruningReport", "RemovalError", "Scorer", "SecateurError",
-           "UnsupportedModelError"}  # fmt: skip
+RESULTS = {"CheckpointError", "InvalidInputError", "Preview", "PruningReport", "RemovalError", "Scorer",
+           "SecateurError", "UnsupportedModelError"}  # fmt: skip
 SAID_AS = {"values_by_site": r"scores|mask", "record": "record"}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -56,6 +58,13 @@ class SensitivitySelection(BudgetedSelection):
         """Return the mask, and the share of the heads, or of the first kind of units there is, that goes."""
         mask, _ = self.choose(scores, self.measure(scores))
         return mask, 1 - self._units_left(self.cut.kinds[0], mask)
+
+    def at(self, budget: Budget) -> SensitivitySelection:
+        """Return the same for another limit of the budget that counts all units."""
+        other = copy.copy(self)
+        other.cut = replace(self.cut, budget=[*self.own.values(), budget])
+        other.joint = budget
+        return other
 
     def choose(self, scores: Scores, measured: Measured) -> tuple[Mask, float]:
         """Return the mask that keeps within the budget, and the sum of the errors of what it drops."""
