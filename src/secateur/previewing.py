@@ -52,7 +52,7 @@ class PreviewRow:
         """Say it in one line."""
         kept = ", ".join(f"{after} of {before} {kind}" for kind, (before, after) in self.units.items())
         time = "" if self.latency is None else f", latency {self.latency:.3f}"
-        return f"{self.budget}: macs {self.macs:.3f}{time}, change {self.change:.3f}, {kept}"
+        return f"{self.budget}: macs {self.macs:.3f}{time}, change {self.change:.4f}, {kept}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data, without the mask."""

@@ -68,7 +68,8 @@ CALLS = {
     },
     "preview": {
         "model": [*MODEL, ""], "texts": LISTED,
-        "budgets": [*BUDGET, None, [], ["heads=0.5"], ["macs=0.5", "params=0.5"]], "scorer": ["best", "", None, 3], "floor": LEAST, "tokenizer": [3, "", object()], "labels": [3, ""],
+        "budgets": [*BUDGET, None, [], ["heads=0.5"], ["macs=0.5", "params=0.5"]],
+        "scorer": ["best", "", None, 3], "floor": LEAST, "tokenizer": [3, "", object()], "labels": [3, ""],
         "reading": SETTINGS, "units": UNITS, "exclude": PATTERNS, "plain": FLAG, "inputs": READY,
     },
     "reconstruct_": {

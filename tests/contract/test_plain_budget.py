@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel
 
 import secateur
+from secateur.choosing.allocation import SensitivitySelection
 from secateur.choosing.plain_selection import PlainSelection
 from secateur.cli import main
 from secateur.errors import InvalidInputError
@@ -80,6 +81,20 @@ def test_the_least_sum_of_errors_is_found():
     assert error == pytest.approx(min(by_hand))
     wanted = by_hand[min(by_hand)]
     assert {name: row.tolist() for name, row in mask.items()} == {n: row.tolist() for n, row in wanted.items()}
+
+
+def test_widths_between_those_measured_are_chosen_too():
+    cut = Cut(0, budget="macs=0.9", units=("neurons",), plain=True, multiple=4)
+    selection = selection_of(small_model("wide bert"), cut)
+    mask, error = selection.choose(scores := scores_of(selection), selection.measure(scores))
+    assert 0.88 < selection.share(mask) <= 0.9
+    count = int(next(iter(mask.values())).sum())
+    assert count % 32
+    coarse = SensitivitySelection.measure(selection, scores)
+    sums = {int(rows[0][1].sum()): sum(error for error, _ in rows) for rows in zip(*coarse.values(), strict=True)}
+    below, above = (max(n for n in sums if n < count), min(n for n in sums if n > count))
+    part = (count - below) / (above - below)
+    assert error == pytest.approx(part * sums[above] + (1 - part) * sums[below])
 
 
 def test_a_ratio_is_that_of_every_site():

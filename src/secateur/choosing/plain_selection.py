@@ -8,14 +8,18 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
+
 from secateur.choosing.allocation import Measured, SensitivitySelection, together
-from secateur.choosing.sensitivity import Option, cheapest, layer_of, sizes_of_site
+from secateur.choosing.sensitivity import LEVELS, Option, cheapest, layer_of, sizes_of_site
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.base_model import base_of
 from secateur.removal.plain import can_be_plain, family_of
 from secateur.sites.layers import LayerSite
 from secateur.units.masks import Mask
 from secateur.units.scores import Scores
+
+_STEPS = 4  # numbers of neurons that are tried for each one measured
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,27 @@ class PlainSelection(SensitivitySelection):
     """
 
     def measure(self, scores: Scores) -> Measured:
-        """Return what every site of a stack, and every layer, costs the end."""
+        """Return what every site of a stack, and every layer, costs the end; widths between those measured too."""
         scores = self.cut.may_go(scores)
         self.stacks = self._stacks(scores)
         lists = [name for name in scores if isinstance(self.sites[name], LayerSite)]
         names = [*lists, *(name for stack in self.stacks for name in stack.sites)]
         self._check_said({self.sites[name].kind for name in names})
-        return self._measure(scores.only(names))
+        measured = self._measure(scores.only(names))
+        self.stacks = [self._filled(stack, scores, measured) for stack in self.stacks]
+        return measured
+
+    def _filled(self, stack: Stack, scores: Scores, measured: Measured) -> Stack:
+        """Add numbers of neurons between those measured, with errors between theirs: one step is much of a model."""
+        first = stack.sites[0]
+        if self.sites[first].kind != "neurons" or len(stack.numbers) < len(measured[first]):
+            return stack
+        for name in stack.sites:
+            counts = [int(row.sum()) for _, row in reversed(measured[name])]
+            errors = [error for error, _ in reversed(measured[name])]
+            rows = sizes_of_site(scores, name, self.cut, _STEPS * LEVELS)
+            measured[name] = [(float(np.interp(int(row.sum()), counts, errors)), row) for row in rows]
+        return Stack(stack.sites, tuple(int(row.sum()) for _, row in measured[first]))
 
     def choose(self, scores: Scores, measured: Measured) -> tuple[Mask, float]:
         """Return the mask that keeps within the budget, and the sum of the errors of what it drops."""

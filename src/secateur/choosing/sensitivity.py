@@ -87,16 +87,16 @@ def _one_layer_less(site: LayerSite) -> Iterator[Tensor]:
         yield gate
 
 
-def sizes_of_site(scores: Scores, name: str, cut: Cut) -> list[Tensor]:
+def sizes_of_site(scores: Scores, name: str, cut: Cut, levels: int = LEVELS) -> list[Tensor]:
     """Return the units that stay of a site, bool `[original units]`, from all of them to as few as the floor leaves.
 
-    Of units in groups whole groups go in a plain cut, so that other sites can keep as many.
+    In so many equal steps. Of units in groups whole groups go in a plain cut, so that other sites can keep as many.
     """
     scores = scores.only([name])
     grouped = scores.num_groups[name] < scores[name].numel()
     rows: dict[int, Tensor] = {}
-    for level in range(LEVELS + 1):
-        ratio = min(level / LEVELS, 1 - 1e-9)
+    for level in range(levels + 1):
+        ratio = min(level / levels, 1 - 1e-9)
         row = select(scores, ratio, "ranking" if cut.plain and grouped else "uniform", cut.floor, cut.multiple)[name]
         rows.setdefault(int(row.sum()), row)
     return list(rows.values())

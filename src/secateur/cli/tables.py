@@ -92,7 +92,7 @@ def preview_table(found: Preview) -> Table:
     for row in found.rows:
         shares = [row.macs] if row.latency is None else [row.macs, row.latency]
         kept = (f"{after} of {before}" for before, after in row.units.values())
-        table.add_row(str(row.budget), *(f"{share:.3f}" for share in [*shares, row.change]), *kept)
+        table.add_row(str(row.budget), *(f"{share:.3f}" for share in shares), f"{row.change:.4f}", *kept)
     return table
 
 
