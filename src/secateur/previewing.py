@@ -21,13 +21,14 @@ from secateur.pruning_plan import check_steps, recommended, without_held_out
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.score import AnyScorer, Labels, score
 from secateur.settings import Budget, Cut, Reading, settings_of
-from secateur.support.defaults import PREVIEW_SHARES, UNITS
+from secateur.support.defaults import PREVIEW_SHARES
 from secateur.texts.calibration import PreparedModel, texts_of
 from secateur.texts.examples import examples_of
 from secateur.texts.tokenization import Text
 from secateur.units.masks import Mask, units_left
 from secateur.units.scores import Scores
 
+COUNT_ALL = ("macs", "params", "latency")
 USUAL_BUDGETS = tuple(f"macs={share}" for share in PREVIEW_SHARES)
 
 
@@ -138,7 +139,7 @@ def _of_one_quantity(budgets: Any) -> list[Budget]:
     if not isinstance(budgets, list | tuple) or not budgets:
         raise invalid("budgets", rule, budgets)
     found = sorted(map(Budget.of, budgets), key=lambda budget: -budget.limit)
-    if len({(one.quantity, one.shape) for one in found}) > 1 or found[0].quantity in UNITS:
+    if len({(one.quantity, one.shape) for one in found}) > 1 or found[0].quantity not in COUNT_ALL:
         raise invalid("budgets", rule, [str(one) for one in found])
     return list(dict.fromkeys(found))
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from secateur.choosing.allocation import SensitivitySelection
+from secateur.choosing.budget import BudgetOutcome
 from secateur.choosing.by_cut import kinds_there, selection_of
 from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError
@@ -31,11 +33,12 @@ from secateur.pruning_report import PruningReport
 from secateur.removal.plain import check_plain
 from secateur.removal.remove import remove_
 from secateur.restoring.distillation import distill_
+from secateur.restoring.keeping import smallest_keeping
 from secateur.restoring.quality import QualityJudge
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.score import AnyScorer, Labels, score
-from secateur.settings import AnyAllocation, AnyBudget, Cut, Reading, Restore, settings_of
+from secateur.settings import AnyAllocation, AnyBudget, Budget, Cut, Reading, Restore, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, mean_maps
 from secateur.sites.recipe import TRAINED, read_recipe
 from secateur.support.defaults import DISTILLATION_STEPS
@@ -81,7 +84,9 @@ def prune(
         texts: calibration texts, as `score` takes them; the proof runs on the first few.
         pruning_ratio: fraction of the units that go, in [0, 1).
         budget: how much of the model may remain, such as "macs=0.5", "latency=0.8x@8x128" or "heads=0.75,neurons=0.5"
-            (see `budgets_of`); the smallest pruning ratio within it takes the place of `pruning_ratio`.
+            (see `budgets_of`); the smallest pruning ratio within it takes the place of `pruning_ratio`. Or how near the
+            model stays to the dense one, "similarity=0.98": the least work with which the mean cosine of
+            representations, on texts held out, is as high before distillation (`smallest_keeping`).
         units: kinds of units that may go, of "heads", "neurons" and "layers". None = those that the budget names, heads
             and neurons for a budget that counts all, and heads for a ratio.
         scorer: the criterion, or one for each kind of unit, as `score` takes it, with `options` for its constructor.
@@ -112,11 +117,12 @@ def prune(
     cut = Cut(pruning_ratio, spread, floor, budget, units, exclude=exclude, plain=plain)
     cut, restore = recommended(cut, allocation, restore, texts)
     check_steps(texts, cut, refine, restore, steps, reading)
-    texts, labels, held_out, reading = without_held_out(texts, labels, restore, reading)
+    judged: Restore = "distill" if cut.similarity else restore
+    texts, labels, held_out, reading = without_held_out(texts, labels, judged, reading)
     work = _Pruning(model, texts, tokenizer, cut, restore == "distill", reading)
     work.hold_out(held_out)
     scores = work.score(scorer, labels, options)
-    mask = work.select(scores)
+    mask = work.select(scores) if cut.similarity is None else work.search(scores, restore != "none")
     if refine:
         mask = work.refine(mask, refine)
     if restore != "none":
@@ -147,6 +153,9 @@ class _Pruning:
         self.reads_texts = texts is not None and not are_rows(texts)
         self.name, self.smaller, tokenizer = _copied(model, tokenizer, self.reads_texts, reading)
         self.prepared = PreparedModel(self.smaller, tokenizer, reading)
+        self.similarity = cut.similarity
+        if self.similarity is not None:
+            cut = replace(cut, budget=Budget("macs", 1.0))
         self.model, self.cut, self.reading = self.prepared.model, cut, reading
         self.read: Sequence[Example] = []  # what was read of the texts, in that order; of a stream the first few
         if texts is None or isinstance(texts, Sequence):
@@ -205,6 +214,17 @@ class _Pruning:
         self.facts["requested_ratio"] = ratio
         return mask
 
+    def search(self, scores: Scores, reconstructs: bool) -> Mask:
+        """Select as few units as keep the similarity that was asked for."""
+        assert isinstance(self.within, SensitivitySelection)
+        assert self.similarity is not None
+        assert self.quality is not None
+        budget, mask, cosine = smallest_keeping(self.within, scores, self.quality, self.similarity, reconstructs)
+        self.within = self.within.at(budget)
+        self.expected = cosine
+        self.facts["requested_ratio"] = mask.pruning_ratio
+        return mask
+
     def refine(self, mask: Mask, steps: int) -> Mask:
         """Exchange heads while that helps."""
         mask, losses = refine_mask(
@@ -243,7 +263,10 @@ class _Pruning:
     def judge(self) -> None:
         """See what is left of the model on the texts held out."""
         if self.quality is not None:
-            self.facts["quality"] = self.quality()
+            quality = self.facts["quality"] = self.quality()
+            if self.similarity is not None:
+                outcome = BudgetOutcome(self.similarity, self.expected, quality.cosine)
+                self.facts["budget"] = (outcome, *self.facts["budget"])
 
     def remove(self, mask: Mask) -> None:
         """Remove what the mask drops, prove it, and measure what is left."""

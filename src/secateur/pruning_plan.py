@@ -16,7 +16,7 @@ from secateur.settings import Budget, Cut, Reading, Restore
 from secateur.support.checks import check_whole
 from secateur.support.defaults import UNITS
 from secateur.support.processes import is_shared
-from secateur.texts.examples import Example
+from secateur.texts.examples import Example, source_of
 
 SCORED_TEXTS = 1024
 """Texts that are scored and fitted on at most, where all are read to distil."""
@@ -28,11 +28,10 @@ def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> t
         raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
     of_all = any(budget.quantity not in UNITS for budget in cut.budgets)
     deep = of_all and cut.kinds != ("heads",) and isinstance(texts, Sequence) and len(texts) >= FEWEST
-    if cut.plain and allocation not in (None, "sensitivity"):
-        raise invalid(
-            "allocation", "be 'sensitivity' with `plain`, where all sites of a stack keep as many", allocation
-        )
-    if allocation is None and (deep or cut.plain):
+    measures = "`plain`" if cut.plain else "a budget of similarity" if cut.similarity else ""
+    if measures and allocation not in (None, "sensitivity"):
+        raise invalid("allocation", f"be 'sensitivity' with {measures}", allocation)
+    if allocation is None and (deep or measures):
         cut = replace(cut, allocation="sensitivity")
     if cut.allocation == "sensitivity" and not cut.budgets:
         limit = 1 - cut.pruning_ratio
@@ -52,6 +51,9 @@ def check_steps(texts: Any, cut: Cut, refine: int, restore: Restore, steps: int,
     if any(needed.values()) and not isinstance(texts, Sequence):
         needs = next(text for text, is_needed in needed.items() if is_needed)
         raise InvalidInputError(f"{needs}, in a list, as it reads them again")
+    if cut.similarity is not None and len(texts) < HELD_OUT * RELATED:
+        rule = f"be at least {HELD_OUT * RELATED} with a budget of similarity, as one of {HELD_OUT} judges"
+        raise invalid(source_of(texts), rule, len(texts))
     if refine and cut.kinds != ("heads",):
         raise invalid("refine", f"be 0 where {', '.join(cut.kinds)} go, as it exchanges heads alone", refine)
     for wanted in cut.budgets:

@@ -28,7 +28,7 @@ Restore = Literal["none", "reconstruct", "distill"]
 AnyAllocation = Literal["uniform", "ranking", "sensitivity"]
 """How many units each site keeps: as `select` takes it, or by what each site alone changes at the end of the model."""
 
-Quantity = Literal["heads", "neurons", "layers", "params", "macs", "latency"]
+Quantity = Literal["heads", "neurons", "layers", "params", "macs", "latency", "similarity"]
 _FORM = re.compile(r"(\w+)=([0-9.]+)x?(?:@(.+))?")
 _SHAPED = ("macs", "latency")
 Settings = TypeVar("Settings")
@@ -120,6 +120,8 @@ _ONE_TEXT = Shape(1, 128)
 class Budget:
     """How much of a quantity of a model may remain: `limit`, in (0, 1], at `shape` where it depends on one.
 
+    Of "similarity" at least as much remains: the mean cosine of representations to those of the dense model.
+
     Raises `InvalidInputError` for anything else.
     """
 
@@ -164,7 +166,8 @@ def _can_be(quantity: Any, limit: Any) -> bool:
 
 
 def _refused(budget: object) -> InvalidInputError:
-    rule = "be heads=, neurons=, layers=, params=, macs= or latency= with a number in (0, 1], and for latency a shape"
+    names = ", ".join(f"{name}=" for name in get_args(Quantity))
+    rule = f"be one of {names} with a number in (0, 1], and for latency a shape"
     return invalid("budget", f"{rule}, such as latency=0.8x@8x128", budget)
 
 
@@ -175,8 +178,8 @@ AnyBudget = str | Budget | Sequence[Budget]
 def budgets_of(budget: AnyBudget) -> tuple[Budget, ...]:
     """Return budgets that hold together, from one, several, or a text with commas between them.
 
-    Each kind of units has one at most, and so has what counts all of them: params, macs or latency. Raises
-    `InvalidInputError` for others.
+    Each kind of units has one at most, and so has what counts all of them: params, macs or latency. A similarity stands
+    alone. Raises `InvalidInputError` for others.
     """
     if not isinstance(budget, str | Budget | list | tuple):
         raise _refused(budget)
@@ -186,6 +189,8 @@ def budgets_of(budget: AnyBudget) -> tuple[Budget, ...]:
     if not found or len(set(names)) < len(names):
         rule = f"name each of {', '.join(UNITS)} once at most, and one of params, macs and latency"
         raise invalid("budget", rule, budget)
+    if len(found) > 1 and any(one.quantity == "similarity" for one in found):
+        raise invalid("budget", "name nothing else beside similarity", budget)
     return found
 
 
@@ -263,6 +268,11 @@ class Cut:
             raise invalid("exclude", f"leave some sites, and each pattern match one, {known}", unused or self.exclude)
         staying = {path: _holding(path, scores, left) for path in left if scores.kinds[path] == "layers"}
         return replace(scores.only(left), staying=staying)
+
+    @property
+    def similarity(self) -> Budget | None:
+        """The mean cosine to the dense model that is to stay, where that is what was asked for."""
+        return next((one for one in self.budgets if one.quantity == "similarity"), None)
 
     @property
     def kinds(self) -> tuple[str, ...]:

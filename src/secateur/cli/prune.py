@@ -37,7 +37,8 @@ cutting_options = together(
     ),
     click.option(
         "--budget", default=None, metavar="QUANTITY=SHARE",
-        help="Instead of a ratio, what may remain: macs=0.5, params=0.8, latency=0.8x@8x128, heads=0.75,neurons=0.5.",
+        help="Instead of a ratio, what may remain: macs=0.5, params=0.8, latency=0.8x@8x128, heads=0.75,neurons=0.5, "
+        "or how near it stays to the dense model: similarity=0.98.",
     ),
     click.option(
         "--allocation", default=None, type=click.Choice(["uniform", "ranking", "sensitivity"]),

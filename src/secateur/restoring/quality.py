@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,13 +53,13 @@ class QualityJudge:
         self.batches = with_relations(prepared.batches(by_form(texts), reading.batch_size))
         self.dense = self._representations()
 
-    def __call__(self) -> Quality:
-        """Compare."""
-        pairs = list(zip(self.dense, self._representations(), strict=True))
+    def __call__(self, gates: Mapping[str, Tensor] | None = None) -> Quality:
+        """Compare, under gates `[units]` by site where there are some."""
+        pairs = list(zip(self.dense, self._representations(gates), strict=True))
         cosines = torch.cat([torch.cosine_similarity(dense, now, dim=1) for dense, now in pairs])
         losses = [float(relational_kl(dense, now)) for dense, now in pairs]
         return Quality(float(cosines.mean()), statistics.fmean(losses), len(cosines))
 
-    def _representations(self) -> list[Tensor]:
+    def _representations(self, gates: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         with held(self.base), evaluation_mode(self.base), torch.inference_mode(False), torch.no_grad():
-            return [gated_representations(self.base, b, {}, self.is_pair).float().cpu() for b in self.batches]
+            return [gated_representations(self.base, b, gates or {}, self.is_pair).float().cpu() for b in self.batches]
