@@ -88,7 +88,7 @@ def prune(
             model stays to the dense one, "similarity=0.98": the least work with which the mean cosine of
             representations, on texts held out, is as high before distillation (`smallest_keeping`).
         units: kinds of units that may go, of "heads", "neurons" and "layers". None = those that the budget names, heads
-            and neurons for a budget that counts all, and heads for a ratio.
+            and neurons for a budget that counts all, layers too with `plain`, and heads for a ratio.
         scorer: the criterion, or one for each kind of unit, as `score` takes it, with `options` for its constructor.
         allocation: the same share at every site ("uniform", the paper's), by one ranking of the whole model
             ("ranking"), or by what each site alone changes at the end of the model ("sensitivity"). None =

@@ -120,9 +120,8 @@ _ONE_TEXT = Shape(1, 128)
 class Budget:
     """How much of a quantity of a model may remain: `limit`, in (0, 1], at `shape` where it depends on one.
 
-    Of "similarity" at least as much remains: the mean cosine of representations to those of the dense model.
-
-    Raises `InvalidInputError` for anything else.
+    Of "similarity", the mean cosine of representations to those of the dense model, at least as much remains. Raises
+    `InvalidInputError` for anything else.
     """
 
     quantity: Quantity
@@ -166,8 +165,8 @@ def _can_be(quantity: Any, limit: Any) -> bool:
 
 
 def _refused(budget: object) -> InvalidInputError:
-    names = ", ".join(f"{name}=" for name in get_args(Quantity))
-    rule = f"be one of {names} with a number in (0, 1], and for latency a shape"
+    *names, last = (f"{name}=" for name in get_args(Quantity))
+    rule = f"be {', '.join(names)} or {last} with a number in (0, 1], and for latency a shape"
     return invalid("budget", f"{rule}, such as latency=0.8x@8x128", budget)
 
 
@@ -178,7 +177,7 @@ AnyBudget = str | Budget | Sequence[Budget]
 def budgets_of(budget: AnyBudget) -> tuple[Budget, ...]:
     """Return budgets that hold together, from one, several, or a text with commas between them.
 
-    Each kind of units has one at most, and so has what counts all of them: params, macs or latency. A similarity stands
+    Each kind of units has one at most, and so has what counts all of them: params, macs or latency; a similarity stands
     alone. Raises `InvalidInputError` for others.
     """
     if not isinstance(budget, str | Budget | list | tuple):
@@ -189,7 +188,7 @@ def budgets_of(budget: AnyBudget) -> tuple[Budget, ...]:
     if not found or len(set(names)) < len(names):
         rule = f"name each of {', '.join(UNITS)} once at most, and one of params, macs and latency"
         raise invalid("budget", rule, budget)
-    if len(found) > 1 and any(one.quantity == "similarity" for one in found):
+    if len(found) > 1 and "similarity" in {one.quantity for one in found}:
         raise invalid("budget", "name nothing else beside similarity", budget)
     return found
 
@@ -210,8 +209,7 @@ class Cut:
         multiple: neurons that stay at a site are a multiple of this.
         exclude: patterns, as of file names, of sites that stay whole, such as `encoder.layer.0.*`, and so do the layers
             that hold them.
-        plain: whether the config of what is left says all by its own numbers: every layer keeps as many units, by
-            allocation "sensitivity", and whole layers may go too.
+        plain: whether the config of what is left says all by its own numbers, by allocation "sensitivity".
 
     Raises `InvalidInputError` for values outside their ranges.
     """
@@ -271,7 +269,7 @@ class Cut:
 
     @property
     def similarity(self) -> Budget | None:
-        """The mean cosine to the dense model that is to stay, where that is what was asked for."""
+        """The mean cosine to the dense model that is to stay, if that is asked for."""
         return next((one for one in self.budgets if one.quantity == "similarity"), None)
 
     @property

@@ -52,7 +52,8 @@ CALLS = {
         "multiple": COUNT,
     },
     "allocate": {
-        "scores": [None, 3, "", {}], "budget": [*BUDGET, None, "heads=0", "heads=1.1", "heads=nan", "latency=0.5"],
+        "scores": [None, 3, "", {}], "budget": [*BUDGET, None, "heads=0", "heads=1.1", "heads=nan", "latency=0.5",
+                   "similarity=0.9"],
         "model": MODEL, "allocation": RANKED, "floor": LEAST, "multiple": COUNT,
     },
     "score": {
@@ -68,7 +69,7 @@ CALLS = {
     },
     "preview": {
         "model": [*MODEL, ""], "texts": LISTED,
-        "budgets": [*BUDGET, None, [], ["heads=0.5"], ["macs=0.5", "params=0.5"]],
+        "budgets": [*BUDGET, None, [], ["heads=0.5"], ["macs=0.5", "params=0.5"], ["similarity=0.9"]],
         "scorer": ["best", "", None, 3], "floor": LEAST, "tokenizer": [3, "", object()], "labels": [3, ""],
         "reading": SETTINGS, "units": UNITS, "exclude": PATTERNS, "plain": FLAG, "inputs": READY,
     },

@@ -58,12 +58,6 @@ def test_the_change_is_the_sum_of_what_the_sites_change(monkeypatch):
     assert row.change == 0.25 * smaller
 
 
-def test_a_plain_cut_and_layers():
-    found = secateur.preview(small_model("wide bert"), TEXTS, ["macs=0.5"], plain=True, **GIVEN).rows[0]
-    assert set(found.units) == {"heads", "neurons", "layers"}
-    assert len({int(row.sum()) for name, row in found.mask.items() if name != "encoder.layer"}) == 1
-
-
 def test_latency_is_predicted_where_it_is_asked_for(monkeypatch):
     def measure_latency(base, costs, shape, **others):
         def kind(name):
@@ -113,6 +107,8 @@ def test_the_command_prints_a_table_and_writes_nothing(command, tmp_path, capsys
     assert main([*command, "--dry-run", "--json", "--plain"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert (rows[0]["budget"], rows[0]["latency"]) == ("macs=0.9@1x128", None)
+    assert set(rows[0]["units"]) == {"heads", "neurons", "layers"}
+    assert rows[0]["units"]["heads"][1] == 4 * rows[0]["units"]["layers"][1]
     assert sorted(tmp_path.rglob("*")) == there
 
 

@@ -27,7 +27,7 @@ MORE = {
         vocab_size=99,
     ),
     "wide t5": lambda: T5Config(
-        d_model=32, d_kv=8, d_ff=128, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0
     ),
     "gated t5": lambda: T5Config(
         d_model=32, d_kv=8, d_ff=37, num_layers=3, num_heads=4, vocab_size=99, decoder_start_token_id=0,
