@@ -13,6 +13,7 @@ from secateur.choosing.plain_selection import PlainSelection
 from secateur.cli import main
 from secateur.errors import InvalidInputError, UnsupportedModelError
 from secateur.removal.checkpoint import without_hook
+from secateur.removal.plain import can_be_plain
 from secateur.removal.remove import remove_
 from secateur.settings import Budget, Cut, Reading
 from secateur.sites.finding import find_units
@@ -131,6 +132,17 @@ def test_what_no_config_says_is_refused(kind, given, message):
         secateur.prune(
             small_model(kind), TEXTS, **given, plain=True, tokenizer=tiny_tokenizer(), restore="none", reading=READING
         )
+
+
+def test_the_size_of_a_head_is_no_number_of_heads():
+    """Both are 4 here: three key-value heads of the size 4 have as many weights as four of the size 3."""
+    model = small_model("llama")
+    sites = find_units(model, ["heads"])
+    mask = secateur.Mask({name: torch.arange(8) < 6 for name in sites})
+    assert not can_be_plain(model, sites, mask)
+    remove_(model, mask)
+    assert model.config.head_dim == 4
+    assert model.config.head_pruning
 
 
 def test_a_model_that_has_a_recipe_already_is_refused_where_it_stays():

@@ -45,12 +45,15 @@ def say_plainly_(model: PreTrainedModel, recipe: Recipe, undo: Undo) -> bool:
     if counts is None or recipe.bypassed or recipe.reshaped:
         return False
     data = {key: value for key, value in model.config.to_dict().items() if key != KEY}
+    before: PreTrainedModel | None = None
     for tried in itertools.islice(_configs(data, counts), _MOST_TRIES):
         after = twin_of(model, tried)
         if after is not None and _has_shapes_of(model, after):
-            before = twin_of(model, data)
+            before = before or twin_of(model, data)
             if before is None:
                 return False
+            if _floats_of(after) != _floats_of(before):
+                continue
             take_over_(model, before, after, undo)
             return _is_alike(model, before, after, recipe)
     return False
@@ -129,6 +132,14 @@ def _has_shapes_of(model: nn.Module, other: nn.Module) -> bool:
     buffers = {name: buffer.shape for name, buffer in model.named_buffers()}
     kept = {name: buffer.shape for name, buffer in other.named_buffers()}
     return shapes_of(model) == shapes_of(other) and kept.items() <= buffers.items()
+
+
+def _floats_of(model: nn.Module) -> list[float]:
+    """Return what modules compute with and do not count, such as the scale of attention: no number of units changes it.
+
+    By it a size of heads is told from a number of them, where both are the same.
+    """
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, float)]
 
 
 def _is_alike(model: PreTrainedModel, before: PreTrainedModel, after: PreTrainedModel, recipe: Recipe) -> bool:
