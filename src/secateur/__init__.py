@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from secateur.errors import UnsupportedModelError as UnsupportedModelError
     from secateur.meta_training.joint_training import train_joint_pruner as train_joint_pruner
     from secateur.meta_training.paper import train_meta_pruner as train_meta_pruner
+    from secateur.previewing import Preview as Preview
+    from secateur.previewing import preview as preview
     from secateur.pruners.joint_network import JointPruner as JointPruner
     from secateur.pruners.map_network import MetaPruner as MetaPruner
     from secateur.pruning import prune as prune
@@ -49,6 +51,7 @@ _WHERE = {
     "JointPruner": "secateur.pruners.joint_network",
     "Mask": "secateur.units.masks",
     "MetaPruner": "secateur.pruners.map_network",
+    "Preview": "secateur.previewing",
     "PruningReport": "secateur.pruning_report",
     "Reading": "secateur.settings",
     "RemovalError": "secateur.errors",
@@ -61,6 +64,7 @@ _WHERE = {
     "find_sites": "secateur.sites.attention",
     "find_units": "secateur.sites.finding",
     "gated": "secateur.removal.remove",
+    "preview": "secateur.previewing",
     "prune": "secateur.pruning",
     "reconstruct_": "secateur.restoring.reconstruction",
     "refine_mask": "secateur.choosing.refinement",

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from secateur.choosing.allocation import SensitivitySelection
-from secateur.choosing.budget import BudgetedSelection
+from secateur.choosing.budget import BudgetOutcome
+from secateur.choosing.by_cut import kinds_there, selection_of
 from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError, UnsupportedModelError
 from secateur.measuring.cost import check_heads, measure_cost
@@ -29,16 +30,18 @@ from secateur.models.offload import check_loaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
 from secateur.models.tokenizer_saving import note_tokenizer_
-from secateur.pruning_plan import SCORED_TEXTS, SENSITIVITY_TEXTS, check_steps, recommended, too_few, without_held_out
+from secateur.pruning_plan import SCORED_TEXTS, check_steps, recommended, too_few, without_held_out
 from secateur.pruning_report import PruningReport
 from secateur.pruning_time import planned, tell_duration
+from secateur.removal.plain import check_plain
 from secateur.removal.remove import remove_
 from secateur.restoring.distillation import distill_
+from secateur.restoring.keeping import smallest_keeping
 from secateur.restoring.quality import QualityJudge
 from secateur.restoring.reconstruction import FEWEST, reconstruct_
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.score import AnyScorer, Labels, criteria_of, score
-from secateur.settings import AnyAllocation, AnyBudget, Cut, Reading, Restore, settings_of
+from secateur.settings import AnyAllocation, AnyBudget, Budget, Cut, Reading, Restore, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, mean_maps
 from secateur.sites.recipe import TRAINED, read_recipe
 from secateur.support.defaults import DISTILLATION_STEPS
@@ -66,6 +69,7 @@ def prune(
     allocation: AnyAllocation | None = None,
     floor: int = 1,
     exclude: Sequence[str] = (),
+    plain: bool = False,
     refine: int = 0,
     restore: Restore | None = None,
     steps: int = DISTILLATION_STEPS,
@@ -83,15 +87,19 @@ def prune(
         texts: calibration texts, as `score` takes them; the proof runs on the first few.
         pruning_ratio: fraction of the units that go, in [0, 1).
         budget: how much of the model may remain, such as "macs=0.5", "latency=0.8x@8x128" or "heads=0.75,neurons=0.5"
-            (see `budgets_of`); the smallest pruning ratio within it takes the place of `pruning_ratio`.
+            (see `budgets_of`); the smallest pruning ratio within it takes the place of `pruning_ratio`. Or how near the
+            model stays to the dense one, "similarity=0.98": the least work with which the mean cosine of
+            representations, on texts held out, is as high before distillation (`smallest_keeping`).
         units: kinds of units that may go, of "heads", "neurons" and "layers". None = those that the budget names, heads
-            and neurons for a budget that counts all, and heads for a ratio.
+            and neurons for a budget that counts all, layers too with `plain`, and heads for a ratio.
         scorer: the criterion, or one for each kind of unit, as `score` takes it, with `options` for its constructor.
         allocation: the same share at every site ("uniform", the paper's), by one ranking of the whole model
             ("ranking"), or by what each site alone changes at the end of the model ("sensitivity"). None =
             "sensitivity" where neurons or layers may go within a budget that counts all, and "uniform" elsewhere.
         floor: units that every site keeps at least.
         exclude: patterns of the names of sites that stay whole, such as "encoder.layer.0.*", and so do their layers.
+        plain: whether the folder must load where secateur is not: all layers of a stack keep as many units, whose
+            number the config can say, and layers may go too (`PlainSelection`). The allocation is by sensitivity.
         refine: exchanges of heads that `refine_mask` tries on the scored texts.
         restore: "reconstruct" refits what the kept units write on up to 1,024 of the texts scored, as `reconstruct_`
             does, "distill" also teaches the smaller model on all, as `distill_` does, and "none" does neither. None =
@@ -110,11 +118,13 @@ def prune(
     """
     reading = settings_of(reading, Reading)
     texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
-    cut = Cut(pruning_ratio, "uniform" if allocation is None else allocation, floor, budget, units, exclude=exclude)
+    spread: AnyAllocation = "uniform" if allocation is None else allocation
+    cut = Cut(pruning_ratio, spread, floor, budget, units, exclude=exclude, plain=plain)
     is_asked = restore is not None
     cut, restore, left_out = recommended(cut, allocation, restore, texts)
     check_steps(texts, cut, refine, restore, steps, reading)
-    texts, labels, held_out, reading = without_held_out(texts, labels, restore, reading)
+    judged: Restore = "distill" if cut.similarity else restore
+    texts, labels, held_out, reading = without_held_out(texts, labels, judged, reading)
     work = _Pruning(model, texts, tokenizer, cut, restore == "distill", reading)
     work.facts["left_out"] = left_out
     work.hold_out(held_out)
@@ -123,7 +133,7 @@ def prune(
         plan = partial(planned, cut=work.cut, criteria=criteria, refine=refine, restore=restore, steps=steps)
         tell_duration(work.prepared, work.texts, reading, plan)
     scores = work.score(scorer, labels, options)
-    mask = work.select(scores)
+    mask = work.select(scores) if cut.similarity is None else work.search(scores, restore != "none")
     if refine:
         mask = work.refine(mask, refine)
     if restore != "none":
@@ -154,6 +164,9 @@ class _Pruning:
         self.reads_texts = texts is not None and not are_rows(texts)
         self.name, self.smaller, tokenizer = _copied(model, tokenizer, self.reads_texts, reading)
         self.prepared = PreparedModel(self.smaller, tokenizer, reading)
+        self.similarity = cut.similarity
+        if self.similarity is not None:
+            cut = replace(cut, budget=Budget("macs", 1.0))
         self.model, self.cut, self.reading = self.prepared.model, cut, reading
         self.read: Sequence[Example] = []  # what was read of the texts, in that order; of a stream the first few
         if texts is None or isinstance(texts, Sequence):
@@ -168,38 +181,19 @@ class _Pruning:
         check_loaded(self.model, "pruning")
         check_plain_weights(self.prepared.base)
         before = measure_cost(self.model)
-        self.cut = cut = replace(cut, units=self._kinds_there(cut))
+        self.cut = cut = replace(cut, units=kinds_there(self.prepared, cut))
         self.sites = self.prepared.sites_of(cut.kinds)
         if "heads" in cut.kinds:
             check_heads(self.model, before.heads)
         self.teacher = copy.deepcopy(self.model) if teaches else None
         self.quality: QualityJudge | None = None
-        self.within = self._within_budget()
+        self.within = selection_of(self.prepared, cut, self.texts, reading, self.sites)
         if self.within is not None:
             self.cut = replace(cut, pruning_ratio=self.within.expected_ratio)
         self.facts: dict[str, Any] = {
             "model": self.name, "allocation": cut.allocation, "seed": reading.seed, "before": before,
         }  # fmt: skip
         self.record: dict[str, Any] = {}
-
-    def _within_budget(self) -> BudgetedSelection | None:
-        """Return what finds a mask within the budget, None where there is none."""
-        cut, reading = self.cut, self.reading
-        if cut.allocation == "sensitivity" and isinstance(self.texts, Sequence):
-            fitted = [self.texts[i] for i in reading_order(self.texts, reading)][:SENSITIVITY_TEXTS]
-            return SensitivitySelection(self.prepared, cut, fitted, reading, self.sites)
-        return BudgetedSelection(self.model, cut, reading.progress, self.sites) if cut.budgets else None
-
-    def _kinds_there(self, cut: Cut) -> tuple[str, ...]:
-        """Return the kinds of units that may go. Neurons that nobody named may be missing, as those of experts are."""
-        unnamed = cut.units is None and all(budget.quantity != "neurons" for budget in cut.budgets)
-        try:
-            self.prepared.sites_of(cut.kinds)
-        except UnsupportedModelError:
-            if not unnamed or "neurons" not in cut.kinds:
-                raise
-            return tuple(kind for kind in cut.kinds if kind != "neurons")
-        return cut.kinds
 
     def score(self, scorer: AnyScorer, labels: Any, options: Mapping[str, Any]) -> Scores:
         """Score every unit that may go, and see which texts that took."""
@@ -229,6 +223,17 @@ class _Pruning:
         else:
             mask, ratio = self.within.select(scores)
         self.facts["requested_ratio"] = ratio
+        return mask
+
+    def search(self, scores: Scores, reconstructs: bool) -> Mask:
+        """Select as few units as keep the similarity that was asked for."""
+        assert isinstance(self.within, SensitivitySelection)
+        assert self.similarity is not None
+        assert self.quality is not None
+        budget, mask, cosine = smallest_keeping(self.within, scores, self.quality, self.similarity, reconstructs)
+        self.within = self.within.at(budget)
+        self.expected = cosine
+        self.facts["requested_ratio"] = mask.pruning_ratio
         return mask
 
     def refine(self, mask: Mask, steps: int) -> Mask:
@@ -279,7 +284,10 @@ class _Pruning:
     def judge(self) -> None:
         """See what is left of the model on the texts held out."""
         if self.quality is not None:
-            self.facts["quality"] = self.quality()
+            quality = self.facts["quality"] = self.quality()
+            if self.similarity is not None:
+                outcome = BudgetOutcome(self.similarity, self.expected, quality.cosine)
+                self.facts["budget"] = (outcome, *self.facts["budget"])
 
     def remove(self, mask: Mask) -> None:
         """Remove what the mask drops, prove it, and measure what is left."""
@@ -291,6 +299,8 @@ class _Pruning:
         record = {**about, "secateur_version": __version__, **since, **self.record}
         counts = units_left(self.sites, mask)
         removal = remove_(self.model, mask, inputs=inputs, sites=self.sites, record=record)
+        if self.cut.plain:
+            check_plain(self.model)
         if self.prepared.knows_tokenizer:
             note_tokenizer_(self.model, self.prepared.tokenizer)
         self.facts |= {

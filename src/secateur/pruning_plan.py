@@ -23,9 +23,6 @@ from secateur.texts.examples import Example, source_of
 SCORED_TEXTS = 1024
 """Texts that are scored and fitted on at most, where all are read to distil."""
 
-SENSITIVITY_TEXTS = 256
-"""Texts that say where units go."""
-
 
 def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> tuple[Cut, Restore, tuple[str, ...]]:
     """Fill in what was not asked for, and leave out what there are too few texts for; say which in the last value.
@@ -37,10 +34,14 @@ def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> t
         raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
     of_all = any(budget.quantity not in UNITS for budget in cut.budgets)
     deep = of_all and cut.kinds != ("heads",) and texts is not None
-    left_out = [_lacking("allocated by sensitivity", texts, FEWEST_MEASURED)] if deep and allocation is None else []
-    if left_out == [""]:
+    measures = "`plain`" if cut.plain else "a budget of similarity" if cut.similarity else ""
+    if measures and allocation not in (None, "sensitivity"):
+        raise invalid("allocation", f"be 'sensitivity' with {measures}", allocation)
+    is_unasked = deep and allocation is None and not measures
+    left_out = [_lacking("allocated by sensitivity", texts, FEWEST_MEASURED) if is_unasked else ""]
+    if allocation is None and (measures or (deep and left_out == [""])):
         cut = replace(cut, allocation="sensitivity")
-    elif allocation == "sensitivity" and not cut.budgets:
+    if cut.allocation == "sensitivity" and not cut.budgets:
         limit = 1 - cut.pruning_ratio
         cut = replace(cut, budget=[Budget(kind, limit) for kind in cut.kinds])  # type: ignore[arg-type]
     usual: Restore = "none" if texts is None or cut.kinds == ("layers",) else "reconstruct"
@@ -82,6 +83,9 @@ def check_steps(texts: Any, cut: Cut, refine: int, restore: Restore, steps: int,
     if any(needed.values()) and not isinstance(texts, Sequence):
         needs = next(text for text, is_needed in needed.items() if is_needed)
         raise InvalidInputError(f"{needs}, in a list, as it reads them again")
+    if cut.similarity is not None and len(texts) < HELD_OUT * RELATED:
+        rule = f"be at least {HELD_OUT * RELATED} with a budget of similarity, as one of {HELD_OUT} judges"
+        raise invalid(source_of(texts), rule, len(texts))
     if refine and cut.kinds != ("heads",):
         raise invalid("refine", f"be 0 where {', '.join(cut.kinds)} go, as it exchanges heads alone", refine)
     for wanted in cut.budgets:

@@ -13,10 +13,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from secateur.choosing.by_cut import SENSITIVITY_TEXTS
 from secateur.choosing.sensitivity import LEVELS
 from secateur.models.offload import device_of
 from secateur.models.state import evaluation_mode, held, random_states_kept
-from secateur.pruning_plan import SCORED_TEXTS, SENSITIVITY_TEXTS
+from secateur.pruning_plan import SCORED_TEXTS
 from secateur.restoring.reconstruction import RIDGES
 from secateur.scorers.base import Scorer
 from secateur.settings import Cut, Reading, Restore

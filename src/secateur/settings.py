@@ -28,7 +28,7 @@ Restore = Literal["none", "reconstruct", "distill"]
 AnyAllocation = Literal["uniform", "ranking", "sensitivity"]
 """How many units each site keeps: as `select` takes it, or by what each site alone changes at the end of the model."""
 
-Quantity = Literal["heads", "neurons", "layers", "params", "macs", "latency"]
+Quantity = Literal["heads", "neurons", "layers", "params", "macs", "latency", "similarity"]
 _FORM = re.compile(r"(\w+)=([0-9.]+)x?(?:@(.+))?")
 _SHAPED = ("macs", "latency")
 Settings = TypeVar("Settings")
@@ -120,7 +120,8 @@ _ONE_TEXT = Shape(1, 128)
 class Budget:
     """How much of a quantity of a model may remain: `limit`, in (0, 1], at `shape` where it depends on one.
 
-    Raises `InvalidInputError` for anything else.
+    Of "similarity", the mean cosine of representations to those of the dense model, at least as much remains. Raises
+    `InvalidInputError` for anything else.
     """
 
     quantity: Quantity
@@ -164,7 +165,8 @@ def _can_be(quantity: Any, limit: Any) -> bool:
 
 
 def _refused(budget: object) -> InvalidInputError:
-    rule = "be heads=, neurons=, layers=, params=, macs= or latency= with a number in (0, 1], and for latency a shape"
+    *names, last = (f"{name}=" for name in get_args(Quantity))
+    rule = f"be {', '.join(names)} or {last} with a number in (0, 1], and for latency a shape"
     return invalid("budget", f"{rule}, such as latency=0.8x@8x128", budget)
 
 
@@ -175,8 +177,8 @@ AnyBudget = str | Budget | Sequence[Budget]
 def budgets_of(budget: AnyBudget) -> tuple[Budget, ...]:
     """Return budgets that hold together, from one, several, or a text with commas between them.
 
-    Each kind of units has one at most, and so has what counts all of them: params, macs or latency. Raises
-    `InvalidInputError` for others.
+    Each kind of units has one at most, and so has what counts all of them: params, macs or latency; a similarity stands
+    alone. Raises `InvalidInputError` for others.
     """
     if not isinstance(budget, str | Budget | list | tuple):
         raise _refused(budget)
@@ -186,6 +188,8 @@ def budgets_of(budget: AnyBudget) -> tuple[Budget, ...]:
     if not found or len(set(names)) < len(names):
         rule = f"name each of {', '.join(UNITS)} once at most, and one of params, macs and latency"
         raise invalid("budget", rule, budget)
+    if len(found) > 1 and "similarity" in {one.quantity for one in found}:
+        raise invalid("budget", "name nothing else beside similarity", budget)
     return found
 
 
@@ -201,10 +205,11 @@ class Cut:
         budget: what may remain of the model, as `budgets_of` takes it; the smallest pruning ratio within it takes the
             place of `pruning_ratio`.
         units: kinds of units that may go. None = those that the budget names, heads and neurons for a budget that
-            counts all, and heads for a ratio.
+            counts all, with `plain` layers too, and heads for a ratio.
         multiple: neurons that stay at a site are a multiple of this.
         exclude: patterns, as of file names, of sites that stay whole, such as `encoder.layer.0.*`, and so do the layers
             that hold them.
+        plain: whether the config of what is left says all by its own numbers, by allocation "sensitivity".
 
     Raises `InvalidInputError` for values outside their ranges.
     """
@@ -216,6 +221,7 @@ class Cut:
     units: Collection[str] | None = None
     multiple: int = MULTIPLE
     exclude: Sequence[str] = ()
+    plain: bool = False
 
     def __post_init__(self) -> None:
         patterns = self.exclude
@@ -227,6 +233,7 @@ class Cut:
             raise invalid("allocation", "be 'uniform', 'ranking' or 'sensitivity'", self.allocation)
         check_selection(self.pruning_ratio, self.ranked, self.floor)
         check_whole("multiple", self.multiple)
+        check_flag("plain", self.plain)
         if self.units is not None:
             check_units(self.units)
         if self.budget is None:
@@ -261,13 +268,19 @@ class Cut:
         return replace(scores.only(left), staying=staying)
 
     @property
+    def similarity(self) -> Budget | None:
+        """The mean cosine to the dense model that is to stay, if that is asked for."""
+        return next((one for one in self.budgets if one.quantity == "similarity"), None)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of units that may go, in the order heads, neurons, layers."""
         if self.units is not None:
             return tuple(kind for kind in UNITS if kind in self.units)
         quantities = [one.quantity for one in self.budgets]
         of_all = any(quantity not in UNITS for quantity in quantities)
-        usual = ("heads", "neurons") if of_all else () if quantities else ("heads",)
+        of_budget = UNITS if self.plain else ("heads", "neurons")
+        usual = of_budget if of_all else () if quantities else ("heads",)
         return tuple(kind for kind in UNITS if kind in quantities or kind in usual)
 
 

@@ -52,7 +52,8 @@ CALLS = {
         "multiple": COUNT,
     },
     "allocate": {
-        "scores": [None, 3, "", {}], "budget": [*BUDGET, None, "heads=0", "heads=1.1", "heads=nan", "latency=0.5"],
+        "scores": [None, 3, "", {}], "budget": [*BUDGET, None, "heads=0", "heads=1.1", "heads=nan", "latency=0.5",
+                   "similarity=0.9"],
         "model": MODEL, "allocation": RANKED, "floor": LEAST, "multiple": COUNT,
     },
     "score": {
@@ -64,7 +65,13 @@ CALLS = {
         "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3],
         "allocation": ["layer", "", 3, []], "floor": LEAST, "refine": LEAST, "restore": [True, "", "distil", 3],
         "tokenizer": [3, "", object()], "labels": [3, ""], "budget": BUDGET, "reading": SETTINGS,
-        "units": UNITS, "exclude": PATTERNS, "steps": COUNT, "inputs": READY,
+        "units": UNITS, "exclude": PATTERNS, "steps": COUNT, "inputs": READY, "plain": FLAG,
+    },
+    "preview": {
+        "model": [*MODEL, ""], "texts": LISTED,
+        "budgets": [*BUDGET, None, [], ["heads=0.5"], ["macs=0.5", "params=0.5"], ["similarity=0.9"]],
+        "scorer": ["best", "", None, 3], "floor": LEAST, "tokenizer": [3, "", object()], "labels": [3, ""],
+        "reading": SETTINGS, "units": UNITS, "exclude": PATTERNS, "plain": FLAG, "inputs": READY,
     },
     "reconstruct_": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()],
@@ -86,7 +93,7 @@ CALLS = {
     },
     "Cut": {
         "pruning_ratio": RATIO, "allocation": ALLOCATION, "floor": LEAST, "budget": [3, "", {}], "units": UNITS,
-        "multiple": COUNT, "exclude": [3, "encoder.*", [3]],
+        "multiple": COUNT, "exclude": [3, "encoder.*", [3]], "plain": FLAG,
     },
     "Scores": {
         "values_by_site": [None, 3, "", {}, {3: [1.0]}, {"a": []}, {"a": "x"}, {"a": [float("nan")]}, {"a": [[1.0]]}],
@@ -122,8 +129,8 @@ METHODS = {
     "MetaPruner.from_authors_checkpoint": (MetaPruner.from_authors_checkpoint, "path"),
 }
 # Made by the functions above or raised by them, and the class that scorers derive from.
-RESULTS = {"CheckpointError", "InvalidInputError", "PruningReport", "RemovalError", "Scorer", "SecateurError",
-           "UnsupportedModelError"}  # fmt: skip
+RESULTS = {"CheckpointError", "InvalidInputError", "Preview", "PruningReport", "RemovalError", "Scorer",
+           "SecateurError", "UnsupportedModelError"}  # fmt: skip
 SAID_AS = {"values_by_site": r"scores|mask", "record": "record"}
 
 

@@ -1,7 +1,16 @@
 """Masks of neurons and layers for tiny models, and models that the table in tiny.py does not have."""
 
 import torch
-from transformers import AutoModel, BertConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, Qwen3Config, T5Config
+from transformers import (
+    AutoModel,
+    BertConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    Qwen3Config,
+    T5Config,
+)
 
 from secateur.units.masks import Mask
 from tests.support.tiny import CONFIGS, _stirred, tiny_model
@@ -12,6 +21,13 @@ _SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 37, "v
 MORE = {
     "wide bert": lambda: BertConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, vocab_size=99
+    ),
+    "wide llama": lambda: LlamaConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8, intermediate_size=256,
+        vocab_size=99,
+    ),
+    "wide t5": lambda: T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0
     ),
     "gated t5": lambda: T5Config(
         d_model=32, d_kv=8, d_ff=37, num_layers=3, num_heads=4, vocab_size=99, decoder_start_token_id=0,

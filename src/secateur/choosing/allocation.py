@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,6 +23,9 @@ from secateur.texts.calibration import PreparedModel
 from secateur.texts.examples import Example, source_of
 from secateur.units.masks import Mask, is_within, layers_gone, original_vector
 from secateur.units.scores import Scores
+
+Measured = dict[str, list[tuple[float, Tensor]]]
+"""Site → the error at the end and the units that stay, for each size; of a list the error without each layer."""
 
 JUDGES = 4
 """One text of so many judges sizes, and is not fitted on."""
@@ -54,23 +59,36 @@ class SensitivitySelection(BudgetedSelection):
 
     def select(self, scores: Scores) -> tuple[Mask, float]:
         """Return the mask, and the share of the heads, or of the first kind of units there is, that goes."""
+        mask, _ = self.choose(scores, self.measure(scores))
+        return mask, 1 - self._units_left(self.cut.kinds[0], mask)
+
+    def at(self, budget: Budget) -> SensitivitySelection:
+        """Return the same for another limit of the budget that counts all units."""
+        other = copy.copy(self)
+        other.cut = replace(self.cut, budget=[*self.own.values(), budget])
+        other.joint = budget
+        return other
+
+    def choose(self, scores: Scores, measured: Measured) -> tuple[Mask, float]:
+        """Return the mask that keeps within the budget, and the sum of the errors of what it drops."""
         scores = self.cut.may_go(scores)
-        measured = self._measure(scores)
-        rows: dict[str, Tensor] = {}
+        chosen: list[Option] = []
         for kind, budget in self.own.items():
             names = [name for name in measured if self.sites[name].kind == kind]
             parts = [self._alone(name, measured[name], budget) for name in names]
-            rows |= self._choose(parts, budget, scores, 1 - budget.limit)
+            chosen += self._choose(parts, budget, scores, 1 - budget.limit)
         if self.joint is not None:
-            saved = self._saved(rows, self.joint)
+            saved = self._saved(self._rows(chosen), self.joint)
             names = [name for name in measured if self.sites[name].kind not in self.own and not is_within(name, saved)]
             needed = max(0.0, 1 - self.joint.limit - sum(saved.values()))
-            rows |= self._choose(self._parts(names, measured, self.joint, saved), self.joint, scores, needed)
-        mask = Mask({name: rows[name] for name in scores if name in rows})
-        return mask, 1 - self._units_left(self.cut.kinds[0], mask)
+            chosen += self._choose(self._parts(names, measured, self.joint, saved), self.joint, scores, needed)
+        return self._mask(chosen, scores), sum(option.error for option in chosen)
 
-    def _measure(self, scores: Scores) -> dict[str, list[tuple[float, Tensor]]]:
+    def measure(self, scores: Scores) -> Measured:
         """Return what every site with scores costs the end at every size; a layer that must stay, without end."""
+        return self._measure(self.cut.may_go(scores))
+
+    def _measure(self, scores: Scores) -> Measured:
         base, size = self.prepared.base, self.reading.batch_size
         judges = self.texts[::JUDGES]
         fitted = [text for number, text in enumerate(self.texts) if number % JUDGES]
@@ -99,12 +117,20 @@ class SensitivitySelection(BudgetedSelection):
         others = [name for name in kept if self.sites[name].kind != LayerSite.kind and not is_within(name, saved)]
         return saved | {name: self.share_of_site(budget, name, kept[name]) for name in others}
 
-    def _choose(self, parts: list[list[Option]], budget: Budget, scores: Scores, needed: float) -> dict[str, Tensor]:
-        """Return the units that stay, of the sites that the parts are about, so that `needed` is saved."""
+    def _choose(self, parts: list[list[Option]], budget: Budget, scores: Scores, needed: float) -> list[Option]:
+        """Return one option for each part, so that `needed` is saved."""
         chosen = cheapest(parts, needed)
         if chosen is None:
             share = partial(self._units_left, budget.quantity) if budget.quantity in self.own else self.share
             raise self.out_of_reach(scores, budget, share)
+        return chosen
+
+    def _mask(self, chosen: Sequence[Option], scores: Scores) -> Mask:
+        """Return the units that stay, of the sites that the options are about, in the order of the scores."""
+        rows = self._rows(chosen)
+        return Mask({name: rows[name] for name in scores if name in rows})
+
+    def _rows(self, chosen: Sequence[Option]) -> dict[str, Tensor]:
         rows = {name: row for option in chosen for name, row in option.kept.items()}
         for name, number in (place for option in chosen for place in option.gone):
             rows.setdefault(name, original_vector(self.sites[name]))[self.sites[name].units[number]] = False
@@ -156,11 +182,12 @@ class SensitivitySelection(BudgetedSelection):
             path = f"{name}.{number}"
             already = sum(share for site, share in saved.items() if is_within(site, [path]))
             without = Option(self.share_of_layer(budget, path) - already, measured[name][number][0], {}, gone)
-            parts.append([*map(_together, itertools.product(*of_sites)), without])
+            parts.append([*map(together, itertools.product(*of_sites)), without])
         return parts
 
 
-def _together(options: tuple[Option, ...]) -> Option:
+def together(options: Sequence[Option]) -> Option:
     """Return several options as one."""
     kept = {name: row for option in options for name, row in option.kept.items()}
-    return Option(sum(option.saved for option in options), sum(option.error for option in options), kept)
+    gone = tuple(place for option in options for place in option.gone)
+    return Option(sum(option.saved for option in options), sum(option.error for option in options), kept, gone)

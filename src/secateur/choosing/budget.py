@@ -43,6 +43,8 @@ class BudgetOutcome:
 
     def __str__(self) -> str:
         """Say in a few words what was reached."""
+        if self.budget.quantity == "similarity":
+            return f"mean cosine {self.reached:.4f} (budget {self.budget})"
         return f"{self.budget.quantity} {self.reached:.3f} of what they were (budget {self.budget})"
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +107,8 @@ class BudgetedSelection:
         self.sites = find_units(base, cut.kinds) if sites is None else sites
         self.own = {one.quantity: one for one in cut.budgets if one.quantity in UNITS}
         self.joint = next((one for one in cut.budgets if one.quantity not in UNITS), None)
+        if cut.similarity is not None:
+            raise invalid("budget", "be about what is left; `prune` alone keeps a similarity", str(cut.similarity))
         shape = (self.joint or cut.budgets[0]).shape
         self.costs = UnitCosts(model, self.sites, *shape)
         if "heads" in cut.kinds:

@@ -6,7 +6,7 @@ Layerwise sensitivities joined by dynamic programming, as in SPDY (Frantar and A
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +69,7 @@ def options_of_sites(
         if isinstance(site, LayerSite):
             found[name] = [(evaluator({name: row}), row) for row in _one_layer_less(site)]
             continue
-        rows = _sizes(scores.only([name]), cut)
+        rows = sizes_of_site(scores, name, cut)
         fitted = Projection(base, site)
         moments = moments_of(base, fitted, batches, reading)
         found[name] = [(0.0, rows[0])]
@@ -87,13 +87,17 @@ def _one_layer_less(site: LayerSite) -> Iterator[Tensor]:
         yield gate
 
 
-def _sizes(scores: Scores, cut: Cut) -> list[Tensor]:
-    """Return the units that stay, bool `[original units]`, from all of them to as few as the floor leaves."""
-    name = next(iter(scores))
+def sizes_of_site(scores: Scores, name: str, cut: Cut, levels: int = LEVELS) -> list[Tensor]:
+    """Return the units that stay of a site, bool `[original units]`, from all of them to as few as the floor leaves.
+
+    In so many equal steps. Of units in groups whole groups go in a plain cut, so that other sites can keep as many.
+    """
+    scores = scores.only([name])
+    grouped = scores.num_groups[name] < scores[name].numel()
     rows: dict[int, Tensor] = {}
-    for level in range(LEVELS + 1):
-        ratio = min(level / LEVELS, 1 - 1e-9)
-        row = select(scores, ratio, "uniform", cut.floor, cut.multiple)[name]
+    for level in range(levels + 1):
+        ratio = min(level / levels, 1 - 1e-9)
+        row = select(scores, ratio, "ranking" if cut.plain and grouped else "uniform", cut.floor, cut.multiple)[name]
         rows.setdefault(int(row.sum()), row)
     return list(rows.values())
 
@@ -199,7 +203,7 @@ def _returning(layer: nn.Module, output: Any) -> Iterator[None]:
             vars(layer)["forward"] = before
 
 
-def layer_of(site: str, lists: Mapping[str, LayerSite]) -> tuple[str, int] | None:
+def layer_of(site: str, lists: Iterable[str]) -> tuple[str, int] | None:
     """Return the list and the number of the layer that a site lies in, None where it lies in none."""
     for name in lists:
         if site.startswith(f"{name}."):

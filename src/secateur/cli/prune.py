@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from secateur.cli.options import (
+    Place,
     Ratio,
     command_line,
     data_option,
     json_option,
-    out_option,
     print_json,
     reading_of,
     together,
 )
 from secateur.cli.saving import save_model
 from secateur.cli.scoring import calibration_of, ends_as_main, processes, scorer_of, scoring_options, settled
-from secateur.support.defaults import DISTILLATION_STEPS, FLOOR, PRUNING_RATIO
+from secateur.support.defaults import DISTILLATION_STEPS, FLOOR, PREVIEW_SHARES, PRUNING_RATIO
 from secateur.support.files import check_new_folder, new_folder
 from secateur.support.run_files import PAGE
 
@@ -36,7 +37,8 @@ cutting_options = together(
     ),
     click.option(
         "--budget", default=None, metavar="QUANTITY=SHARE",
-        help="Instead of a ratio, what may remain: macs=0.5, params=0.8, latency=0.8x@8x128, heads=0.75,neurons=0.5.",
+        help="Instead of a ratio, what may remain: macs=0.5, params=0.8, latency=0.8x@8x128, heads=0.75,neurons=0.5, "
+        "or how near it stays to the dense model: similarity=0.98.",
     ),
     click.option(
         "--allocation", default=None, type=click.Choice(["uniform", "ranking", "sensitivity"]),
@@ -49,6 +51,10 @@ cutting_options = together(
     click.option(
         "--exclude", multiple=True, metavar="PATTERN",
         help="Sites to keep whole, such as 'encoder.layer.0.*'; may be repeated.",
+    ),
+    click.option(
+        "--plain", is_flag=True,
+        help="A folder that loads where secateur is not installed: all layers of a stack keep as many units.",
     ),
     click.option(
         "--refine", default=0, show_default=True, type=click.IntRange(0),
@@ -72,21 +78,62 @@ cutting_options = together(
 @cutting_options
 @click.option("--maps/--no-maps", default=True, show_default=True, help="Keep mean attention maps for the report page.")
 @scoring_options
-@out_option
+@click.option(
+    "--dry-run", is_flag=True, help="Remove and write nothing: print what budgets would leave, and what that changes."
+)
+@click.option("--out", type=Place(), help="New or empty folder for the result.")
 @json_option
 @click.pass_context
-def prune(context: click.Context, model: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
+def prune(context: click.Context, model: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Score MODEL's units, remove the lowest, prove the result, and save it as an ordinary model folder.
 
     Under `accelerate launch` or torchrun each process scores a share of the texts, and the first one saves.
     """
-    from dataclasses import replace
+    if options["dry_run"]:
+        _dry_run(model, data, as_json, options)
+        return
+    if out is None:
+        raise click.MissingParameter(ctx=context, param=next(one for one in prune.params if one.name == "out"))
+    _prune(context, model, data, out, as_json, options)
 
+
+def _dry_run(model: str, data: str, as_json: bool, options: Mapping[str, Any]) -> None:
+    """Print what budgets would leave: shares of the quantity that a budget names, or else of the work."""
+    from secateur.cli.tables import preview_table, print_table
+    from secateur.models.loading import load_tokenizer
+    from secateur.previewing import preview
+    from secateur.settings import Budget, budgets_of
+
+    if options["allocation"] not in (None, "sensitivity"):
+        raise click.UsageError("`allocation` must be left out or sensitivity with `--dry-run`")
+    asked = list(budgets_of(options["budget"])) if options["budget"] else []
+    like = asked[0] if asked else Budget("macs", 1.0)
+    accelerator, device = processes(options["device"])
+    texts, labels = calibration_of(data, options, teaches=_teaches(options))
+    is_main = accelerator.is_main_process
+    found = preview(
+        model, texts, [*asked, *(replace(like, limit=share) for share in PREVIEW_SHARES)], labels=labels,
+        scorer=scorer_of(options), tokenizer=load_tokenizer(model),
+        reading=reading_of(options, device=str(device), accelerator=accelerator, progress=is_main),
+        **{name: options[name] for name in ("units", "floor", "exclude", "plain")},
+    )  # fmt: skip
+    if not ends_as_main(accelerator):
+        return
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_table(preview_table(found))
+        click.echo("change: at the end of the model before teaching, as a share of its variance; 0 = nothing")
+
+
+def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bool, options: Mapping[str, Any]) -> None:
+    """Prune, save, and say what was done."""
     from secateur.models.loading import load_tokenizer
     from secateur.pruning import prune as prune_model
     from secateur.report import write_report
     from secateur.report.pruning_files import save_pruning
     from secateur.report.reading import read_runs
+    from secateur.sites.recipe import KEY
 
     accelerator, device = processes(options["device"])
     is_main = accelerator.is_main_process
@@ -112,6 +159,8 @@ def prune(context: click.Context, model: str, data: str, out: Path, as_json: boo
         print_json({**report.to_json(), "out": str(out)})
     else:
         _echo(report, texts, out)
+        if getattr(pruned.config, KEY, None) is None:
+            click.echo("it loads where secateur is not installed: its config says all by its own numbers")
 
 
 def _teaches(options: Mapping[str, Any]) -> bool:
@@ -120,7 +169,7 @@ def _teaches(options: Mapping[str, Any]) -> bool:
     from secateur.restoring.distillation import FEWEST
     from secateur.settings import Cut
 
-    cut = Cut(budget=options["budget"], units=options["units"])
+    cut = Cut(budget=options["budget"], units=options["units"], plain=options["plain"])
     return recommended(cut, options["allocation"], options["restore"], range(FEWEST))[1] == "distill"
 
 
@@ -129,8 +178,8 @@ def _cut(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
     budget = options["budget"]
     if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("`ratio` must be left out where there is a `--budget`")
-    named = {name: options[name] for name in ("allocation", "floor", "units", "exclude", "refine", "restore", "steps")}
-    return {"pruning_ratio": options["ratio"], "budget": budget, **named}
+    names = ("allocation", "floor", "units", "exclude", "plain", "refine", "restore", "steps")
+    return {"pruning_ratio": options["ratio"], "budget": budget, **{name: options[name] for name in names}}
 
 
 def _echo(report: PruningReport, texts: Iterable[Text], out: Path) -> None:

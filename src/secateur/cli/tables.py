@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from secateur.comparing.summary import Summary
 from secateur.measuring.bench import Benchmark
 from secateur.measuring.timing import quartiles
+from secateur.previewing import Preview
 from secateur.pruning_report import PruningReport
 from secateur.report.numbers import DASH
 from secateur.report.reading import cost_rows
@@ -78,6 +79,20 @@ def pruning_table(report: PruningReport) -> Table:
         table.add_column(column, justify="right")
     for row in cost_rows(report.before.to_json(), report.after.to_json(), report.units):
         table.add_row(row["name"], f"{row['dense']:,}", f"{row['pruned']:,}", f"{row['pruned'] / row['dense']:.3f}")
+    return table
+
+
+def preview_table(found: Preview) -> Table:
+    """Return one row for each budget: what would be left, and what that changes at the end of the model."""
+    title = f"{found.model}, scored by {found.scorer} on {found.num_texts} texts; nothing is removed"
+    table = Table(Column("budget", no_wrap=True), Column("macs left", justify="right"), title=title)
+    timed = any(row.latency is not None for row in found.rows)
+    for column in (*(["latency left"] if timed else []), "change", *found.rows[0].units):
+        table.add_column(column, justify="right")
+    for row in found.rows:
+        shares = [row.macs] if row.latency is None else [row.macs, row.latency]
+        kept = (f"{after} of {before}" for before, after in row.units.values())
+        table.add_row(str(row.budget), *(f"{share:.3f}" for share in shares), f"{row.change:.4f}", *kept)
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -60,19 +60,19 @@ class QualityJudge:
         self.dense = self._representations()
         self.answers = self._answers()
 
-    def __call__(self) -> Quality:
-        """Compare."""
-        pairs = list(zip(self.dense, self._representations(), strict=True))
+    def __call__(self, gates: Mapping[str, Tensor] | None = None) -> Quality:
+        """Compare, under gates `[units]` by site where there are some."""
+        pairs = list(zip(self.dense, self._representations(gates), strict=True))
         cosines = torch.cat([torch.cosine_similarity(dense, now, dim=1) for dense, now in pairs])
         losses = [float(relational_kl(dense, now)) for dense, now in pairs]
         agreement = None
-        if self.answers is not None and (now := self._answers()) is not None:
+        if gates is None and self.answers is not None and (now := self._answers()) is not None:
             agreement = float((now == self.answers).float().mean())
         return Quality(float(cosines.mean()), statistics.fmean(losses), len(cosines), agreement)
 
-    def _representations(self) -> list[Tensor]:
+    def _representations(self, gates: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         with held(self.base), evaluation_mode(self.base), torch.inference_mode(False), torch.no_grad():
-            return [gated_representations(self.base, b, {}, self.is_pair).float().cpu() for b in self.batches]
+            return [gated_representations(self.base, b, gates or {}, self.is_pair).float().cpu() for b in self.batches]
 
     def _answers(self) -> Tensor | None:
         """Return the likeliest class of each text, or token, `[rows]`, None without a head that has learned classes."""

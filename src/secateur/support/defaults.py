@@ -13,6 +13,9 @@ CALIBRATION_TEXTS = 256
 TEACHING_TEXTS = 50_000
 """Texts that a command reads at most where they teach a smaller model."""
 
+PREVIEW_SHARES = (0.9, 0.75, 0.5, 0.33, 0.25)
+"""Of the multiply-accumulates, that a preview tells of."""
+
 COMPARISON_TEXTS = 96
 """Texts that a comparison scores for each task."""
 
