@@ -20,9 +20,11 @@ from secateur.models.inputs import example_inputs
 from secateur.removal.proof import hidden_states
 from secateur.removal.remove import remove_
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_units
 from secateur.units.masks import Mask
 from tests.support.pruned import assert_equal, pruned, pruned_classifier
 from tests.support.tiny import ADAPTED, CONFIGS, LAYERS, tiny_model, uneven_mask
+from tests.support.units import ragged_mask, small_model
 
 
 def saved(model, folder, auto=AutoModel):
@@ -132,13 +134,16 @@ def test_a_recipe_goes_with_the_last_site(tmp_path):
     assert getattr(model.config, "head_pruning", None) is None
 
 
-@pytest.mark.parametrize("change", ["shape", "bias", "head"])
+@pytest.mark.parametrize("change", ["shape", "width", "bias", "head"])
 def test_weights_that_do_not_fit_the_config_are_named(change, tmp_path):
     model = pruned_classifier()
     layer = model.bert.encoder.layer[1]
     if change == "shape":
         layer.intermediate.dense, layer.output.dense = nn.Linear(32, 5), nn.Linear(5, 32)
         refused(model, tmp_path / "one", r"intermediate.dense.weight has the shape \(5, 32\), and \(37, 32\) by the")
+    elif change == "width":
+        layer.intermediate.dense, layer.output.dense = nn.Linear(32, 64), nn.Linear(64, 32)
+        refused(model, tmp_path / "one", r"intermediate.dense.weight has the shape \(64, 32\), and \(37, 32\) by the")
     elif change == "bias":
         layer.extra = nn.Linear(2, 2)
         refused(model, tmp_path / "one", r"layer\.1\.extra\.weight is not in the config's layers")
@@ -147,6 +152,27 @@ def test_weights_that_do_not_fit_the_config_are_named(change, tmp_path):
         model.save_pretrained(tmp_path)
         again = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=9)
         assert torch.equal(model.classifier.weight, again.classifier.weight)
+
+
+def test_a_config_that_cannot_be_read_back_is_named(tmp_path):
+    model = small_model("qwen3")
+    remove_(model, ragged_mask(find_units(model, ["neurons"])))
+    model.config.layer_types = [*model.config.layer_types, "full_attention"]
+    refused(model, tmp_path / "one", "its config cannot be read back")
+
+
+def test_a_class_that_asks_for_more_than_a_config_is_saved_as_it_is(tmp_path):
+    class Named(BertModel):
+        def __init__(self, config, name):
+            super().__init__(config)
+            self.name = name
+
+    model = Named(CONFIGS["bert"](), "mine").eval()
+    remove_(model, uneven_mask(find_sites(model)))
+    model.save_pretrained(tmp_path)
+    again = Named.from_pretrained(tmp_path, "mine")
+    assert (again.name, again.config.head_pruning) == ("mine", model.config.head_pruning)
+    assert_equal(model, again)
 
 
 def test_a_model_without_its_pooler_is_saved(tmp_path):
