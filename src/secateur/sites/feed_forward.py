@@ -81,12 +81,6 @@ def num_channels(projection: Any) -> int:
     return projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.weight.shape[1]
 
 
-def widths(projection: Any) -> tuple[int, int]:
-    """Return how many channels a projection reads, and how many it writes."""
-    axis = 1 if isinstance(projection, Conv1D) else 0
-    return num_channels(projection), projection.weight.shape[axis]
-
-
 def read_slice(name: str, projection: nn.Module) -> Slice:
     """Return the columns with which the projection at path `name` reads its channels."""
     axis = 0 if isinstance(projection, Conv1D) else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from secateur.models.inputs import example_inputs
 from secateur.models.offload import check_loaded
 from secateur.models.state import evaluation_mode, gradients_for_all, held, in_float32, without_autocast
 from secateur.sites.attention import find_sites
-from secateur.sites.feed_forward import FeedForwardSite, is_projection, num_channels, widths
+from secateur.sites.feed_forward import FeedForwardSite, is_projection
 from secateur.sites.feed_forward_finder import FeedForwardFinder
 from secateur.sites.layers import LayerFinder, LayerSite
 from secateur.sites.layout import AttentionSite, Site
@@ -185,19 +184,11 @@ def _reason_against(base: PreTrainedModel, site: FeedForwardSite, inputs: Mappin
 
 
 def _is_adapters(base: PreTrainedModel, site: FeedForwardSite) -> bool:
-    """Does a projection beside the block, in the one module that holds both, read and write what the block does?
-
-    So LoRA lays two thin matrices around each weight that it adapts; what lies between them is a rank.
-    """
-    paths = {piece.parameter.rpartition(".")[0] for piece in site.slices}
-    levels = zip(*(path.split(".") for path in paths), strict=False)
-    shared = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
-    holder = base.get_submodule(".".join(shared))
-    within = {id(base.get_submodule(path)) for path in paths}
-    beside = [module for module in holder.children() if is_projection(module) and id(module) not in within]
-    writes = widths(base.get_submodule(site.output))[1]
-    writers = [module for path in paths if path != site.output and is_projection(module := base.get_submodule(path))]
-    return any(widths(module) == (num_channels(writer), writes) for module in beside for writer in writers)
+    """Does the block lie beside a weight that PEFT adapts, and keeps as `base_layer`? Its width is a rank then."""
+    parts = site.name.split(".")
+    holders = [base.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    pairs = zip(holders, parts, strict=True)
+    return any("base_layer" in holder._modules and name != "base_layer" for holder, name in pairs)
 
 
 def _outputs(base: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
