@@ -22,17 +22,18 @@ from benchmarks.runs import Run, minilm
 from scipy.stats import spearmanr
 
 from secateur.pruning import prune
-from secateur.settings import Reading
+from secateur.settings import Cut, Reading
 from secateur.texts.data import Task
 
 MOST_TEXTS, FROM_EACH, SCORED, OTHERS = 50_000, 8_000, 1_024, 10_000
 
+SAME_SHARE, BY_NEED = Cut(allocation="uniform"), Cut(allocation="sensitivity")
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
-    "uniform": {"allocation": "uniform", "restore": "distill"},
-    "layers": {"allocation": "uniform", "restore": "distill", "units": ["layers"], "scorer": "block_influence"},
-    "not restored": {"allocation": "sensitivity", "restore": "none"},
-    "reconstructed": {"allocation": "sensitivity", "restore": "reconstruct"},
+    "uniform": {"cut": SAME_SHARE, "restore": "distill"},
+    "layers": {"cut": SAME_SHARE, "restore": "distill", "units": ["layers"], "scorer": "block_influence"},
+    "not restored": {"cut": BY_NEED, "restore": "none"},
+    "reconstructed": {"cut": BY_NEED, "restore": "reconstruct"},
 }
 """What is handed to `prune` beside the budget."""
 

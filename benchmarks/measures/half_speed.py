@@ -25,14 +25,14 @@ from secateur.measuring.cost import forward_pass, measure_cost
 from secateur.measuring.timing import median_ratio, time_in_turn
 from secateur.models.inputs import example_inputs
 from secateur.pruning import prune
-from secateur.settings import Reading
+from secateur.settings import Cut, Reading
 from secateur.support.versions import environment
 
 SHAPES = ((1, 128), (8, 128))
 WAYS: dict[str, dict[str, Any]] = {
-    "uniform": {"scorer": "random", "allocation": "uniform"},
-    "by need": {"scorer": "contribution", "allocation": "sensitivity"},
-    "layers": {"scorer": "random", "allocation": "uniform", "units": ["layers"]},
+    "uniform": {"scorer": "random", "cut": Cut(allocation="uniform")},
+    "by need": {"scorer": "contribution", "cut": Cut(allocation="sensitivity")},
+    "layers": {"scorer": "random", "cut": Cut(allocation="uniform"), "units": ["layers"]},
 }
 
 

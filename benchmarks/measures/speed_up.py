@@ -19,7 +19,7 @@ from secateur.measuring.latency_table import measure_latency
 from secateur.measuring.timing import Clock, quartiles
 from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.loading import load_model
-from secateur.settings import Reading, Shape
+from secateur.settings import Cut, Reading, Shape
 from secateur.sites.attention import find_sites
 
 
@@ -54,7 +54,7 @@ def measure(run: Run, *, rounds: int, training_rounds: int, level_rounds: int, c
     models = {"dense": load_model(demo_model(), "cpu")}
     for allocation in ("uniform", "ranking"):
         models[f"half, allocation {allocation}"], _ = secateur.prune(
-            demo_model(), texts, 0.5, allocation=allocation, restore="none", reading=Reading(device="cpu")
+            demo_model(), texts, 0.5, cut=Cut(allocation=allocation), restore="none", reading=Reading(device="cpu")
         )
     result: dict[str, Any] = {"seed": 0, "load_average": [], "rows": [], "heads": []}
     for count, train in ((rounds, False), (training_rounds, True)):

@@ -19,7 +19,7 @@ from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights
 from secateur.pruning_plan import check_steps, recommended, without_held_out
 from secateur.scorers import DEFAULT_SCORER
-from secateur.scorers.score import AnyScorer, Labels, score
+from secateur.scorers.score import AnyScorer, Labels, check_options, score
 from secateur.settings import Budget, Cut, Reading, settings_of
 from secateur.support.defaults import PREVIEW_SHARES
 from secateur.texts.calibration import PreparedModel, texts_of
@@ -88,12 +88,10 @@ def preview(
     *,
     units: Collection[str] | None = None,
     scorer: AnyScorer = DEFAULT_SCORER,
-    floor: int = 1,
-    exclude: Sequence[str] = (),
-    plain: bool = False,
     labels: Labels | None = None,
     inputs: Sequence[Mapping[str, Tensor]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    cut: Cut | None = None,
     reading: Reading | None = None,
     **options: Any,
 ) -> Preview:
@@ -107,7 +105,10 @@ def preview(
         texts: calibration texts, 8 or more, in a list.
         budgets: of what counts all units, such as "macs=0.5", all of one quantity and shape. What cannot be reached is
             left out.
-        units: kinds of units that may go. None = heads and neurons, with `plain` layers too.
+        units: kinds of units that may go. None = those of `cut`, by default heads and neurons, and layers too where
+            it is plain.
+        cut: what else may go, as `prune` takes it, by allocation "sensitivity". `budgets` take the place of its ratio
+            and its budget, and no heads are exchanged.
 
     The other arguments are those of `prune`. Raises `InvalidInputError` for what `prune` refuses, for budgets of
     several quantities, and where none can be reached.
@@ -115,9 +116,15 @@ def preview(
     reading = settings_of(reading, Reading)
     texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
     asked = _of_one_quantity(budgets)
-    cut = Cut(0, "sensitivity", floor, replace(asked[0], limit=1.0), units, exclude=exclude, plain=plain)
-    check_steps(texts, cut, 0, "none", 1, reading)
-    restore = recommended(cut, None, None, texts)[1]
+    cut = settings_of(cut, Cut)
+    check_options(options)
+    if cut.allocation not in (None, "sensitivity"):
+        raise invalid("allocation", "be None or 'sensitivity' in a preview", cut.allocation)
+    within, kinds = replace(asked[0], limit=1.0), cut.units if units is None else units
+    cut = replace(cut, pruning_ratio=0, budget=within, units=kinds)
+    restore = recommended(cut, None, texts)[1]
+    cut = replace(cut, allocation="sensitivity")
+    check_steps(texts, cut, "none", 1, reading)
     texts, labels, _, reading = without_held_out(texts, labels, restore, reading)  # what `prune` scores, unasked
     there = load_model(model, reading.device) if isinstance(model, str | Path) else model
     prepared = PreparedModel(there, tokenizer, reading)

@@ -40,8 +40,8 @@ from secateur.restoring.keeping import smallest_keeping
 from secateur.restoring.quality import QualityJudge
 from secateur.restoring.reconstruction import FEWEST, reconstruct_
 from secateur.scorers import DEFAULT_SCORER
-from secateur.scorers.score import AnyScorer, Labels, criteria_of, score
-from secateur.settings import AnyAllocation, AnyBudget, Budget, Cut, Reading, Restore, settings_of
+from secateur.scorers.score import AnyScorer, Labels, check_options, criteria_of, score
+from secateur.settings import AnyBudget, Budget, Cut, Reading, Restore, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, mean_maps
 from secateur.sites.recipe import TRAINED, read_recipe
 from secateur.support.defaults import DISTILLATION_STEPS
@@ -61,21 +61,17 @@ _PROOF_TEXTS = 8
 def prune(
     model: str | Path | nn.Module,
     texts: Iterable[Text] | None = None,
-    pruning_ratio: float = 0.5,
+    pruning_ratio: float | None = None,
     *,
     budget: AnyBudget | None = None,
     units: Collection[str] | None = None,
     scorer: AnyScorer = DEFAULT_SCORER,
-    allocation: AnyAllocation | None = None,
-    floor: int = 1,
-    exclude: Sequence[str] = (),
-    plain: bool = False,
-    refine: int = 0,
     restore: Restore | None = None,
     steps: int = DISTILLATION_STEPS,
     labels: Labels | None = None,
     inputs: Sequence[Mapping[str, Tensor]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    cut: Cut | None = None,
     reading: Reading | None = None,
     **options: Any,
 ) -> tuple[Any, PruningReport]:
@@ -85,22 +81,14 @@ def prune(
         model: a folder, a Hub id, or a loaded model, which stays whole: a copy is pruned and returned. A
             SentenceTransformer is returned as one, its transformer pruned and its other modules as they were.
         texts: calibration texts, as `score` takes them; the proof runs on the first few.
-        pruning_ratio: fraction of the units that go, in [0, 1).
+        pruning_ratio: fraction of the units that go, in [0, 1). None = that of `cut`, by default a half.
         budget: how much of the model may remain, such as "macs=0.5", "latency=0.8x@8x128" or "heads=0.75,neurons=0.5"
             (see `budgets_of`); the smallest pruning ratio within it takes the place of `pruning_ratio`. Or how near the
             model stays to the dense one, "similarity=0.98": the least work with which the mean cosine of
             representations, on texts held out, is as high before distillation (`smallest_keeping`).
-        units: kinds of units that may go, of "heads", "neurons" and "layers". None = those that the budget names, heads
-            and neurons for a budget that counts all, layers too with `plain`, and heads for a ratio.
+        units: kinds of units that may go, of "heads", "neurons", "layers". None = those of `cut`, by default those that
+            the budget names, heads and neurons for one that counts all (if plain, layers too), heads for a ratio.
         scorer: the criterion, or one for each kind of unit, as `score` takes it, with `options` for its constructor.
-        allocation: the same share at every site ("uniform", the paper's), by one ranking of the whole model
-            ("ranking"), or by what each site alone changes at the end of the model ("sensitivity"). None =
-            "sensitivity" where neurons or layers may go within a budget that counts all, and "uniform" elsewhere.
-        floor: units that every site keeps at least.
-        exclude: patterns of the names of sites that stay whole, such as "encoder.layer.0.*", and so do their layers.
-        plain: whether the folder must load where secateur is not: all layers of a stack keep as many units, whose
-            number the config can say, and layers may go too (`PlainSelection`). The allocation is by sensitivity.
-        refine: exchanges of heads that `refine_mask` tries on the scored texts.
         restore: "reconstruct" refits what the kept units write on up to 1,024 of the texts scored, as `reconstruct_`
             does, "distill" also teaches the smaller model on all, as `distill_` does, and "none" does neither. None =
             "distill" where the allocation is by sensitivity by default, "none" where layers alone go or there are no
@@ -112,17 +100,20 @@ def prune(
             has a row for each example, and each step chooses among these, and reads them in batches of its own, as it
             does with texts; examples of unlike shapes share none.
         tokenizer: of the model; looked up by its name where absent.
+        cut: what else may go (see `Cut`): the allocation, the floor of a site, sites that stay whole, a plain folder,
+            exchanges of heads. `pruning_ratio`, `budget` and `units` take the place of its own where they are given.
         reading: how the texts are read, and on which device.
 
     Raises what the steps raise, before or after which `model` is what it was.
     """
     reading = settings_of(reading, Reading)
     texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
-    spread: AnyAllocation = "uniform" if allocation is None else allocation
-    cut = Cut(pruning_ratio, spread, floor, budget, units, exclude=exclude, plain=plain)
+    given: dict[str, Any] = {"pruning_ratio": pruning_ratio, "budget": budget, "units": units}
+    cut = replace(settings_of(cut, Cut), **{name: value for name, value in given.items() if value is not None})
+    check_options(options)
     is_asked = restore is not None
-    cut, restore, left_out = recommended(cut, allocation, restore, texts)
-    check_steps(texts, cut, refine, restore, steps, reading)
+    cut, restore, left_out = recommended(cut, restore, texts)
+    check_steps(texts, cut, restore, steps, reading)
     judged: Restore = "distill" if cut.similarity else restore
     texts, labels, held_out, reading = without_held_out(texts, labels, judged, reading)
     work = _Pruning(model, texts, tokenizer, cut, restore == "distill", reading)
@@ -130,12 +121,12 @@ def prune(
     work.hold_out(held_out)
     if reading.progress:
         criteria = criteria_of(scorer, work.cut.kinds, options)
-        plan = partial(planned, cut=work.cut, criteria=criteria, refine=refine, restore=restore, steps=steps)
+        plan = partial(planned, cut=work.cut, criteria=criteria, restore=restore, steps=steps)
         tell_duration(work.prepared, work.texts, reading, plan)
     scores = work.score(scorer, labels, options)
     mask = work.select(scores) if cut.similarity is None else work.search(scores, restore != "none")
-    if refine:
-        mask = work.refine(mask, refine)
+    if cut.refine:
+        mask = work.refine(mask, cut.refine)
     if restore != "none":
         work.reconstruct(mask, is_asked)
     work.remove(mask)

@@ -24,7 +24,7 @@ SCORED_TEXTS = 1024
 """Texts that are scored and fitted on at most, where all are read to distil."""
 
 
-def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> tuple[Cut, Restore, tuple[str, ...]]:
+def recommended(cut: Cut, restore: Any, texts: Any) -> tuple[Cut, Restore, tuple[str, ...]]:
     """Fill in what was not asked for, and leave out what there are too few texts for; say which in the last value.
 
     Heads and neurons that stay are refitted, and where a budget takes more than heads, need says where units go and the
@@ -32,6 +32,7 @@ def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> t
     """
     if restore not in (None, *get_args(Restore)):
         raise invalid("restore", "be 'none', 'reconstruct' or 'distill'", restore)
+    allocation = cut.allocation
     of_all = any(budget.quantity not in UNITS for budget in cut.budgets)
     deep = of_all and cut.kinds != ("heads",) and texts is not None
     measures = "`plain`" if cut.plain else "a budget of similarity" if cut.similarity else ""
@@ -39,8 +40,9 @@ def recommended(cut: Cut, allocation: str | None, restore: Any, texts: Any) -> t
         raise invalid("allocation", f"be 'sensitivity' with {measures}", allocation)
     is_unasked = deep and allocation is None and not measures
     left_out = [_lacking("allocated by sensitivity", texts, FEWEST_MEASURED) if is_unasked else ""]
-    if allocation is None and (measures or (deep and left_out == [""])):
-        cut = replace(cut, allocation="sensitivity")
+    if allocation is None:
+        needs = measures or (deep and left_out == [""])
+        cut = replace(cut, allocation="sensitivity" if needs else "uniform")
     if cut.allocation == "sensitivity" and not cut.budgets:
         limit = 1 - cut.pruning_ratio
         cut = replace(cut, budget=[Budget(kind, limit) for kind in cut.kinds])  # type: ignore[arg-type]
@@ -71,12 +73,11 @@ def too_few(what: str, texts: Sequence[Any], fewest: int) -> str:
     return f"not {what}: {len(texts)} {noun}, {fewest} are needed" if len(texts) < fewest else ""
 
 
-def check_steps(texts: Any, cut: Cut, refine: int, restore: Restore, steps: int, reading: Reading) -> None:
+def check_steps(texts: Any, cut: Cut, restore: Restore, steps: int, reading: Reading) -> None:
     """Raise `InvalidInputError` for steps that do not go together, before a model is loaded."""
-    check_whole("refine", refine, 0)
     check_whole("steps", steps)
     needed = {
-        "`refine` needs `texts` to judge masks by": bool(refine),
+        "`refine` needs `texts` to judge masks by": cut.refine > 0,
         "`restore` needs `texts` to fit on": restore != "none",
         "`allocation` 'sensitivity' needs `texts` to measure sites on": cut.allocation == "sensitivity",
     }
@@ -86,12 +87,12 @@ def check_steps(texts: Any, cut: Cut, refine: int, restore: Restore, steps: int,
     if cut.similarity is not None and len(texts) < HELD_OUT * RELATED:
         rule = f"be at least {HELD_OUT * RELATED} with a budget of similarity, as one of {HELD_OUT} judges"
         raise invalid(source_of(texts), rule, len(texts))
-    if refine and cut.kinds != ("heads",):
-        raise invalid("refine", f"be 0 where {', '.join(cut.kinds)} go, as it exchanges heads alone", refine)
+    if cut.refine and cut.kinds != ("heads",):
+        raise invalid("refine", f"be 0 where {', '.join(cut.kinds)} go, as it exchanges heads alone", cut.refine)
     for wanted in cut.budgets:
-        if refine and cut.allocation == "ranking" and wanted.quantity != "heads":
+        if cut.refine and cut.allocation == "ranking" and wanted.quantity != "heads":
             rule = f"be 0 with allocation 'ranking' and the budget {wanted}, which exchanges may exceed"
-            raise invalid("refine", rule, refine)
+            raise invalid("refine", rule, cut.refine)
         if wanted.quantity == "latency" and is_shared(reading.accelerator):
             raise invalid(
                 "budget", "be of another kind under a launcher, whose processes would time each other", wanted

@@ -136,7 +136,6 @@ def planned(
     *,
     cut: Cut,
     criteria: Mapping[str, Scorer],
-    refine: int,
     restore: Restore,
     steps: int,
 ) -> Plan:
@@ -149,7 +148,7 @@ def planned(
         scored=scored,
         passes=sum(passes_of(criterion, units) for criterion in criteria.values()),
         measured=min(len(texts), SENSITIVITY_TEXTS) if cut.allocation == "sensitivity" else 0,
-        refine=refine,
+        refine=cut.refine,
         fitted=min(scored, SCORED_TEXTS) if restore != "none" else 0,
         steps=steps if restore == "distill" else 0,
         batch_size=reading.batch_size,

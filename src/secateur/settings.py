@@ -72,10 +72,9 @@ class Reading:
         check_stop(self.stop)
         if self.device is not None:
             check_device(self.device)
-        check_flag("bf16", self.bf16)
         check_accelerator(self.accelerator)
-        check_flag("maps", self.maps)
-        check_flag("progress", self.progress)
+        for name in ("bf16", "maps", "progress"):
+            check_flag(name, getattr(self, name))
 
     def with_batches_of(self, batch_size: int) -> Reading:
         """Return the same reading in batches of another size."""
@@ -200,54 +199,55 @@ class Cut:
     Args:
         pruning_ratio: fraction of units to remove, in [0, 1).
         allocation: "uniform", the same share at every site, "ranking", by one ranking of the whole model, or
-            "sensitivity", by what each site alone changes at the end.
-        floor: units that every site keeps at least.
-        budget: what may remain of the model, as `budgets_of` takes it; the smallest pruning ratio within it takes the
-            place of `pruning_ratio`.
-        units: kinds of units that may go. None = those that the budget names, heads and neurons for a budget that
-            counts all, with `plain` layers too, and heads for a ratio.
-        multiple: neurons that stay at a site are a multiple of this.
-        exclude: patterns, as of file names, of sites that stay whole, such as `encoder.layer.0.*`, and so do the layers
-            that hold them.
-        plain: whether the config of what is left says all by its own numbers, by allocation "sensitivity".
+            "sensitivity", by what each site alone changes at the end. None = "uniform", but for `prune` "sensitivity"
+            with `plain` and where neurons or layers may go within a budget that counts all.
+        floor: units that every site keeps at least, from 0.
+        budget: what may remain of the model, as `budgets_of` takes it, each share in (0, 1]; the smallest pruning
+            ratio within it takes the place of `pruning_ratio`.
+        units: kinds of units that may go, of "heads", "neurons" and "layers". None = those that the budget names, heads
+            and neurons for a budget that counts all, with `plain` layers too, and heads for a ratio.
+        multiple: neurons that stay at a site are a multiple of this, from 1.
+        exclude: patterns, as of file names, of sites that stay whole with their layers, such as `encoder.layer.0.*`.
+        plain: whether the folder must load where secateur is not: all layers of a stack keep as many units, whose
+            number the config can say, and layers may go too. The allocation is by sensitivity.
+        refine: exchanges of heads that `prune` tries on the scored texts, as `refine_mask` does, from 0.
 
     Raises `InvalidInputError` for values outside their ranges.
     """
 
     pruning_ratio: float = PRUNING_RATIO
-    allocation: AnyAllocation = "uniform"
+    allocation: AnyAllocation | None = None
     floor: int = FLOOR
     budget: AnyBudget | None = None
     units: Collection[str] | None = None
     multiple: int = MULTIPLE
     exclude: Sequence[str] = ()
     plain: bool = False
+    refine: int = 0
 
     def __post_init__(self) -> None:
-        patterns = self.exclude
-        listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
-        if not listed or not all(isinstance(pattern, str) for pattern in patterns):
-            raise invalid("exclude", "be a list of patterns, such as ['encoder.layer.0.*']", patterns)
-        object.__setattr__(self, "exclude", tuple(patterns))
-        if self.allocation not in get_args(AnyAllocation):
+        listed = isinstance(self.exclude, Sequence) and not isinstance(self.exclude, str)
+        if not listed or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise invalid("exclude", "be a list of patterns, such as ['encoder.layer.0.*']", self.exclude)
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        if self.allocation not in (None, *get_args(AnyAllocation)):
             raise invalid("allocation", "be 'uniform', 'ranking' or 'sensitivity'", self.allocation)
         check_selection(self.pruning_ratio, self.ranked, self.floor)
         check_whole("multiple", self.multiple)
         check_flag("plain", self.plain)
+        check_whole("refine", self.refine, 0)
         if self.units is not None:
             check_units(self.units)
-        if self.budget is None:
-            return
-        budgets = budgets_of(self.budget)
-        object.__setattr__(self, "budget", budgets)
-        named = {one.quantity for one in budgets} & set(UNITS)
+        if self.budget is not None:
+            object.__setattr__(self, "budget", budgets_of(self.budget))
+        named = {one.quantity for one in self.budgets} & set(UNITS)
         if self.units is not None and not named <= set(self.units):
             raise invalid("units", f"hold what the budget names, {', '.join(sorted(named))}", self.units)
 
     @property
     def ranked(self) -> Allocation:
-        """The allocation where scores alone say what goes: the same share everywhere for allocation by sensitivity."""
-        return "uniform" if self.allocation == "sensitivity" else self.allocation
+        """The allocation where scores alone say what goes: the same share everywhere, but for one ranking."""
+        return "ranking" if self.allocation == "ranking" else "uniform"
 
     @property
     def budgets(self) -> tuple[Budget, ...]:

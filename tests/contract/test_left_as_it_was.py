@@ -18,7 +18,7 @@ from secateur.models.inputs import example_inputs
 from secateur.removal.proof import hidden_states, largest_difference
 from secateur.scorers import SCORERS, scorer_class
 from secateur.scorers.learned import GateLearningScorer
-from secateur.settings import Shape
+from secateur.settings import Cut, Shape
 from secateur.sites.attention_maps import mean_maps
 from secateur.sites.gating import count_heads, probe
 from tests.support.scoring import LABELS, condition, inputs_of, options
@@ -92,7 +92,7 @@ def gate(model, sites):
 
 
 def prune(model, sites):
-    secateur.prune(model, TEXTS, tokenizer=tiny_tokenizer(), reading=READING, restore="reconstruct", refine=1)
+    secateur.prune(model, TEXTS, tokenizer=tiny_tokenizer(), reading=READING, restore="reconstruct", cut=Cut(refine=1))
 
 
 CALLS = {

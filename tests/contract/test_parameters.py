@@ -22,10 +22,12 @@ FLAG = [1, "yes", None, ""]
 SEED = [-1, 2**32, 0.5, "0", None, True, ""]
 MASK = [None, 3, "", {}, {"a": torch.ones(2, dtype=torch.bool)}]
 MODEL = [None, 3, torch.nn.Linear(2, 2)]
-ALLOCATION = ["layer", "", None, 3, []]
+SPREAD = ["layer", "", 3, []]
+ALLOCATION = [*SPREAD, None]
 RANKED = [*ALLOCATION, "sensitivity"]  # needs texts, which `prune` alone has
 LEAST = [-1, 1.5, "1", None, True]
-RATIO = [-0.1, 1, float("nan"), "half", None, True, ""]
+GIVEN_RATIO = [-0.1, 1, float("nan"), "half", True, ""]
+RATIO = [*GIVEN_RATIO, None]
 TEXTS = [[], "", "a text", 3, [3], {"a": 1}]
 LISTED = TEXTS[:-1]  # these read anything that can be iterated over
 BUDGET = [3, "", {}, "half"]
@@ -37,7 +39,6 @@ INPUTS = [3, "", {}, {3: 1}]
 READY = [3, "", [], [{}], [3]]
 SETTINGS = [3, "", {}, {"batch_size": 4}]
 UNITS = [3, "", "heads", {}, [], ["words"]]
-PATTERNS = [3, "encoder.*", [3], ["nowhere.*"]]
 
 CALLS = {
     "find_sites": {"model": MODEL, "inputs": INPUTS},
@@ -62,16 +63,15 @@ CALLS = {
         "cut": SETTINGS, "reading": SETTINGS, "units": [None, *UNITS],
     },
     "prune": {
-        "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": RATIO, "scorer": ["best", "", None, 3],
-        "allocation": ["layer", "", 3, []], "floor": LEAST, "refine": LEAST, "restore": [True, "", "distil", 3],
-        "tokenizer": [3, "", object()], "labels": [3, ""], "budget": BUDGET, "reading": SETTINGS,
-        "units": UNITS, "exclude": PATTERNS, "steps": COUNT, "inputs": READY, "plain": FLAG,
+        "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": GIVEN_RATIO, "scorer": ["best", "", None, 3],
+        "restore": [True, "", "distil", 3], "tokenizer": [3, "", object()], "labels": [3, ""], "budget": BUDGET,
+        "reading": SETTINGS, "units": UNITS, "steps": COUNT, "inputs": READY, "cut": SETTINGS,
     },
     "preview": {
         "model": [*MODEL, ""], "texts": LISTED,
         "budgets": [*BUDGET, None, [], ["heads=0.5"], ["macs=0.5", "params=0.5"], ["similarity=0.9"]],
-        "scorer": ["best", "", None, 3], "floor": LEAST, "tokenizer": [3, "", object()], "labels": [3, ""],
-        "reading": SETTINGS, "units": UNITS, "exclude": PATTERNS, "plain": FLAG, "inputs": READY,
+        "scorer": ["best", "", None, 3], "tokenizer": [3, "", object()], "labels": [3, ""],
+        "reading": SETTINGS, "units": UNITS, "inputs": READY, "cut": SETTINGS,
     },
     "reconstruct_": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()],
@@ -92,8 +92,8 @@ CALLS = {
         "device": ["abacus", "", 3.5, []],
     },
     "Cut": {
-        "pruning_ratio": RATIO, "allocation": ALLOCATION, "floor": LEAST, "budget": [3, "", {}], "units": UNITS,
-        "multiple": COUNT, "exclude": [3, "encoder.*", [3]], "plain": FLAG,
+        "pruning_ratio": RATIO, "allocation": SPREAD, "floor": LEAST, "budget": [3, "", {}], "units": UNITS,
+        "multiple": COUNT, "exclude": [3, "encoder.*", [3]], "plain": FLAG, "refine": LEAST,
     },
     "Scores": {
         "values_by_site": [None, 3, "", {}, {3: [1.0]}, {"a": []}, {"a": "x"}, {"a": [float("nan")]}, {"a": [[1.0]]}],

@@ -244,9 +244,7 @@ def test_no_more_configs_are_tried_than_some(monkeypatch):
 
 def test_a_plain_folder_is_verified_by_what_its_config_has_for_the_record(tmp_path):
     tiny_model("bert").save_pretrained(tmp_path / "whole")
-    model, _ = secateur.prune(
-        tmp_path / "whole", scorer="random", units=["neurons", "layers"], pruning_ratio=0.4, allocation="uniform"
-    )
+    model, _ = secateur.prune(tmp_path / "whole", scorer="random", units=["neurons", "layers"], pruning_ratio=0.4)
     assert (model.config.num_hidden_layers, hasattr(model.config, "head_pruning")) == (2, False)
     model.save_pretrained(tmp_path / "small")
     found = verify_checkpoint(tmp_path / "small")

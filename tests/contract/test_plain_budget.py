@@ -1,4 +1,4 @@
-"""`plain=True`: the best cut within a budget whose folder loads where secateur is not installed."""
+"""`Cut(plain=True)`: the best cut within a budget whose folder loads where secateur is not installed."""
 
 import json
 import math
@@ -40,8 +40,9 @@ def scores_of(selection):
 def test_the_folder_loads_without_us(kind, tmp_path):
     model = small_model(kind)
     smaller, report = secateur.prune(
-        model, TEXTS, budget="macs=0.6", plain=True, tokenizer=tiny_tokenizer(), restore="none", reading=READING
-    )
+        model, TEXTS, budget="macs=0.6", cut=Cut(plain=True), tokenizer=tiny_tokenizer(), restore="none",
+        reading=READING,
+    )  # fmt: skip
     assert report.allocation == "sensitivity"
     assert report.budget[0].reached <= 0.6
     assert set(report.units) == set(ALL)
@@ -130,8 +131,9 @@ SAYS = "`budget` must be about units whose number the config of BertModel can"
 def test_what_no_config_says_is_refused(kind, given, message):
     with pytest.raises(InvalidInputError, match=message):
         secateur.prune(
-            small_model(kind), TEXTS, **given, plain=True, tokenizer=tiny_tokenizer(), restore="none", reading=READING
-        )
+            small_model(kind), TEXTS, cut=Cut(**given, plain=True), tokenizer=tiny_tokenizer(), restore="none",
+            reading=READING,
+        )  # fmt: skip
 
 
 def test_the_size_of_a_head_is_no_number_of_heads():
@@ -148,10 +150,11 @@ def test_the_size_of_a_head_is_no_number_of_heads():
 def test_a_model_that_has_a_recipe_already_is_refused_where_it_stays():
     model = small_model("bert")
     remove_(model, ragged_mask(find_units(model, ["heads"])))
+    cut = Cut(budget="layers=0.7", plain=True)
     with pytest.raises(
         UnsupportedModelError, match="the config of BertModel cannot say by its own numbers what is left"
     ):
-        secateur.prune(model, TEXTS, budget="layers=0.7", plain=True, tokenizer=tiny_tokenizer(), restore="none")
+        secateur.prune(model, TEXTS, cut=cut, tokenizer=tiny_tokenizer(), restore="none")
 
 
 def test_the_command(tmp_path, capsys):

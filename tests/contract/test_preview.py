@@ -10,7 +10,7 @@ from secateur.choosing.allocation import SensitivitySelection
 from secateur.cli import main
 from secateur.errors import InvalidInputError
 from secateur.measuring.latency_table import Kind, LatencyTable, Level
-from secateur.settings import Reading, Shape
+from secateur.settings import Cut, Reading, Shape
 from tests.support.tiny import tiny_texts, tiny_tokenizer
 from tests.support.units import small_model
 
@@ -34,7 +34,7 @@ def test_it_says_what_prune_leaves_and_measures_once(monkeypatch):
     assert [str(row.budget) for row in found.rows] == ["macs=0.8@1x128", "macs=0.5@1x128"]
     assert 0 < found.rows[0].change < found.rows[1].change
     assert found.num_texts == 16
-    _, report = secateur.prune(model, TEXTS, budget="macs=0.5", allocation="sensitivity", **GIVEN)
+    _, report = secateur.prune(model, TEXTS, budget="macs=0.5", cut=Cut(allocation="sensitivity"), **GIVEN)
     assert found.rows[1].mask == report.mask
     assert found.rows[1].macs == report.budget[0].reached
     assert found.rows[1].units == report.units
@@ -85,6 +85,18 @@ def test_latency_is_predicted_where_it_is_asked_for(monkeypatch):
 def test_budgets_that_do_not_go_together_are_refused(budgets, message):
     with pytest.raises(InvalidInputError, match=message):
         secateur.preview(small_model("wide bert"), TEXTS, budgets, **GIVEN)
+
+
+def test_a_cut_means_what_it_means_to_prune():
+    model, cut = small_model("wide bert"), Cut(0.9, budget="heads=0.1", floor=2, exclude=["encoder.layer.0.*"])
+    row = secateur.preview(model, TEXTS, ["macs=0.7"], cut=cut, **GIVEN).rows[0]
+    _, report = secateur.prune(model, TEXTS, budget="macs=0.7", cut=cut, **GIVEN)
+    may_go = {name: kept for name, kept in report.mask.kept.items() if not name.startswith("encoder.layer.0.")}
+    assert row.mask.kept == may_go
+    assert row.units == report.units
+    assert min(map(len, may_go.values())) == 2
+    with pytest.raises(InvalidInputError, match="`allocation` must be None or 'sensitivity' in a preview, got 'unif"):
+        secateur.preview(model, TEXTS, cut=Cut(allocation="uniform"), **GIVEN)
 
 
 @pytest.fixture

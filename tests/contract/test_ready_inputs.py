@@ -9,7 +9,7 @@ import secateur
 from secateur.errors import InvalidInputError
 from secateur.models.inputs import example_inputs
 from secateur.restoring.quality import QualityJudge
-from secateur.settings import Reading
+from secateur.settings import Cut, Reading
 from secateur.sites.finding import find_units
 from secateur.texts.calibration import PreparedModel
 from secateur.texts.examples import examples_of
@@ -86,7 +86,7 @@ def test_half_of_a_vision_model_still_tells_digits_apart():
     assert report.distillation[1] < report.distillation[0]
     assert report.quality.num_texts == 20
     assert report.quality.cosine > 0.8
-    bare, _ = secateur.prune(model, **given, allocation="uniform", restore="none", scorer="random")
+    bare, _ = secateur.prune(model, **given, cut=Cut(allocation="uniform"), restore="none", scorer="random")
     found = [accuracy(one, pixels, labels) for one in (model, smaller, bare)]
     assert found[0] > 0.9
     assert found[1] > found[0] - 0.15 > found[2] + 0.1
@@ -107,7 +107,8 @@ def test_every_step_reads_sounds():
 def test_tokens_do_what_their_texts_do():
     """Batches of token ids, of other sizes than a step's own, are the same texts to every step."""
     model, texts, ready = tiny_model("bert"), {"texts": TEXTS, "tokenizer": tiny_tokenizer()}, tokens_of(TEXTS)
-    given = {"budget": "macs=0.7", "allocation": "sensitivity", "restore": "reconstruct", "reading": READING}
+    cut = Cut(budget="macs=0.7", allocation="sensitivity")
+    given = {"cut": cut, "restore": "reconstruct", "reading": READING}
     report, found = (secateur.prune(model, **read, **given)[1] for read in (texts, {"inputs": ready}))
     assert found.mask == report.mask
     assert found.num_texts == report.num_texts == 40
@@ -162,7 +163,7 @@ def test_labels_go_with_their_examples():
 def test_switches_and_what_a_model_does_not_take_come_along():
     model, extra = tiny_model("bert"), {"return_dict": True, "labels": None}
     ready = [{**extra, **batch, "weights": torch.ones(len(batch["input_ids"]))} for batch in tokens_of(TEXTS)]
-    _, report = secateur.prune(model, inputs=ready, refine=2, restore="reconstruct", reading=READING)
+    _, report = secateur.prune(model, inputs=ready, cut=Cut(refine=2), restore="reconstruct", reading=READING)
     assert len(report.refinement) == 3
     assert report.num_texts == 40
 
@@ -208,7 +209,7 @@ def test_what_does_not_go_with_ready_inputs_is_refused_by_name():
     with pytest.raises(InvalidInputError, match="`inputs` must be at least 21, as every tenth judges, got 12"):
         secateur.distill_(model, tiny_model("vit"), inputs=ready)
     with pytest.raises(InvalidInputError, match="`inputs` must be at least 8 with allocation 'sensitivity', got 4"):
-        secateur.prune(model, inputs=[example_inputs(model, batch=4)], allocation="sensitivity")
+        secateur.prune(model, inputs=[example_inputs(model, batch=4)], cut=Cut(allocation="sensitivity"))
     with pytest.raises(InvalidInputError, match="`inputs` hold no texts to fine-tune a classification head on"):
         secateur.prune(model, inputs=ready, scorer="taylor", labels=[0, 1] * 6)
     with pytest.raises(InvalidInputError, match="ViTModel takes `pixel_values` and no texts; give `inputs`"):

@@ -82,7 +82,7 @@ def test_a_try_is_judged_refitted_and_leaves_the_model_as_it_was():
     ("texts", "given", "message"),
     [
         (TEXTS[:29], {}, "`texts` must be at least 30 with a budget of similarity"),
-        (TEXTS, {"allocation": "uniform"}, "`allocation` must be 'sensitivity' with a budget of similarity"),
+        (TEXTS, {"cut": Cut(allocation="uniform")}, "`allocation` must be 'sensitivity' with a budget of similarity"),
         (TEXTS, {"budget": "similarity=0.9,heads=0.5"}, "`budget` must name nothing else beside similarity"),
     ],
 )

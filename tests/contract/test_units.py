@@ -134,7 +134,7 @@ def test_each_kind_keeps_within_its_budget():
 @pytest.mark.parametrize("budget", ["macs=0.6@2x16", "params=0.7", "macs=0.5@2x16,heads=0.5"])
 def test_what_a_budget_of_several_kinds_expects_is_what_is_measured(budget, allocation):
     model = small_model("wide bert")
-    smaller, report = secateur.prune(model, scorer="magnitude", budget=budget, allocation=allocation)
+    smaller, report = secateur.prune(model, scorer="magnitude", budget=budget, cut=Cut(allocation=allocation))
     for outcome in report.budget:
         assert outcome.reached == outcome.expected <= outcome.budget.limit + 1e-9
     assert (report.after.parameters, report.after.heads) == (
@@ -155,14 +155,15 @@ def test_layers_go_as_a_budget_says():
 def test_excluded_sites_stay_whole():
     model = small_model("wide bert")
     smaller, report = secateur.prune(
-        model, scorer="random", budget="heads=0.7,neurons=0.84", exclude=["encoder.layer.0.*", "*.2.output.dense"]
-    )
+        model, scorer="random", budget="heads=0.7,neurons=0.84",
+        cut=Cut(exclude=["encoder.layer.0.*", "*.2.output.dense"]),
+    )  # fmt: skip
     assert [layer.output.dense.in_features for layer in smaller.encoder.layer] == [256, 128, 256]
     assert [layer.attention.self.num_attention_heads for layer in smaller.encoder.layer] == [4, 2, 2]
     with pytest.raises(InvalidInputError, match=r"`exclude` must .*each pattern match one.*'nowhere\.\*'"):
-        secateur.prune(model, scorer="random", exclude=["encoder.layer.0.*", "nowhere.*"])
-    some = {"scorer": "random", "units": ["heads", "layers"], "exclude": ["encoder.layer.0.*"]}
-    smaller, _ = secateur.prune(model, **some | {"exclude": ["encoder.layer.0.*", "encoder.layer"]})
+        secateur.prune(model, scorer="random", cut=Cut(exclude=["encoder.layer.0.*", "nowhere.*"]))
+    cut = Cut(exclude=["encoder.layer.0.*", "encoder.layer"])
+    smaller, _ = secateur.prune(model, scorer="random", units=["heads", "layers"], cut=cut)
     assert len(smaller.encoder.layer) == len(model.encoder.layer)
     assert report.units["neurons"] == (768, 640)
 
@@ -170,7 +171,8 @@ def test_excluded_sites_stay_whole():
 def test_a_layer_that_holds_an_excluded_site_stays():
     model = small_model("bert")
     spared = model.encoder.layer[1].attention.self.query.weight
-    given = {"scorer": "random", "units": ["heads", "layers"], "exclude": ["encoder.layer.1.attention.*"]}
+    cut = Cut(units=["heads", "layers"], exclude=["encoder.layer.1.attention.*"])
+    given = {"scorer": "random", "cut": cut}
     for wanted in ({"pruning_ratio": 0.67}, {"budget": "layers=0.4,heads=0.9"}, {"budget": "macs=0.4"}):
         smaller, report = secateur.prune(model, **given, **wanted)
         assert report.mask["encoder.layer"].tolist() == [False, True, False]
@@ -227,7 +229,7 @@ def test_a_report_says_that_layers_which_went_kept_nothing():
         scorer="random",
         pruning_ratio=0.4,
         units=["heads", "neurons", "layers"],
-        allocation="ranking",
+        cut=Cut(allocation="ranking"),
     )
     data = report.to_json()
     (stays,) = data["kept_layers"].values()
@@ -243,7 +245,7 @@ def test_a_report_says_that_layers_which_went_kept_nothing():
 
 def test_refinement_exchanges_heads_alone():
     with pytest.raises(InvalidInputError, match="`refine` must be 0 where heads, neurons go, as it exchanges heads"):
-        secateur.prune(tiny_model("bert"), ["a", "b"], refine=2, budget="macs=0.9")
+        secateur.prune(tiny_model("bert"), ["a", "b"], budget="macs=0.9", cut=Cut(refine=2))
 
 
 def test_a_budget_out_of_reach_says_what_all_kinds_reach():

@@ -15,7 +15,7 @@ from secateur.meta_training.subjects import Subject
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import is_offloaded
 from secateur.scorers import SCORERS
-from secateur.settings import Reading
+from secateur.settings import Cut, Reading
 from secateur.sites.attention import find_sites
 from tests.support.joint import SMALL, TASKS
 from tests.support.scoring import LABELS, condition, inputs_of, model_for, options
@@ -74,13 +74,21 @@ def test_gates_and_removal_agree(kind):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"refine": 4}, {"reconstruct": True}, {"bf16": True}, {"stop": "auto"}, {"allocation": "ranking"}]
+    ("options", "settings"),
+    [
+        ({}, {}),
+        ({"cut": Cut(refine=4)}, {}),
+        ({"restore": "reconstruct"}, {}),
+        ({}, {"bf16": True}),
+        ({}, {"stop": "auto"}),
+        ({"cut": Cut(allocation="ranking")}, {}),
+    ],
 )
-def test_a_model_is_pruned_and_proved_where_it_lies(options):
+def test_a_model_is_pruned_and_proved_where_it_lies(options, settings):
     model, texts = tiny_model("bert").to("cuda"), tiny_texts(24)
     before = left(model)
     smaller, report = secateur.prune(
-        model, texts, 0.5, tokenizer=tiny_tokenizer(), reading=Reading(max_length=16), **options
+        model, texts, 0.5, tokenizer=tiny_tokenizer(), reading=Reading(max_length=16, **settings), **options
     )
     assert left(model) == before
     assert report.max_difference <= report.tolerance

@@ -56,8 +56,9 @@ def results(accelerator: Any, folder: Path) -> dict[str, Any]:
     scores["stream"] = secateur.score(model, iter(more), tokenizer=tokenizer, reading=replace(reading, stop=61))
     found = {name: row.to_json() for name, row in scores.items()}
     smaller, report = secateur.prune(
-        model, texts, refine=4, restore="reconstruct", tokenizer=tokenizer, reading=replace(reading, maps=True)
-    )
+        model, texts, cut=Cut(refine=4), restore="reconstruct", tokenizer=tokenizer,
+        reading=replace(reading, maps=True),
+    )  # fmt: skip
     found["prune"] = {"mask": report.mask.kept, "losses": report.refinement, "texts": report.num_texts}
     found["reconstruction"] = {
         "losses": report.reconstruction,

@@ -211,8 +211,8 @@ def test_the_budget_is_met_monotone_and_not_overdone(shapes, one, other, allocat
 )
 def test_pruning_keeps_within_the_budget(kind, allocation, budget):
     model = tiny_model(kind)
-    heads = {"units": ("heads",), "allocation": allocation}
-    smaller, report = secateur.prune(model, scorer="magnitude", budget=budget, **heads)
+    cut = Cut(budget=budget, units=("heads",), allocation=allocation)
+    smaller, report = secateur.prune(model, scorer="magnitude", cut=cut)
     (outcome,) = report.budget
     assert outcome.reached == outcome.expected <= outcome.budget.limit
     if outcome.budget.quantity == "heads":
@@ -220,7 +220,7 @@ def test_pruning_keeps_within_the_budget(kind, allocation, budget):
     mask = secateur.allocate(model, report.scores, budget=budget, allocation=allocation)
     assert mask.kept == report.mask.kept
     # One head more would have been too many: the mask of the next smaller ratio exceeds the budget.
-    within = BudgetedSelection(model, Cut(budget=budget, **heads))
+    within = BudgetedSelection(model, cut)
     step = 1e-6 if allocation == "uniform" else 1 / report.before.heads
     before = select(report.scores, report.requested_ratio - step, allocation)
     assert within.outcomes(before, model)[0].expected > outcome.budget.limit
@@ -231,7 +231,7 @@ def test_a_budget_for_a_model_that_lost_heads_counts_from_what_is_there():
     model = tiny_model("bert")
     remove_(model, uneven_mask(find_sites(model)))
     heads = measure_cost(model).heads
-    _, report = secateur.prune(model, scorer="magnitude", budget="heads=0.5", allocation="ranking")
+    _, report = secateur.prune(model, scorer="magnitude", budget="heads=0.5", cut=Cut(allocation="ranking"))
     assert report.before.heads == heads
     assert report.after.heads == heads // 2
 
@@ -241,7 +241,7 @@ def test_a_model_without_heads_is_refused(arguments):
     model = tiny_model("bert")
     remove_(model, Mask({name: torch.zeros(4, dtype=torch.bool) for name in find_sites(model)}))
     with pytest.raises(UnsupportedModelError, match="BertModel has no attention heads left to remove; prune the model"):
-        secateur.prune(model, scorer="magnitude", **arguments)
+        secateur.prune(model, scorer="magnitude", cut=Cut(**arguments))
     scores = secateur.score(model, scorer="magnitude")
     with pytest.raises(UnsupportedModelError, match="no attention heads left"):
         secateur.allocate(model, scores, budget="macs=0.9", allocation=arguments.get("allocation", "uniform"))
@@ -258,9 +258,9 @@ def test_a_budget_that_heads_cannot_reach_is_refused_before_scoring(monkeypatch)
 
 
 def test_refining_between_sites_could_exceed_a_budget():
-    given = {"budget": "macs=0.9", "allocation": "ranking", "refine": 2, "tokenizer": tiny_tokenizer()}
+    cut = Cut(budget="macs=0.9", allocation="ranking", refine=2, units=("heads",))
     with pytest.raises(InvalidInputError, match="`refine` must be 0 with allocation 'ranking' and the budget macs="):
-        secateur.prune(tiny_model("bert"), tiny_texts(4), units=("heads",), **given)
+        secateur.prune(tiny_model("bert"), tiny_texts(4), tokenizer=tiny_tokenizer(), cut=cut)
 
 
 def kind_of(*levels):

@@ -11,8 +11,7 @@ TEXTS = [str(number) for number in range(60)]
 
 
 def plan(budget=None, units=None, allocation=None, restore=None, texts=TEXTS):
-    cut = Cut(0.25, "uniform" if allocation is None else allocation, budget=budget, units=units)
-    return recommended(cut, allocation, restore, texts)
+    return recommended(Cut(0.25, allocation, budget=budget, units=units), restore, texts)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +83,11 @@ def test_a_ratio_is_a_budget_for_each_kind_where_units_go_by_need():
     [("uniform", "distill", 0, "restore"), ("sensitivity", "none", 0, "allocation"), ("uniform", "none", 1, "refine")],
 )
 def test_steps_that_read_texts_again_need_a_list(allocation, restore, refine, needs):
-    cut = Cut(0.5, allocation, budget="heads=0.5")
+    cut = Cut(0.5, allocation, budget="heads=0.5", refine=refine)
     for texts in (None, iter(TEXTS)):
         with pytest.raises(InvalidInputError, match=f"^`{needs}`.* needs `texts` .*, in a list"):
-            check_steps(texts, cut, refine, restore, 1, Reading())
-    check_steps(TEXTS, cut, refine, restore, 1, Reading())
+            check_steps(texts, cut, restore, 1, Reading())
+    check_steps(TEXTS, cut, restore, 1, Reading())
 
 
 def held_out_of(texts, labels=None, seed=3, restore="distill", stop="all"):

@@ -77,10 +77,10 @@ def test_what_a_pruning_will_do_is_planned():
     criteria = {"heads": make_scorer("matching"), "neurons": make_scorer("contribution")}
     cut = Cut(0.5, "sensitivity", budget="macs=0.6")
     given = {"criteria": criteria, "steps": 7}
-    plan = planned(prepared, TEXTS, READING, cut=cut, refine=0, restore="distill", **given)
+    plan = planned(prepared, TEXTS, READING, cut=cut, restore="distill", **given)
     assert plan == Plan(30, 2, 30, 0, 30, 7, 8, [32, 32, 32, 37, 37, 37], 0.6)
     assert widths_of(prepared.base, prepared.layers) == []
-    plan = planned(prepared, TEXTS, Reading(stop=9), cut=Cut(0.25), refine=2, restore="none", **given)
+    plan = planned(prepared, TEXTS, Reading(stop=9), cut=Cut(0.25, refine=2), restore="none", **given)
     assert (plan.scored, plan.measured, plan.refine, plan.fitted, plan.steps, plan.kept) == (9, 0, 2, 0, 0, 0.75)
 
 

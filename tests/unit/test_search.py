@@ -12,6 +12,7 @@ from secateur.models.inputs import forward_arguments
 from secateur.relations import gated_representations, relational_kl
 from secateur.removal.remove import gated, remove_
 from secateur.scorers.score import score
+from secateur.settings import Cut
 from secateur.sites.attention import find_sites
 from secateur.units.masks import Mask
 from tests.support.joint import batches_of
@@ -229,11 +230,11 @@ def test_refining_a_pruned_model_never_brings_a_head_back():
 
 def test_prune_refines_and_reports_it():
     model, tokenizer, texts = tiny_model("bert"), tiny_tokenizer(), tiny_texts(12)
-    pruned, report = secateur.prune(model, texts, 0.5, scorer="random", tokenizer=tokenizer, refine=10)
+    pruned, report = secateur.prune(model, texts, 0.5, scorer="random", tokenizer=tokenizer, cut=Cut(refine=10))
     assert len(report.refinement) == 11
     assert report.to_json()["refinement"][0] >= min(report.refinement)
     assert pruned.config.head_pruning["kept_heads"] == report.mask.kept
     with pytest.raises(InvalidInputError, match="`refine` needs `texts`"):
-        secateur.prune(model, scorer="magnitude", refine=5)
+        secateur.prune(model, scorer="magnitude", cut=Cut(refine=5))
     with pytest.raises(InvalidInputError, match="`steps` must be a whole number"):
         refine_mask(model, report.mask, texts, tokenizer, steps=-1)

@@ -1,14 +1,19 @@
 """Settings are checked where they are made, and one pruning looks at its model and its texts once."""
 
+import inspect
+import re
+
 import pytest
 
 import secateur
 from secateur.errors import InvalidInputError
 from secateur.models.inputs import example_inputs
+from secateur.scorers import make_scorer
 from secateur.settings import Budget, Cut, Reading, Shape, settings_of
 from secateur.sites import attention, finding
 from secateur.texts import calibration
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
+from tests.support.units import small_model
 
 
 @pytest.mark.parametrize(
@@ -34,8 +39,9 @@ def test_a_reading_names_what_it_refuses(field, values):
     ("field", "values"),
     {
         "pruning_ratio": (1, -0.1, True, "half", None),
-        "allocation": ("site", "", None, []),
+        "allocation": ("site", "", 3, []),
         "floor": (-1, 1.5, True, None),
+        "refine": (-1, 1.5, True, None),
     }.items(),
 )
 def test_a_cut_names_what_it_refuses(field, values):
@@ -74,6 +80,52 @@ def test_a_setting_among_the_scorers_options_is_told_where_it_belongs(option, wh
         secateur.score(tiny_model("bert"), tiny_texts(4), "contribution", tiny_tokenizer(), **{option: 8})
 
 
+@pytest.mark.parametrize("call", [secateur.prune, secateur.preview])
+@pytest.mark.parametrize("scorer", ["random", make_scorer("random"), {"heads": "random"}])
+@pytest.mark.parametrize("field", ["allocation", "floor", "exclude", "plain", "refine"])
+def test_a_field_of_a_cut_is_not_taken_for_a_scorers_option(call, scorer, field):
+    remedy = re.escape(f"`{field}` belongs into `cut`: cut=secateur.Cut({field}=…)")
+    with pytest.raises(InvalidInputError, match=remedy):
+        call("no such folder", tiny_texts(8), scorer=scorer, **{field: 1})
+
+
+def test_a_call_can_be_read():
+    for call in (secateur.prune, secateur.preview):
+        model, *keywords, options = inspect.signature(call).parameters.values()
+        assert (model.name, options.kind) == ("model", inspect.Parameter.VAR_KEYWORD)
+        assert len(keywords) <= 12, call
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({}, {"heads": (12, 9)}),
+        ({"pruning_ratio": 0.5}, {"heads": (12, 6)}),
+        ({"pruning_ratio": 0}, {"heads": (12, 12)}),
+        ({"units": ["layers"]}, {"layers": (3, 3)}),
+        ({"budget": "layers=0.7"}, {"layers": (3, 2)}),
+    ],
+)
+def test_keywords_take_the_place_of_fields_of_the_cut(given, left):
+    _, report = secateur.prune(small_model("wide bert"), scorer="random", cut=Cut(0.25), **given)
+    assert report.units == left
+    assert report.allocation == "uniform"
+
+
+def test_a_cut_alone_says_what_goes():
+    cut = Cut(budget="heads=0.5", allocation="ranking", floor=0)
+    _, report = secateur.prune(small_model("wide bert"), scorer="magnitude", cut=cut)
+    _, asked = secateur.prune(
+        small_model("wide bert"), scorer="magnitude", budget="heads=0.5", cut=Cut(0.9, "ranking", 0)
+    )
+    assert report.mask == asked.mask
+    assert (report.allocation, str(report.budget[0].budget)) == ("ranking", "heads=0.5")
+
+
+def test_an_allocation_that_nobody_asked_for_is_the_same_share_everywhere():
+    assert (Cut().allocation, Cut().ranked) == (None, "uniform")
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_one_pruning_finds_sites_once_and_tokenises_each_text_once(monkeypatch, streamed):
     texts = list(dict.fromkeys(tiny_texts(48)))[:40]
@@ -91,7 +143,7 @@ def test_one_pruning_finds_sites_once_and_tokenises_each_text_once(monkeypatch, 
     for module in (calibration, finding):
         monkeypatch.setattr(module, "find_sites", find_sites)
     monkeypatch.setattr(calibration, "tokenize", tokenize)
-    steps = {} if streamed else {"refine": 2, "restore": "reconstruct"}
+    steps = {} if streamed else {"cut": Cut(refine=2), "restore": "reconstruct"}
     reading = Reading(batch_size=8, maps=True)
     secateur.prune(
         tiny_model("bert"), iter(texts) if streamed else texts, budget="heads=0.5", tokenizer=tiny_tokenizer(),

@@ -20,7 +20,7 @@ import torch
 import secateur
 from secateur import cli
 from secateur.errors import InvalidInputError
-from secateur.settings import Reading
+from secateur.settings import Cut, Reading
 from secateur.texts.data import load_task
 from secateur.texts.streams import shuffled, stream_texts
 from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
@@ -92,7 +92,7 @@ def test_pruning_with_a_generator():
     assert streamed.num_texts == 40
     assert streamed.attention_maps.to_json() == listed.attention_maps.to_json()
     with pytest.raises(InvalidInputError, match="in a list"):
-        secateur.prune(model, iter(texts), tokenizer=tokenizer, refine=1)
+        secateur.prune(model, iter(texts), tokenizer=tokenizer, cut=Cut(refine=1))
 
 
 @pytest.mark.parametrize("texts", [iter([]), iter(["good", ("good", "bad")]), iter(["good", 5]), 7])

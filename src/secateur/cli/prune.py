@@ -28,6 +28,7 @@ from secateur.support.run_files import PAGE
 
 if TYPE_CHECKING:
     from secateur.pruning_report import PruningReport
+    from secateur.settings import Cut
     from secateur.texts.tokenization import Text
 
 cutting_options = together(
@@ -113,9 +114,8 @@ def _dry_run(model: str, data: str, as_json: bool, options: Mapping[str, Any]) -
     is_main = accelerator.is_main_process
     found = preview(
         model, texts, [*asked, *(replace(like, limit=share) for share in PREVIEW_SHARES)], labels=labels,
-        scorer=scorer_of(options), tokenizer=load_tokenizer(model),
+        scorer=scorer_of(options), tokenizer=load_tokenizer(model), cut=_cut(options),
         reading=reading_of(options, device=str(device), accelerator=accelerator, progress=is_main),
-        **{name: options[name] for name in ("units", "floor", "exclude", "plain")},
     )  # fmt: skip
     if not ends_as_main(accelerator):
         return
@@ -139,7 +139,10 @@ def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bo
     is_main = accelerator.is_main_process
     if is_main:
         check_new_folder(out)
-    cut = _cut(context, options)
+    has_ratio = context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT
+    if options["budget"] is not None and has_ratio:
+        raise click.UsageError("`ratio` must be left out where there is a `--budget`")
+    cut = _cut(options)
     scorer = scorer_of(options)
     texts, labels = calibration_of(data, options, teaches=_teaches(options))
     tokenizer = load_tokenizer(model)
@@ -147,8 +150,9 @@ def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bo
     # Of the processes that a launcher started, the first one holds the folder and saves.
     with new_folder(out) if is_main else nullcontext(out) as folder:
         pruned, report = prune_model(
-            model, texts, **cut, scorer=scorer, labels=labels, tokenizer=tokenizer, reading=reading
-        )
+            model, texts, scorer=scorer, restore=options["restore"], steps=options["steps"], labels=labels,
+            tokenizer=tokenizer, cut=cut, reading=reading,
+        )  # fmt: skip
         if not ends_as_main(accelerator):
             return
         report = replace(report, command=command_line())
@@ -167,19 +171,16 @@ def _teaches(options: Mapping[str, Any]) -> bool:
     """Will the smaller model be taught, by what was asked for or unasked?"""
     from secateur.pruning_plan import recommended
     from secateur.restoring.distillation import FEWEST
+
+    return recommended(_cut(options), options["restore"], range(FEWEST))[1] == "distill"
+
+
+def _cut(options: Mapping[str, Any]) -> Cut:
+    """Return what may go."""
     from secateur.settings import Cut
 
-    cut = Cut(budget=options["budget"], units=options["units"], plain=options["plain"])
-    return recommended(cut, options["allocation"], options["restore"], range(FEWEST))[1] == "distill"
-
-
-def _cut(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what goes and how far quality is restored, by the names of `secateur.prune`."""
-    budget = options["budget"]
-    if budget is not None and context.get_parameter_source("ratio") is not click.core.ParameterSource.DEFAULT:
-        raise click.UsageError("`ratio` must be left out where there is a `--budget`")
-    names = ("allocation", "floor", "units", "exclude", "plain", "refine", "restore", "steps")
-    return {"pruning_ratio": options["ratio"], "budget": budget, **{name: options[name] for name in names}}
+    names = ("allocation", "floor", "budget", "units", "exclude", "plain", "refine")
+    return Cut(options["ratio"], **{name: options[name] for name in names})
 
 
 def _echo(report: PruningReport, texts: Iterable[Text], out: Path) -> None:

@@ -152,6 +152,7 @@ def criteria_of(scorer: AnyScorer, units: Collection[str], options: Mapping[str,
     Raises `InvalidInputError` for a criterion that scores none of the kinds, and for options that are not one's alone.
     """
     check_units(units)
+    check_options(options)
     named = scorer if isinstance(scorer, Mapping) else {}
     for kind in named:
         if kind not in units:
@@ -175,14 +176,18 @@ def criteria_of(scorer: AnyScorer, units: Collection[str], options: Mapping[str,
     }
 
 
-def scorer_of(scorer: str | Scorer, options: Mapping[str, Any]) -> Scorer:
-    """Return a scorer as it is, or make the one registered under a name. Raises `TypeError` for anything else."""
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `InvalidInputError` for what is no option of a scorer, but a field of a `Reading` or a `Cut`."""
     for kind in (Reading, Cut):
         if meant := sorted({one.name for one in fields(kind)} & set(options)):
             parameter = kind.__name__.lower()
             raise InvalidInputError(
                 f"`{meant[0]}` belongs into `{parameter}`: {parameter}=secateur.{kind.__name__}({meant[0]}=…)"
             )
+
+
+def scorer_of(scorer: str | Scorer, options: Mapping[str, Any]) -> Scorer:
+    """Return a scorer as it is, or make the one registered under a name. Raises `TypeError` for anything else."""
     criterion = make_scorer(scorer, **options) if isinstance(scorer, str) else scorer
     if not isinstance(criterion, Scorer):
         raise TypeError(f"`scorer` must be a registered name or a Scorer, got {type(scorer).__name__}")
