@@ -84,6 +84,17 @@ def test_negative_scores_do_not_make_a_grouped_site_smaller():
     assert select(scores, 0.625).kept == {"a": [0, 1, 2]}
 
 
+def test_one_head_of_every_group_is_a_shape():
+    scores = Scores({"a": torch.tensor([1.0, 0, 1, 0])}, {"a": 2})
+    assert select(scores, 0.5).kept == {"a": [0, 2]}
+
+
+def test_a_shape_needs_as_many_heads_as_a_group_has():
+    # Of four heads in two groups three would stay: no equal groups have three, so all four do.
+    scores = Scores({"a": torch.tensor([9.0, 8, 7, 6])}, {"a": 2})
+    assert select(scores, 0.25).kept == {"a": [0, 1, 2, 3]}
+
+
 def test_grouped_heads_go_as_groups_globally():
     scores = Scores({"a": torch.tensor([9.0, 0, 4, 4]), "b": torch.tensor([1.0, 1, 8, 8])}, {"a": 2, "b": 2})
     assert select(scores, 0.5, "ranking").kept == {"a": [0, 1], "b": [2, 3]}
@@ -227,6 +238,12 @@ def test_neurons_stay_in_multiples():
     assert mask.kept["a"] == sorted(scores["a"].topk(64).indices.tolist())
     assert {name: int(row.sum()) for name, row in select(scores, 0.5, multiple=1).items()} == {"a": 50, "b": 10, "c": 4}
     assert int(select(scores, 0.5, multiple=8)["a"].sum()) == 56
+
+
+def test_neurons_that_went_before_fill_no_multiple():
+    gone = -math.inf
+    scores = Scores({"a": torch.tensor([gone, 3, gone, 1, gone, 2, gone, gone])}, kinds={"a": "neurons"})
+    assert select(scores, 0.4, multiple=8).kept == {"a": [1, 3, 5]}
 
 
 def test_a_multiple_that_is_none_is_refused_and_heads_have_none():
