@@ -113,6 +113,7 @@ MODULES = {
     ],
     "sites/recipe.py": [
         "contract/test_recipe.py::test_sites_that_are_alike_share_a_layout_and_others_do_not",
+        "contract/test_recipe.py::test_what_was_done_since_is_noted_where_the_config_tells_of_units",
         "contract/test_checkpoint.py::test_round_trip_and_saving_again[bert]",
         "contract/test_checkpoint.py::test_an_emptied_site_comes_back[gpt2]",
         "contract/test_recipe.py::test_damaged_recipes_are_refused_before_any_weight_is_read",

@@ -18,11 +18,11 @@ from secateur.removal.remove import remove_
 from secateur.removal.replay import missing_sites
 from secateur.sites.attention import find_sites
 from secateur.sites.finding import find_units
-from secateur.sites.recipe import Recipe, read_recipe
+from secateur.sites.recipe import Recipe, note_, read_recipe, read_record
 from secateur.units.masks import Mask
 from tests.support.pruned import pruned
-from tests.support.tiny import tiny_model, uneven_mask
-from tests.support.units import ragged_mask
+from tests.support.tiny import tiny_classifier, tiny_model, uneven_mask
+from tests.support.units import even_mask, ragged_mask
 
 
 def damage(**changes):
@@ -114,14 +114,15 @@ def test_a_site_may_have_a_second_name():
     assert missing_sites(tiny_model("bert"), replace(recipe, sites=sites)) == list(sites)
 
 
-def test_a_recipe_that_counts_other_layers_than_the_config_is_refused(tmp_path):
+@pytest.mark.parametrize(("kept", "count"), [("0:3", 3), ("0", 1)])
+def test_a_recipe_that_counts_other_layers_than_the_config_is_refused(kept, count, tmp_path):
     model = tiny_model("bert")
     remove_(model, ragged_mask(find_units(model)))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["head_pruning"]["kept_layers"]["encoder.layer"] = "0:3"
+    config["head_pruning"]["kept_layers"]["encoder.layer"] = kept
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"encoder\.layer has 2 layers, the recipe keeps 3"):
+    with pytest.raises(CheckpointError, match=rf"encoder\.layer has 2 layers, the recipe keeps {count}"):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -160,6 +161,23 @@ def test_a_recipe_of_another_model_names_the_missing_site(tmp_path):
         AutoModel.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="which BertModel does not have"):
         AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("mask", "key"), [(ragged_mask, "head_pruning"), (even_mask, "pruned_from")])
+def test_what_was_done_since_is_noted_where_the_config_tells_of_units(mask, key):
+    model = tiny_model("bert")
+    assert read_record(model.config) is None
+    sites = find_units(model, ["neurons"])
+    remove_(model, Mask(mask(sites)), sites=sites)
+    whole = tiny_classifier("bert")
+    whole.bert, whole.config = model, copy.deepcopy(model.config)
+    note_(whole, "finetuned")
+    note_(tiny_model("bert"), "finetuned")
+    for config in (whole.config, model.config):
+        assert getattr(config, key)["finetuned"] is True
+        assert "kept_layers" not in getattr(config, key)
+        record = read_record(config)
+        assert (record.record["finetuned"], set(record.kept)) == (True, set(sites))
 
 
 def test_blocks_that_keep_all_neurons_have_no_part_in_the_recipe():
