@@ -19,12 +19,14 @@ from secateur.errors import CheckpointError
 from secateur.models.inputs import example_inputs
 from secateur.removal.proof import hidden_states
 from secateur.removal.remove import remove_
+from secateur.removal.saving import held_part
 from secateur.sites.attention import find_sites
 from secateur.sites.finding import find_units
+from secateur.sites.recipe import read_recipe
 from secateur.units.masks import Mask
 from tests.support.pruned import assert_equal, pruned, pruned_classifier
-from tests.support.tiny import ADAPTED, CONFIGS, LAYERS, tiny_model, uneven_mask
-from tests.support.units import ragged_mask, small_model
+from tests.support.tiny import ADAPTED, CONFIGS, LAYERS, tiny_classifier, tiny_model, uneven_mask
+from tests.support.units import even_mask, ragged_mask, small_model
 
 
 def saved(model, folder, auto=AutoModel):
@@ -206,6 +208,28 @@ def test_an_adapter_alone_is_saved_beside_no_recipe(tmp_path):
     assert not (tmp_path / "config.json").exists()
     other.load_adapter(str(tmp_path))
     assert_equal(model, other)
+
+
+def test_a_part_holds_whole_lists_of_layers_or_none():
+    recipe = read_recipe(pruned("t5").config)
+    whole, encoder, short, nothing = (tiny_model("t5") for _ in range(4))
+    del encoder.decoder, short.encoder.block[0], nothing.encoder, nothing.decoder
+    part = held_part(encoder, recipe)
+    assert set(part.sites) == {name for name in recipe.sites if name.startswith("encoder.")} == set(part.kept)
+    assert [held_part(model, recipe) for model in (whole, short, nothing)] == [None] * 3
+
+
+def test_a_config_of_its_own_forgets_what_is_no_longer_so(tmp_path):
+    model = tiny_classifier("bert")
+    model.config = copy.deepcopy(model.config)
+    remove_(model.bert, Mask(even_mask(find_units(model, ["neurons"]))))
+    model.save_pretrained(tmp_path / "even")
+    assert hasattr(model.config, "pruned_from")
+    remove_(model.bert, Mask(ragged_mask(find_units(model, ["neurons"]))))
+    model.save_pretrained(tmp_path / "uneven")
+    assert not hasattr(model.config, "pruned_from")
+    assert model.config.head_pruning == model.bert.config.head_pruning
+    assert_equal(model, type(model).from_pretrained(tmp_path / "uneven"))
 
 
 def test_saving_draws_no_random_numbers(tmp_path):
