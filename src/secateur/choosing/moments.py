@@ -81,12 +81,12 @@ class Fit:
 
     def __init__(self, moments: Moments, stays: Tensor, rows: Tensor, with_bias: bool) -> None:
         gone = rows[~stays]
-        gram = moments.gram.double()
+        gram = moments.gram.to(torch.float64, copy=True)
         mean = moments.total.double() / max(moments.count, 1)
         # The squared difference to what all units wrote, summed over tokens, where nothing changes.
         self.lost = float((gone * (gram[~stays][:, ~stays] @ gone)).sum())
         if with_bias:
-            gram = gram - moments.count * torch.outer(mean, mean)
+            gram.addr_(mean, mean, alpha=-moments.count)  # in place: of thousands of neurons a copy is large
         self.among, self.across = gram[stays][:, stays], gram[stays][:, ~stays] @ gone
         self.least = float((gone * (gram[~stays][:, ~stays] @ gone)).sum())
         self.unit = float(gram.diagonal().mean())
