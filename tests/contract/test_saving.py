@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     BartForCausalLM,
     BertForSequenceClassification,
@@ -230,6 +231,15 @@ def test_a_config_of_its_own_forgets_what_is_no_longer_so(tmp_path):
     assert not hasattr(model.config, "pruned_from")
     assert model.config.head_pruning == model.bert.config.head_pruning
     assert_equal(model, type(model).from_pretrained(tmp_path / "uneven"))
+
+
+def test_a_part_leaves_the_config_that_it_is_loaded_with(tmp_path):
+    pruned("t5").save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    before = copy.deepcopy(config.head_pruning)
+    part = T5EncoderModel.from_pretrained(tmp_path, config=config)
+    assert config.head_pruning == before
+    assert len(part.config.head_pruning["kept_heads"]) < len(before["kept_heads"])
 
 
 def test_saving_draws_no_random_numbers(tmp_path):
