@@ -240,6 +240,11 @@ def test_neurons_stay_in_multiples():
     assert int(select(scores, 0.5, multiple=8)["a"].sum()) == 56
 
 
+def test_of_equal_neurons_the_earlier_fill_a_multiple():
+    scores = Scores({"a": torch.zeros(1000)}, kinds={"a": "neurons"})
+    assert select(scores, 0.75, multiple=300).kept == {"a": [*range(300)]}
+
+
 def test_neurons_that_went_before_fill_no_multiple():
     gone = -math.inf
     scores = Scores({"a": torch.tensor([gone, 3, gone, 1, gone, 2, gone, gone])}, kinds={"a": "neurons"})

@@ -17,7 +17,7 @@ from secateur.sites.layout import AttentionSite
 from secateur.sites.narrowing import Undo
 
 
-@dataclass
+@dataclass(frozen=True)
 class Special:
     """Sites that do not run as they are once heads are gone, by what is done about it."""
 
@@ -46,7 +46,7 @@ def prove(base: PreTrainedModel, wanted: Sequence[Wanted], left: Left, undo: Und
                 return difference_to(wanted, base), special
         except FAILURES as error:
             site = sites.get(site_of(running, sites) or "")
-            can_reshape = site is not None and bool(kept[site.name].any())
+            can_reshape = site is not None and 0 < int(kept[site.name].sum()) < site.original_num_units
             if site is not None and can_reshape and site.name not in special.reshaped:
                 reshape_(base.get_submodule(site.name), site, int(kept[site.name].sum()), undo)
                 special.reshaped.append(site.name)
