@@ -39,9 +39,16 @@ class Pace:
 
     @classmethod
     def of(
-        cls, base: PreTrainedModel, batch: Mapping[str, Any], clock: Callable[[], float] = time.perf_counter
+        cls,
+        base: PreTrainedModel,
+        batch: Mapping[str, Any],
+        trains: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> Pace:
-        """Time one of each, after a pass that warms up; a training step has a forward and a backward pass."""
+        """Time one of each, after a pass that warms up; a training step has a forward and a backward pass.
+
+        Where nothing `trains` that step is not made, as its gradients take as much memory as the weights.
+        """
         size = len(next(iter(batch.values())))
         matrix = torch.eye(_WIDTH, dtype=torch.float64)
         parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
@@ -61,7 +68,7 @@ class Pace:
         with held(base), evaluation_mode(base), torch.inference_mode(False), random_states_kept(), torch.no_grad():
             base(**batch)
             forward = seconds(lambda: base(**batch)) / size
-            training = seconds(step) / size if parameters else 3 * forward
+            training = seconds(step) / size if parameters and trains else 3 * forward
             return cls(forward, training, seconds(lambda: torch.linalg.cholesky(matrix)) / _WIDTH**3)
 
 
@@ -165,8 +172,9 @@ def tell_duration(prepared: PreparedModel, texts: Any, reading: Reading, plan: C
     if not isinstance(texts, Sequence):
         return
     try:
-        pace = Pace.of(prepared.base, prepared.batch(list(texts[: reading.batch_size])))
-        said = in_words(plan(prepared, texts, reading).seconds(pace))
+        found = plan(prepared, texts, reading)
+        pace = Pace.of(prepared.base, prepared.batch(list(texts[: reading.batch_size])), found.steps > 0)
+        said = in_words(found.seconds(pace))
     except Exception:
         return
     tqdm.write(said, file=sys.stderr)

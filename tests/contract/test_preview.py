@@ -129,7 +129,10 @@ def test_the_command_prints_a_table_and_writes_nothing(command, tmp_path, capsys
     [
         ([], "Missing option '--out'"),
         (["--dry-run", "--allocation", "uniform"], "`allocation` must be left out or sensitivity with `--dry-run`"),
-        (["--dry-run", "--budget", "heads=0.5"], "`budgets` must be a list of budgets that count all units"),
+        (
+            ["--dry-run", "--budget", "heads=0.5"],
+            "`budget` must be of macs, params, latency with `--dry-run`, got 'heads=0.5'",
+        ),
     ],
 )
 def test_what_a_command_cannot_do_is_refused(command, options, message, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import secateur
+from secateur.models.inputs import example_inputs
 from secateur.pruning_time import Pace, Plan, in_words, passes_of, planned, widths_of
 from secateur.scorers import make_scorer
 from secateur.settings import Cut, Reading
@@ -33,6 +34,12 @@ def test_a_clock_says_what_a_pass_a_step_and_a_factor_take():
     ticks = itertools.count()
     frozen = model.requires_grad_(False)
     assert Pace.of(frozen, batch, clock=lambda: float(next(ticks))).step == 3 / 8
+
+
+def test_no_gradients_are_made_where_nothing_trains(monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: pytest.fail("gradients take memory"))
+    model = tiny_model("bert")
+    Pace.of(model, example_inputs(model), trains=False)
 
 
 @pytest.mark.parametrize(

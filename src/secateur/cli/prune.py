@@ -102,12 +102,16 @@ def _dry_run(model: str, data: str, as_json: bool, options: Mapping[str, Any]) -
     """Print what budgets would leave: shares of the quantity that a budget names, or else of the work."""
     from secateur.cli.tables import preview_table, print_table
     from secateur.models.loading import load_tokenizer
-    from secateur.previewing import preview
+    from secateur.previewing import COUNT_ALL, preview
     from secateur.settings import Budget, budgets_of
 
     if options["allocation"] not in (None, "sensitivity"):
         raise click.UsageError("`allocation` must be left out or sensitivity with `--dry-run`")
     asked = list(budgets_of(options["budget"])) if options["budget"] else []
+    if any(budget.quantity not in COUNT_ALL for budget in asked):
+        raise click.UsageError(
+            f"`budget` must be of {', '.join(COUNT_ALL)} with `--dry-run`, got {options['budget']!r}"
+        )
     like = asked[0] if asked else Budget("macs", 1.0)
     accelerator, device = processes(options["device"])
     texts, labels = calibration_of(data, options, teaches=_teaches(options))
