@@ -20,7 +20,7 @@ from secateur.models.state import check_plain_weights
 from secateur.pruning_plan import check_steps, recommended, without_held_out
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.score import AnyScorer, Labels, check_options, score
-from secateur.settings import Budget, Cut, Reading, settings_of
+from secateur.settings import Budget, Cut, Reading, cut_of, settings_of
 from secateur.support.defaults import PREVIEW_SHARES
 from secateur.texts.calibration import PreparedModel, texts_of
 from secateur.texts.examples import examples_of
@@ -116,12 +116,10 @@ def preview(
     reading = settings_of(reading, Reading)
     texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
     asked = _of_one_quantity(budgets)
-    cut = settings_of(cut, Cut)
     check_options(options)
+    cut = cut_of(cut, pruning_ratio=0, budget=replace(asked[0], limit=1.0), units=units)
     if cut.allocation not in (None, "sensitivity"):
         raise invalid("allocation", "be None or 'sensitivity' in a preview", cut.allocation)
-    within, kinds = replace(asked[0], limit=1.0), cut.units if units is None else units
-    cut = replace(cut, pruning_ratio=0, budget=within, units=kinds)
     restore = recommended(cut, None, texts)[1]
     cut = replace(cut, allocation="sensitivity")
     check_steps(texts, cut, "none", 1, reading)

@@ -41,7 +41,7 @@ from secateur.restoring.quality import QualityJudge
 from secateur.restoring.reconstruction import FEWEST, reconstruct_
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.score import AnyScorer, Labels, check_options, criteria_of, score
-from secateur.settings import AnyBudget, Budget, Cut, Reading, Restore, settings_of
+from secateur.settings import AnyBudget, Budget, Cut, Reading, Restore, cut_of, settings_of
 from secateur.sites.attention_maps import MAX_TEXTS, mean_maps
 from secateur.sites.recipe import TRAINED, read_recipe
 from secateur.support.defaults import DISTILLATION_STEPS
@@ -108,30 +108,20 @@ def prune(
     """
     reading = settings_of(reading, Reading)
     texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
-    given: dict[str, Any] = {"pruning_ratio": pruning_ratio, "budget": budget, "units": units}
-    cut = replace(settings_of(cut, Cut), **{name: value for name, value in given.items() if value is not None})
     check_options(options)
     is_asked = restore is not None
+    cut = cut_of(cut, pruning_ratio=pruning_ratio, budget=budget, units=units)
     cut, restore, left_out = recommended(cut, restore, texts)
     check_steps(texts, cut, restore, steps, reading)
     judged: Restore = "distill" if cut.similarity else restore
     texts, labels, held_out, reading = without_held_out(texts, labels, judged, reading)
-    work = _Pruning(model, texts, tokenizer, cut, restore == "distill", reading)
+    work = _Pruning(model, texts, tokenizer, cut, restore, held_out, reading)
     work.facts["left_out"] = left_out
-    work.hold_out(held_out)
-    if reading.progress:
-        criteria = criteria_of(scorer, work.cut.kinds, options)
-        plan = partial(planned, cut=work.cut, criteria=criteria, restore=restore, steps=steps)
-        tell_duration(work.prepared, work.texts, reading, plan)
-    scores = work.score(scorer, labels, options)
-    mask = work.select(scores) if cut.similarity is None else work.search(scores, restore != "none")
-    if cut.refine:
-        mask = work.refine(mask, cut.refine)
-    if restore != "none":
-        work.reconstruct(mask, is_asked)
+    work.tell_duration(scorer, options, steps)
+    mask = work.refine(work.select(work.score(scorer, labels, options)))
+    work.reconstruct(mask, is_asked)
     work.remove(mask)
-    if restore == "distill":
-        work.distill(steps)
+    work.distill(steps)
     work.judge()
     return work.smaller, PruningReport(**work.facts)
 
@@ -149,9 +139,22 @@ def _copied(model: Any, tokenizer: Any, reads: bool, reading: Reading) -> tuple[
 
 
 class _Pruning:
-    """A pruning on its way: the copy that gets smaller, prepared once, and the report's `facts` so far."""
+    """A pruning on its way: the copy that gets smaller, prepared once, and the report's `facts` so far.
 
-    def __init__(self, model: Any, texts: Any, tokenizer: Any, cut: Cut, teaches: bool, reading: Reading) -> None:
+    Steps that are not wanted do nothing. Texts `held_out` are read by nothing but the judge.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        texts: Any,
+        tokenizer: Any,
+        cut: Cut,
+        restore: Restore,
+        held_out: Sequence[Example],
+        reading: Reading,
+    ) -> None:
+        self.restore = restore
         self.reads_texts = texts is not None and not are_rows(texts)
         self.name, self.smaller, tokenizer = _copied(model, tokenizer, self.reads_texts, reading)
         self.prepared = PreparedModel(self.smaller, tokenizer, reading)
@@ -176,8 +179,7 @@ class _Pruning:
         self.sites = self.prepared.sites_of(cut.kinds)
         if "heads" in cut.kinds:
             check_heads(self.model, before.heads)
-        self.teacher = copy.deepcopy(self.model) if teaches else None
-        self.quality: QualityJudge | None = None
+        self.teacher = copy.deepcopy(self.model) if restore == "distill" else None
         self.within = selection_of(self.prepared, cut, self.texts, reading, self.sites)
         if self.within is not None:
             self.cut = replace(cut, pruning_ratio=self.within.expected_ratio)
@@ -185,6 +187,14 @@ class _Pruning:
             "model": self.name, "allocation": cut.allocation, "seed": reading.seed, "before": before,
         }  # fmt: skip
         self.record: dict[str, Any] = {}
+        self.quality = QualityJudge(self.prepared, held_out, reading) if held_out else None
+
+    def tell_duration(self, scorer: AnyScorer, options: Mapping[str, Any], steps: int) -> None:
+        """Say how long all of it will take, where progress is shown."""
+        if self.reading.progress:
+            criteria = criteria_of(scorer, self.cut.kinds, options)
+            plan = partial(planned, cut=self.cut, criteria=criteria, restore=self.restore, steps=steps)
+            tell_duration(self.prepared, self.texts, self.reading, plan)
 
     def score(self, scorer: AnyScorer, labels: Any, options: Mapping[str, Any]) -> Scores:
         """Score every unit that may go, and see which texts that took."""
@@ -206,7 +216,9 @@ class _Pruning:
         return scores
 
     def select(self, scores: Scores) -> Mask:
-        """Select by the pruning ratio, or by the smallest one within the budget."""
+        """Select by the pruning ratio, by the smallest one within the budget, or as few as keep a similarity."""
+        if self.similarity is not None:
+            return self._search(scores, self.similarity)
         ratio = self.cut.pruning_ratio
         if self.within is None:
             may_go = self.cut.may_go(scores)
@@ -216,28 +228,31 @@ class _Pruning:
         self.facts["requested_ratio"] = ratio
         return mask
 
-    def search(self, scores: Scores, reconstructs: bool) -> Mask:
-        """Select as few units as keep the similarity that was asked for."""
+    def _search(self, scores: Scores, similarity: Budget) -> Mask:
         assert isinstance(self.within, SensitivitySelection)
-        assert self.similarity is not None
         assert self.quality is not None
-        budget, mask, cosine = smallest_keeping(self.within, scores, self.quality, self.similarity, reconstructs)
+        restores = self.restore != "none"
+        budget, mask, cosine = smallest_keeping(self.within, scores, self.quality, similarity, restores)
         self.within = self.within.at(budget)
         self.expected = cosine
         self.facts["requested_ratio"] = mask.pruning_ratio
         return mask
 
-    def refine(self, mask: Mask, steps: int) -> Mask:
+    def refine(self, mask: Mask) -> Mask:
         """Exchange heads while that helps."""
+        if not self.cut.refine:
+            return mask
         mask, losses = refine_mask(
-            self.prepared, mask, cast(Any, self.read), steps=steps, allocation=self.cut.ranked, floor=self.cut.floor,
-            reading=self.reading,
+            self.prepared, mask, cast(Any, self.read), steps=self.cut.refine, allocation=self.cut.ranked,
+            floor=self.cut.floor, reading=self.reading,
         )  # fmt: skip
         self.facts["refinement"] = tuple(losses)
         return mask
 
     def reconstruct(self, mask: Mask, is_asked: bool) -> None:
         """Refit what the kept units write; a refusal of what nobody asked for is noted, and stops nothing."""
+        if self.restore == "none":
+            return
         fitted = cast(Any, self.read[:: math.ceil(len(self.read) / SCORED_TEXTS) or 1])
         if line := too_few("reconstructed", fitted, FEWEST):
             self.facts["left_out"] += (line,)
@@ -255,7 +270,8 @@ class _Pruning:
 
     def distill(self, steps: int) -> None:
         """Teach the smaller model what the dense one computes, on all texts but those held out."""
-        assert self.teacher is not None
+        if self.teacher is None:
+            return
         assert isinstance(self.texts, Sequence)
         kept = self.facts["mask"].present(self.sites).kept
         layers = {name: kept[name] for name, site in self.sites.items() if site.kind == "layers"}
@@ -266,11 +282,6 @@ class _Pruning:
         )  # fmt: skip
         self.facts |= {"distillation": (before, after), "steps": steps}
         self.teacher = None
-
-    def hold_out(self, texts: Sequence[Example]) -> None:
-        """Keep what the dense model makes of texts that nothing else reads."""
-        if texts:
-            self.quality = QualityJudge(self.prepared, texts, self.reading)
 
     def judge(self) -> None:
         """See what is left of the model on the texts held out."""

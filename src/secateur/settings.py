@@ -291,6 +291,11 @@ def _holding(path: str, scores: Scores, left: Sequence[str]) -> list[int]:
     return sorted({there[int(name.partition(".")[0])] for name in held})
 
 
+def cut_of(cut: Cut | None, **given: Any) -> Cut:
+    """Return a cut, or the default one, with the fields that are given and not None in the place of its own."""
+    return replace(settings_of(cut, Cut), **{name: value for name, value in given.items() if value is not None})
+
+
 def settings_of(value: Any, kind: type[Settings]) -> Settings:
     """Return settings as they are, and the defaults for None. Raises `InvalidInputError` for anything else."""
     if value is None:
