@@ -74,7 +74,7 @@ $(VENV)/.mutation: $(STAMP) mutation-requirements.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement mutation-requirements.txt
 	touch $@
 
-# Every model type of the installed transformers; about ten minutes. Writes docs/coverage.md.
+# Every model type of the installed transformers; the best part of an hour. Writes docs/coverage.md.
 sweep: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep
 

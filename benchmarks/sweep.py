@@ -1,6 +1,6 @@
 """Every model type that transformers can build offline: can its heads be captured, gated, removed, saved, reloaded?
 
-    python -m benchmarks.sweep [--only TYPE …] [--timeout 60]
+    python -m benchmarks.sweep [--only TYPE …] [--timeout 900]
 
 Each type is built tiny, with random weights, in a process of its own, and checked by plain means that share no code
 with secateur's proof. Writes benchmarks/results/sweep.json and docs/coverage.md, and exits with 1 where a type came
@@ -466,7 +466,7 @@ def cell(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", help="model types; writes no file")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds a type")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds a type")
     parser.add_argument("--trace", action="store_true", help="print where unexpected errors come from")
     options = parser.parse_args()
     torch.set_num_threads(1)

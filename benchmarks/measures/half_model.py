@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from benchmarks.embeddings import embeddings
+from benchmarks.provenance import made
 from benchmarks.runs import Run, minilm
 from scipy.stats import spearmanr
 
@@ -66,6 +67,7 @@ def measure(run: Run, *, cells: list[list[Any]]) -> None:
                     "kept": {name: len(kept) for name, kept in report.mask.kept.items()},
                     "seconds": round(seconds),
                     "processor_seconds": round(processor),
+                    **made(run.note),
                 }
             )
 
