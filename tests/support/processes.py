@@ -6,6 +6,7 @@ below a folder, and at that number sends the process a signal: `SIGKILL` is a ki
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -112,6 +113,7 @@ def touches(ended: Ended) -> int:
 
 def _run(line: list[str], log: str, moment: int, signal: int, below: str, forked_workers: bool, memory: int) -> None:
     os.setsid()
+    gc.freeze()  # what is imported is no garbage, and stays shared with the other processes
     # A test run that was started in the background ignores Ctrl-C, and so would everything that comes of it.
     signals.signal(signals.SIGINT, signals.default_int_handler)
     for number, name in ((1, "out"), (2, "err")):
@@ -123,7 +125,8 @@ def _run(line: list[str], log: str, moment: int, signal: int, below: str, forked
     from secateur import cli
 
     if forked_workers:
-        multiprocessing.get_context = lambda method=None: _FORKED  # type: ignore[assignment]
+        forked = multiprocessing.get_context("fork")  # a fork server of its own would import everything once more
+        multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment]
     if memory:
         _limit_memory(memory)
     seen = 0
