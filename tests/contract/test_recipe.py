@@ -9,7 +9,10 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
+    BertConfig,
     BertForMaskedLM,
+    BertModel,
+    BertPreTrainedModel,
     T5EncoderModel,
 )
 
@@ -202,3 +205,36 @@ def test_the_recipe_records_what_was_done(tmp_path):
         k: model.config.head_pruning[k] for k in record
     } == record  # an earlier pruning's, where nothing else is said
     assert model.config.head_pruning["pruning_ratio"] == 0.333333
+
+
+def test_a_whole_model_is_no_part_of_one_with_more_lists_of_layers(tmp_path):
+    pruned("bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["head_pruning"]["kept_heads"]["decoder.layer.0.attention.self"] = [0]
+    config["head_pruning"]["layouts"][0]["sites"].append("decoder.layer.0.attention.self")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"names the site 'decoder\.layer\.0\.attention\.self'"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+class OwnConfig(BertConfig):
+    model_type = "own-bert"
+
+
+class OwnClassifier(BertPreTrainedModel):
+    """A task model of a type that no mapping knows, and whose config names no class."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.post_init()
+
+
+def test_a_missing_site_is_named_in_a_task_model_of_an_unknown_type():
+    settings = pruned("bert").config.to_dict() | {"architectures": None}
+    whole = OwnClassifier(OwnConfig.from_dict(settings))
+    assert find_sites(whole)["encoder.layer.0.attention.self"].num_units < 4
+    with pytest.raises(CheckpointError, match="names the site"):
+        OwnClassifier(OwnConfig.from_dict(settings | {"num_hidden_layers": 1}))
