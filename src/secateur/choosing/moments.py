@@ -66,9 +66,12 @@ class Moments:
     total: Tensor
     count: int
 
-    def __add__(self, other: Moments) -> Moments:
-        """Return the moments of the tokens of both."""
-        return Moments(self.gram + other.gram, self.total + other.total, self.count + other.count)
+    def __iadd__(self, other: Moments) -> Moments:
+        """Take in the tokens of another, in place: of thousands of neurons a second sum is large."""
+        self.gram += other.gram
+        self.total += other.total
+        self.count += other.count
+        return self
 
 
 class Fit:
@@ -80,22 +83,31 @@ class Fit:
     """
 
     def __init__(self, moments: Moments, stays: Tensor, rows: Tensor, with_bias: bool) -> None:
-        gone = rows[~stays]
-        gram = moments.gram.to(torch.float64, copy=True)
+        gone, kept, lost = rows[~stays], stays.nonzero(), (~stays).nonzero()
         mean = moments.total.double() / max(moments.count, 1)
-        # The squared difference to what all units wrote, summed over tokens, where nothing changes.
-        self.lost = float((gone * (gram[~stays][:, ~stays] @ gone)).sum())
-        if with_bias:
-            gram.addr_(mean, mean, alpha=-moments.count)  # in place: of thousands of neurons a copy is large
-        self.among, self.across = gram[stays][:, stays], gram[stays][:, ~stays] @ gone
-        self.least = float((gone * (gram[~stays][:, ~stays] @ gone)).sum())
-        self.unit = float(gram.diagonal().mean())
         self.mean, self.written = mean[stays], mean[~stays] @ gone
         self.with_bias = with_bias
 
+        def block(some: Tensor, others: Tensor) -> Tensor:
+            """Return a part of C in float64, the only ones that are needed: all of it would take twice the memory."""
+            part = moments.gram[some, others.T].double()
+            return part.addr_(mean[some[:, 0]], mean[others[:, 0]], alpha=-moments.count) if with_bias else part
+
+        def error(about: Tensor) -> float:
+            """Return the squared difference to what all units wrote, summed over tokens, where nothing changes."""
+            return float((gone * (about @ gone)).sum())
+
+        self.lost = error(moments.gram[lost, lost.T].double())
+        among_lost = block(lost, lost)
+        self.least, traced = error(among_lost), among_lost.diagonal().clone()
+        del among_lost
+        self.across, self.among = block(kept, lost) @ gone, block(kept, kept)
+        self.unit = float(torch.cat([self.among.diagonal(), traced]).mean())
+
     def change(self, ridge: float) -> Tensor:
         """Return D; `ridge` is in units of the mean second moment. 0 where inputs vary by less than their rounding."""
-        loaded = self.among + ridge * self.unit * torch.eye(len(self.among), dtype=self.among.dtype)
+        loaded = self.among.clone()
+        loaded.diagonal().add_(ridge * self.unit)
         factor, failed = torch.linalg.cholesky_ex(loaded)
         return torch.zeros_like(self.across) if int(failed) else torch.cholesky_solve(self.across, factor)
 
@@ -131,8 +143,18 @@ def moments_of(
     for number, found in enumerate(in_order(read, range(len(batches)), reading.accelerator)):
         if found is not None:
             half = number % 2
-            halves[half] = halves[half] + found if half in halves else found
+            if half in halves:
+                halves[half] += found
+            else:
+                halves[half] = found
     return [halves[0], halves[1]] if len(halves) == 2 else []
+
+
+def summed(halves: list[Moments]) -> Moments:
+    """Return the moments of both halves; the list is empty then, and the memory of one of them free."""
+    both = halves.pop(0)
+    both += halves.pop()
+    return both
 
 
 def _runs_once(base: PreTrainedModel, projection: Projection, batch: Mapping[str, Any]) -> bool:
@@ -163,7 +185,10 @@ def _hook(found: list[Moments], channels: int, mask: Tensor | None, ends: bool) 
         rows = rows_of_tokens(taken, channels, mask)
         with without_autocast(taken.device):
             moments = Moments((rows.T @ rows).cpu(), rows.sum(dim=0).cpu(), len(rows))
-        found[:] = [found[0] + moments] if found else [moments]
+        if found:
+            found[0] += moments
+        else:
+            found.append(moments)
         if ends:
             raise _Reached
 

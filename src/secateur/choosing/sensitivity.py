@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from secateur.choosing.moments import Fit, Projection, moments_of
+from secateur.choosing.moments import Fit, Moments, Projection, moments_of, summed
 from secateur.errors import UnsupportedModelError
 from secateur.settings import Cut, Reading
 from secateur.sites.gating import probe
@@ -71,7 +71,8 @@ def options_of_sites(
             continue
         rows = sizes_of_site(scores, name, cut)
         fitted = Projection(base, site)
-        moments = moments_of(base, fitted, batches, reading)
+        halves = moments_of(base, fitted, batches, reading)
+        moments = summed(halves) if halves else None
         found[name] = [(0.0, rows[0])]
         for row in rows[1:]:
             there = row[list(site.units)]
@@ -103,13 +104,13 @@ def sizes_of_site(scores: Scores, name: str, cut: Cut, levels: int = LEVELS) -> 
 
 
 @contextmanager
-def _refitted(projection: Projection, halves: Sequence[Any], kept: Tensor) -> Iterator[None]:
+def _refitted(projection: Projection, moments: Moments | None, kept: Tensor) -> Iterator[None]:
     """Refit an output projection to the units in `kept` meanwhile."""
     weight, bias = projection.weight.data, None if projection.bias is None else projection.bias.data
     stays = projection.stays(kept)
     try:
-        if halves:
-            fit = Fit(halves[0] + halves[1], stays, projection.rows, bias is not None)
+        if moments is not None:
+            fit = Fit(moments, stays, projection.rows, bias is not None)
             projection.weight.data, moved = projection.refitted(fit, stays, RIDGE)
             if projection.bias is not None and moved is not None:
                 projection.bias.data = moved

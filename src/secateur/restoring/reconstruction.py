@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.choosing.mask_loss import MaskLoss
-from secateur.choosing.moments import Fit, Projection, moments_of
+from secateur.choosing.moments import Fit, Projection, moments_of, summed
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, evaluation_mode, held
@@ -50,7 +52,8 @@ def reconstruct_(
     model: ridge regression towards the weights that were there (see `Fit`; least-squares reconstruction after pruning:
     He et al. 2017, arXiv 1707.06168). The ridge of each site is the one, among five, with which the fit on one half of
     the texts errs least on the other; where none errs less than the weights that were there, these stay. Hundreds of
-    texts do most good. No labels. Each site takes a pass that ends at it, and its second moments alone are in memory.
+    texts do most good. No labels. Each site takes a pass that ends at it. In memory are the second moments of one
+    site, and once more the output projections that change; what was fitted waits in temporary files.
 
     The model still has all its units then, and is of use without those that go alone: `remove_` with the same mask
     takes them, and proves that it changed nothing else. `inputs` are ready batches of keyword arguments instead of
@@ -81,15 +84,19 @@ def _reconstruct_(
     # Every other batch belongs to the same half of the texts: as many to each.
     count = 2 * math.ceil(len(examples) / (2 * reading.batch_size))
     size = math.ceil(len(examples) / count)
-    with held(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad():
+    with (
+        TemporaryDirectory(prefix="secateur-") as folder, held(base), evaluation_mode(base),
+        torch.inference_mode(False), torch.no_grad(),
+    ):  # fmt: skip
         batches = list(prepared.batches(examples, size))
         evaluators = [MaskLoss(base, batches[half::2], is_pair(examples), reading.accelerator) for half in (0, 1)]
         # The evaluators look at the dense model here, before its weights change.
         before = statistics.fmean(loss(kept) for loss in evaluators)
-        refits = []
+        refits: list[Refit] = []
         for name in tqdm(sites, desc="reconstructing", disable=not reading.progress, leave=False):
             if not kept[name].all():
-                refits.append(Refit.of(base, sites[name], kept[name], batches, reading))
+                file = Path(folder, f"{len(refits)}.pt")
+                refits.append(Refit.of(base, sites[name], kept[name], batches, reading, file))
 
         def take(number: int) -> None:
             for refit in refits:
@@ -112,18 +119,27 @@ def _reconstruct_(
 
 
 class Refit:
-    """A site's weights as they were, and refitted to each half of the texts and to all of them."""
+    """A site's weights as they were, and a file of those refitted to each half of the texts and to all, if any are.
 
-    def __init__(self, projection: Projection, weights: list[Tensor], biases: list[Tensor | None]) -> None:
-        self.projection, self.weights, self.biases = projection, weights, biases
+    Three more of every output projection would be half of a model's size in memory.
+    """
+
+    def __init__(self, projection: Projection, file: Path | None) -> None:
+        self.projection, self.file = projection, file
         bias = projection.bias
         self.before = (projection.weight.data, None if bias is None else bias.data)
 
     @classmethod
     def of(
-        cls, base: PreTrainedModel, site: Site, kept: Tensor, batches: Sequence[Mapping[str, Any]], reading: Reading
+        cls,
+        base: PreTrainedModel,
+        site: Site,
+        kept: Tensor,
+        batches: Sequence[Mapping[str, Any]],
+        reading: Reading,
+        file: Path,
     ) -> Refit:
-        """Refit a site to the units in `kept` (bool `[units]`).
+        """Refit a site to the units in `kept` (bool `[units]`), and write the weights to `file`.
 
         Raises `InvalidInputError` where the batches do not reach it.
         """
@@ -132,8 +148,9 @@ class Refit:
         if not halves:
             raise InvalidInputError(f"`texts` do not reach the site {site.name!r}, which loses units; leave it whole")
         rows, stays = projection.rows, projection.stays(kept)
-        both = halves[0] + halves[1]
-        one, other, whole = fits = [Fit(part, stays, rows, projection.bias is not None) for part in (*halves, both)]
+        fit = partial(Fit, stays=stays, rows=rows, with_bias=projection.bias is not None)
+        one, other = map(fit, halves)
+        whole = fit(summed(halves))
 
         def error(ridge: float) -> float:
             return other.error(one.change(ridge)) + one.error(other.change(ridge))
@@ -141,16 +158,16 @@ class Refit:
         errors = {ridge: error(ridge) for ridge in RIDGES if whole.unit > 0}
         best = min(errors, key=errors.__getitem__, default=0.0)
         if not errors or errors[best] >= whole.lost:
-            fits = []
-        weights, biases = (
-            zip(*(projection.refitted(fit, stays, best) for fit in fits), strict=True) if fits else ([], [])
-        )
-        return cls(projection, list(weights), list(biases))
+            return cls(projection, None)
+        torch.save([projection.refitted(found, stays, best) for found in (one, other, whole)], file)
+        return cls(projection, file)
 
     def take(self, number: int) -> None:
         """Put the weights in place that were fitted to a half of the texts, 0 or 1, or to all of them, 2."""
-        if self.weights:
-            self._set(self.weights[number], self.biases[number])
+        if self.file is not None:
+            weight, bias = torch.load(self.file, mmap=True, map_location="cpu")[number]
+            old, own = self.before  # of the same device
+            self._set(weight.to(old.device, copy=True), None if own is None else bias.to(own.device, copy=True))
 
     def put_back(self) -> None:
         """Put the weights back that were there."""
