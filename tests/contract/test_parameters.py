@@ -81,6 +81,7 @@ CALLS = {
         "model": MODEL, "teacher": MODEL, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": COUNT,
         "learning_rate": [0, -1, float("nan"), float("inf"), "1", None, True],
         "layers": [3, "", {}, {"a": 3}, {"a": []}, {"a": ["0"]}, [0]], "inputs": READY, "reading": SETTINGS,
+        "checkpoints": [3, "", object()],
     },
     "refine_mask": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()], "steps": LEAST,

@@ -341,14 +341,14 @@ def test_the_head_has_room_for_the_classes_of_both_splits(base):
     ],
 )
 def test_bad_arguments_are_refused_before_the_training(tokenizer, changes, message, monkeypatch):
-    monkeypatch.setattr("secateur.finetuning.trainer.Trainer", None)
+    monkeypatch.setattr("secateur.finetuning.trainer.ResumedTrainer", None)
     arguments = {"model_or_path": tiny_bert(), "task": toy_task(4, 0), "tokenizer": tokenizer} | changes
     with pytest.raises(InvalidInputError, match=message):
         finetune(**arguments)
 
 
 def test_a_used_folder_is_refused_before_the_training(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.finetuning.trainer.Trainer", None)
+    monkeypatch.setattr("secateur.finetuning.trainer.ResumedTrainer", None)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InvalidInputError, match="`out` must be a new or empty folder"):
         finetune(tiny_bert(), toy_task(4, 0), tokenizer=tokenizer, out=tmp_path)

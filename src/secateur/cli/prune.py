@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ from secateur.support.run_files import PAGE
 
 if TYPE_CHECKING:
     from secateur.pruning_report import PruningReport
-    from secateur.settings import Cut
+    from secateur.pruning_steps import Steps
+    from secateur.settings import Cut, Reading
     from secateur.texts.tokenization import Text
 
 cutting_options = together(
@@ -133,7 +135,7 @@ def _dry_run(model: str, data: str, as_json: bool, options: Mapping[str, Any]) -
 def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bool, options: Mapping[str, Any]) -> None:
     """Prune, save, and say what was done."""
     from secateur.models.loading import load_tokenizer
-    from secateur.pruning import prune as prune_model
+    from secateur.pruning import prune_in_steps
     from secateur.report import write_report
     from secateur.report.pruning_files import save_pruning
     from secateur.report.reading import read_runs
@@ -152,10 +154,13 @@ def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bo
     tokenizer = load_tokenizer(model)
     reading = reading_of(options, device=str(device), accelerator=accelerator, maps=options["maps"], progress=is_main)
     # Of the processes that a launcher started, the first one holds the folder and saves.
-    with new_folder(out) if is_main else nullcontext(out) as folder:
-        pruned, report = prune_model(
-            model, texts, scorer=scorer, restore=options["restore"], steps=options["steps"], labels=labels,
-            tokenizer=tokenizer, cut=cut, reading=reading,
+    with (
+        new_folder(out) if is_main else nullcontext(out) as folder,
+        _steps(model, texts, labels, reading, out, options) as kept,
+    ):
+        pruned, report = prune_in_steps(
+            kept, model, texts, cut, scorer=scorer, restore=options["restore"], steps=options["steps"], labels=labels,
+            tokenizer=tokenizer, reading=reading,
         )  # fmt: skip
         if not ends_as_main(accelerator):
             return
@@ -169,6 +174,37 @@ def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bo
         _echo(report, texts, out)
         if getattr(pruned.config, KEY, None) is None:
             click.echo("it loads where secateur is not installed: its config says all by its own numbers")
+
+
+@contextmanager
+def _steps(
+    model: str, texts: Iterable[Text], labels: Any, reading: Reading, out: Path, options: Mapping[str, Any]
+) -> Iterator[Steps]:
+    """Yield the steps that a run of the same model, texts and options had finished, and keep those of this one.
+
+    Of one process alone, and not of a stream, which is read once.
+    """
+    from secateur.models.model_content import fingerprint_of_files
+    from secateur.pruning_steps import Steps, kept_steps
+    from secateur.support.fingerprints import fingerprint
+    from secateur.support.processes import is_shared
+    from secateur.support.versions import environment
+
+    if is_shared(reading.accelerator) or not isinstance(texts, Sequence):
+        yield Steps()
+        return
+    about = {
+        "model": fingerprint_of_files(model),
+        "pruner": options.get("pruner") and fingerprint_of_files(options["pruner"]),
+        "texts": fingerprint(repr(row).encode() for row in (*texts, *(labels or ()))),
+        "options": {**options, "device": reading.device},
+        "versions": environment(),
+    }
+    place = Path(os.path.realpath(out))
+    with kept_steps(place.with_name(f".{place.name}.steps"), about) as kept:
+        if names := kept.names():
+            click.echo(f"secateur: going on after {', '.join(names)}, which an earlier run had finished", err=True)
+        yield kept
 
 
 def _teaches(options: Mapping[str, Any]) -> bool:

@@ -6,15 +6,17 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from secateur.errors import SecateurError, invalid
+from secateur.finetuning.training_checkpoints import Keeping, ResumedTrainer, newest
 from secateur.models.loading import check_device
 from secateur.settings import Reading
 
@@ -31,26 +33,32 @@ def train(
     reading: Reading,
     every_column: bool = False,
     by_length: bool = True,
+    checkpoints: Path | None = None,
 ) -> tuple[float, int, float]:
     """Train in place for `steps` updates, or, where given, for `epochs`, and return the seconds, updates and mean loss.
 
     AdamW with a linear schedule whose first tenth of `steps` warms up. `every_column` hands the model what it does not
-    name as an argument too; `by_length` puts texts of similar length into a batch. Raises
-    `SecateurError` where the loss does not stay finite, and `InvalidInputError` for a device that this machine has not.
+    name as an argument too; `by_length` puts texts of similar length into a batch. In the folder `checkpoints`, where
+    there is one, the training keeps how far it is, and the same training goes on there; its mean loss is too low then.
+    Raises `SecateurError` where the loss does not stay finite, and `InvalidInputError` for a device that this machine
+    has not.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="secateur-") as folder,
+        tempfile.TemporaryDirectory(prefix="secateur-") if checkpoints is None else nullcontext(checkpoints) as folder,
         _kept(getattr(model, "config", None), "use_cache"),
         _kept(model, "forward", "_original_forward"),
     ):
-        arguments = _arguments(folder, steps, epochs, learning_rate, reading, every_column, by_length)
+        arguments = _arguments(str(folder), steps, epochs, learning_rate, reading, every_column, by_length)
         bar = _Progress(title, reading.progress)
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[bar])
+        last = None if checkpoints is None else newest(checkpoints)
+        trainer = ResumedTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+        for callback in [bar, *([] if checkpoints is None else [Keeping()])]:
+            trainer.add_callback(callback)
         # It prints to stdout, which belongs to results.
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         try:
-            output = trainer.train()
+            output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finally:
             bar.close()
         seconds = time.perf_counter() - start
@@ -86,6 +94,7 @@ def _arguments(
         use_cpu=check_device(device).type == "cpu",
         dataloader_pin_memory=torch.cuda.is_available() and (device is None or device.type == "cuda"),
         save_strategy="no",
+        save_total_limit=1,  # of checkpoints that are asked for: each is three times as large as the model
         eval_strategy="no",
         logging_strategy="no",
         # The filter would leave an infinite loss out of the mean.
@@ -110,7 +119,10 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar once the number of steps is known."""
-        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", leave=False, disable=not self.shown)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=False,
+            disable=not self.shown,
+        )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count one optimizer step."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -55,6 +56,7 @@ def distill_(
     learning_rate: float = DISTILLATION_RATE,
     layers: Mapping[str, Sequence[int]] | None = None,
     reading: Reading | None = None,
+    checkpoints: str | Path | None = None,
 ) -> tuple[float, float]:
     """Teach a pruned `model`, in place and without labels, to compute what `teacher`, the model before pruning, does.
 
@@ -81,7 +83,8 @@ def distill_(
 
     One text of ten, at most 256, teaches nothing and judges: returns the relational KL from the teacher on these,
     before and after. Where it is no lower after, or something fails, the weights are what they were. Gradients that
-    parameters have, modes and random states stay.
+    parameters have, modes and random states stay. In a folder `checkpoints` a call that was killed goes on, if it is
+    called in the same way, which is not checked.
 
     Raises `InvalidInputError` for fewer than 21 texts, a teacher whose hidden states have other shapes, and values out
     of range, `UnsupportedModelError` for a model that returns no hidden states and for quantised weights, and
@@ -90,6 +93,9 @@ def distill_(
     check_whole("steps", steps)
     check_positive("learning_rate", learning_rate)
     _check_layers(layers)
+    if checkpoints is not None and (not isinstance(checkpoints, str | Path) or not str(checkpoints)):
+        raise invalid("checkpoints", "be a folder, or None", checkpoints)
+    place = None if checkpoints is None else Path(checkpoints)
     reading, examples = settings_of(reading, Reading), listed_examples(texts, inputs)
     if len(examples) < FEWEST:
         raise invalid(source_of(examples), f"be at least {FEWEST}, as every tenth judges", len(examples))
@@ -111,8 +117,9 @@ def distill_(
         evaluate = partial(_relational_kl, pair, batches, is_pair(examples))
         before = evaluate()
         after = _kept_if_lower(
-            pair, before, evaluate, partial(_teach, pair, prepared, training, steps, learning_rate, reading)
-        )
+            pair, before, evaluate,
+            partial(_teach, pair, prepared, training, steps, learning_rate, reading, place),
+        )  # fmt: skip
     return before, after
 
 
@@ -158,10 +165,17 @@ def _kept_if_lower(pair: Pair, before: float, evaluate: Callable[[], float], tea
 
 
 def _teach(
-    pair: Pair, prepared: PreparedModel, examples: Sequence[Any], steps: int, learning_rate: float, reading: Reading
+    pair: Pair,
+    prepared: PreparedModel,
+    examples: Sequence[Any],
+    steps: int,
+    learning_rate: float,
+    reading: Reading,
+    checkpoints: Path | None,
 ) -> None:
     """Run the training."""
     run = partial(train, pair, title="distilling", steps=steps, learning_rate=learning_rate, every_column=True)
+    run = partial(run, checkpoints=checkpoints)
     with quiet_transformers(False), torch.enable_grad():
         if are_rows(examples):
             # The batches are fixed, as rows of unlike shapes cannot share one; drawn are the batches.

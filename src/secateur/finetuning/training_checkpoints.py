@@ -1,0 +1,75 @@
+"""A training that was killed goes on where it was: what transformers' `Trainer` keeps of it, in a folder of its own."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerState
+
+from secateur.errors import SecateurWarning
+
+SECONDS = 60.0
+"""A checkpoint is written when so much time has passed since the last one."""
+
+_WEIGHTS, _WHOLE = "weights.pt", "whole"
+
+
+class ResumedTrainer(Trainer):
+    """A Trainer whose checkpoints hold all that the model registers, tied weights included."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        torch.save(self.model.state_dict(), Path(output_dir, _WEIGHTS))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir))
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:  # PyTorch raises the second for a full disk
+            for place in folder.glob("checkpoint-*"):  # the result will need the room
+                shutil.rmtree(place, ignore_errors=True)
+            self.remove_callback(Keeping)
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"no checkpoint of the training was written: {reason}", SecateurWarning, stacklevel=2)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        file = Path(resume_from_checkpoint, _WEIGHTS)
+        self.model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+
+class Keeping(TrainerCallback):
+    """Has a checkpoint written from time to time, and marks those that are whole."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.last = clock, clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint where it is time."""
+        if self.clock() - self.last >= SECONDS:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the checkpoint; a killed run may have left one that is not whole."""
+        place = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if place.is_dir():
+            (place / _WHOLE).touch()
+        self.last = self.clock()
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the last whole checkpoint in a folder, None where there is none."""
+    found = [place for place in folder.glob("checkpoint-*") if (place / _WHOLE).is_file()]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return after how many steps a checkpoint was written."""
+    return int(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step)
