@@ -3,8 +3,8 @@
     python -m benchmarks.run half_model --data GLUE
 
 all-MiniLM-L6-v2 is pruned by `prune` alone on up to 50,000 single sentences of the GLUE training files, without labels:
-by its defaults, with the same share at every site, with whole layers instead, and without the restoring steps. Judged
-on texts that are not read before: by the Spearman correlation of cosines with the scores of STS-B's test pairs, as a
+by need and by contribution, with the heads that match words, with the same share at every site, with whole layers
+instead, and without the restoring steps. Judged on texts that are not read before: by the Spearman correlation of cosines with the scores of STS-B's test pairs, as a
 share of the dense model's; by whether an index stays valid, as recall@10 of a question's duplicate for the duplicates
 of QQP's dev pairs among these and 10,000 other questions, the questions asked and the index
 embedded by either model; and by what `prune` itself says, on sentences that it holds out.
@@ -31,6 +31,7 @@ MOST_TEXTS, FROM_EACH, SCORED, OTHERS = 50_000, 8_000, 1_024, 10_000
 SAME_SHARE, BY_NEED = Cut(allocation="uniform"), Cut(allocation="sensitivity")
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
+    "matching heads": {"scorer": "matching"},
     "uniform": {"cut": SAME_SHARE, "restore": "distill"},
     "layers": {"cut": SAME_SHARE, "restore": "distill", "units": ["layers"], "scorer": "block_influence"},
     "not restored": {"cut": BY_NEED, "restore": "none"},

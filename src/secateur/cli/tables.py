@@ -122,14 +122,15 @@ def benchmark_table(result: Benchmark) -> Table:
 
 
 def demo_table(result: dict[str, Any]) -> Table:
-    """Return the demo's one table: dense beside pruned."""
-    table = Table(Column("", no_wrap=True), title=f"{result['model']} on {result['data']}: {result['headline']}")
-    for column in ("dense", "pruned", "pruned / dense"):
-        table.add_column(column, justify="right")
+    """Return the demo's one table: the dense model, half of its heads, and half of the model, with shares of dense."""
+    table = Table(Column("", no_wrap=True), title=f"{result['model']} on {result['data']}")
+    columns = {"dense": "dense", "heads": "half of the heads", "pruned": "half of the model"}
+    for title in columns.values():
+        table.add_column(title, justify="right")
     for row in result["rows"]:
-        dense, pruned = row["dense"], row["pruned"]
-        ratio = "" if not dense or pruned is None else f"{pruned / dense:.3f}"
-        table.add_row(row["name"], _shown(dense, row["unit"]), _shown(pruned, row["unit"]), ratio)
+        cells = [_shown(row["dense"], row["unit"])]
+        cells += [f"{_shown(row[name], row['unit'])} ({row[name] / row['dense']:.2f})" for name in list(columns)[1:]]
+        table.add_row(row["name"], *cells)
     return table
 
 

@@ -9,7 +9,9 @@ FINETUNING = "finetune_result.json"
 PAGE = "report.html"
 
 PRUNED = "pruned"
-"""In a demo's folder, the pruned model."""
+"""In a demo's folder, half of the model."""
+HEADS = "heads"
+"""In a demo's folder, the model with half of its heads."""
 RESULT = "result.json"
 """In a demo's folder, its numbers."""
 
