@@ -4,10 +4,10 @@
 
 all-MiniLM-L6-v2 is pruned by `prune` alone on up to 50,000 single sentences of the GLUE training files, without labels:
 by need and by contribution, with the heads that match words, with the same share at every site, with whole layers
-instead, and without the restoring steps. Judged on texts that are not read before: by the Spearman correlation of cosines with the scores of STS-B's test pairs, as a
-share of the dense model's; by whether an index stays valid, as recall@10 of a question's duplicate for the duplicates
-of QQP's dev pairs among these and 10,000 other questions, the questions asked and the index
-embedded by either model; and by what `prune` itself says, on sentences that it holds out.
+instead, and without the restoring steps. Judged on texts that are not read before: by the Spearman correlation of
+cosines with the scores of STS-B's test pairs, as a share of the dense model's; by whether an index stays valid, as
+recall@10 of a question's duplicate for the duplicates of QQP's dev pairs among these and 10,000 other questions, the
+questions asked and the index embedded by either model; and by what `prune` itself says, on sentences that it holds out.
 """
 
 from __future__ import annotations
