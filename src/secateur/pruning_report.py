@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -53,7 +53,7 @@ class PruningReport:
     agreement: float | None = None
     budget: tuple[BudgetOutcome, ...] = ()
     units: dict[str, tuple[int, int]] = field(default_factory=dict)
-    refinement: Sequence[float] = ()
+    refinement: tuple[float, ...] = ()
     reconstruction: tuple[float, ...] = ()
     distillation: tuple[float, ...] = ()
     steps: int = 0

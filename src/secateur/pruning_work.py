@@ -198,7 +198,7 @@ class Pruning:
             self.prepared, mask, cast(Any, self.read), steps=self.cut.refine, allocation=self.cut.ranked,
             floor=self.cut.floor, reading=self.reading,
         )  # fmt: skip
-        self.facts["refinement"] = list(losses)
+        self.facts["refinement"] = tuple(losses)
         return mask
 
     def reconstruct(self, mask: Mask, is_asked: bool) -> None:

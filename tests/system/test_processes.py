@@ -132,11 +132,12 @@ def test_several_processes_find_what_one_finds_bit_for_bit(tmp_path, alone):
     assert 32 < alone["auto"]["num_texts"] < 4000
 
 
-def test_under_a_launcher_the_commands_share_the_scoring_and_write_once(tmp_path):
+def test_under_a_launcher_the_commands_share_the_scoring_teach_alike_and_write_once(tmp_path):
     tiny_model("bert").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "texts.tsv").write_text("\n".join(["sentence", *tiny_texts(50)]) + "\n")
     command = ["prune", str(tmp_path / "model"), "--data", str(tmp_path / "texts.tsv"), "--batch-size", "8", "--json"]
+    command += ["--budget", "macs=0.7", "--steps", "4"]
     # Several processes on one machine are what `accelerate launch` calls multi-GPU, also where it is told to use CPUs.
     start = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",

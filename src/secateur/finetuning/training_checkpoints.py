@@ -1,4 +1,4 @@
-"""A training that was killed goes on where it was: what transformers' `Trainer` keeps of it, in a folder of its own."""
+"""transformers' `Trainer` as it is run here: a killed one goes on, and several processes come to what one comes to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
@@ -22,7 +23,17 @@ _WEIGHTS, _WHOLE = "weights.pt", "whole"
 
 
 class ResumedTrainer(Trainer):
-    """A Trainer whose checkpoints hold all that the model registers, tied weights included."""
+    """A Trainer whose checkpoints hold all that the model registers, tied weights included.
+
+    Of the processes that a launcher started each trains on all batches, so that the result is that of one.
+    """
+
+    def get_train_dataloader(self) -> Any:
+        """Return the batches, unshared."""
+        loader: Any = super().get_train_dataloader()
+        if isinstance(loader.batch_sampler, BatchSamplerShard):
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        return loader
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
