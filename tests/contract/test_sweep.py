@@ -139,6 +139,8 @@ def test_the_page_says_what_the_results_say():
     assert "WRONG" not in report["counts"]
     captured = sum(bool(row.get("sites")) for row in report["types"])
     readme = " ".join((root / "README.md").read_text().split())
+    built = sum(row["outcome"] != "not built" for row in report["types"])
+    assert f"Of transformers' {len(report['types'])} model types, {built} could be built tiny" in readme
     assert f"{captured} types had their heads" in readme
     assert f"{report['counts']['reloaded']} of them lost heads" in readme
     for kind in ("neurons", "layers"):
