@@ -16,6 +16,17 @@ from secateur.support.files import read_json, read_lines
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
+USES = {
+    "Prune": ["prune", "PruningReport", "preview", "Preview"],
+    "What may go, and how texts are read": ["Cut", "Reading"],
+    "Score, select, remove": ["score", "Scores", "select", "allocate", "refine_mask", "Mask", "gated", "remove_"],
+    "Look at a model": ["find_sites", "find_units"],
+    "Restore": ["reconstruct_", "distill_"],
+    "Scorers of your own": ["Scorer", "train_joint_pruner", "JointPruner", "train_meta_pruner", "MetaPruner"],
+    "Errors": ["SecateurError", "InvalidInputError", "UnsupportedModelError", "RemovalError", "CheckpointError"],
+}
+"""What each public name is for: the order of the page of the API."""
+
 MODULES = [
     "secateur.sites.attention_maps",
     "secateur.texts.data",
@@ -47,12 +58,9 @@ MODULES = [
 def scorers_page() -> str:
     """Return a page with a table of all registered scorers, and a section for each: what it says of itself."""
     lines = [
-        "# The scorers",
+        "# Every scorer and its options",
         "",
-        "Made from the registry when these pages are built. What each is good for, as measured:",
-    ]
-    lines += [
-        "[choosing a scorer](../choosing.md).",
+        "Made from the code. [Scorers](../scorers.md) says what each reads.",
         "",
         "| scorer | scores | passes over the texts | labels | gradients |",
     ]
@@ -162,24 +170,18 @@ def mutation_tables() -> str:
 
 
 def api_page() -> str:
-    """Return a page with the public names of the package, then those of its modules."""
-    lines = ["# API", "", "From the code's own docstrings. `import secateur` is enough for these:", "", "```{eval-rst}"]
-    for name in secateur.__all__:
-        thing = getattr(secateur, name)
-        if inspect.isclass(thing):
-            lines += [f".. autoclass:: secateur.{name}", "   :members:", "   :no-undoc-members:", ""]
-        else:
-            lines += [f".. autofunction:: secateur.{name}", ""]
-    lines += ["```"]
+    """Return a page with the public names of the package by their use, then those of its modules."""
+    lines = ["# API", "", "From the code's own docstrings. `import secateur` is enough for all but the modules."]
+    for use, names in USES.items():
+        lines += ["", f"## {use}", "", "```{eval-rst}"]
+        for name in names:
+            if inspect.isclass(getattr(secateur, name)):
+                lines += [f".. autoclass:: secateur.{name}", "   :members:", "   :no-undoc-members:", ""]
+            else:
+                lines += [f".. autofunction:: secateur.{name}", ""]
+        lines += ["```"]
+    lines += ["", "## Modules"]
     for name in MODULES:
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            "```{eval-rst}",
-            f".. automodule:: {name}",
-            "   :members:",
-            "   :no-index:",
-            "```",
-        ]
+        lines += ["", f"### {name}", "", "```{eval-rst}", f".. automodule:: {name}", "   :members:"]
+        lines += ["   :no-index:", "```"]
     return "\n".join(lines) + "\n"

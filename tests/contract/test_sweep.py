@@ -1,6 +1,7 @@
 """The sweep's own checks, on a handful of model types, and that they can fail."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -137,7 +138,12 @@ def test_the_page_says_what_the_results_say():
     assert (root / "docs" / "coverage.md").read_text() == sweep.page(report)
     assert "WRONG" not in report["counts"]
     captured = sum(bool(row.get("sites")) for row in report["types"])
-    readme = (root / "README.md").read_text()
-    assert f"{captured} types had their heads" in " ".join(readme.split())
-    assert f"{report['counts']['reloaded']} of them lost heads" in " ".join(readme.split())
+    readme = " ".join((root / "README.md").read_text().split())
+    built = sum(row["outcome"] != "not built" for row in report["types"])
+    assert f"Of transformers' {len(report['types'])} model types, {built} could be built tiny" in readme
+    assert f"{captured} types had their heads" in readme
+    assert f"{report['counts']['reloaded']} of them lost heads" in readme
+    for kind in ("neurons", "layers"):
+        (count,) = re.findall(rf"\| {kind} removed and reloaded exactly \| (\d+) \|", sweep.page(report))
+        assert f"{count} lose {kind}" in readme
     assert not any(row.get("raw") and row["outcome"] == "gated" for row in report["types"])

@@ -9,9 +9,12 @@ import pytest
 
 import secateur
 from secateur.scorers import SCORERS, scorer_class
+from secateur.support.files import read_json, read_lines
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCORER_PAGE = (ROOT / "docs" / "scorers.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +40,72 @@ def test_every_scorer_has_a_section_with_its_options(name, generate):
 def test_every_public_name_is_in_the_api_page(generate):
     page = generate.api_page()
     for name in secateur.__all__:
-        assert re.search(rf"auto(class|function):: secateur\.{name}$", page, re.MULTILINE), name
+        assert len(re.findall(rf"auto(?:class|function):: secateur\.{name}$", page, re.MULTILINE)) == 1, name
 
 
-def readme_rows():
-    """Scorer → the cells of its row in the README's two tables."""
-    rows = re.findall(r"^\| `([\w-]+)`(?: \(default\))? \| (.*) \|$", README, re.MULTILINE)
+def test_the_api_page_begins_with_prune(generate):
+    assert re.findall(r"auto\w+:: (\S+)", generate.api_page())[0] == "secateur.prune"
+
+
+def test_every_page_is_in_one_table_of_contents():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    trees = re.findall(r"```\{toctree\}\n:caption: (.+)\n(?::.*\n)*\n([^`]+)```", index)
+    assert [caption for caption, _ in trees] == ["Start", "Guides", "Reference", "Measurements"]
+    listed = [page for _, pages in trees for page in pages.split()]
+    there = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} | {"generated/scorers", "generated/api"}
+    assert sorted(listed) == sorted(there)
+
+
+def readme_table():
+    """Row → the numbers of the README's table: dense, half, quarter."""
+    rows = re.findall(r"^\| (.+) \| ([\d.,]+) \| ([\d.,]+)\D? \| ([\d.,]+)\D? \|$", README, re.MULTILINE)
+    return {name: [float(cell.replace(",", "")) for cell in cells] for name, *cells in rows}
+
+
+def test_the_readmes_table_says_what_the_raw_files_say():
+    pruned = {row["budget"]: row for row in read_lines(RESULTS / "half_model.jsonl") if row["way"] == "default"}
+    half, quarter = pruned["macs=0.5"], pruned["macs=0.25"]
+    timed = [row for row in read_json(RESULTS / "half_speed.json")["rows"] if row["subject"] == "minilm"]
+    speed = {(row.get("shape"), row.get("runtime"), row.get("cut")): row.get("speed_up") for row in timed}
+
+    def kept(row, ending):
+        return sum(count for site, count in row["kept"].items() if site.endswith(ending))
+
+    expected = {
+        "heads": [72, kept(half, "self"), kept(quarter, "self")],
+        "neurons": [9216, kept(half, "dense"), kept(quarter, "dense")],
+        "multiply-accumulates": [1, round(half["macs"], 2), round(quarter["macs"], 2)],
+        "STS-B, Spearman": [round(value, 3) for value in (half["dense"], half["spearman"], quarter["spearman"])],
+        "recall@10, asked of the dense model's index": [round(half["recall_dense"], 3)]
+        + [round(row["recall_small_on_dense_index"], 3) for row in (half, quarter)],
+    }
+    for name, runtime in (("PyTorch", "torch"), ("ONNX Runtime", "onnx")):
+        cuts = [speed["1x128", runtime, f"by need macs={share}"] for share in (0.5, 0.25)]
+        expected[f"speed, {name}"] = [1, *(round(value, 2) for value in cuts)]
+    assert readme_table() == expected
+    assert f"keeps {half['retention']:.1%} of" in README
+    assert f"{half['processor_seconds'] / 60:.0f} minutes of processor time" in README
+    assert f"{speed['1x128', 'torch', 'by need macs=0.5']:.2f} times as fast in PyTorch" in README
+
+
+def scorer_rows():
+    """Scorer → the cells of its row in the two tables of docs/scorers.md."""
+    rows = re.findall(r"^\| `([\w-]+)`(?: \(default\))? \| (.*) \|$", SCORER_PAGE, re.MULTILINE)
     return {name: [cell.strip() for cell in cells.split(" | ")] for name, cells in rows if name in SCORERS}
 
 
-def test_the_readme_has_every_scorer_once_and_no_other():
-    names = re.findall(r"^\| `([\w-]+)`", README.split("## How heads are scored")[1].split("\n## ")[0], re.MULTILINE)
-    assert sorted(names) == sorted(SCORERS)
+def test_the_page_of_scorers_has_every_scorer_once_and_no_other():
+    assert sorted(re.findall(r"^\| `([\w-]+)`", SCORER_PAGE, re.MULTILINE)) == sorted(SCORERS)
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_the_readmes_table_agrees_with_the_registry(name):
-    _, passes, last = readme_rows()[name]
+def test_the_table_of_scorers_agrees_with_the_registry(name):
+    _, passes, last = scorer_rows()[name]
     kind = scorer_class(name)
     assert (last == "yes") is kind.needs_labels  # the first table has no labels, and recovery in this column
     first = re.match(r"\d+", passes)
     assert first is not None
-    assert kind.passes.startswith(first[0]), f"README: {passes}, registry: {kind.passes}"
+    assert kind.passes.startswith(first[0]), f"page: {passes}, registry: {kind.passes}"
 
 
 def test_links_and_pictures_of_the_pages_exist():

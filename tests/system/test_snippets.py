@@ -1,7 +1,8 @@
 """Every command and every Python block of README.md and docs/*.md, run as it stands.
 
-The blocks of a page run in order, in one folder and one namespace, where what they name is small: a folder `MODEL`, a
-file `texts.csv`, tasks in `GLUE`. A block that cannot run here says why in a comment before it, `<!-- not run: … -->`.
+The blocks of a page run in order, in one folder and one namespace, where what they name is small: folders `MODEL` and
+`DECODER`, a file `texts.csv`, tasks in `GLUE`. A block that cannot run here says why in a comment before it,
+`<!-- not run: … -->`.
 """
 
 import re
@@ -15,7 +16,7 @@ import pandas
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, BertConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig
 
 import secateur
 from secateur import cli
@@ -96,6 +97,13 @@ def place(tmp_path_factory):
     for name in ("MODEL", "MINILM"):
         AutoModel.from_config(config).save_pretrained(place / name)
         tiny_tokenizer().save_pretrained(place / name)
+    AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+            vocab_size=20, pad_token_id=0,
+        )
+    ).save_pretrained(place / "DECODER")  # fmt: skip
+    tiny_tokenizer().save_pretrained(place / "DECODER")
     small, _ = secateur.prune(place / "MODEL", tiny_texts(8))
     small.save_pretrained(place / "small")
     v4_folder(place / "OLD", {0: [1]})
