@@ -157,7 +157,7 @@ def call(name, arguments):
 
 
 def test_the_table_has_every_parameter():
-    assert set(CALLS) | RESULTS == set(secateur.__all__)
+    assert set(CALLS) | RESULTS == set(secateur.__all__) - {"__version__", "errors", "settings"}
     for name, table in CALLS.items():
         parameters = inspect.signature(getattr(secateur, name)).parameters.values()
         named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}

@@ -90,7 +90,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def _as_page() -> str:
-    lines = [HEAD]
+    lines = [HEAD, *_totals()]
     for section, rows in _found.items():
         lines += [f"## {section}", "", "| tried | what came of it |", "|---|---|"]
         lines += [f"| {_cell(tried)} | {_cell(came)} |" for tried, came in rows]
@@ -100,6 +100,18 @@ def _as_page() -> str:
         lines += [f"- `{test}`: {_cell(reason)}" for test, reason in _skipped.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def _totals() -> list[str]:
+    """Return a table of how much was tried, by section, and how much of it was refused with a reason."""
+    rows = [(section, len(found), sum(_is_refused(came) for _, came in found)) for section, found in _found.items()]
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    lines = ["| section | tried | refused, with the reason |", "|---|---:|---:|"]
+    return [*lines, *(f"| {section} | {tried:,} | {refused:,} |" for section, tried, refused in rows), ""]
+
+
+def _is_refused(came: str) -> bool:
+    return came.startswith(("refused", "secateur: error"))
 
 
 def _as_json(config: pytest.Config) -> str:

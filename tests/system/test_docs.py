@@ -39,7 +39,7 @@ def test_every_scorer_has_a_section_with_its_options(name, generate):
 
 def test_every_public_name_is_in_the_api_page(generate):
     page = generate.api_page()
-    for name in secateur.__all__:
+    for name in set(secateur.__all__) - {"__version__", "errors", "settings"}:
         assert len(re.findall(rf"auto(?:class|function):: secateur\.{name}$", page, re.MULTILINE)) == 1, name
 
 
