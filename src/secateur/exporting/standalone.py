@@ -30,13 +30,14 @@ from secateur.removal.checkpoint import without_hook
 from secateur.removal.proof import hidden_states
 from secateur.removal.replay import missing_sites
 from secateur.removal.saving import prepare_to_save_
-from secateur.sites.recipe import Recipe, read_recipe
+from secateur.sites.recipe import HOW_TO_LOAD, KEY, Recipe, read_recipe
 from secateur.support.files import write_text
 from secateur.support.versions import __version__
 
 MODULE = "modeling_pruned"
 """Name of the file in the folder, without `.py`."""
 
+_HOW_TO_LOAD = "from_pretrained with trust_remote_code=True, which runs the code in this folder"
 _SOURCES = Path(__file__).parents[1]
 _IMPORT = re.compile(r"^( *)from secateur\.((?:\w+\.)*(\w+)) import ", flags=re.MULTILINE)
 _HEAD = """# SPDX-License-Identifier: Apache-2.0
@@ -82,6 +83,7 @@ def save_standalone(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     config = model.config
     try:
         model.config = copy.deepcopy(config)
+        getattr(model.config, KEY)[HOW_TO_LOAD] = _HOW_TO_LOAD
         model.config.auto_map = {auto: f"{MODULE}.{cls.__name__}" for auto, cls in classes.items()}
         model.save_pretrained(folder)
         auto_map: dict[str, str] = model.config.auto_map
