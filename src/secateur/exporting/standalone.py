@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import re
 import shutil
 import sys
@@ -31,7 +32,7 @@ from secateur.removal.proof import hidden_states
 from secateur.removal.replay import missing_sites
 from secateur.removal.saving import prepare_to_save_
 from secateur.sites.recipe import HOW_TO_LOAD, KEY, Recipe, read_recipe
-from secateur.support.files import write_text
+from secateur.support.files import read_json, write_text
 from secateur.support.versions import __version__
 
 MODULE = "modeling_pruned"
@@ -83,12 +84,14 @@ def save_standalone(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     config = model.config
     try:
         model.config = copy.deepcopy(config)
-        getattr(model.config, KEY)[HOW_TO_LOAD] = _HOW_TO_LOAD
         model.config.auto_map = {auto: f"{MODULE}.{cls.__name__}" for auto, cls in classes.items()}
         model.save_pretrained(folder)
         auto_map: dict[str, str] = model.config.auto_map
     finally:
         model.config = config
+    saved = read_json(folder / "config.json")
+    saved[KEY][HOW_TO_LOAD] = _HOW_TO_LOAD
+    write_text(folder / "config.json", json.dumps(saved, indent=2, sort_keys=True) + "\n")
     for name, text in _files(type(model), classes).items():
         write_text(folder / name, text)
     _check(model, folder)

@@ -1,4 +1,4 @@
-"""How the model in a pruned folder is loaded: what its card and its page show, and nothing that does not hold for it."""
+"""How the model in a pruned folder is loaded: what its card and its page show."""
 
 from __future__ import annotations
 
