@@ -60,6 +60,7 @@ def test_a_folder_with_a_recipe_asks_for_secateur(tmp_path, capsys):
     model = load_as_told(card, tmp_path / "out")
     assert type(model).__name__ == "BertForSequenceClassification"
     assert_equal(AutoModel.from_pretrained(tmp_path / "out"), model.base_model)
+    assert "Never set <code>ignore_mismatched_sizes=True</code>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_plain_folder_asks_for_nothing(tmp_path, capsys):
@@ -73,6 +74,7 @@ def test_a_plain_folder_asks_for_nothing(tmp_path, capsys):
     assert f"({report['quality']['num_texts']} texts held out)" in card.text
     assert "Budget: layers 0.667" in card.text
     assert "Distillation: relational KL on texts held out" in card.text
+    assert "Nothing else is needed" in (tmp_path / "out" / "report.html").read_text()
     with without_hook():
         model = load_as_told(card, tmp_path / "out")
     assert_equal(model, AutoModel.from_pretrained(tmp_path / "out"))

@@ -30,7 +30,7 @@ def how_to_load(folder: Path) -> dict[str, Any] | None:
         package, name = "transformers", named if isinstance(named, str) and _is_known(named) else "AutoModel"
         code = f'from {package} import {name}\n\nmodel = {name}.from_pretrained("FOLDER")'
     needs_secateur = config.get(KEY) is not None
-    first = "import secateur  # first, as it rebuilds the smaller layers\n" if needs_secateur else ""
+    first = "import secateur  # first\n" if needs_secateur else ""
     return {"code": first + code, "needs_secateur": needs_secateur, "library": package.replace("_", "-")}
 
 
