@@ -258,6 +258,7 @@ def test_what_other_packages_say_is_shown_with_verbose_alone(verbose, capsys, mo
     assert (code, err) == (2, "secateur: ours\nsecateur: error: stopped\n")
     assert others == (["warned elsewhere"] if verbose else [])
     assert logging.root.manager.disable == logging.NOTSET
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"  # as tests set it
     assert warnings.showwarning is show
     assert "KINETO_LOG_LEVEL" not in os.environ
 
@@ -270,7 +271,7 @@ def test_other_packages_log_errors_alone(verbose, caplog, capsys, monkeypatch):
         raise SecateurError("stopped")
 
     monkeypatch.setattr("secateur.models.loading.load_model", load)
-    run(capsys, "info", "anything", *(["--verbose"] if verbose else []))
+    run(capsys, *(["--verbose"] if verbose else []), "info", "anything")
     assert caplog.messages == (["a warning", "an error"] if verbose else ["an error"])
 
 

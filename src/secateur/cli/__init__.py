@@ -29,6 +29,7 @@ from secateur.support.versions import __version__
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="secateur")
+@verbose_option
 def cli() -> None:
     """Remove attention heads that a task does not need from a pre-trained Transformer, and prove the result."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -26,35 +26,39 @@ _verbose: ContextVar[bool] = ContextVar("secateur_verbose", default=False)
 def quiet() -> Iterator[None]:
     """Keep what other packages log and warn of off stderr, errors aside, and show our own warnings as errors are."""
     show, level = warnings.showwarning, logging.root.manager.disable
-    ours = [name for name in _SILENT if name not in os.environ]
+    before = {name: os.environ.get(name) for name in _SILENT}
+    token = _verbose.set(False)
+    warnings.showwarning = _ours_alone(show)
+    logging.disable(logging.WARNING)
+    os.environ.update({name: value for name, value in _SILENT.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        logging.disable(level)
+        warnings.showwarning = show
+        _verbose.reset(token)
 
+
+def _ours_alone(show: Callable[..., None]) -> Callable[..., None]:
     def shown(message: Warning | str, category: type[Warning], *place: Any) -> None:
         if issubclass(category, SecateurWarning):
             click.echo(f"secateur: {' '.join(str(message).split())}", err=True)
         elif _verbose.get():
             show(message, category, *place)
 
-    token = _verbose.set(False)
-    warnings.showwarning = shown
-    logging.disable(logging.WARNING)
-    os.environ.update({name: _SILENT[name] for name in ours})
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-        logging.disable(level)
-        warnings.showwarning = show
-        _verbose.reset(token)
+    return shown
 
 
 def _show_all(context: click.Context, parameter: click.Parameter, is_wanted: bool) -> None:
     if is_wanted:
         _verbose.set(True)
         logging.disable(logging.NOTSET)
-        for name, value in _SILENT.items():
-            if os.environ.get(name) == value:
-                del os.environ[name]
+        for name in _SILENT:
+            os.environ.pop(name, None)
 
 
 verbose_option = click.option(

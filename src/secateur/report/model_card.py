@@ -101,7 +101,8 @@ def _measured(report: PruningReport) -> str:
     if report.reconstruction:
         lines.append(_refitted(*report.reconstruction))
     if report.distillation:
-        lines.append("distillation: " + distillation_line(*report.distillation, report.steps))
+        before, after = report.distillation
+        lines.append("distillation: " + distillation_line(before, after, report.steps))
     lines.append(
         f"proof of the removal: outputs differ by at most {report.max_difference:.1e} from those of the model with the "
         f"same units switched off ({report.tolerance:g} is accepted)"
