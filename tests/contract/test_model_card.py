@@ -12,6 +12,7 @@ from secateur import cli
 from secateur.errors import InvalidInputError
 from secateur.removal.checkpoint import without_hook
 from secateur.report import model_card
+from secateur.report.how_to_load import how_to_load
 from secateur.report.model_card import hub_id_of, write_model_card
 from tests.support.pruned import assert_equal
 from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
@@ -99,6 +100,16 @@ def test_a_card_from_elsewhere_stays(tmp_path, capsys, monkeypatch):
 def test_a_folder_without_a_model_has_no_card(tmp_path):
     with pytest.raises(InvalidInputError, match="`folder` must hold a model"):
         write_model_card(None, tmp_path)
+
+
+@pytest.mark.parametrize("named", [3, [], [3], ["Own"], ["x; import os"], {"a": 1}, None])
+def test_a_class_that_transformers_has_not_is_not_named(named, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": named}))
+    lines = ["from transformers import AutoModel", "", 'model = AutoModel.from_pretrained("FOLDER")']
+    assert how_to_load(tmp_path) == {"code": "\n".join(lines), "needs_secateur": False, "library": "transformers"}
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"model_type": named}))
+    assert how_to_load(tmp_path)["code"].endswith('model = SentenceTransformer("FOLDER")')
 
 
 def test_the_base_model_is_an_id_or_nothing(tmp_path, monkeypatch):

@@ -23,19 +23,21 @@ def how_to_load(folder: Path) -> dict[str, Any] | None:
         return None
     config = _object(file)
     if (folder / MODULES).is_file():
-        package, name = "sentence_transformers", _object(folder / SETTINGS).get("model_type", "SentenceTransformer")
-        code = f'from {package} import {name}\n\nmodel = {name}("FOLDER")'
+        package, named = "sentence_transformers", _object(folder / SETTINGS).get("model_type")
+        name = named if isinstance(named, str) and named.isidentifier() else "SentenceTransformer"
+        call = name
     else:
-        named = next(iter(config.get("architectures") or []), None)
-        package, name = "transformers", named if isinstance(named, str) and _is_known(named) else "AutoModel"
-        code = f'from {package} import {name}\n\nmodel = {name}.from_pretrained("FOLDER")'
+        package, named = "transformers", config.get("architectures")
+        name = named[0] if isinstance(named, list) and named and _is_known(named[0]) else "AutoModel"
+        call = f"{name}.from_pretrained"
+    code = f'from {package} import {name}\n\nmodel = {call}("FOLDER")'
     needs_secateur = config.get(KEY) is not None
     first = "import secateur  # first\n" if needs_secateur else ""
     return {"code": first + code, "needs_secateur": needs_secateur, "library": package.replace("_", "-")}
 
 
-def _is_known(name: str) -> bool:
-    return name.isidentifier() and hasattr(transformers, name)
+def _is_known(name: Any) -> bool:
+    return isinstance(name, str) and name.isidentifier() and hasattr(transformers, name)
 
 
 def _object(file: Path) -> dict[str, Any]:
