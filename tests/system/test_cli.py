@@ -1,12 +1,9 @@
 """The commands as a person types them: results, one-line errors with exit code 2, nothing half-written."""
 
 import json
-import logging
-import os
 import subprocess
 import sys
 import typing
-import warnings
 from dataclasses import MISSING, fields
 from functools import partial
 
@@ -16,7 +13,7 @@ from transformers import AutoModel
 import secateur
 from secateur import cli, demo
 from secateur.comparing.plan import Settings
-from secateur.errors import SecateurError, SecateurWarning
+from secateur.errors import SecateurError
 from tests.support.sentences import SENTENCES
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -238,41 +235,6 @@ def test_tables_wait_for_no_package_that_they_do_not_need():
     script = "import sys, secateur.cli.tables; sys.exit(bool({'torch', 'scipy', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("verbose", [False, True])
-def test_what_other_packages_say_is_shown_with_verbose_alone(verbose, capsys, monkeypatch):
-    """Ours and errors are shown always, and all is as it was afterwards."""
-
-    def load(*_, **__):
-        warnings.warn("warned elsewhere", FutureWarning, stacklevel=1)
-        warnings.warn("ours", SecateurWarning, stacklevel=1)
-        raise SecateurError("stopped")
-
-    monkeypatch.setattr("secateur.models.loading.load_model", load)
-    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
-    others = []
-    monkeypatch.setattr(warnings, "showwarning", show := lambda message, *_: others.append(str(message)))
-    code, _, err = run(capsys, "info", "anything", *(["--verbose"] if verbose else []))
-    assert (code, err) == (2, "secateur: ours\nsecateur: error: stopped\n")
-    assert others == (["warned elsewhere"] if verbose else [])
-    assert logging.root.manager.disable == logging.NOTSET
-    assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"  # as tests set it
-    assert warnings.showwarning is show
-    assert "KINETO_LOG_LEVEL" not in os.environ
-
-
-@pytest.mark.parametrize("verbose", [False, True])
-def test_other_packages_log_errors_alone(verbose, caplog, capsys, monkeypatch):
-    def load(*_, **__):
-        logging.getLogger("another").warning("a warning")
-        logging.getLogger("another").error("an error")
-        raise SecateurError("stopped")
-
-    monkeypatch.setattr("secateur.models.loading.load_model", load)
-    run(capsys, *(["--verbose"] if verbose else []), "info", "anything")
-    assert caplog.messages == (["a warning", "an error"] if verbose else ["an error"])
 
 
 @pytest.mark.parametrize("reached", ["errors.WriteError", "settings.Reading"])
