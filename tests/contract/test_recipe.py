@@ -21,9 +21,9 @@ from secateur.removal.remove import remove_
 from secateur.removal.replay import missing_sites
 from secateur.sites.attention import find_sites
 from secateur.sites.finding import find_units
-from secateur.sites.recipe import Recipe, note_, read_recipe, read_record
+from secateur.sites.recipe import HOW_TO_LOAD, Recipe, note_, read_recipe, read_record
 from secateur.units.masks import Mask
-from tests.support.pruned import pruned
+from tests.support.pruned import assert_equal, pruned
 from tests.support.tiny import tiny_classifier, tiny_model, uneven_mask
 from tests.support.units import even_mask, ragged_mask
 
@@ -97,6 +97,36 @@ def test_damaged_recipes_are_refused_before_any_weight_is_read(change, message, 
     # The file must be there but its content is only opened after the model has been built.
     with pytest.raises(CheckpointError, match=message):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_the_config_tells_how_to_load_the_model(tmp_path):
+    pruned("bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "import secateur before from_pretrained" in config["head_pruning"][HOW_TO_LOAD]
+    assert HOW_TO_LOAD not in Recipe.from_json(config["head_pruning"]).record
+
+
+def test_a_config_that_is_plain_asks_for_nothing(tmp_path):
+    model = tiny_model("bert")
+    sites = find_units(model, ["neurons"])
+    remove_(model, even_mask(sites), sites=sites)
+    assert HOW_TO_LOAD not in model.config.pruned_from
+
+
+@pytest.mark.parametrize("line", ["gone", "another", None, 3, ["\n"], {"x": [{}]}])
+def test_a_folder_loads_whatever_its_line_says(line, tmp_path):
+    """One that was saved before has none; the digests beside the weights do not cover it."""
+    model = pruned("bert")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["head_pruning"][HOW_TO_LOAD]
+    if line != "gone":
+        config["head_pruning"][HOW_TO_LOAD] = line
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = AutoModel.from_pretrained(tmp_path)
+    assert_equal(again, model)
+    again.save_pretrained(tmp_path / "again")
+    assert_equal(AutoModel.from_pretrained(tmp_path / "again"), model)
 
 
 def test_groups_that_a_recipe_leaves_unequal_are_refused(tmp_path):

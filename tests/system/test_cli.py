@@ -231,6 +231,12 @@ def test_help_imports_no_torch():
     assert "leave_one_out" in done.stdout
 
 
+def test_tables_wait_for_no_package_that_they_do_not_need():
+    script = "import sys, secateur.cli.tables; sys.exit(bool({'torch', 'scipy', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("reached", ["errors.WriteError", "settings.Reading"])
 def test_modules_are_reached_by_attribute_and_the_package_stays_cheap(reached):
     script = (

@@ -7,6 +7,13 @@ from secateur.report.reading import read_runs
 from tests.support.browser import MISSING, browser, chromium, opened
 from tests.support.report_data import EVIL, write_comparison, write_pruned
 
+# Labels are the targets of the inputs in them; what a sheet of style hides is none.
+SMALL = """[...document.querySelectorAll("a, button, label, summary, [tabindex='0']")]
+    .filter(one => one.checkVisibility()).map(one => [one.outerHTML.slice(0, 80) + ' ', one.getBoundingClientRect()])
+    .filter(([_, box]) => box.width < 24 || box.height < 24).map(([name, box]) => name + box.width)"""
+CUT = """[...document.querySelectorAll(".wide, .scroll, table, pre")].filter(one => one.scrollWidth > one.clientWidth)
+    .map(one => `${one.outerHTML.slice(0, 80)} ${one.scrollWidth} of ${one.clientWidth}`)"""
+
 
 @pytest.fixture(scope="module")
 def running():
@@ -38,6 +45,24 @@ def test_it_fits_asks_for_nothing_and_can_be_read(running, file, width, scheme):
         found = Axe().run(page)
         assert found.violations_count == 0, found.generate_report()
         assert complaints == []
+
+
+@pytest.mark.parametrize("columns", [12, 32])
+def test_on_a_telephone_targets_are_large_and_no_column_is_cut_off(running, file, tmp_path, columns):
+    quality = {"cosine": 0.98765, "relational_kl": 0.0123, "num_texts": 48, "agreement": None}
+    budget = [{"asked": "latency=0.8x@8x128", "expected": 0.79, "reached": 0.812}]
+    large = {"heads": columns * 3, "parameters": 7_615_616_512, "macs": 1_434_599_424, "batch": 1, "length": 128}
+    changes = {"before": large, "after": {**large, "heads": columns * 3 // 2}, "quality": quality, "budget": budget}
+    pruned = write_pruned(tmp_path / "p", heads=columns, **changes)
+    (pruned / "config.json").write_text('{"head_pruning": {}}')
+    own = tmp_path / "own.html"
+    own.write_text(render_report(read_runs([pruned])), encoding="utf-8")
+    for one in (own, file):
+        with opened(running, one, viewport={"width": 400, "height": 800}) as (page, complaints):
+            assert page.evaluate("document.documentElement.scrollWidth") == 400
+            assert page.evaluate(SMALL) == []
+            assert page.evaluate(CUT) == []
+            assert complaints == []
 
 
 def test_hover_click_and_keys(running, file):

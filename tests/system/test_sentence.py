@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import numpy
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from secateur import cli
 from secateur.errors import InvalidInputError
@@ -82,6 +84,13 @@ def test_a_pruned_folder_is_still_a_sentence_transformer(layout, folders, tmp_pa
         preview = whole.encode(SENTENCES, show_progress_bar=False)
     numpy.testing.assert_allclose(found, preview, atol=1e-5)
     assert abs(found - dense).max() > 1e-2
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "sentence-transformers"
+    names = {}
+    exec(re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[0].replace("FOLDER", str(out)), names)
+    numpy.testing.assert_array_equal(names["model"].encode(SENTENCES, show_progress_bar=False), found)
+    names["model"].save_pretrained(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "README.md").read_text() == (out / "README.md").read_text()
     capsys.readouterr()
     assert cli.main(["info", str(out), "--json"]) == 0
     assert sum(site["heads"] for site in json.loads(capsys.readouterr().out)["sites"]) == 36

@@ -214,6 +214,8 @@ def test_the_command(tmp_path, capsys):
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "model.safetensors", "modeling_pruned.py", "replay.py", "tokenizer.json"} <= names
     assert "__pycache__" not in names
+    recipe = json.loads((out / "config.json").read_text())["head_pruning"]
+    assert recipe["how_to_load"].startswith("from_pretrained with trust_remote_code=True")
 
 
 def test_a_whole_model_is_refused(tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 
 from secateur.errors import InvalidInputError
 from secateur.report import render_report, write_report
+from secateur.report.pruned import pruning_view
 from tests.support.report_data import Page
 
 EVIL = "<script>alert('x')</script>\"'&"
@@ -69,6 +70,28 @@ def test_full_report_states_every_part():
     ):
         assert words in page.text
     assert ("html", {"lang": "en"}) in page.tags
+
+
+def test_key_figures_name_quality_and_latency():
+    data = full()
+    quality = {"name": "relational KL", "dense": 0.0, "pruned": 0.01, "note": "48 texts held out"}
+    view = pruning_view({**data, "quality": [*data["quality"], quality]})
+    assert [tile["name"] for tile in view["tiles"]] == [
+        "attention heads", "parameters", "multiply-accumulates", "latency", "accuracy", "relational KL"
+    ]  # fmt: skip
+    assert view["tiles"][-1]["note"] == "from 0.000 (+0.010), 48 texts held out"
+    blocks = [{"name": "layer 0: neurons", "dense": 64, "pruned": 32}]
+    view = pruning_view({"units": {"neurons": [64, 32]}, "blocks": blocks, "quality": [quality]})
+    assert [tile["name"] for tile in view["tiles"]] == ["relational KL"]  # also where no head could go
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_it_tells_how_to_load(needs):
+    loading = {"code": "model = X.from_pretrained('<FOLDER>')", "needs_secateur": needs}
+    page = Page(render_report([{**minimal(), "loading": loading}]))
+    assert "How to load model = X.from_pretrained('<FOLDER>')" in page.text
+    assert ("ignore_mismatched_sizes" in page.text) is needs
+    assert ("Nothing else is needed" in page.text) is not needs
 
 
 def test_headings_go_down_one_level_at_a_time():
@@ -270,6 +293,7 @@ def test_short_labels(names, labels):
         ({"proof": {"max_difference": 1.0}}, "proof"),
         ({"environment": ["torch"]}, "environment"),
         ({"notes": "one"}, "notes"),
+        ({"loading": {"code": 3, "needs_secateur": True}}, "loading"),
     ],
 )
 def test_bad_input_names_the_part(change, name):

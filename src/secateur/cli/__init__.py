@@ -5,11 +5,6 @@ Nothing heavy is imported here, so that `--help` answers at once; every command 
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable
-from typing import Any
-
 import click
 
 from secateur.cli.bench import bench
@@ -24,15 +19,17 @@ from secateur.cli.info import info
 from secateur.cli.joint_train import joint_train
 from secateur.cli.meta_train import meta_train
 from secateur.cli.prune import prune
+from secateur.cli.quiet import quiet, verbose_option
 from secateur.cli.report import report
 from secateur.cli.score import score
 from secateur.cli.verify import verify
-from secateur.errors import SecateurError, SecateurWarning
+from secateur.errors import SecateurError
 from secateur.support.versions import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="secateur")
+@verbose_option
 def cli() -> None:
     """Remove attention heads that a task does not need from a pre-trained Transformer, and prove the result."""
 
@@ -40,19 +37,13 @@ def cli() -> None:
 _FROM_MODEL_TO_SMALLER = (info, score, prune, verify)
 _BESIDE_IT = (bench, distill, finetune, evaluate, meta_train, joint_train, compare, report, export, convert, demo)
 for command in (*_FROM_MODEL_TO_SMALLER, *_BESIDE_IT):
-    cli.add_command(command)
+    cli.add_command(verbose_option(command))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 with one line on stderr for bad input, 130 for Ctrl-C."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # PyTorch's profiler tells stderr that it starts and stops
-    show, warnings.showwarning = warnings.showwarning, _in_one_line(warnings.showwarning)
-    try:
+    with quiet():
         code, message = _run(arguments)
-    finally:
-        warnings.showwarning = show
     if message:  # the last line: what the exception held on to, such as a progress bar, has been closed by now
         click.echo(message, err=True)
     return code
@@ -82,18 +73,6 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
             f"out of memory; smaller batches, shorter texts or fewer runs at once take less ({str(error)[:100]})"
         )
     return (result if isinstance(result, int) else 0), ""
-
-
-def _in_one_line(show: Callable[..., None]) -> Callable[..., None]:
-    """Show our own warnings as the errors are shown, and others as before."""
-
-    def shown(message: Warning | str, category: type[Warning], *place: Any) -> None:
-        if issubclass(category, SecateurWarning):
-            click.echo(f"secateur: {' '.join(str(message).split())}", err=True)
-        else:
-            show(message, category, *place)
-
-    return shown
 
 
 def _error(message: str) -> str:

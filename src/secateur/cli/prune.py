@@ -137,6 +137,7 @@ def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bo
     from secateur.models.loading import load_tokenizer
     from secateur.pruning import prune_in_steps
     from secateur.report import write_report
+    from secateur.report.model_card import write_model_card
     from secateur.report.pruning_files import save_pruning
     from secateur.report.reading import read_runs
     from secateur.sites.recipe import KEY
@@ -167,6 +168,7 @@ def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bo
         report = replace(report, command=command_line())
         save_model(pruned, tokenizer, model, folder)
         save_pruning(report, folder)
+        write_model_card(report, folder)
         write_report(read_runs([folder]), folder / PAGE)
     if as_json:
         print_json({**report.to_json(), "out": str(out)})

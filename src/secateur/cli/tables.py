@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from secateur.comparing.summary import Summary
-from secateur.measuring.bench import Benchmark
-from secateur.measuring.timing import quartiles
-from secateur.previewing import Preview
-from secateur.pruning_report import PruningReport
-from secateur.report.numbers import DASH
-from secateur.report.reading import cost_rows
-from secateur.units.scores import Scores
+if TYPE_CHECKING:  # each command waits for what its own table needs
+    from secateur.comparing.summary import Summary
+    from secateur.measuring.bench import Benchmark
+    from secateur.previewing import Preview
+    from secateur.pruning_report import PruningReport
+    from secateur.units.scores import Scores
 
 
 def print_table(table: Table) -> None:
@@ -61,6 +58,8 @@ def scores_table(scores: Scores) -> Table:
 
 def neurons_table(scores: Scores) -> Table:
     """Return one row for each site of neurons, of which there are thousands, with the quartiles of their scores."""
+    import numpy as np
+
     table = Table(Column("site", no_wrap=True))
     for name in ("neurons", "lowest", "quarter", "median", "three quarters", "highest"):
         table.add_column(name, justify="right")
@@ -74,6 +73,8 @@ def neurons_table(scores: Scores) -> Table:
 
 def pruning_table(report: PruningReport) -> Table:
     """Return what a pruning removed: heads, parameters, multiply-accumulates."""
+    from secateur.report.reading import cost_rows
+
     table = Table(Column("", no_wrap=True), title=f"{report.model}, scored by {report.scorer}")
     for column in ("before", "after", "ratio"):
         table.add_column(column, justify="right")
@@ -98,6 +99,8 @@ def preview_table(found: Preview) -> Table:
 
 def benchmark_table(result: Benchmark) -> Table:
     """Return one row for each shape, kind of work and model: time, speed-up, its limit, memory."""
+    from secateur.measuring.timing import quartiles
+
     machine = result.machine
     title = f"{machine['device']}, {machine['threads']} threads, {machine['clock']} clock; medians of rounds in turn"
     table = Table(*(Column(name, no_wrap=True) for name in ("work", "shape", "model")), title=title)
@@ -180,7 +183,7 @@ def _compared(summary: Summary | None) -> str:
 
 def _retention(summary: Summary | None) -> str:
     if summary is None or summary.retention is None:
-        return DASH if summary is not None and summary.left_out else ""
+        return "\N{EN DASH}" if summary is not None and summary.left_out else ""
     return f"{summary.retention:.1%}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,8 @@ from tqdm import tqdm
 from secateur.errors import SecateurError
 
 
-def _start_worker(threads: int, gpus: Any, parent: Connection) -> None:
+def _start_worker(threads: int, gpus: Any, parent: Connection, silenced: int) -> None:
+    logging.disable(silenced)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says what follows
     torch.set_num_threads(threads)
     if gpus is not None:
@@ -51,7 +53,7 @@ def workers(jobs: int, threads: int, device: str) -> Iterator[ProcessPoolExecuto
         for number in range(jobs):
             gpus.put(number % torch.cuda.device_count())
     theirs, ours = spawn.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(jobs, spawn, _start_worker, (threads, gpus, theirs))
+    pool = ProcessPoolExecutor(jobs, spawn, _start_worker, (threads, gpus, theirs, logging.root.manager.disable))
     try:
         yield pool
     except KeyboardInterrupt:

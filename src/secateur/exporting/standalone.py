@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import re
 import shutil
 import sys
@@ -30,13 +31,14 @@ from secateur.removal.checkpoint import without_hook
 from secateur.removal.proof import hidden_states
 from secateur.removal.replay import missing_sites
 from secateur.removal.saving import prepare_to_save_
-from secateur.sites.recipe import Recipe, read_recipe
-from secateur.support.files import write_text
+from secateur.sites.recipe import HOW_TO_LOAD, KEY, Recipe, read_recipe
+from secateur.support.files import read_json, write_text
 from secateur.support.versions import __version__
 
 MODULE = "modeling_pruned"
 """Name of the file in the folder, without `.py`."""
 
+_HOW_TO_LOAD = "from_pretrained with trust_remote_code=True, which runs the code in this folder"
 _SOURCES = Path(__file__).parents[1]
 _IMPORT = re.compile(r"^( *)from secateur\.((?:\w+\.)*(\w+)) import ", flags=re.MULTILINE)
 _HEAD = """# SPDX-License-Identifier: Apache-2.0
@@ -87,6 +89,9 @@ def save_standalone(model: PreTrainedModel, folder: Path) -> dict[str, str]:
         auto_map: dict[str, str] = model.config.auto_map
     finally:
         model.config = config
+    saved = read_json(folder / "config.json")
+    saved[KEY][HOW_TO_LOAD] = _HOW_TO_LOAD
+    write_text(folder / "config.json", json.dumps(saved, indent=2, sort_keys=True) + "\n")
     for name, text in _files(type(model), classes).items():
         write_text(folder / name, text)
     _check(model, folder)

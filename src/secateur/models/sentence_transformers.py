@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from secateur.errors import InvalidInputError, invalid
 
-_LIST = "modules.json"
-_OWN_FILES = (_LIST, "config_sentence_transformers.json")
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+_OWN_FILES = (MODULES, SETTINGS)
 _NAMES = {"cls_token": "cls", "max_tokens": "max", "mean_tokens": "mean", "weightedmean_tokens": "weightedmean"}
 _TRANSFORMER_FILES = "sentence_*_config.json"  # such as the longest text that is read
 
@@ -97,7 +98,7 @@ def _pooling(file: Path) -> tuple[str, ...]:
 
 def _modules(folder: Path) -> list[dict[str, str]]:
     """Read the list, empty where there is none. Raises `InvalidInputError` for one that is damaged."""
-    file = folder / _LIST
+    file = folder / MODULES
     if not file.is_file():
         return []
     try:

@@ -155,9 +155,9 @@ def _metadata(file: str | Path) -> Mapping[str, Any]:
 
 
 def _recipe_digest(recipe: Mapping[str, Any]) -> str:
-    from secateur.sites.recipe import OWN_NAMES
+    from secateur.sites.recipe import FOLLOWED
 
-    followed = {name: value for name, value in recipe.items() if name in OWN_NAMES}
+    followed = {name: value for name, value in recipe.items() if name in FOLLOWED}
     return hashlib.sha256(json.dumps(followed, sort_keys=True).encode()).hexdigest()
 
 

@@ -43,7 +43,7 @@ def tell_(model: PreTrainedModel, recipe: Recipe, is_plain: bool, before: Mappin
         give_own_configs_(model)
     for config in (model.config, base.config):
         vars(config).pop(PLAIN_KEY, None)
-        setattr(config, PLAIN_KEY if is_plain else KEY, recipe.to_json())
+        setattr(config, PLAIN_KEY if is_plain else KEY, recipe.to_json(how_to_load=not is_plain))
     after = base.config.to_dict()
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     setattr(base, REMOVED, frozenset(changed | vars(base).get(REMOVED, set())))

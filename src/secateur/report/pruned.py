@@ -17,10 +17,11 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
     Only `sites` is required, or `blocks`, rows of what neurons and layers a block had and kept: a list of `{"name",
     "scores", "kept"}` in the order of the model, with one entry for each head, where `scores` or any of its entries may
     be null. The sections `units` (of each kind how many there were, and are), `cost`, `quality`, `times`, `proof`,
-    `refinement`, `attention_maps`, `command`, `environment` and `notes` and the facts `title`, `model`, `created`,
-    `scorer`, `allocation`, `budget` and `requested_ratio` are left out where they are absent. `kept`, `heads` and
-    `pruning_ratio` are counted from the sites, and checked where they are said. The tiles show what stays of heads,
-    the first two entries of `cost`, or all but the parameters where more than heads go, and the first of `quality`.
+    `refinement`, `attention_maps`, `loading`, `command`, `environment` and `notes` and the facts `title`, `model`,
+    `created`, `scorer`, `allocation`, `budget` and `requested_ratio` are left out where they are absent. `kept`,
+    `heads` and `pruning_ratio` are counted from the sites, and checked where they are said. The tiles show what stays
+    of heads, the first two entries of `cost` and its latency, or all but the parameters where more than heads go, and
+    `quality`.
 
     Raises `InvalidInputError` where a part has another form or contradicts the sites.
     """
@@ -45,7 +46,8 @@ def pruning_view(data: dict[str, Any]) -> dict[str, Any]:
         "decided": decided,
         "facts": _facts(data),
         "scorer": data.get("scorer"),
-        "tiles": _tiles(kept, heads, [*_key_costs(cost, units), *quality[:1]]) if decided and sites else [],
+        "tiles": _tiles((kept, heads) if sites else None, [*_key_costs(cost, units), *quality]) if decided else [],
+        "loading": _loading(data),
         "rows": rows,
         "looks": {(cell["look"], cell["verdict"]) for row in rows for cell in row["cells"]},
         "columns": max((len(site["kept"]) for site in sites), default=0),
@@ -80,8 +82,21 @@ def _headline(units: dict[str, tuple[int, int]], ratio: float) -> str:
 
 
 def _key_costs(cost: list[dict[str, Any]], units: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the cost table that have a tile: the first two, or units and work where more than heads go."""
-    return cost[:2] if set(units) <= {"heads"} else [row for row in cost if row["name"] != "parameters"]
+    """Return the rows of the cost table that have a tile: the first two, or units and work where more than heads go.
+
+    And latency, where it was measured.
+    """
+    if set(units) <= {"heads"}:
+        return [*cost[:2], *(row for row in cost[2:] if row["name"].startswith("latency"))]
+    return [row for row in cost if row["name"] != "parameters"]
+
+
+def _loading(data: dict[str, Any]) -> dict[str, Any]:
+    """Return what `how_to_load` found, empty where there is no model beside the report."""
+    found: dict[str, Any] = _check_type(data, "loading", dict, "be what `how_to_load` returns, or be left out")
+    if found and not (isinstance(found.get("code"), str) and isinstance(found.get("needs_secateur"), bool)):
+        raise invalid("loading", "be what `how_to_load` returns, or be left out", found)
+    return found
 
 
 def _check_counts(data: dict[str, Any], kept: int, heads: int, ratio: float) -> None:
@@ -101,12 +116,14 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in facts if value]
 
 
-def _tiles(kept: int, heads: int, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    tiles = [{"name": "attention heads", "value": f"{kept:,}", "note": f"of {heads:,}"}]
-    return tiles + [
-        {"name": row["name"], "value": row["brief"], "note": f"from {row['brief_dense']} ({row['change']})"}
-        for row in rows
-    ]
+def _tiles(heads: tuple[int, int] | None, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return the key figures: heads kept and before, where there are any, then a tile for each row."""
+    tiles = [] if heads is None else [{"name": "attention heads", "value": f"{heads[0]:,}", "note": f"of {heads[1]:,}"}]
+    for row in rows:
+        measured = f", {row['note']}" if row["note"] else ""
+        note = f"from {row['brief_dense']} ({row['change']}){measured}"
+        tiles.append({"name": row["name"], "value": row["brief"], "note": note})
+    return tiles
 
 
 def _check_type(data: dict[str, Any], name: str, kind: type, rule: str) -> Any:

@@ -10,6 +10,7 @@ from secateur.comparing.plan import COMMON
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.models.sentence_transformers import transformer_folder
 from secateur.report.head_map import short_labels
+from secateur.report.how_to_load import how_to_load
 from secateur.report.relational_kl import distillation_line, distillation_note, reconstruction_note
 from secateur.support.checks import is_number
 from secateur.support.files import read_json, read_lines
@@ -46,8 +47,8 @@ def read_runs(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     return found
 
 
-def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
-    """Return the data of a page for what `PruningReport.to_json` returned."""
+def pruning_data(report: Any, maps: Any = None, loading: Any = None) -> dict[str, Any]:
+    """Return the data of a page for what `PruningReport.to_json` returned; `loading` is what `how_to_load` did."""
     try:
         before, after, texts = report["before"], report["after"], report["num_texts"]
         sites = [
@@ -71,7 +72,8 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             "units": report.get("units"),
             "blocks": _blocks(report.get("blocks", {})),
             "quality": _quality(report.get("quality")),
-            "cost": [row for row in cost_rows(before, after, report.get("units")) if row["name"] != "heads"],
+            "cost": [row for row in cost_rows(before, after, report.get("units")) if row["name"] != "heads"]
+            + _latency(report.get("budget")),
             "times": [{"name": "scoring", "seconds": report["scoring_seconds"]}],
             "proof": {
                 "max_difference": report["max_difference"],
@@ -80,6 +82,7 @@ def pruning_data(report: Any, maps: Any = None) -> dict[str, Any]:
             },
             "refinement": report.get("refinement"),
             "attention_maps": maps,
+            "loading": loading,
             "maps_note": maps.get("reason") if isinstance(maps, dict) else "No attention maps were stored.",
             "command": report.get("command"),
             "environment": report.get("versions"),
@@ -132,6 +135,15 @@ def _quality(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         *([] if answers["pruned"] is None else [answers]),
         {"name": "mean cosine to the dense model", "dense": 1.0, "pruned": found["cosine"], "note": note},
         {"name": "relational KL", "dense": 0.0, "pruned": found["relational_kl"], "note": note},
+    ]
+
+
+def _latency(outcomes: Any) -> list[dict[str, Any]]:
+    """Return a row for each budget of latency: the share that was measured in the pruned model."""
+    return [
+        {"name": "latency, share", "dense": 1.0, "pruned": one["reached"], "note": f"asked {one['asked']}"}
+        for one in _outcomes(outcomes)
+        if one["asked"].startswith("latency")
     ]
 
 
@@ -189,13 +201,13 @@ def _read(path: Path) -> dict[str, Any]:
     if (path / RESULT).is_file():
         return demo_data(read_json(path / RESULT), _maps_of(path / PRUNED))
     if (path / PRUNING).is_file():
-        page = pruning_data(read_json(path / PRUNING), _maps_of(path))
+        page = pruning_data(read_json(path / PRUNING), _maps_of(path), how_to_load(path))
         page["notes"] += _distillation(read_json(path / DISTILLATION)) if (path / DISTILLATION).is_file() else []
         return page
     data = read_json(path) if path.is_file() else None
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind == "pruning_report":
-        return pruning_data(data, _maps_of(path.parent))
+        return pruning_data(data, _maps_of(path.parent), how_to_load(path.parent))
     if kind == "scores":
         return _scores(data)
     raise _no_run(path)
@@ -212,10 +224,11 @@ def _no_run(path: Path) -> InvalidInputError:
 
 def _budget(outcomes: Any) -> str | None:
     """Say what was asked for and reached, of every budget there was."""
-    if not outcomes:
-        return None
-    found = outcomes if isinstance(outcomes, list) else [outcomes]
-    return "; ".join(f"{one['asked']}, reached {one['reached']:.3f}" for one in found)
+    return "; ".join(f"{one['asked']}, reached {one['reached']:.3f}" for one in _outcomes(outcomes)) or None
+
+
+def _outcomes(outcomes: Any) -> list[Any]:
+    return outcomes if isinstance(outcomes, list) else [outcomes] if outcomes else []
 
 
 def _maps_of(folder: Path) -> Any:

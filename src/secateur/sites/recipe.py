@@ -3,7 +3,7 @@
 It holds `format_version`, `kept_heads` (site → original indices), `kept_neurons` and `kept_layers` (the same, packed),
 `layouts` (what each unit owned in the unpruned model, once for each kind of site), and for the record `scorer`,
 `pruning_ratio`, `allocation`, `base_model`, `secateur_version`, and what was done to the weights that stay:
-`reconstructed`, `distilled`, `finetuned`.
+`reconstructed`, `distilled`, `finetuned`. `how_to_load` is a line for who opens the file where secateur is not.
 """
 
 from __future__ import annotations
@@ -32,8 +32,15 @@ KINDS: dict[str, type[AttentionSite | FeedForwardSite | LayerSite]] = {
 """The class of site for each kind of unit."""
 
 _KEPT = {kind: f"kept_{kind}" for kind in KINDS}
-OWN_NAMES = frozenset({"format_version", "layouts", "bypassed", "reshaped", *_KEPT.values()})
-"""What a recipe is made of; every other name in it is for the record."""
+HOW_TO_LOAD = "how_to_load"
+FOLLOWED = frozenset({"format_version", "layouts", "bypassed", "reshaped", *_KEPT.values()})
+"""What a recipe is made of, which digests are of."""
+OWN_NAMES = FOLLOWED | {HOW_TO_LOAD}
+"""What secateur alone writes; every other name in a recipe is for the record."""
+_LINE = (
+    "import secateur before from_pretrained, without ignore_mismatched_sizes, which would put random weights in place "
+    "of the smaller ones; `secateur export` writes a folder that loads without secateur"
+)
 TRAINED = ("distilled", "finetuned")
 """What the record says of a model that was trained after its heads went."""
 
@@ -58,8 +65,8 @@ class Recipe:
     reshaped: tuple[str, ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the config entry."""
+    def to_json(self, how_to_load: bool = True) -> dict[str, Any]:
+        """Return the config entry; without the line that tells how to load it where it is for the record alone."""
         layouts: list[dict[str, Any]] = []
         for name, site in self.sites.items():
             layout = site.to_json()
@@ -71,6 +78,7 @@ class Recipe:
                 layouts.append({"sites": [name], **layout})
         return {
             "format_version": FORMAT_VERSION,
+            **({HOW_TO_LOAD: _LINE} if how_to_load else {}),
             **{_KEPT[kind]: kept for kind in KINDS if (kept := self._kept(kind)) or kind == "heads"},
             **({"bypassed": list(self.bypassed)} if self.bypassed else {}),
             **({"reshaped": list(self.reshaped)} if self.reshaped else {}),

@@ -7,6 +7,8 @@ ATTENTION_MAPS = "attention_maps.json"
 DISTILLATION = "distillation.json"
 FINETUNING = "finetune_result.json"
 PAGE = "report.html"
+CARD, CARD_BESIDE = "README.md", "PRUNING.md"
+"""The model card, and its name where the folder has one from elsewhere."""
 
 PRUNED = "pruned"
 """In a demo's folder, half of the model."""
