@@ -116,7 +116,7 @@ def preview(
     reading = settings_of(reading, Reading)
     texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
     asked = _of_one_quantity(budgets)
-    check_options(options)
+    check_options(options, preview, scorer)
     cut = cut_of(cut, pruning_ratio=0, budget=replace(asked[0], limit=1.0), units=units)
     if cut.allocation not in (None, "sensitivity"):
         raise invalid("allocation", "be None or 'sensitivity' in a preview", cut.allocation)

@@ -98,7 +98,7 @@ def prune_in_steps(
     options = dict(options or {})
     reading = settings_of(reading, Reading)
     texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
-    check_options(options)
+    check_options(options, prune, scorer)
     is_asked = restore is not None
     cut, restore, left_out = recommended(cut, restore, texts)
     check_steps(texts, cut, restore, steps, reading)

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -151,7 +152,8 @@ def is_within(site: str, paths: Iterable[str]) -> bool:
 def check_mask(mask: Any) -> None:
     """Raise `InvalidInputError` unless this is a `Mask`: one among the units that are there now will not do."""
     if not isinstance(mask, Mask):
-        raise invalid("mask", "be a Mask", mask)
+        remedy = f"load it: secateur.Mask.load({str(mask)!r})" if isinstance(mask, str | Path) else ""
+        raise invalid("mask", "be a Mask", mask, remedy)
 
 
 def original_vector(site: Site, kept: Tensor | None = None) -> Tensor:
