@@ -53,9 +53,7 @@ def test_what_the_call_saves_is_what_the_command_saves(is_loaded, work, tmp_path
     model = AutoModel.from_pretrained(work / "model") if is_loaded else work / "model"
     texts = (work / "texts.csv").read_text().splitlines()[1:]
     drawn = _drawn(texts)
-    small, _ = secateur.prune(
-        model, drawn, scorer="magnitude", restore="none", reading=READING, out=tmp_path / "call"
-    )
+    small, _ = secateur.prune(model, drawn, scorer="magnitude", restore="none", reading=READING, out=tmp_path / "call")
     names = [sorted(path.name for path in (tmp_path / place).iterdir()) for place in ("command", "call")]
     assert names[0] == names[1]
     assert {"config.json", "model.safetensors", "tokenizer.json", "report.html", "attention_maps.json"} <= {*names[0]}
