@@ -9,7 +9,6 @@ from typing import Any
 from secateur.comparing.plan import COMMON
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.models.sentence_transformers import transformer_folder
-from secateur.report.head_map import short_labels
 from secateur.report.relational_kl import distillation_line, distillation_note, reconstruction_note
 from secateur.support.checks import is_number
 from secateur.support.files import read_json, read_lines
@@ -23,6 +22,7 @@ from secateur.support.run_files import (
     SCORES,
     SETTINGS,
 )
+from secateur.units.grid import short_labels
 from secateur.units.scores import Scores
 
 
