@@ -25,8 +25,8 @@ from secateur.sites.layers import LayerSite
 from secateur.sites.layout import AttentionSite, Site
 from secateur.support.checks import check_tokenizer
 from secateur.texts.examples import Example, Row, are_rows, by_form, check_examples, examples_of, in_parts, joined
-from secateur.texts.tables import how_to_choose, is_table
 from secateur.texts.tokenization import Text, padded, rows_of, tokenize
+from secateur.texts.whole_tables import how_to_choose, is_table
 
 
 class PreparedModel:

@@ -12,7 +12,7 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from secateur.errors import invalid
 from secateur.support.checks import check_tokenizer, check_whole
-from secateur.texts.tables import how_to_choose_of_rows
+from secateur.texts.whole_tables import how_to_choose_of_rows
 
 Text: TypeAlias = str | tuple[str, str]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 _MOST = 64
 """Units of a site that have a cell each; thousands of neurons are counted."""
+_TEXT = "text-align:left;padding-right:.5em;white-space:nowrap"
 _CELL = "width:1.3em;height:1.3em;padding:0;text-align:center;border:1px solid rgba(128,128,128,.5);"
 
 
@@ -33,14 +34,14 @@ def _row(site: str, label: str, kept: Tensor | None, scores: Tensor | None) -> s
     values = [None] * len(stays or []) if scores is None else scores.tolist()
     if len(values) > _MOST:
         count = f"{len(values):,}" if stays is None else f"{sum(stays):,} of {len(stays):,} kept"
-        cells = f'<td colspan="{_MOST}" style="text-align:left">{count}</td>'
+        cells = f'<td colspan="{_MOST}" style="{_TEXT}">{count}</td>'
     else:
         known = [value for value in values if value is not None and value > -math.inf]
         low, high = min(known, default=0.0), max(known, default=0.0)
         cells = "".join(
             _cell(unit, None if stays is None else stays[unit], value, (low, high)) for unit, value in enumerate(values)
         )
-    return f'<tr><th style="text-align:left" title="{html.escape(site)}">{html.escape(label)}</th>{cells}</tr>'
+    return f'<tr><th style="{_TEXT}" title="{html.escape(site)}">{html.escape(label)}</th>{cells}</tr>'
 
 
 def _cell(unit: int, stays: bool | None, score: float | None, bounds: tuple[float, float]) -> str:
