@@ -9,10 +9,11 @@ import pytest
 
 import secateur
 from secateur import cli
-from secateur.errors import InvalidInputError
+from secateur.errors import CheckpointError, InvalidInputError
 from secateur.models import hub_access
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.scorers import make_scorer
+from secateur.scorers.smp import load_pruner
 from secateur.texts.data import load_task
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
@@ -154,6 +155,14 @@ def test_a_name_that_cannot_be_looked_up_is_one_line_of_the_command(no_answer, t
     assert capsys.readouterr().err == (
         "secateur: error: cannot reach the Hub for someone/smal, and there is no folder someone/smal here\n"
     )
+
+
+def test_a_pruner_that_cannot_be_looked_up(no_answer):
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match="someone/pruner cannot be loaded as a MetaPruner: "):
+        load_pruner("someone/pruner")
+    assert time.perf_counter() - start < 2
+    assert len(no_answer) == 1
 
 
 NAME = "someone/small"

@@ -1,6 +1,7 @@
 """What the Python call and the command have in common: a whole folder, and scores that were saved before."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,14 @@ def test_a_model_without_a_name_is_saved_with_the_tokenizer_it_was_given(tmp_pat
     assert len(AutoTokenizer.from_pretrained(tmp_path / "one")) == len(tiny_tokenizer())
     secateur.prune(tiny_model("bert"), scorer="random", out=tmp_path / "none")
     assert not (tmp_path / "none" / "tokenizer.json").exists()
+
+
+def test_of_several_processes_the_first_one_saves(tmp_path):
+    for is_main in (False, True):
+        accelerator = SimpleNamespace(num_processes=1, is_main_process=is_main)
+        reading = secateur.Reading(accelerator=accelerator)
+        secateur.prune(tiny_model("bert"), scorer="random", reading=reading, out=tmp_path / "out")
+        assert (tmp_path / "out").exists() == is_main
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):

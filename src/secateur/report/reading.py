@@ -203,7 +203,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _no_run(path: Path) -> InvalidInputError:
     if (transformer_folder(path) / "config.json").is_file():  # `save_pretrained` writes the model alone
-        remedy = f'in Python it is the second result of `secateur.prune`: report.save(folder / "{PRUNING}")'
+        remedy = f'in Python `secateur.prune(…, out=folder)`, or with its report: report.save(folder / "{PRUNING}")'
         rule = f"hold {PRUNING} beside the model"
         return invalid("run", rule, str(path), f"`secateur prune` writes it, and {remedy}")
     rule = "be a pruned folder, a scores file, a comparison's folder or a demo's folder"
