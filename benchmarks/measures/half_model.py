@@ -33,7 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "default": {},
     "matching heads": {"scorer": "matching"},
     "uniform": {"cut": SAME_SHARE, "restore": "distill"},
-    "layers": {"cut": SAME_SHARE, "restore": "distill", "units": ["layers"], "scorer": "block_influence"},
+    "layers": {"cut": Cut(allocation="uniform", units=["layers"]), "restore": "distill", "scorer": "block_influence"},
     "not restored": {"cut": BY_NEED, "restore": "none"},
     "reconstructed": {"cut": BY_NEED, "restore": "reconstruct"},
 }

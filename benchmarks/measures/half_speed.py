@@ -32,7 +32,7 @@ SHAPES = ((1, 128), (8, 128))
 WAYS: dict[str, dict[str, Any]] = {
     "uniform": {"scorer": "random", "cut": Cut(allocation="uniform")},
     "by need": {"scorer": "contribution", "cut": Cut(allocation="sensitivity")},
-    "layers": {"scorer": "random", "cut": Cut(allocation="uniform"), "units": ["layers"]},
+    "layers": {"scorer": "random", "cut": Cut(allocation="uniform", units=["layers"])},
 }
 
 

@@ -19,6 +19,7 @@ from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights
 from secateur.pruning_plan import check_steps, recommended, without_held_out
 from secateur.scorers import DEFAULT_SCORER
+from secateur.scorers.given import check_given, fitting
 from secateur.scorers.score import AnyScorer, Labels, check_options, score
 from secateur.settings import Budget, Cut, Reading, cut_of, settings_of
 from secateur.support.defaults import PREVIEW_SHARES
@@ -87,7 +88,7 @@ def preview(
     budgets: Sequence[str | Budget] = USUAL_BUDGETS,
     *,
     units: Collection[str] | None = None,
-    scorer: AnyScorer = DEFAULT_SCORER,
+    scorer: AnyScorer | Scores = DEFAULT_SCORER,
     labels: Labels | None = None,
     inputs: Sequence[Mapping[str, Tensor]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -116,7 +117,8 @@ def preview(
     reading = settings_of(reading, Reading)
     texts = texts_of(texts) if inputs is None else cast(Any, examples_of(cast(Any, texts), inputs))
     asked = _of_one_quantity(budgets)
-    check_options(options)
+    check_options(options, preview, scorer)
+    check_given(scorer, options, reading)
     cut = cut_of(cut, pruning_ratio=0, budget=replace(asked[0], limit=1.0), units=units)
     if cut.allocation not in (None, "sensitivity"):
         raise invalid("allocation", "be None or 'sensitivity' in a preview", cut.allocation)
@@ -132,7 +134,10 @@ def preview(
     selection = cast(
         SensitivitySelection, selection_of(prepared, cut, texts, reading, prepared.sites_of(cut.kinds))
     )  # fmt: skip
-    scores = score(prepared, texts, scorer, units=cut.kinds, labels=labels, cut=cut, reading=reading, **options)
+    if isinstance(scorer, Scores):
+        scores = fitting(scorer, prepared.sites_of(cut.kinds))
+    else:
+        scores = score(prepared, texts, scorer, units=cut.kinds, labels=labels, cut=cut, reading=reading, **options)
     rows = _rows(selection, scores, asked)
     name = original_name(prepared.model) or type(prepared.model).__name__
     return Preview(name, scores.scorer, scores.num_texts or 0, tuple(rows))

@@ -18,6 +18,7 @@ from secateur.sites.attention_maps import AttentionMaps
 from secateur.sites.packing import pack
 from secateur.support.files import write_text
 from secateur.support.versions import environment
+from secateur.units.grid import grid_html
 from secateur.units.masks import Mask, is_within
 from secateur.units.scores import Scores
 
@@ -77,6 +78,16 @@ class PruningReport:
         else:
             kept = "kept " + ", ".join(f"{after} of {before} {kind}" for kind, (before, after) in self.units.items())
         return ", ".join([kept, *map(str, self.budget)])
+
+    def __repr__(self) -> str:
+        """Say in one line what of which model was kept."""
+        return f"PruningReport({self.model!r}: {self})"
+
+    def _repr_html_(self) -> str:
+        """Return the grid of units that a notebook shows; a layer that went kept none of its units."""
+        gone = self._layers_gone()
+        kept = {site: row & (not is_within(site, gone)) for site, row in self.mask.items()}
+        return grid_html(repr(self), kept, self.scores)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; a layer that went kept none of its units."""

@@ -114,21 +114,21 @@ class Pruning:
         self.record: dict[str, Any] = {}
         self.quality = QualityJudge(self.prepared, held_out, reading) if held_out else None
 
-    def tell_duration(self, scorer: AnyScorer, options: Mapping[str, Any], steps: int) -> None:
+    def tell_duration(self, scorer: AnyScorer | Scores, options: Mapping[str, Any], steps: int) -> None:
         """Say how long all of it will take, where progress is shown."""
         if self.reading.progress and not self.kept.names():
-            criteria = criteria_of(scorer, self.cut.kinds, options)
+            criteria = {} if isinstance(scorer, Scores) else criteria_of(scorer, self.cut.kinds, options)
             plan = partial(planned, cut=self.cut, criteria=criteria, restore=self.restore, steps=steps)
             tell_duration(self.prepared, self.texts, self.reading, plan)
 
-    def choose(self, scorer: AnyScorer, labels: Any, options: Mapping[str, Any]) -> Mask:
+    def choose(self, scorer: AnyScorer | Scores, labels: Any, options: Mapping[str, Any]) -> Mask:
         """Score, select and refine; or read what an earlier run came to."""
         known = ("requested_ratio", "refinement", "scoring_seconds")
         if (found := self.kept.read("mask")) is not None:
             self.facts |= {
                 name: tuple(value) if isinstance(value, list) else value for name, value in found["facts"].items()
             }
-            self.note(Scores.from_json(found["scores"]))
+            self.note(Scores.from_json(found["scores"]), isinstance(scorer, Scores))
             if self.similarity is not None:
                 self._settle(Budget.parse(found["budget"]), found["expected"])
             return Mask.from_json(found["mask"])
@@ -141,8 +141,12 @@ class Pruning:
         self.kept.write("mask", found)
         return mask
 
-    def score(self, scorer: AnyScorer, labels: Any, options: Mapping[str, Any]) -> Scores:
-        """Score every unit that may go, and see which texts that took."""
+    def score(self, scorer: AnyScorer | Scores, labels: Any, options: Mapping[str, Any]) -> Scores:
+        """Score every unit that may go, and see which texts that took; or take scores that are there."""
+        if isinstance(scorer, Scores):
+            self.facts["scoring_seconds"] = 0.0
+            self.note(scorer, True)
+            return scorer
         start = time.perf_counter()
         scores = score(
             self.prepared, self.texts, scorer, units=self.cut.kinds, labels=labels, cut=self.cut, reading=self.reading,
@@ -152,12 +156,13 @@ class Pruning:
         self.note(scores)
         return scores
 
-    def note(self, scores: Scores) -> None:
-        """Note what the report says of scores, and which texts they took."""
+    def note(self, scores: Scores, are_given: bool = False) -> None:
+        """Note what the report says of scores, and which texts they took; those that are given took none of these."""
         if isinstance(self.texts, Sequence):
-            self.read = [self.texts[i] for i in reading_order(self.texts, self.reading)[: scores.num_texts]]
+            count = None if are_given else scores.num_texts
+            self.read = [self.texts[i] for i in reading_order(self.texts, self.reading)[:count]]
         self.facts |= {
-            "scorer": scores.scorer, "scores": scores, "num_texts": scores.num_texts or 0,
+            "scorer": scores.scorer or "given", "scores": scores, "num_texts": scores.num_texts or 0,
             "agreement": scores.agreement,
         }  # fmt: skip
         if self.reading.maps and self.read:

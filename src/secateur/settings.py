@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.loading import check_device
 from secateur.sites.finding import check_units
-from secateur.support.checks import check_accelerator, check_flag, check_seed, check_whole, is_number
+from secateur.support.checks import check_accelerator, check_flag, check_seed, check_whole, did_you_mean, is_number
 from secateur.support.defaults import BATCH_SIZE, FLOOR, MAX_LENGTH, MULTIPLE, PRUNING_RATIO, UNITS
 from secateur.units.scores import Scores
 from secateur.units.select import Allocation, check_selection
@@ -30,6 +30,7 @@ AnyAllocation = Literal["uniform", "ranking", "sensitivity"]
 
 Quantity = Literal["heads", "neurons", "layers", "params", "macs", "latency", "similarity"]
 _FORM = re.compile(r"(\w+)=([0-9.]+)x?(?:@(.+))?")
+_NEARLY = re.compile(r"(\w+)=([0-9.]+)(x|%)?(?:@.+)?")
 _SHAPED = ("macs", "latency")
 Settings = TypeVar("Settings")
 
@@ -166,7 +167,25 @@ def _can_be(quantity: Any, limit: Any) -> bool:
 def _refused(budget: object) -> InvalidInputError:
     *names, last = (f"{name}=" for name in get_args(Quantity))
     rule = f"be {', '.join(names)} or {last} with a number in (0, 1], and for latency a shape"
-    return invalid("budget", f"{rule}, such as latency=0.8x@8x128", budget)
+    return invalid("budget", f"{rule}, such as latency=0.8x@8x128", budget, _guess(budget))
+
+
+def _guess(budget: object) -> str:
+    """Return what may have been meant by a refused budget: a name near one, a percentage, or by how much less."""
+    found = _NEARLY.fullmatch(budget.strip()) if isinstance(budget, str) else None
+    if found is None:
+        return ""
+    quantity, number, unit = found.groups()
+    if quantity not in get_args(Quantity):
+        return did_you_mean(quantity, get_args(Quantity))
+    try:
+        limit = float(number)
+    except ValueError:
+        return ""
+    if 1 < limit < 10 and (unit == "x" or quantity == "latency"):
+        return f"did you mean {1 / limit:.3g}{unit or ''}?"
+    is_percentage = unit == "%" or 10 <= limit <= 100
+    return f"did you mean {limit / 100:g}?" if is_percentage else ""
 
 
 AnyBudget = str | Budget | Sequence[Budget]

@@ -111,7 +111,13 @@ def test_half_of_a_model_in_one_call(tmp_path):
 def test_layers_may_go_by_need_and_the_rest_learns():
     model = small_model("wide bert")
     smaller, report = secateur.prune(
-        model, TEXTS, budget="macs=0.7", units=["layers"], steps=2, tokenizer=tiny_tokenizer(), reading=READING
+        model,
+        TEXTS,
+        budget="macs=0.7",
+        cut=secateur.Cut(units=["layers"]),
+        steps=2,
+        tokenizer=tiny_tokenizer(),
+        reading=READING,
     )
     assert report.budget[0].reached <= 0.7
     assert len(report.distillation) == 2

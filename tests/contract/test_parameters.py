@@ -65,7 +65,7 @@ CALLS = {
     "prune": {
         "model": [*MODEL, ""], "texts": LISTED, "pruning_ratio": GIVEN_RATIO, "scorer": ["best", "", None, 3],
         "restore": [True, "", "distil", 3], "tokenizer": [3, "", object()], "labels": [3, ""], "budget": BUDGET,
-        "reading": SETTINGS, "units": UNITS, "steps": COUNT, "inputs": READY, "cut": SETTINGS,
+        "reading": SETTINGS, "steps": COUNT, "inputs": READY, "cut": SETTINGS, "out": PATH[1:],
     },
     "preview": {
         "model": [*MODEL, ""], "texts": LISTED,

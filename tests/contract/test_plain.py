@@ -244,7 +244,9 @@ def test_no_more_configs_are_tried_than_some(monkeypatch):
 
 def test_a_plain_folder_is_verified_by_what_its_config_has_for_the_record(tmp_path):
     tiny_model("bert").save_pretrained(tmp_path / "whole")
-    model, _ = secateur.prune(tmp_path / "whole", scorer="random", units=["neurons", "layers"], pruning_ratio=0.4)
+    model, _ = secateur.prune(
+        tmp_path / "whole", scorer="random", pruning_ratio=0.4, cut=secateur.Cut(units=["neurons", "layers"])
+    )
     assert (model.config.num_hidden_layers, hasattr(model.config, "head_pruning")) == (2, False)
     model.save_pretrained(tmp_path / "small")
     found = verify_checkpoint(tmp_path / "small")
@@ -268,7 +270,7 @@ def test_a_cut_of_a_plain_cut_that_was_never_saved_names_no_original():
 
 def test_what_follows_works_on_a_plain_cut(tmp_path):
     teacher, tokenizer = tiny_model("bert"), tiny_tokenizer()
-    model, report = secateur.prune(teacher, scorer="random", units=["layers"], pruning_ratio=0)
+    model, report = secateur.prune(teacher, scorer="random", pruning_ratio=0, cut=secateur.Cut(units=["layers"]))
     assert report.units == {"layers": (3, 3)}
     remove_(model, even_mask(find_units(model, ["neurons"])))
     before, after = secateur.distill_(model, teacher, tiny_texts(24), tokenizer, steps=2)

@@ -94,8 +94,8 @@ def test_half_of_a_vision_model_still_tells_digits_apart():
 
 def test_every_step_reads_sounds():
     smaller, report = secateur.prune(
-        speech_model(), inputs=images(speech_model(), 72), budget="macs=0.7", units=["heads", "neurons", "layers"],
-        steps=2, reading=READING,
+        speech_model(), inputs=images(speech_model(), 72), budget="macs=0.7", steps=2,
+        cut=Cut(units=["heads", "neurons", "layers"]), reading=READING,
     )  # fmt: skip
     assert report.budget[0].reached <= 0.7
     assert (report.num_texts, report.quality.num_texts) == (65, 7)

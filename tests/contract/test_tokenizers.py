@@ -213,7 +213,7 @@ def test_one_that_was_made_up_elsewhere_is_refused():
 )
 def test_a_pruned_model_is_saved_with_its_tokenizer(scorer, units, dense, tmp_path):
     model, _ = secateur.prune(
-        dense, None if scorer == "magnitude" else TEXTS, scorer=scorer, units=[units], reading=READING
+        dense, None if scorer == "magnitude" else TEXTS, scorer=scorer, cut=secateur.Cut(units=[units]), reading=READING
     )
     assert hasattr(model.config, "head_pruning") == (units == "heads")
     model.save_pretrained(tmp_path / "small")

@@ -32,8 +32,8 @@ def test_a_ratio_reconstructs_unless_told_otherwise():
 
 def test_it_refits_on_few_of_many_texts(monkeypatch):
     fitted = []
-    monkeypatch.setattr("secateur.pruning.SCORED_TEXTS", 16)
-    monkeypatch.setattr("secateur.pruning.reconstruct_", lambda *args, **_: fitted.extend(args[2]) or (1.0, 1.0))
+    monkeypatch.setattr("secateur.pruning_work.SCORED_TEXTS", 16)
+    monkeypatch.setattr("secateur.pruning_work.reconstruct_", lambda *args, **_: fitted.extend(args[2]) or (1.0, 1.0))
     pruned()
     assert fitted == TEXTS[::3]
 

@@ -162,8 +162,8 @@ def test_excluded_sites_stay_whole():
     assert [layer.attention.self.num_attention_heads for layer in smaller.encoder.layer] == [4, 2, 2]
     with pytest.raises(InvalidInputError, match=r"`exclude` must .*each pattern match one.*'nowhere\.\*'"):
         secateur.prune(model, scorer="random", cut=Cut(exclude=["encoder.layer.0.*", "nowhere.*"]))
-    cut = Cut(exclude=["encoder.layer.0.*", "encoder.layer"])
-    smaller, _ = secateur.prune(model, scorer="random", units=["heads", "layers"], cut=cut)
+    cut = Cut(units=["heads", "layers"], exclude=["encoder.layer.0.*", "encoder.layer"])
+    smaller, _ = secateur.prune(model, scorer="random", cut=cut)
     assert len(smaller.encoder.layer) == len(model.encoder.layer)
     assert report.units["neurons"] == (768, 640)
 
@@ -217,7 +217,7 @@ def test_criteria_of_layers(name):
 
 def test_prune_removes_layers():
     model = tiny_model("bert")
-    smaller, report = secateur.prune(model, scorer="random", pruning_ratio=0.4, units=["layers"])
+    smaller, report = secateur.prune(model, scorer="random", pruning_ratio=0.4, cut=Cut(units=["layers"]))
     assert (len(model.encoder.layer), len(smaller.encoder.layer), report.units) == (3, 2, {"layers": (3, 2)})
     assert report.to_json()["kept_layers"] == report.mask.kept
     assert not hasattr(smaller.config, "head_pruning")
@@ -228,8 +228,7 @@ def test_a_report_says_that_layers_which_went_kept_nothing():
         tiny_model("bert"),
         scorer="random",
         pruning_ratio=0.4,
-        units=["heads", "neurons", "layers"],
-        cut=Cut(allocation="ranking"),
+        cut=Cut(allocation="ranking", units=["heads", "neurons", "layers"]),
     )
     data = report.to_json()
     (stays,) = data["kept_layers"].values()
@@ -250,7 +249,7 @@ def test_refinement_exchanges_heads_alone():
 
 def test_a_budget_out_of_reach_says_what_all_kinds_reach():
     with pytest.raises(InvalidInputError, match=r"heads, neurons, layers together 0\.\d+ can be reached \(`units`\)"):
-        secateur.prune(small_model("wide bert"), scorer="magnitude", budget="macs=0.1", units=["heads"])
+        secateur.prune(small_model("wide bert"), scorer="magnitude", budget="macs=0.1", cut=Cut(units=["heads"]))
 
 
 def test_a_removal_that_drops_nothing_leaves_no_recipe(tmp_path):

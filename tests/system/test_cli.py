@@ -331,12 +331,12 @@ def test_other_commands_with_bad_input(minilm_folder, texts, tmp_path, capsys):
 
 
 def test_a_failure_while_saving_leaves_no_folder(minilm_folder, texts, tmp_path, capsys, monkeypatch):
-    from secateur import report
+    from secateur.report import pruning_files
 
     def broken(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(report, "write_report", broken)
+    monkeypatch.setattr(pruning_files, "write_report", broken)
     code, _, err = run(capsys, "prune", minilm_folder, "--data", texts, "--out", tmp_path / "out", "--texts", "8")
     assert code == 2
     assert "no space left on device" in err

@@ -248,12 +248,14 @@ def test_a_model_without_heads_is_refused(arguments):
 
 
 def test_a_budget_that_heads_cannot_reach_is_refused_before_scoring(monkeypatch):
-    monkeypatch.setattr("secateur.pruning.score", lambda *a, **k: pytest.fail("scored"))
+    monkeypatch.setattr("secateur.pruning_work.score", lambda *a, **k: pytest.fail("scored"))
     with pytest.raises(InvalidInputError, match=r"`budget` must be at least params=(0\.\d+), .*0\.750") as caught:
-        secateur.prune(tiny_model("bert"), scorer="magnitude", budget="params=0.2", units=("heads",))
+        secateur.prune(tiny_model("bert"), scorer="magnitude", budget="params=0.2", cut=Cut(units=("heads",)))
     least = str(caught.value).split("params=")[1].split(",")[0]
     monkeypatch.undo()
-    _, report = secateur.prune(tiny_model("bert"), scorer="magnitude", budget=f"params={least}", units=("heads",))
+    _, report = secateur.prune(
+        tiny_model("bert"), scorer="magnitude", budget=f"params={least}", cut=Cut(units=("heads",))
+    )
     assert report.after.heads == 3
 
 
@@ -349,7 +351,7 @@ def test_prune_within_a_latency_budget(monkeypatch):
     for name, function in (("measure_latency", measure_latency), ("compare_latency", compare_latency)):
         monkeypatch.setattr(f"secateur.choosing.budget.{name}", partial(function, rounds=1))
     model = tiny_model("bert")
-    _, report = secateur.prune(model, scorer="magnitude", budget="latency=1.0x@1x4", units=("heads",))
+    _, report = secateur.prune(model, scorer="magnitude", budget="latency=1.0x@1x4", cut=Cut(units=("heads",)))
     assert report.after.heads == report.before.heads
     (found,) = json.loads(json.dumps(report.to_json()))["budget"]
     assert found["asked"] == "latency=1@1x4"

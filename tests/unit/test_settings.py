@@ -102,7 +102,6 @@ def test_a_call_can_be_read():
         ({}, {"heads": (12, 9)}),
         ({"pruning_ratio": 0.5}, {"heads": (12, 6)}),
         ({"pruning_ratio": 0}, {"heads": (12, 12)}),
-        ({"units": ["layers"]}, {"layers": (3, 3)}),
         ({"budget": "layers=0.7"}, {"layers": (3, 2)}),
     ],
 )
@@ -110,6 +109,11 @@ def test_keywords_take_the_place_of_fields_of_the_cut(given, left):
     _, report = secateur.prune(small_model("wide bert"), scorer="random", cut=Cut(0.25), **given)
     assert report.units == left
     assert report.allocation == "uniform"
+
+
+def test_units_of_the_cut_are_those_that_go():
+    _, report = secateur.prune(small_model("wide bert"), scorer="random", cut=Cut(0.4, units=["layers"]))
+    assert report.units == {"layers": (3, 2)}
 
 
 def test_a_cut_alone_says_what_goes():

@@ -70,9 +70,10 @@ def test_a_column_or_an_array_is_a_list_and_a_table_is_not():
         assert secateur.score(model, column, tokenizer=tokenizer) == expected
     mask = secateur.select(expected, 0.5)
     assert secateur.refine_mask(model, mask, table["sentence"], tokenizer, steps=2)
-    for whole in (table, {"sentence": texts}, tokenizer(texts)):
+    named = r"pass ds\['sentence'\]"
+    for whole, remedy in ((table, named), ({"sentence": texts}, named), (tokenizer(texts), "such as table")):
         for function in (secateur.score, secateur.prune):
-            with pytest.raises(InvalidInputError, match=r"`texts` must be one column of a table.* such as table"):
+            with pytest.raises(InvalidInputError, match=rf"`texts` must be one column of a table.* {remedy}"):
                 function(model, whole, tokenizer=tokenizer)
     classifier, numbers = tiny_classifier("bert"), [0, 1] * 4
     for labels in (table.to_numpy(), torch.tensor(3).numpy()):

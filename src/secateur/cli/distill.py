@@ -17,7 +17,6 @@ from secateur.cli.options import (
     seed_option,
     training_options,
 )
-from secateur.cli.saving import save_model
 from secateur.support.defaults import DISTILLATION_RATE, DISTILLATION_STEPS
 from secateur.support.files import check_new_folder
 from secateur.support.run_files import DISTILLATION, PAGE, PRUNING
@@ -43,6 +42,7 @@ def distill(
 ) -> None:  # fmt: skip
     """Teach the pruned MODEL what the unpruned one computes, on texts without labels, before it is fine-tuned."""
     from secateur.models.loading import check_device, load_model, load_tokenizer
+    from secateur.models.model_saving import save_model
     from secateur.removal.verify import load_original
     from secateur.report import write_report
     from secateur.report.pruning_files import copy_pruning

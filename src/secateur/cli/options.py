@@ -32,7 +32,8 @@ class Ratio(click.ParamType):
         except (TypeError, ValueError):
             number = -1.0
         if not 0 <= number < 1:
-            self.fail(f"`{param.name if param else 'ratio'}` must be in [0, 1), got {value}", param, ctx)
+            guess = f"; did you mean {number / 100:g}?" if 1 < number < 100 else ""
+            self.fail(f"`{param.name if param else 'ratio'}` must be in [0, 1), got {value}{guess}", param, ctx)
         return number
 
 

@@ -21,7 +21,6 @@ from secateur.cli.options import (
     reading_of,
     together,
 )
-from secateur.cli.saving import save_model
 from secateur.cli.scoring import calibration_of, ends_as_main, processes, scorer_of, scoring_options, settled
 from secateur.support.defaults import DISTILLATION_STEPS, FLOOR, PREVIEW_SHARES, PRUNING_RATIO
 from secateur.support.files import check_new_folder, new_folder
@@ -82,6 +81,13 @@ cutting_options = together(
 @click.option("--maps/--no-maps", default=True, show_default=True, help="Keep mean attention maps for the report page.")
 @scoring_options
 @click.option(
+    "--scores",
+    default=None,
+    type=Place(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Instead of scoring: what `secateur score --out FILE` saved for this model.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Remove and write nothing: print what budgets would leave, and what that changes."
 )
 @click.option("--out", type=Place(), help="New or empty folder for the result.")
@@ -93,14 +99,14 @@ def prune(context: click.Context, model: str, data: str, out: Path | None, as_js
     Under `accelerate launch` or torchrun each process scores a share of the texts, and the first one saves.
     """
     if options["dry_run"]:
-        _dry_run(model, data, as_json, options)
+        _dry_run(context, model, data, as_json, options)
         return
     if out is None:
         raise click.MissingParameter(ctx=context, param=next(one for one in prune.params if one.name == "out"))
     _prune(context, model, data, out, as_json, options)
 
 
-def _dry_run(model: str, data: str, as_json: bool, options: Mapping[str, Any]) -> None:
+def _dry_run(context: click.Context, model: str, data: str, as_json: bool, options: Mapping[str, Any]) -> None:
     """Print what budgets would leave: shares of the quantity that a budget names, or else of the work."""
     from secateur.cli.tables import preview_table, print_table
     from secateur.models.loading import load_tokenizer
@@ -115,12 +121,13 @@ def _dry_run(model: str, data: str, as_json: bool, options: Mapping[str, Any]) -
             f"`budget` must be of {', '.join(COUNT_ALL)} with `--dry-run`, got {options['budget']!r}"
         )
     like = asked[0] if asked else Budget("macs", 1.0)
+    scorer = _scorer(context, options)
     accelerator, device = processes(options["device"])
     texts, labels = calibration_of(data, options, teaches=_teaches(options))
     is_main = accelerator.is_main_process
     found = preview(
         model, texts, [*asked, *(replace(like, limit=share) for share in PREVIEW_SHARES)], labels=labels,
-        scorer=scorer_of(options), tokenizer=load_tokenizer(model), cut=_cut(options),
+        scorer=scorer, tokenizer=load_tokenizer(model), cut=_cut(options),
         reading=reading_of(options, device=str(device), accelerator=accelerator, progress=is_main),
     )  # fmt: skip
     if not ends_as_main(accelerator):
@@ -136,10 +143,7 @@ def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bo
     """Prune, save, and say what was done."""
     from secateur.models.loading import load_tokenizer
     from secateur.pruning import prune_in_steps
-    from secateur.report import write_report
-    from secateur.report.model_card import write_model_card
-    from secateur.report.pruning_files import save_pruning
-    from secateur.report.reading import read_runs
+    from secateur.report.pruning_files import save_all
     from secateur.sites.recipe import KEY
 
     accelerator, device = processes(options["device"])
@@ -150,7 +154,7 @@ def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bo
     if options["budget"] is not None and has_ratio:
         raise click.UsageError("`ratio` must be left out where there is a `--budget`")
     cut = _cut(options)
-    scorer = scorer_of(options)
+    scorer = _scorer(context, options)
     texts, labels = calibration_of(data, options, teaches=_teaches(options))
     tokenizer = load_tokenizer(model)
     reading = reading_of(options, device=str(device), accelerator=accelerator, maps=options["maps"], progress=is_main)
@@ -166,10 +170,7 @@ def _prune(context: click.Context, model: str, data: str, out: Path, as_json: bo
         if not ends_as_main(accelerator):
             return
         report = replace(report, command=command_line())
-        save_model(pruned, tokenizer, model, folder)
-        save_pruning(report, folder)
-        write_model_card(report, folder)
-        write_report(read_runs([folder]), folder / PAGE)
+        save_all(pruned, tokenizer, model, report, folder)
     if as_json:
         print_json({**report.to_json(), "out": str(out)})
     else:
@@ -188,7 +189,7 @@ def _steps(
     """
     from secateur.models.model_content import fingerprint_of_files
     from secateur.pruning_steps import Steps, kept_steps
-    from secateur.support.fingerprints import fingerprint
+    from secateur.support.fingerprints import bytes_of, fingerprint
     from secateur.support.processes import is_shared
     from secateur.support.versions import environment
 
@@ -198,6 +199,7 @@ def _steps(
     about = {
         "model": fingerprint_of_files(model),
         "pruner": options.get("pruner") and fingerprint_of_files(options["pruner"]),
+        "scores": options["scores"] and fingerprint(bytes_of(options["scores"])),
         "texts": fingerprint(repr(row).encode() for row in (*texts, *(labels or ()))),
         "options": {**options, "device": reading.device},
         "versions": environment(),
@@ -207,6 +209,19 @@ def _steps(
         if names := kept.names():
             click.echo(f"secateur: going on after {', '.join(names)}, which an earlier run had finished", err=True)
         yield kept
+
+
+def _scorer(context: click.Context, options: Mapping[str, Any]) -> Any:
+    """Return the scorer, or one for each kind of unit, or the scores of a file, which leave nothing to be said."""
+    if options["scores"] is None:
+        return scorer_of(options)
+    from secateur.units.scores import Scores
+
+    for name in ("scorer", "scorer_options", "pruner", "stop"):
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            said = name.removeprefix("scorer_").removesuffix("s")
+            raise click.UsageError(f"`{said}` must be left out where there are `--scores`")
+    return Scores.load(options["scores"])
 
 
 def _teaches(options: Mapping[str, Any]) -> bool:

@@ -72,7 +72,16 @@ units_option = click.option(
     help="Kinds of units, heads,neurons,layers [default: those that the budget is about, else heads].",
 )  # fmt: skip
 
+columns_options = together(
+    click.option(
+        "--text-column", default=None, metavar="NAME[,NAME]",
+        help="Column of the data with the texts, or two for pairs [default: sentence, text, or sentence1,sentence2].",
+    ),
+    click.option("--label-column", default=None, metavar="NAME", help="Column with the labels [default: label]."),
+)  # fmt: skip
+
 scoring_options = together(
+    columns_options,
     click.option(
         "--scorer", default=DEFAULT_SCORER, show_default=True, type=ScorerNames(),
         help="Criterion of the kinds of units that it can score, or one a kind: heads=matching,neurons=contribution. "
@@ -134,10 +143,11 @@ def calibration_of(data: str, options: Mapping[str, Any], teaches: bool = False)
     There are more where they also teach the smaller model.
     """
     from secateur.errors import invalid
-    from secateur.texts.data import load_task
+    from secateur.texts.data import Columns, load_task
     from secateur.texts.streams import stream_texts
 
-    named = options["scorer"]
+    named, texts = options["scorer"], options["text_column"]
+    columns = Columns(None if texts is None else tuple(texts.split(",")), options["label_column"])
     need_labels = any(
         scorer_class(name).needs_labels for name in ([named] if isinstance(named, str) else named.values())
     )
@@ -147,8 +157,8 @@ def calibration_of(data: str, options: Mapping[str, Any], teaches: bool = False)
     if options["stream"]:
         if need_labels:
             raise invalid("stream", f"not be given with scorer {options['scorer']}, which needs labels", True)
-        return itertools.islice(stream_texts(data, options["split"], options["seed"]), number), None
-    task = load_task(data, options["split"], need_labels=need_labels)
+        return itertools.islice(stream_texts(data, options["split"], options["seed"], columns), number), None
+    task = load_task(data, options["split"], need_labels=need_labels, columns=columns)
     task = task.head(number or len(task), seed=options["seed"])
     return task.texts, task.labels
 

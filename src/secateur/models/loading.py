@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid, shown
 from secateur.models.classifier import CLASSIFIERS, is_classifier
+from secateur.models.hub_access import answers, check_in_reach
 from secateur.models.originals import originals, recorded_original
 from secateur.models.sentence_transformers import transformer_folder
 from secateur.support.checks import knows_words
@@ -217,9 +218,9 @@ def _source(model: str | Path) -> tuple[str | Path, dict[str, str]]:
 
 
 def _access(model: str | Path) -> dict[str, bool]:
-    """Return what transformers may do: run no code from a model's files, and for a local one not ask the Hub."""
+    """Return what transformers may do: run no code from a model's files, and ask the Hub for no local one."""
     # Files of a folder can name Hub repositories, such as an adapter its base model.
-    return {"trust_remote_code": False, "local_files_only": Path(model).exists()}
+    return {"trust_remote_code": False, "local_files_only": Path(model).exists() or not answers()}
 
 
 def _named_class(config: Any) -> Any:
@@ -248,7 +249,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def check_exists(model: str | Path) -> None:
-    """Raise `InvalidInputError` for a folder or a file that is no model, or is not there."""
+    """Raise `InvalidInputError` for a folder or a file that is no model, and for what is not there or out of reach."""
     path = Path(model)
     if _is_gguf(path):
         return
@@ -260,6 +261,8 @@ def check_exists(model: str | Path) -> None:
     elif isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         # What has another shape than a Hub id can only have been meant as a folder.
         raise invalid("model", "be a folder that exists, or a Hub id", str(model))
+    else:
+        check_in_reach(str(model))
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.errors import InvalidInputError, invalid
+from secateur.models.hub_access import answers
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
@@ -123,7 +124,12 @@ def _from_hub(repository: str) -> Path | None:
     wanted = [*_OWN_FILES, _TRANSFORMER_FILES, "[0-9]*_*/*", "[0-9]*_*/**"]
     try:
         return Path(
-            snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["0_*/*.safetensors", "0_*/*.bin"])
+            snapshot_download(
+                repository,
+                allow_patterns=wanted,
+                ignore_patterns=["0_*/*.safetensors", "0_*/*.bin"],
+                local_files_only=not answers(),
+            )
         )
     except (OSError, ValueError):
         return None

@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
+from secateur.models.hub_access import answers
 from secateur.models.sentence_transformers import transformer_folder
 
 _NOTE = "_secateur_tokenizer"  # on a pruned model: what it reads texts with, which is saved with it
@@ -57,6 +58,8 @@ def _from_hub(repository: str) -> Path | None:
     if Path(repository).exists():  # a file, such as a .gguf, has none beside it
         return None
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(_PROCESSOR_FILES)))
+        return Path(
+            snapshot_download(repository, allow_patterns=list(_PROCESSOR_FILES), local_files_only=not answers())
+        )
     except (OSError, ValueError):
         return None

@@ -7,6 +7,7 @@ from typing import Any
 from secateur.errors import invalid
 from secateur.report.numbers import place, ticks
 from secateur.support.checks import is_number
+from secateur.units.grid import short_labels
 
 BINS = 32
 
@@ -74,27 +75,6 @@ def head_map(
             )
         rows.append({"name": site["name"], "label": label, "cells": cells, "kept": sum(site["kept"])})
     return rows
-
-
-def short_labels(names: list[str]) -> list[str]:
-    """Return labels such as `layer 0`, or longer ones where those would not tell the sites apart."""
-    parts = [name.split(".") for name in names]
-    numbers = [[part for part in split if part.isdecimal()] for split in parts]
-    if not all(numbers):
-        return names
-    if len({len(row) for row in numbers}) == 1 and len(names) > 1:
-        # A number that is the same in every name says nothing, such as the second one of `block.3.layer.0`.
-        varying = [len(set(column)) > 1 for column in zip(*numbers, strict=True)]
-        numbers = [[n for n, varies in zip(row, varying, strict=True) if varies] or row for row in numbers]
-    labels = [f"layer {'.'.join(row)}" for row in numbers]
-    if len(set(labels)) == len(names):
-        return labels
-    shared = 0
-    while len({split[shared] for split in parts if len(split) > shared}) == 1:
-        shared += 1
-    stacks = [split[min(shared, len(split) - 1)] for split in parts]
-    labels = [f"{stack} {'.'.join(row)} {split[-1]}" for stack, row, split in zip(stacks, numbers, parts, strict=True)]
-    return labels if len(set(labels)) == len(names) else names
 
 
 def histogram(sites: list[dict[str, Any]], low: float, high: float) -> dict[str, Any]:

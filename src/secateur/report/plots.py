@@ -12,9 +12,10 @@ from secateur.errors import InvalidInputError, invalid
 from secateur.report.agreement import agreement
 from secateur.report.charts import DENSE_LOOK, RANDOM_LOOK, Chart
 from secateur.report.curves import cost_charts, curves
-from secateur.report.head_map import check_sites, short_labels
+from secateur.report.head_map import check_sites
 from secateur.report.pruned import refinement_chart
 from secateur.support.files import write_bytes
+from secateur.units.grid import short_labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,12 +1,29 @@
-"""What a pruning leaves in its folder for a page, beside the model."""
+"""What a pruning leaves in its folder: the model, and beside it the report and its page."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from secateur.models.model_saving import save_model
 from secateur.pruning_report import PruningReport
-from secateur.support.run_files import ATTENTION_MAPS, PRUNING
+from secateur.report import write_report
+from secateur.report.model_card import write_model_card
+from secateur.report.reading import read_runs
+from secateur.support.run_files import ATTENTION_MAPS, PAGE, PRUNING
+
+
+def save_all(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, source: str, report: PruningReport, folder: Path
+) -> None:
+    """Write a pruned model as `save_model` does, with its report, the page of that and a model card."""
+    save_model(model, tokenizer, source, folder)
+    save_pruning(report, folder)
+    write_model_card(report, folder)
+    write_report(read_runs([folder]), folder / PAGE)
 
 
 def save_pruning(report: PruningReport, folder: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from secateur.comparing.plan import COMMON
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.models.sentence_transformers import transformer_folder
-from secateur.report.head_map import short_labels
 from secateur.report.how_to_load import how_to_load
 from secateur.report.relational_kl import distillation_line, distillation_note, reconstruction_note
 from secateur.support.checks import is_number
@@ -24,6 +23,7 @@ from secateur.support.run_files import (
     SCORES,
     SETTINGS,
 )
+from secateur.units.grid import short_labels
 from secateur.units.scores import Scores
 
 
@@ -215,7 +215,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _no_run(path: Path) -> InvalidInputError:
     if (transformer_folder(path) / "config.json").is_file():  # `save_pretrained` writes the model alone
-        remedy = f'in Python it is the second result of `secateur.prune`: report.save(folder / "{PRUNING}")'
+        remedy = f'in Python `secateur.prune(…, out=folder)`, or with its report: report.save(folder / "{PRUNING}")'
         rule = f"hold {PRUNING} beside the model"
         return invalid("run", rule, str(path), f"`secateur prune` writes it, and {remedy}")
     rule = "be a pruned folder, a scores file, a comparison's folder or a demo's folder"

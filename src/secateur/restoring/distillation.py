@@ -17,7 +17,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from secateur.errors import InvalidInputError, invalid
 from secateur.finetuning.trainer import train, training_device
-from secateur.models.base_model import base_of
+from secateur.models.base_model import base_of, how_to_load
 from secateur.models.loading import quiet_transformers
 from secateur.models.offload import check_loaded, device_of
 from secateur.models.state import (
@@ -127,7 +127,8 @@ def _checked(model: nn.Module, teacher: nn.Module) -> tuple[PreTrainedModel, Pre
     """Return the base models of both, which can be taught and teach."""
     student = base_of(model)
     if not isinstance(teacher, PreTrainedModel) or (master := base_of(teacher)) is student:
-        raise invalid("teacher", "be another model of transformers, `model` before pruning", type(teacher).__name__)
+        rule = "be another model of transformers, `model` before pruning"
+        raise invalid("teacher", rule, type(teacher).__name__, how_to_load(teacher))
     for one in (student, master):
         check_loaded(one, "distillation")
     check_plain_weights(student)

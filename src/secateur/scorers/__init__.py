@@ -48,10 +48,15 @@ def scorer_class(name: str) -> type[Scorer]:
     return getattr(importlib.import_module(module), attribute)
 
 
+def option_names(name: str) -> list[str]:
+    """Return the options of the criterion registered under `name`. Raises what `scorer_class` raises."""
+    chosen = scorer_class(name)
+    return [] if chosen.__init__ is object.__init__ else list(inspect.signature(chosen).parameters)
+
+
 def make_scorer(name: str, /, **options: Any) -> Scorer:
     """Build the criterion registered under `name`. Raises `InvalidInputError` for an option that it does not have."""
-    chosen = scorer_class(name)
-    known = [] if chosen.__init__ is object.__init__ else list(inspect.signature(chosen).parameters)
+    chosen, known = scorer_class(name), option_names(name)
     for option in options:
         if option not in known:
             rule = f"be one of {', '.join(known)}" if known else "not be given, as there are none"

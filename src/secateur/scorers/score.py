@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -17,11 +18,12 @@ from secateur.models.finite import check_pass
 from secateur.models.offload import check_loaded
 from secateur.models.state import bfloat16_passes, evaluation_mode, held
 from secateur.pruners.tokens import special_ids_of
-from secateur.scorers import DEFAULT_SCORER, DEFAULT_SCORERS, LAYER_SCORERS, SCORERS, make_scorer
+from secateur.scorers import DEFAULT_SCORER, DEFAULT_SCORERS, LAYER_SCORERS, SCORERS, make_scorer, option_names
 from secateur.scorers.base import Scorer, ScoringTask, StreamingScorer, Supervision
 from secateur.settings import Cut, Reading, settings_of
 from secateur.sites.finding import check_units
 from secateur.sites.layout import Site
+from secateur.support.checks import nearest
 from secateur.texts.calibration import PreparedModel, is_pair, texts_of
 from secateur.texts.data import Task
 from secateur.texts.examples import are_rows
@@ -152,7 +154,7 @@ def criteria_of(scorer: AnyScorer, units: Collection[str], options: Mapping[str,
     Raises `InvalidInputError` for a criterion that scores none of the kinds, and for options that are not one's alone.
     """
     check_units(units)
-    check_options(options)
+    check_options(options, score, scorer)
     named = scorer if isinstance(scorer, Mapping) else {}
     for kind in named:
         if kind not in units:
@@ -176,19 +178,34 @@ def criteria_of(scorer: AnyScorer, units: Collection[str], options: Mapping[str,
     }
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise `InvalidInputError` for what is no option of a scorer, but a field of a `Reading` or a `Cut`."""
+def check_options(options: Mapping[str, Any], call: Callable[..., Any], scorer: Any) -> None:
+    """Raise `InvalidInputError` for what is no option of a scorer, but near a keyword of the `call`.
+
+    The same goes for fields of a `Reading` or a `Cut`, and all that is near one.
+    """
+    meant_by = {name: f"`{name}`" for name in inspect.signature(call).parameters if name != "options"}
     for kind in (Reading, Cut):
+        for one in fields(kind):
+            meant_by.setdefault(one.name, f"{kind.__name__.lower()}=secateur.{kind.__name__}({one.name}=…)")
         if meant := sorted({one.name for one in fields(kind)} & set(options)):
             parameter = kind.__name__.lower()
             raise InvalidInputError(
                 f"`{meant[0]}` belongs into `{parameter}`: {parameter}=secateur.{kind.__name__}({meant[0]}=…)"
+            )
+    own = option_names(scorer) if isinstance(scorer, str) else []
+    for name in options:
+        if name not in own and (near := nearest(name, [*own, *meant_by])):
+            raise InvalidInputError(
+                f"`{call.__name__}` has no `{name}`; did you mean {meant_by.get(near, f'`{near}`')}?"
             )
 
 
 def scorer_of(scorer: str | Scorer, options: Mapping[str, Any]) -> Scorer:
     """Return a scorer as it is, or make the one registered under a name. Raises `TypeError` for anything else."""
     criterion = make_scorer(scorer, **options) if isinstance(scorer, str) else scorer
+    if options and isinstance(scorer, Scorer):
+        name = next(iter(options))
+        raise InvalidInputError(f"`{name}` must belong to a scorer that is named; give it to `make_scorer` instead")
     if not isinstance(criterion, Scorer):
         raise TypeError(f"`scorer` must be a registered name or a Scorer, got {type(scorer).__name__}")
     return criterion

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CheckpointError
+from secateur.models.hub_access import answers
 from secateur.models.offload import device_of
 from secateur.pruners.map_network import MetaPruner
 from secateur.scorers.base import ScoringTask, StreamingScorer
@@ -66,7 +67,7 @@ def read_pruner(kind: type[Network], pruner: Network | str | Path) -> Network:
         return pruner
     try:
         with torch.random.fork_rng([]):  # a network draws weights before it reads them
-            return kind.from_pretrained(str(pruner))
+            return kind.from_pretrained(str(pruner), local_files_only=Path(pruner).exists() or not answers())
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{pruner} cannot be loaded as a {kind.__name__}: {reason}") from None

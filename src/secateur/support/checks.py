@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,18 @@ from secateur.errors import InvalidInputError, invalid
 LARGEST_SEED = 2**32 - 1
 """What every library that draws random numbers here takes."""
 _MADE_UP = 2  # tokens besides the special ones, at most, of a tokenizer without a vocabulary: DeBERTa's
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Return "did you mean …?" with the name among `known` that is nearest, empty where none is near."""
+    near = nearest(name, known)
+    return f"did you mean {near}?" if near else ""
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return the name among `known` that one may have meant: one of which it is a word, or else one spelled alike."""
+    words = [one for one in known if name in one.split("_")]
+    return next(iter(words or difflib.get_close_matches(name, known, 1)), "")
 
 
 def is_number(value: Any, *, least: float = -math.inf, above: float = -math.inf) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from secateur.sites.layout import AttentionSite, Site
 from secateur.support.checks import check_tokenizer
 from secateur.texts.examples import Example, Row, are_rows, by_form, check_examples, examples_of, in_parts, joined
 from secateur.texts.tokenization import Text, padded, rows_of, tokenize
+from secateur.texts.whole_tables import how_to_choose, is_table
 
 
 class PreparedModel:
@@ -157,8 +158,8 @@ def texts_of(texts: Iterable[Text] | None) -> Iterable[Text] | None:
     """
     if texts is not None and not isinstance(texts, Iterable):
         raise invalid("texts", "be strings or pairs of strings, in a list or one after the other", texts)
-    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
-        raise invalid("texts", "be one column of a table", type(texts).__name__, "such as table['sentence']")
+    if is_table(texts):
+        raise invalid("texts", "be one column of a table", type(texts).__name__, how_to_choose(texts))
     return list(texts) if hasattr(texts, "__array__") and isinstance(texts, Iterable) else texts
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateur.errors import InvalidInputError, invalid, shown
-from secateur.support.checks import check_whole, is_number
+from secateur.support.checks import check_whole, did_you_mean, is_number
 from secateur.texts.hub import hub_id, hub_split
 from secateur.texts.rows import FILE_FORMATS, SPLIT_NAMES, read_columns, stem_and_format
 from secateur.texts.tokenization import Text, check_texts, is_text
@@ -25,6 +25,54 @@ TEXT_COLUMNS = (
 )
 MOST_CLASSES = 100_000
 """A model needs an output for each class up to the highest; a larger number was not meant as one."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are read: those of one text or two, and that of labels; None = by their usual names.
+
+    Raises `InvalidInputError` for anything but one name or two, and for one column in two places.
+    """
+
+    texts: tuple[str, ...] | None = None
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [*(self.texts or ()), *([] if self.label is None else [self.label])]
+        if self.texts is not None and len(self.texts) not in (1, 2):
+            raise invalid("text_column", "name one column, or two with a comma for pairs", ",".join(self.texts))
+        if not all(names) or len(set(names)) < len(names):
+            raise invalid("text_column", "name columns, none of them twice or the labels'", ",".join(names))
+
+    def chosen(self, found: Sequence[str], source: str) -> tuple[tuple[str, ...], str | None]:
+        """Return the text columns among those that were `found`, and that of labels, None where there is none.
+
+        Raises `InvalidInputError` where one that is named, or any of texts, is missing, or there are two of a name.
+        """
+        listed = ", ".join(map(repr, found))
+        for option, name in [*(("text", name) for name in self.texts or ()), ("label", self.label)]:
+            if name is not None and name not in found:
+                guess = did_you_mean(name, found)
+                said = f"{source} has no column {name!r}, which `{option}_column` names: found {listed}"
+                raise InvalidInputError(f"{said}; {guess}" if guess else said)
+        texts = self.texts or next((names for names in TEXT_COLUMNS if all(name in found for name in names)), None)
+        if texts is None:
+            expected = "expected `sentence`, `text`, or `sentence1` and `sentence2`"
+            remedy = "`secateur score` and `prune` take others with --text-column"
+            raise InvalidInputError(f"{source} has no text columns: {expected}, found {listed}; {remedy}")
+        label = self.label or ("label" if "label" in found and "label" not in texts else None)
+        for name in (*texts, label):
+            if list(found).count(name) > 1:  # type: ignore[arg-type]
+                raise InvalidInputError(f"{source} has more than one column {name!r}")
+        return texts, label
+
+    def needed(self, found: Sequence[str], source: str) -> list[str]:
+        """Return all columns that are read. Raises what `chosen` raises."""
+        texts, label = self.chosen(found, source)
+        return [*texts, *([] if label is None else [label])]
+
+
+USUAL_COLUMNS = Columns()
 
 
 @dataclass(frozen=True)
@@ -100,6 +148,7 @@ def load_task(
     *,
     need_labels: bool = False,
     max_rows: int | None = None,
+    columns: Columns = USUAL_COLUMNS,
 ) -> Task:
     """Read one split of a task from a file, a folder or the Hugging Face Hub.
 
@@ -110,10 +159,11 @@ def load_task(
     - a folder with such files named train, dev (or validation, valid) and test (or test_matched);
     - where no such path exists, a Hub id: `glue/sst2`, `owner/name` or `owner/name:config`.
 
-    Columns: `sentence` or `text`, or a pair `sentence1` and `sentence2` (or GLUE's own names), and `label`; others are
-    ignored. Labels are whole numbers from 0 up (classes) or numbers with a decimal point (regression); one label with
-    a decimal point makes the task a regression. Where every label is -1, as in GLUE's hidden test sets, the task has
-    none. `max_rows` keeps the first rows only. The task is named after the folder or the file.
+    Columns: those that `columns` names, or `sentence` or `text`, or a pair `sentence1` and `sentence2` (or GLUE's own
+    names), and `label`; others are ignored. Labels are whole numbers from 0 up (classes) or numbers with a decimal
+    point (regression); one label with a decimal point makes the task a regression. Where every label is -1, as in
+    GLUE's hidden test sets, the task has none. `max_rows` keeps the first rows only. The task is named after the folder
+    or the file.
 
     Raises `InvalidInputError` for whatever is missing or unreadable, naming the file and the row (counted from 1, the
     header left out).
@@ -127,18 +177,19 @@ def load_task(
     path = Path(data).expanduser()
     if path.exists():
         file = _split_file(path, split) if path.is_dir() else path
-        source, columns = str(file), _read_file(file)
+        source, table = str(file), _read_file(file, columns)
         stem = stem_and_format(file)[0]
         is_split_name = any(stem in names for names in SPLIT_NAMES.values())
         name = file.absolute().parent.name if is_split_name else stem
     else:
         repository, config = hub_id(data)
         rows = hub_split(data, split)
-        source, columns = str(data), rows.select_columns(needed_columns(rows.column_names, str(data)))[:]
+        source, table = str(data), rows.select_columns(columns.needed(rows.column_names, str(data)))[:]
         name = config if repository == "nyu-mll/glue" and config else str(data)
 
-    texts = _texts(columns, source)
-    labels = _labels(columns["label"], source) if "label" in columns else None
+    names, label = columns.chosen(list(table), source)
+    texts = _texts({name: table[name] for name in names}, source)
+    labels = None if label is None else _labels(table[label], label, source)
     if labels is None and need_labels:
         raise InvalidInputError(f"{source} has no labels; this step needs a `label` column with known labels")
     kept_labels: Any = None if labels is None else labels[:max_rows]
@@ -166,30 +217,15 @@ def _split_file(folder: Path, split: str) -> Path:
     )
 
 
-def _read_file(path: Path) -> dict[str, list[Any]]:
+def _read_file(path: Path, columns: Columns) -> dict[str, list[Any]]:
     """Load a local file into the columns that a task needs."""
     if not path.is_file() or stem_and_format(path)[1] not in FILE_FORMATS:
         raise invalid("data", f"be a file with one of the endings {', '.join(FILE_FORMATS)}", str(path))
-    return read_columns(path, needed_columns)
-
-
-def needed_columns(found: Sequence[str], source: str) -> list[str]:
-    """Return the text columns and, where there is one, `label`."""
-    texts = next((names for names in TEXT_COLUMNS if all(name in found for name in names)), None)
-    if texts is None:
-        shown = ", ".join(repr(name) for name in found)
-        raise InvalidInputError(
-            f"{source} has no text columns: expected `sentence`, `text`, or `sentence1` and `sentence2`, found {shown}"
-        )
-    needed = [*texts, "label"] if "label" in found else list(texts)
-    for name in needed:
-        if list(found).count(name) > 1:
-            raise InvalidInputError(f"{source} has more than one column {name!r}")
-    return needed
+    return read_columns(path, columns.needed)
 
 
 def _texts(columns: dict[str, list[Any]], source: str) -> list[Text]:
-    names = [name for name in columns if name != "label"]
+    names = list(columns)
     for name in names:
         for row, value in enumerate(columns[name], start=1):
             if not is_text(value):
@@ -203,8 +239,8 @@ def _texts(columns: dict[str, list[Any]], source: str) -> list[Text]:
     return list(zip(columns[names[0]], columns[names[1]], strict=True))
 
 
-def _labels(values: list[Any], source: str) -> list[int] | list[float] | None:
-    numbers = [_number(value, row, source) for row, value in enumerate(values, start=1)]
+def _labels(values: list[Any], name: str, source: str) -> list[int] | list[float] | None:
+    numbers = [_number(value, row, name, source) for row, value in enumerate(values, start=1)]
     if all(number == -1 for number in numbers):
         return None
     if any(isinstance(number, float) for number in numbers):
@@ -212,13 +248,13 @@ def _labels(values: list[Any], source: str) -> list[int] | list[float] | None:
     for row, number in enumerate(numbers, start=1):
         if not 0 <= number < MOST_CLASSES:
             rule = f"must be a class from 0 up, below {MOST_CLASSES:,}"
-            raise InvalidInputError(f"{source}: `label` in row {row} {rule}, got {number}")
+            raise InvalidInputError(f"{source}: `{name}` in row {row} {rule}, got {number}")
     return [int(number) for number in numbers]
 
 
-def _number(value: Any, row: int, source: str) -> int | float:
+def _number(value: Any, row: int, name: str, source: str) -> int | float:
     """Read a label; text files give strings, the other formats numbers."""
-    where = f"{source}: `label` in row {row}"
+    where = f"{source}: `{name}` in row {row}"
     if value is None or value == "" or value != value:
         raise InvalidInputError(f"{where} is missing")
     number = value

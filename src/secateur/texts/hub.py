@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from secateur.errors import InvalidInputError, invalid
+from secateur.models.hub_access import check_in_reach, is_data_fetched
 from secateur.texts.rows import FILE_FORMATS, SPLIT_NAMES, one_line, stem_and_format
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
@@ -35,6 +38,9 @@ def hub_split(data: str | Path, split: str, **options: Any) -> Any:
     import datasets
 
     repository, config = hub_id(data)
+    # A client that is told to stay offline says no at once, and knows what it has.
+    is_there = constants.HF_HUB_OFFLINE or is_data_fetched(repository, datasets.config.HF_DATASETS_CACHE)
+    check_in_reach(str(data), is_there)
     try:
         splits = datasets.load_dataset(repository, config, **options)
     except Exception as error:  # the Hub, the network and each file format fail with types of their own

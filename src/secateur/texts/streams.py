@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from secateur.errors import InvalidInputError, invalid, shown
-from secateur.texts.data import needed_columns
+from secateur.texts.data import USUAL_COLUMNS, Columns
 from secateur.texts.hub import hub_split
 from secateur.texts.rows import FILE_FORMATS, SPLIT_NAMES, read_rows, stem_and_format
 from secateur.texts.tokenization import Text
@@ -22,21 +22,24 @@ BUFFER = 10_000
 """Texts among which a stream is shuffled."""
 
 
-def stream_texts(data: str | Path, split: str = "train", seed: int | None = None) -> Iterator[Text]:
+def stream_texts(
+    data: str | Path, split: str = "train", seed: int | None = None, columns: Columns = USUAL_COLUMNS
+) -> Iterator[Text]:
     """Yield the texts of one split, read as they are asked for; labels are left out.
 
     `data` is a file as for `load_task`, gzipped or not, whose .json holds one object a line; a pattern of such files
     (`shards/*.parquet`), read in the order of their names; a folder with one file a split or with shards
-    (`train-00000-of-00064.parquet`); or a Hub id, which is streamed without being downloaded first. With a `seed` the
+    (`train-00000-of-00064.parquet`); or a Hub id, which is streamed without being downloaded first. `columns` are those
+    of `load_task`. With a `seed` the
     texts are shuffled among the next 10,000, which is random over a whole data set only as far as it lay in no order.
 
     Raises `InvalidInputError` for whatever is missing or unreadable, naming the file and the row.
     """
     files = _files(str(data), split)
     if files:
-        texts: Iterator[Text] = itertools.chain.from_iterable(map(_texts_of, files))
+        texts: Iterator[Text] = itertools.chain.from_iterable(_texts_of(file, columns) for file in files)
     else:
-        texts = _chosen(iter(hub_split(data, split, streaming=True)), str(data))
+        texts = _chosen(iter(hub_split(data, split, streaming=True)), str(data), columns)
     return texts if seed is None else shuffled(texts, random.Random(seed))
 
 
@@ -73,17 +76,17 @@ def _files(data: str, split: str) -> list[Path]:
     return [Path(name) for name in sorted(glob.glob(str(path)))]
 
 
-def _texts_of(file: Path) -> Iterator[Text]:
+def _texts_of(file: Path, columns: Columns) -> Iterator[Text]:
     if stem_and_format(file)[1] not in FILE_FORMATS:
         raise invalid("data", f"name files with one of the endings {', '.join(FILE_FORMATS)}", str(file))
-    return _chosen(read_rows(file, needed_columns), str(file))
+    return _chosen(read_rows(file, columns.needed), str(file), columns)
 
 
-def _chosen(rows: Iterator[Mapping[str, Any]], source: str) -> Iterator[Text]:
+def _chosen(rows: Iterator[Mapping[str, Any]], source: str, columns: Columns) -> Iterator[Text]:
     """Pick the text columns, which the first row decides."""
-    names: list[str] = []
+    names: tuple[str, ...] = ()
     for number, row in enumerate(rows, 1):
-        names = names or [name for name in needed_columns(list(row), source) if name != "label"]
+        names = names or columns.chosen(list(row), source)[0]
         values = [row.get(name) for name in names]
         if not all(isinstance(value, str) for value in values):
             raise InvalidInputError(f"{source}: {' and '.join(names)} must be text in row {number}, got {shown(row)}")

@@ -12,6 +12,7 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from secateur.errors import invalid
 from secateur.support.checks import check_tokenizer, check_whole
+from secateur.texts.whole_tables import how_to_choose_of_rows
 
 Text: TypeAlias = str | tuple[str, str]
 
@@ -25,7 +26,8 @@ def check_texts(texts: Sequence[Text]) -> None:
     for index, text in enumerate(texts):
         is_pair = isinstance(text, tuple) and len(text) == 2 and all(map(is_text, text))
         if not is_text(text) and not is_pair:
-            raise invalid(f"texts[{index}]", "be a string or a tuple of two strings, without lone surrogates", text)
+            rule = "be a string or a tuple of two strings, without lone surrogates"
+            raise invalid(f"texts[{index}]", rule, text, how_to_choose_of_rows(text))
         if isinstance(text, str) != isinstance(texts[0], str):
             raise invalid(f"texts[{index}]", "be of the kind of the first text: all single or all pairs", text)
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from secateur.errors import invalid, shown
 from secateur.sites.layout import Site
 from secateur.support.checks import check_mapping
 from secateur.units.by_site import BySite, Saved, json_rows, own_tensor
+from secateur.units.grid import grid_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,13 @@ class Mask(_Verdicts, Saved):
 
     def __str__(self) -> str:
         return f"kept {self.num_kept} of {self.num_units} units (pruning ratio {self.pruning_ratio:.2f})"
+
+    def __repr__(self) -> str:
+        return f"Mask({self}, {len(self)} {'site' if len(self) == 1 else 'sites'})"
+
+    def _repr_html_(self) -> str:
+        """Return the grid of units that a notebook shows."""
+        return grid_html(repr(self), self, None)
 
     def present(self, sites: Mapping[str, Site]) -> PresentMask:
         """Return the verdicts on the units that are there now; sites that the mask does not name stay whole.
@@ -151,7 +160,8 @@ def is_within(site: str, paths: Iterable[str]) -> bool:
 def check_mask(mask: Any) -> None:
     """Raise `InvalidInputError` unless this is a `Mask`: one among the units that are there now will not do."""
     if not isinstance(mask, Mask):
-        raise invalid("mask", "be a Mask", mask)
+        remedy = f"load it: secateur.Mask.load({str(mask)!r})" if isinstance(mask, str | Path) else ""
+        raise invalid("mask", "be a Mask", mask, remedy)
 
 
 def original_vector(site: Site, kept: Tensor | None = None) -> Tensor:

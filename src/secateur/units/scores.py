@@ -15,6 +15,7 @@ from secateur.sites.layout import Site
 from secateur.sites.recipe import KINDS
 from secateur.support.checks import check_mapping, check_whole
 from secateur.units.by_site import BySite, Saved, json_rows, own_tensor
+from secateur.units.grid import grid_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +143,17 @@ class Scores(_Scores, Saved):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Scores) and self.to_json() == other.to_json()
+
+    def __repr__(self) -> str:
+        counts = {kind: sum(self[site].numel() for site in self if self.kinds[site] == kind) for kind in KINDS}
+        said = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+        by = f" by {self.scorer}" if self.scorer else ""
+        texts = "" if self.num_texts is None else f", {self.num_texts:,} texts"
+        return f"Scores({said} at {len(self)} {'site' if len(self) == 1 else 'sites'}{by}{texts})"
+
+    def _repr_html_(self) -> str:
+        """Return the grid of units that a notebook shows."""
+        return grid_html(repr(self), None, self)
 
     __hash__ = None  # type: ignore[assignment]  # as with every mapping that holds tensors
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from secateur.errors import invalid
-from secateur.support.checks import check_whole
+from secateur.support.checks import check_whole, is_number
 from secateur.support.defaults import MULTIPLE
 from secateur.units.masks import Mask, PresentMask
 from secateur.units.scores import PresentScores, Scores
@@ -82,7 +83,8 @@ def select(
 def check_scores(scores: Any) -> None:
     """Raise `InvalidInputError` unless these are scores."""
     if not isinstance(scores, Scores | PresentScores):
-        raise invalid("scores", "be Scores", type(scores).__name__)
+        remedy = f"load it: secateur.Scores.load({str(scores)!r})" if isinstance(scores, str | Path) else ""
+        raise invalid("scores", "be Scores", type(scores).__name__, remedy)
 
 
 def check_selection(pruning_ratio: float, allocation: str, floor: int) -> None:
@@ -96,7 +98,9 @@ def check_selection(pruning_ratio: float, allocation: str, floor: int) -> None:
 def check_pruning_ratio(pruning_ratio: float) -> None:
     """Raise `InvalidInputError` unless the ratio is a number in [0, 1)."""
     if isinstance(pruning_ratio, bool) or not isinstance(pruning_ratio, int | float) or not 0 <= pruning_ratio < 1:
-        raise invalid("pruning_ratio", "be in [0, 1)", pruning_ratio)
+        is_percentage = is_number(pruning_ratio, above=1) and pruning_ratio < 100
+        guess = f"did you mean {pruning_ratio / 100:g}?" if is_percentage else ""
+        raise invalid("pruning_ratio", "be in [0, 1)", pruning_ratio, guess)
 
 
 def removable(units: int, pruning_ratio: float) -> int:

@@ -1,0 +1,97 @@
+"""Columns of texts and labels that have names of their own."""
+
+import json
+
+import datasets
+import pytest
+
+from secateur import cli
+from secateur.errors import InvalidInputError
+from secateur.texts.data import Columns, Task, load_task
+from secateur.texts.streams import stream_texts
+from tests.support.tiny import tiny_classifier, tiny_texts, tiny_tokenizer
+
+ROWS = [
+    {"id": number, "review": f"film {number}", "title": f"title {number}", "stars": number % 2, "label": 7}
+    for number in range(4)
+]
+REVIEWS = [row["review"] for row in ROWS]
+PAIRS = [(row["title"], row["review"]) for row in ROWS]
+
+
+@pytest.fixture(params=["csv", "tsv", "jsonl", "parquet"])
+def file(request, tmp_path):
+    path = tmp_path / f"films.{request.param}"
+    if request.param == "parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    elif request.param == "jsonl":
+        path.write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    else:
+        lines = [list(ROWS[0]), *(row.values() for row in ROWS)]
+        path.write_text("\n".join(({"csv": ",", "tsv": "\t"}[request.param]).join(map(str, line)) for line in lines))
+    return path
+
+
+def test_columns_that_are_named_are_read(file):
+    assert load_task(file, columns=Columns(("review",), "stars")) == Task("films", REVIEWS, [0, 1, 0, 1])
+    assert load_task(file, columns=Columns(("title", "review"))) == Task("films", PAIRS, [7] * 4)
+    assert list(stream_texts(file, columns=Columns(("title", "review")))) == PAIRS
+
+
+def test_columns_of_the_hub(monkeypatch):
+    table = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *_, streaming=False: {"train": table.to_iterable_dataset() if streaming else table},
+    )
+    assert load_task("owner/name", columns=Columns(("review",), "stars")).labels == [0, 1, 0, 1]
+    assert list(stream_texts("owner/name", columns=Columns(("review",)))) == REVIEWS
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (Columns(("reviews",)), "no column 'reviews', which `text_column` names: .*; did you mean review\\?"),
+        (Columns(("review", "zzz")), "no column 'zzz', which `text_column` names: found 'id', 'review'"),
+        (Columns(("review",), "rating"), "no column 'rating', which `label_column` names: found"),
+        (Columns(("review",), "title"), "`title` in row 1 must be a number"),
+        (Columns(), "no text columns: .* --text-column"),
+    ],
+)
+def test_columns_that_are_not_there(columns, message, file):
+    with pytest.raises(InvalidInputError, match=message):
+        load_task(file, columns=columns)
+
+
+def test_names_that_are_none():
+    for texts, label in (((), None), (("",), None), (("a", "a"), None), (("a", "b", "c"), None), (("a",), "a")):
+        with pytest.raises(InvalidInputError, match="`text_column` must name"):
+            Columns(texts, label)
+
+
+def test_the_commands_read_them(tmp_path, capsys):
+    tiny_classifier("bert").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    texts = tiny_texts(8)
+    given = ["score", str(tmp_path / "model"), "--device", "cpu", "--json", "--data"]
+    for names in (("sentence", "label"), ("review", "stars")):
+        rows = [",".join(names), *(f"{text},{number % 2}" for number, text in enumerate(texts))]
+        (tmp_path / f"{names[0]}.csv").write_text("\n".join(rows) + "\n")
+    found = []
+    for scorer in ("taylor", "contribution"):
+        command = [*given[:-1], "--scorer", scorer, "--data"]
+        assert cli.main([*command, str(tmp_path / "sentence.csv")]) == 0
+        found.append(capsys.readouterr().out)
+        named = [str(tmp_path / "review.csv"), "--text-column", "review", "--label-column", "stars"]
+        assert cli.main([*command, *named]) == 0
+        assert capsys.readouterr().out == found[-1]
+    streamed = [*given, str(tmp_path / "review.csv"), "--scorer", "contribution", "--stream", "--text-column", "review"]
+    assert cli.main(streamed) == 0
+    assert json.loads(capsys.readouterr().out)["num_texts"] == 8
+    assert cli.main([*given, str(tmp_path / "review.csv"), "--text-column", "a,b,c"]) == 2
+    assert "`text_column` must name one column, or two with a comma" in capsys.readouterr().err
+    prune = ["prune", str(tmp_path / "model"), "--data", str(tmp_path / "review.csv"), "--text-column", "stars,review"]
+    prune += ["--device", "cpu", "--scorer", "contribution", "--restore", "none", "--no-maps", "--ratio", "0.25"]
+    assert cli.main([*prune, "--out", str(tmp_path / "small")]) == 0
+    assert json.loads((tmp_path / "small" / "pruning_report.json").read_text())["num_texts"] == 8
