@@ -140,7 +140,7 @@ def _save_and_reload(pruned: Any, folder: Path, dense: Path, device: str) -> tup
     weights = reloaded.state_dict()
     is_exact = all(torch.equal(tensor, weights[name]) for name, tensor in pruned.state_dict().items())
     verified = verify_checkpoint(folder, dense, device)
-    if not (is_exact and verified["equal"]):
+    if not is_exact or verified["verdict"] == "differs":  # what was taught says so
         raise InvalidInputError(f"the reloaded model differs from the one that was saved: {verified}")
     return reloaded, {name: value for name, value in verified.items() if name != "folder"}
 

@@ -56,8 +56,10 @@ def assert_same(one, other):
     assert one[1] == other[1]
 
 
-@pytest.mark.parametrize("place", ["refit", "removal", "training"])
-@pytest.mark.parametrize("budget", ["macs=0.7", "similarity=0.9"])
+@pytest.mark.parametrize(
+    ("place", "budget"),
+    [("refit", "macs=0.7"), ("removal", "similarity=0.9"), ("training", "macs=0.7")],
+)
 def test_a_stopped_pruning_ends_as_one_in_one_go(place, budget, line, tmp_path, monkeypatch, capsys):
     assert cli.main(line("whole", "--budget", budget)) == 0
     with monkeypatch.context() as stopped:

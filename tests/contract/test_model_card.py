@@ -11,7 +11,7 @@ from transformers import AutoModel
 from secateur import cli
 from secateur.errors import InvalidInputError
 from secateur.removal.checkpoint import without_hook
-from secateur.report import model_card
+from secateur.report import pruning_files
 from secateur.report.how_to_load import how_to_load
 from secateur.report.model_card import hub_id_of, write_model_card
 from tests.support.pruned import assert_equal
@@ -87,8 +87,7 @@ def test_a_card_from_elsewhere_stays(tmp_path, capsys, monkeypatch):
         (folder / "README.md").write_text("theirs")
         assert write_model_card(report, folder).name == "PRUNING.md"
 
-    write_model_card = model_card.write_model_card
-    monkeypatch.setattr(model_card, "write_model_card", put_beside)
+    monkeypatch.setattr(pruning_files, "write_model_card", put_beside)
     dense, out = dense_folder(tmp_path / "dense"), tmp_path / "out"
     (dense / "texts.csv").write_text("sentence\n" + "\n".join(tiny_texts(8)) + "\n")
     given = ["prune", str(dense), "--data", str(dense / "texts.csv"), "--scorer", "magnitude", "--out", str(out)]

@@ -14,6 +14,7 @@ import secateur
 from secateur import cli, demo
 from secateur.comparing.plan import Settings
 from secateur.errors import SecateurError
+from secateur.settings import Cut
 from tests.support.sentences import SENTENCES
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -162,7 +163,7 @@ def test_the_demo_end_to_end_on_less_data(minilm_folder, tmp_path, capsys, monke
     monkeypatch.setattr(demo, "TRAIN_TEXTS", 32)
     monkeypatch.setattr(demo, "DEV_TEXTS", 16)
     monkeypatch.setattr(demo, "OTHER_TEXTS", 30)
-    monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.setattr(demo, "prune", partial(demo.prune, cut=Cut(allocation="uniform")))
     monkeypatch.setattr(demo, "CALIBRATION_TEXTS", 16)
     monkeypatch.setattr(demo, "compare_latency", partial(demo.compare_latency, rounds=1))
     out = tmp_path / "demo"
@@ -181,7 +182,7 @@ def test_the_demo_end_to_end_on_less_data(minilm_folder, tmp_path, capsys, monke
     assert "fine-tuning pruned" in err
     result = json.loads((out / "result.json").read_text())
     assert result["reload_bit_exact"] is True
-    assert all(verified["equal"] for verified in result["verify"].values())
+    assert {verified["verdict"] for verified in result["verify"].values()} <= {"equal", "trained"}
     macs = next(row for row in result["rows"] if row["name"].startswith("multiply"))
     assert 0.8 * macs["dense"] < macs["heads"]
     assert 0.4 * macs["dense"] < macs["pruned"] <= 0.5 * macs["dense"]

@@ -154,10 +154,12 @@ def in_place(place, tmp_path, monkeypatch):
     for module in ("bench", "cost", "latency_table"):
         monkeypatch.setattr(f"secateur.measuring.{module}.time_in_turn", computed_in_turn)
     monkeypatch.setattr("secateur.restoring.distillation.distill_", partial(distill_, steps=2))
+    monkeypatch.setattr(secateur, "distill_", partial(distill_, steps=2))
     monkeypatch.setattr("secateur.meta_training.joint_training.FitConfig", partial(FitConfig, epochs=1))
     few = JointTrainingConfig(samples=1, num_texts=8, batch_size=4, evaluation_batches=1)
     if_none = lambda subjects, tasks, out, config=few, **rest: train_joint_pruner(subjects, tasks, out, config, **rest)  # noqa: E731
     monkeypatch.setattr("secateur.meta_training.joint_training.train_joint_pruner", if_none)
+    monkeypatch.setattr(secateur, "train_joint_pruner", if_none)  # it may have been taken before
 
 
 def graph(folder, out):
