@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import resource
 import signal as signals
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,3 +150,35 @@ def _run(line: list[str], log: str, moment: int, signal: int, below: str, forked
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def launched(count: int, function: Callable[..., object], *args: object) -> None:
+    """Call `function(accelerator, *args)` in `count` processes, forked from this one, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=_work, args=(rank, count, port, function, args)) for rank in range(count)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(600)  # a guard against waiting for ever, no measure of speed
+        process.kill()
+    assert [process.exitcode for process in running] == [0] * count
+
+
+def _work(rank: int, count: int, port: int, function: Callable[..., object], args: tuple[object, ...]) -> None:
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    accelerator = Accelerator()
+    torch.set_num_threads(1)  # accelerate takes a number of its own where OMP_NUM_THREADS does not say one
+    assert accelerator.num_processes == count
+    function(accelerator, *args)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # a process that just leaves can make the other abort

@@ -1,19 +1,15 @@
 """Runs of meta-training: what a run survives, and what it refuses."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import multiprocessing
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-import secateur
 from secateur import cli
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError
 from secateur.meta_training.config import MetaTrainingConfig
@@ -22,11 +18,11 @@ from secateur.meta_training.meta_step import MetaTraining
 from secateur.meta_training.paper import run as run_to_the_end
 from secateur.meta_training.paper import train_meta_pruner
 from secateur.meta_training.runs import Log, latest_checkpoint
+from secateur.meta_training.subjects import Subject
 from secateur.pruners.map_network import MetaPruner
 from secateur.texts.data import Task
-from tests.support.accelerate_gradients import gradients
 from tests.support.meta import SMALL, TASKS, subject, training
-from tests.support.processes import command
+from tests.support.processes import command, launched
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 
@@ -101,23 +97,27 @@ def test_a_killed_run_goes_on_to_the_identical_end(folders, tmp_path):
     assert not (tmp_path / "killed" / ".checkpoint-99.unfinished").exists()
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    root, package = Path(__file__).parents[2], Path(secateur.__file__).parents[1]
+def gradients(accelerator, signal):
+    tasks = [Task("singles", tiny_texts(20)), Task("pairs", tiny_texts(20, seed=1, pairs=True))]
+    config = MetaTrainingConfig(batch_size=4, batches_per_step=4, signal=signal)
+    run = MetaTraining([Subject(tiny_model("bert"), tiny_tokenizer())], tasks, config, accelerator)
+    run.gradients(0)
+    return {name: parameter.grad.contiguous() for name, parameter in run.pruner.named_parameters()}
+
+
+def write_gradients(accelerator, folder, signals):
+    for signal in signals:
+        found = gradients(accelerator, signal)
+        if accelerator.is_main_process:
+            file = folder / f"{signal}.safetensors"
+            save_file(found, file, metadata={"processes": str(accelerator.num_processes)})
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork: every process would import")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_processes_give_the_gradients_of_one(tmp_path, one_thread):
     signals = ["straight_through", "leave_one_out"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{package}{os.pathsep}{root}", "CUDA_VISIBLE_DEVICES": ""}
-    # Processes on CPUs of one machine: what `accelerate launch` calls multi-GPU, told to stay on the CPU.
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-            "--main_process_port", str(port), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
-            "no", "-m", "tests.support.accelerate_gradients", str(tmp_path), *signals,
-        ],
-        env={**os.environ, **environment, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, cwd=root,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(2, write_gradients, tmp_path, signals)
     for signal in signals:
         alone = gradients(Accelerator(cpu=True), signal)
         with safe_open(tmp_path / f"{signal}.safetensors", "pt") as file:

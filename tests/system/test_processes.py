@@ -28,6 +28,7 @@ from secateur.meta_training.joint_training import train_joint_pruner
 from secateur.meta_training.subjects import Subject
 from secateur.settings import Cut, Reading
 from secateur.texts.data import Task
+from tests.support.processes import launched
 from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -79,21 +80,8 @@ def results(accelerator: Any, folder: Path) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def work(rank: int, processes: int, port: int, out: Path) -> None:
-    """Be one of the processes that torchrun would start."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    accelerator = Accelerator()
-    torch.set_num_threads(1)  # accelerate takes a number of its own where OMP_NUM_THREADS does not say one
-    assert accelerator.num_processes == processes
-    (out / f"{rank}.json").write_text(json.dumps(results(accelerator, out / "run")))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+def write_results(accelerator: Any, out: Path) -> None:
+    (out / f"{accelerator.process_index}.json").write_text(json.dumps(results(accelerator, out / "run")))
 
 
 def free_port() -> int:
@@ -114,14 +102,8 @@ def alone(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_several_processes_find_what_one_finds_bit_for_bit(tmp_path, alone):
     """Three: more than two, and their shares of the batches are not equal. Two are in the test of the launcher."""
-    processes, context, port = 3, multiprocessing.get_context("fork"), free_port()
-    running = [context.Process(target=work, args=(rank, processes, port, tmp_path)) for rank in range(processes)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(600)  # a guard against waiting for ever, no measure of speed
-        process.kill()
-    assert [process.exitcode for process in running] == [0] * processes
+    processes = 3
+    launched(processes, write_results, tmp_path)
     for rank in range(processes):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found.keys() == alone.keys()
