@@ -409,16 +409,16 @@ def page(report: dict[str, Any]) -> str:
         f"{report['versions']['transformers']}, torch {report['versions']['torch']}). Raw results: "
         "[benchmarks/results/sweep.json](../benchmarks/results/sweep.json).",
         "",
-        "Every model type was built tiny with random weights and run on made-up inputs of its kind. The checks are plain "
-        "ones that share no code with secateur's own proof:",
+        "Every model type was built tiny with random weights and run on made-up inputs of its kind. The checks are "
+        "plain ones that share no code with secateur's own proof:",
         "",
         "- Gates of ones change nothing.",
         "- A closed gate equals zeros in the output projection.",
         "- The smaller model equals the gated one on inputs that the proof has not seen (float32, 1e-4).",
         "- What `AutoModel.from_pretrained` reads back is equal bit for bit.",
         "",
-        "Models of several parts were given text alone where they take it. The sites counted are those that this reaches."
-        + _said_of_inputs(rows),
+        "Models of several parts were given text alone where they take it. The sites counted are those that this "
+        "reaches." + _said_of_inputs(rows),
         "",
         "| | types |",
         "|---|---:|",
