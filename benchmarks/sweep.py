@@ -409,12 +409,16 @@ def page(report: dict[str, Any]) -> str:
         f"{report['versions']['transformers']}, torch {report['versions']['torch']}). Raw results: "
         "[benchmarks/results/sweep.json](../benchmarks/results/sweep.json).",
         "",
-        "Every model type was built tiny with random weights and run on made-up inputs of its kind. Checked by "
-        "plain means that share no code with secateur's own proof: gates of ones change nothing; a closed gate equals "
-        "zeros in "
-        "the output projection; the smaller model equals the gated one on inputs that the proof has not seen (float32, "
-        "1e-4); what `AutoModel.from_pretrained` reads back is equal bit for bit. Models of several parts were given "
-        "text alone where they take it: the sites counted are those that this reaches." + _said_of_inputs(rows),
+        "Every model type was built tiny with random weights and run on made-up inputs of its kind. The checks are "
+        "plain ones that share no code with secateur's own proof:",
+        "",
+        "- Gates of ones change nothing.",
+        "- A closed gate equals zeros in the output projection.",
+        "- The smaller model equals the gated one on inputs that the proof has not seen (float32, 1e-4).",
+        "- What `AutoModel.from_pretrained` reads back is equal bit for bit.",
+        "",
+        "Models of several parts were given text alone where they take it. The sites counted are those that this "
+        "reaches." + _said_of_inputs(rows),
         "",
         "| | types |",
         "|---|---:|",
@@ -449,9 +453,9 @@ def page(report: dict[str, Any]) -> str:
 
 def _said_of_inputs(rows: list[dict[str, Any]]) -> str:
     given = [f"`{row['type']}`" for row in rows if "inputs" in row]
-    return f" Of these types no example inputs can be made, and they were given `inputs`: {', '.join(given)}." * bool(
-        given
-    )
+    if not given:
+        return ""
+    return f" No example inputs can be made of these types, which were given `inputs`: {', '.join(given)}."
 
 
 def _first_reason(found: dict[str, Any]) -> str:

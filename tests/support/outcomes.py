@@ -30,9 +30,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "robustness.md"
 HEAD = """\
 # What was tried
 
-Inputs that are wrong and faults that happen, and what came of each. `make robustness` writes this page from the tests,
-each of which checks what its row says. A refusal is an exception that names the parameter, the rule, the value and the
-remedy; on the command line it is one line and exit code 2.
+Inputs that are wrong and faults that happen, and what came of each. `make robustness` writes this page from the tests.
+Each of them checks what its row says. A refusal is an exception that names the parameter, the rule, the value and the
+remedy. On the command line it is one line and exit code 2.
 """
 _ROW = "outcome"
 _found: dict[str, list[tuple[str, str]]] = {}
