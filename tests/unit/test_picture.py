@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from secateur import InvalidInputError, Mask, Scores
-from secateur.units.grid import MOST_CELLS
 
 HEADS = [f"encoder.layer.{n}.attention.self" for n in range(2)]
 MASK = Mask({HEADS[0]: [True, False, True], HEADS[1]: [False, True, True]})
@@ -65,7 +64,7 @@ def test_each_kind_of_units_has_a_scale_of_its_own(pyplot):
 def test_many_units_are_no_wider_than_a_page_and_have_no_crosses(pyplot):
     many = torch.arange(3072) % 2 == 0
     figure = Mask({"layer.0.output": many, "layer.0.attention": [True, False]}).plot()
-    assert figure.get_size_inches()[0] < 0.4 * MOST_CELLS
+    assert 5 < figure.get_size_inches()[0] < 10
     neurons, heads = figure.axes
     assert cells(neurons) == [many.float().tolist()]
     assert (crosses(neurons), crosses(heads)) == (set(), {(0, 1)})

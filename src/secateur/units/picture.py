@@ -13,6 +13,9 @@ from secateur.units.grid import MOST_CELLS, short_labels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_WIDE = 20
+"""As many cells as this is a panel wide at least that has more units than get a cell of their own size."""
+
 
 def need_matplotlib() -> None:
     """Raise `InvalidInputError` where matplotlib is not installed."""
@@ -82,7 +85,7 @@ def _panels(rows: Mapping[str, Tensor], panels: Sequence[Sequence[str]]) -> tupl
     need_matplotlib()
     from matplotlib import pyplot
 
-    columns = min(MOST_CELLS, max(len(row) for row in rows.values()))
+    columns = max(len(row) if len(row) <= MOST_CELLS else _WIDE for row in rows.values())
     heights = [0.8 + 0.3 * len(sites) for sites in panels]
     # Made by pyplot, as notebooks show its figures; closed, as they would show it twice and pyplot would keep it.
     figure = pyplot.figure(figsize=(2.5 + 0.3 * columns, sum(heights)), layout="constrained")
