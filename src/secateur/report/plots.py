@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.comparing.summary import summarise
-from secateur.errors import InvalidInputError, invalid
+from secateur.errors import invalid
 from secateur.report.agreement import agreement
 from secateur.report.charts import DENSE_LOOK, RANDOM_LOOK, Chart
 from secateur.report.curves import cost_charts, curves
 from secateur.report.head_map import check_sites
 from secateur.report.pruned import refinement_chart
 from secateur.support.files import write_bytes
-from secateur.units.grid import short_labels
+from secateur.units.picture import draw_grid, need_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,10 +35,9 @@ def write_plots(runs: Sequence[dict[str, Any]], folder: str | Path, kind: str = 
         raise invalid("plot_format", f"be one of {', '.join(FORMATS)}", kind)
     if Path(folder).exists() and not Path(folder).is_dir():
         raise invalid("plots", "be a folder, or a name that is free for one", str(folder))
-    try:
-        import matplotlib
-    except ImportError:
-        raise InvalidInputError("plots need matplotlib; install it with: pip install 'secateur[plots]'") from None
+    need_matplotlib()
+    import matplotlib
+
     # Text stays text, and the same data gives the same bytes.
     style: Any = {
         "text.parse_math": False,
@@ -126,22 +125,10 @@ def _chart(chart: Chart) -> Figure:
 
 
 def _head_map(sites: list[dict[str, Any]], decided: bool) -> Figure:
-    import numpy as np
-
-    columns = max(len(site["kept"]) for site in sites)
-    values = np.full((len(sites), columns), np.nan)
-    for number, site in enumerate(sites):
-        values[number, : len(site["scores"])] = [np.nan if score is None else score for score in site["scores"]]
-    figure, axes = _axes(1.5 + 0.3 * columns, 0.8 + 0.3 * len(sites))
-    image = axes.imshow(values, cmap="Greens", aspect="auto")
-    for number, site in enumerate(sites):
-        for head, kept in enumerate(site["kept"]):
-            if decided and not kept:
-                axes.plot(head, number, "x", color="black", markersize=6)
-    labels = short_labels([site["name"] for site in sites])
-    axes.set_yticks(range(len(sites)), labels)
+    names, scores, kept = ([site[key] for site in sites] for key in ("name", "scores", "kept"))
+    figure, axes = _axes(1.5 + 0.3 * max(map(len, kept)), 0.8 + 0.3 * len(sites))
+    image = draw_grid(axes, names, scores, kept if decided else None)
     axes.set(xlabel="head" + (" (x: removed)" if decided else ""))
-    axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="importance score")
     return figure
 

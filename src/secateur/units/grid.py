@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-_MOST = 64
+MOST_CELLS = 64
 """Units of a site that have a cell each; thousands of neurons are counted."""
 _TEXT = "text-align:left;padding-right:.5em;white-space:nowrap"
 _CELL = "width:1.3em;height:1.3em;padding:0;text-align:center;border:1px solid rgba(128,128,128,.5);"
@@ -32,9 +32,9 @@ def _row(site: str, label: str, kept: Tensor | None, scores: Tensor | None) -> s
     """Return a row of the table: a cell for each unit, or how many there are of many."""
     stays = None if kept is None else kept.tolist()
     values = [None] * len(stays or []) if scores is None else scores.tolist()
-    if len(values) > _MOST:
+    if len(values) > MOST_CELLS:
         count = f"{len(values):,}" if stays is None else f"{sum(stays):,} of {len(stays):,} kept"
-        cells = f'<td colspan="{_MOST}" style="{_TEXT}">{count}</td>'
+        cells = f'<td colspan="{MOST_CELLS}" style="{_TEXT}">{count}</td>'
     else:
         known = [value for value in values if value is not None and value > -math.inf]
         low, high = min(known, default=0.0), max(known, default=0.0)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from secateur.sites.layout import Site
 from secateur.support.checks import check_mapping
 from secateur.units.by_site import BySite, Saved, json_rows, own_tensor
 from secateur.units.grid import grid_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +87,15 @@ class Mask(_Verdicts, Saved):
     def _repr_html_(self) -> str:
         """Return the grid of units that a notebook shows."""
         return grid_html(repr(self), self, None)
+
+    def plot(self) -> Figure:
+        """Draw the grid, units by site: dark stays, a cross goes. `mask.plot().savefig("mask.pdf")` writes it.
+
+        Raises `InvalidInputError` where matplotlib is not installed: `pip install 'secateur[plots]'`.
+        """
+        from secateur.units.picture import mask_figure
+
+        return mask_figure(self)
 
     def present(self, sites: Mapping[str, Site]) -> PresentMask:
         """Return the verdicts on the units that are there now; sites that the mask does not name stay whole.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from secateur.sites.recipe import KINDS
 from secateur.support.checks import check_mapping, check_whole
 from secateur.units.by_site import BySite, Saved, json_rows, own_tensor
 from secateur.units.grid import grid_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +157,16 @@ class Scores(_Scores, Saved):
     def _repr_html_(self) -> str:
         """Return the grid of units that a notebook shows."""
         return grid_html(repr(self), None, self)
+
+    def plot(self) -> Figure:
+        """Draw the grid, units by site, the darker the higher the score, with a scale for each kind of units.
+
+        `scores.plot().savefig("scores.pdf")` writes it. Raises `InvalidInputError` where matplotlib is not installed:
+        `pip install 'secateur[plots]'`.
+        """
+        from secateur.units.picture import scores_figure
+
+        return scores_figure(self, self.kinds)
 
     __hash__ = None  # type: ignore[assignment]  # as with every mapping that holds tensors
 
