@@ -251,7 +251,7 @@ def test_a_plain_folder_is_verified_by_what_its_config_has_for_the_record(tmp_pa
     model.save_pretrained(tmp_path / "small")
     found = verify_checkpoint(tmp_path / "small")
     assert (found["verdict"], found["against"]) == ("equal", str(tmp_path / "whole"))
-    assert found["units"] == {"neurons": [2 * 37, 2 * model.config.intermediate_size], "layers": [3, 2]}
+    assert found["units"] == {"neurons": [3 * 37, 2 * model.config.intermediate_size], "layers": [3, 2]}
     with torch.no_grad():
         model.encoder.layer[1].output.dense.weight[3, 2] += 1
     model.save_pretrained(tmp_path / "small")

@@ -270,10 +270,11 @@ def test_a_fine_tuned_folder_is_said_to_be_trained(tmp_path, capsys):
     assert (found["equal"], found["verdict"], found["finetuned"]) == (False, "trained", True)
     assert set(found["tensors"]) == {"trained", "not in the original"}
     capsys.readouterr()
-    assert main(["verify", str(tmp_path / "tuned")]) == 1
+    assert main(["verify", str(tmp_path / "tuned")]) == 0
     out = capsys.readouterr().out
     count, total = found["tensors"]["trained"], sum(found["tensors"].values())
-    assert f"as it was fine-tuned since: {count} of {total} tensors differ; units removed as the recipe says" in out
+    assert f"comes from {tmp_path / 'whole'}" in out
+    assert f"and was fine-tuned since: {count} of {total} tensors differ; units removed as the recipe says" in out
     # Training explains no NaN, and no change after the folder was written.
     damage(tmp_path / "tuned", "bert.embeddings.word_embeddings.weight", with_nan_in_an_unread_row)
     assert verify_checkpoint(tmp_path / "tuned")["verdict"] == "differs"

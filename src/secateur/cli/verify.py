@@ -16,7 +16,10 @@ from secateur.cli.options import Place, device_option, json_option, print_json
 @device_option
 @json_option
 def verify(folder: Path, against: str | None, device: str | None, as_json: bool) -> None:
-    """Reload the pruned model in FOLDER and compare its weights and outputs with its gated original."""
+    """Reload the pruned model in FOLDER and compare its weights and outputs with its gated original.
+
+    Ends with exit code 1 where they differ, and the recipe does not say that the model was trained since.
+    """
     from secateur.models.loading import check_device
     from secateur.removal.verify import verify_checkpoint
 
@@ -25,21 +28,21 @@ def verify(folder: Path, against: str | None, device: str | None, as_json: bool)
         print_json(result)
     else:
         click.echo("\n".join(_lines(folder, result)))
-    if not result["equal"]:
+    if result["verdict"] == "differs":
         raise click.exceptions.Exit(1)
 
 
 def _lines(folder: Path, result: dict[str, Any]) -> list[str]:
     """Return the verdict, then what it rests on."""
     counts, differing = result["tensors"], result["differing"]
-    relation = "equal to" if result["equal"] else "DIFFERS from"
+    relation = {"equal": "equal to", "trained": "comes from", "differs": "DIFFERS from"}[result["verdict"]]
     refitted = " and its output projections refitted" if result["reconstructed"] else ""
     lost = [f"{before - after} {kind}" for kind, (before, after) in result["units"].items()]
     verdict = f"{folder} {relation} {result['against']} with {' and '.join(lost)} gated{refitted}"
     if result["verdict"] == "trained":
         done = {"distilled": "distilled", "finetuned": "fine-tuned"}
         words = " and ".join(word for name, word in done.items() if result[name])
-        verdict += f", as it was {words} since: {counts['trained']} of {sum(counts.values())} tensors differ; "
+        verdict += f", and was {words} since: {counts['trained']} of {sum(counts.values())} tensors differ; "
         verdict += "units removed as the recipe says"
     elif set(counts) & {"other"} and result["weights"] == "as saved":
         verdict += ": it has another original, or was trained since by what the recipe does not record"

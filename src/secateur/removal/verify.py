@@ -67,12 +67,14 @@ def verify_checkpoint(
     if recipe is None:
         raise InvalidInputError(f"{_without_recipe(folder)}, and which units stayed is not known")
     original, origin = load_original(pruned, folder, against, device, whole=True)
+    kinds = {site.kind for site in recipe.sites.values()}
+    before = find_units(original, kinds)
     sites, kept = _sites_left(original, recipe)
     said = {name: bool(recipe.record.get(name)) for name in ("reconstructed", *TRAINED)}
     explained = Explained(said["reconstructed"], any(said[name] for name in TRAINED))
     checks = compare_weights(pruned, original, sites, kept, explained)
     difference, step = _output_differences(pruned, original, sites, kept, said["reconstructed"])
-    units = _units(recipe)
+    units = _units(recipe, before, kept)
     return {
         "folder": str(folder),
         "against": origin,
@@ -101,14 +103,18 @@ def _sites_left(original: PreTrainedModel, recipe: Recipe) -> tuple[dict[str, Si
     return sites, PresentMask({name: torch.ones(site.num_units, dtype=torch.bool) for name, site in sites.items()})
 
 
-def _units(recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """Return, for each kind of units that went, how many the sites of the recipe had, and have."""
+def _units(recipe: Recipe, before: Mapping[str, Site], kept: PresentMask) -> dict[str, tuple[int, int]]:
+    """Return, for each kind of units that went, how many the original has, and the pruned model."""
+    after: Counter[str] = Counter()
+    for name, row in kept.items():
+        after[recipe.sites[name].kind if name in recipe.sites else before[name].kind] += int(row.sum())
+    for name, site in recipe.sites.items():
+        if isinstance(site, LayerSite):
+            after[site.kind] += len(recipe.kept[name])
     found = {}
     for kind in KINDS:
-        names = [name for name, site in recipe.sites.items() if site.kind == kind]
-        if names:
-            before = sum(recipe.sites[name].num_units for name in names)
-            found[kind] = (before, sum(len(recipe.kept[name]) for name in names))
+        if any(site.kind == kind for site in recipe.sites.values()):
+            found[kind] = (sum(site.num_units for site in before.values() if site.kind == kind), after[kind])
     return found
 
 
