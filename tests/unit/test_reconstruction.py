@@ -161,10 +161,18 @@ def test_the_relational_kl_is_that_of_texts_that_were_not_fitted_on(monkeypatch)
     mask = first_half(model)
     seen, inner = [], MaskLoss.__call__
     name = "encoder.layer.0.attention.output.dense.weight"
+    before = model.state_dict()[name].clone()
 
     def watched(self, mask):
-        seen.append((self.batches, model.state_dict()[name].clone(), inner(self, mask)))
-        return seen[-1][2]
+        used = []
+        module = model.get_submodule(name.removesuffix(".weight"))
+        handle = module.register_forward_pre_hook(lambda module, *_: used.append(module.weight.clone()))
+        loss = inner(self, mask)
+        handle.remove()
+        assert all(torch.equal(weight, used[0]) for weight in used)
+        seen.append((self.batches, used[0], loss))
+        assert torch.equal(module.weight, before)  # only meanwhile
+        return loss
 
     monkeypatch.setattr(MaskLoss, "__call__", watched)
     without, after = reconstruct_(model, mask, TEXTS, tiny_tokenizer(), reading=Reading(batch_size=20))

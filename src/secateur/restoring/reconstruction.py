@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,7 +54,7 @@ def reconstruct_(
     He et al. 2017, arXiv 1707.06168). The ridge of each site is the one, among five, with which the fit on one half of
     the texts errs least on the other; where none errs less than the weights that were there, these stay. Hundreds of
     texts do most good. No labels. Each site takes a pass that ends at it. In memory are the second moments of one
-    site, and once more the output projections that change; what was fitted waits in temporary files.
+    site; what was fitted waits in temporary files.
 
     The model still has all its units then, and is of use without those that go alone: `remove_` with the same mask
     takes them, and proves that it changed nothing else. `inputs` are ready batches of keyword arguments instead of
@@ -98,30 +99,27 @@ def _reconstruct_(
                 file = Path(folder, f"{len(refits)}.pt")
                 refits.append(Refit.of(base, sites[name], kept[name], batches, reading, file))
 
-        def take(number: int) -> None:
-            for refit in refits:
-                refit.take(number)
-
-        is_lower = False
-        try:
-            crossed = []
-            for fitted, other in ((0, 1), (1, 0)):
-                take(fitted)
-                crossed.append(evaluators[other](kept))
-            after = statistics.fmean(crossed)
-            is_lower = after < before
-            take(2)
-        finally:
-            if not is_lower:
+        crossed = []
+        for fitted, other in ((0, 1), (1, 0)):
+            with ExitStack() as stack:
                 for refit in refits:
-                    refit.put_back()
+                    stack.enter_context(refit.meanwhile(fitted))
+                crossed.append(evaluators[other](kept))
+        after = statistics.fmean(crossed)
+        is_lower = after < before
+        if is_lower:
+            with ExitStack() as undone:
+                for refit in refits:
+                    undone.callback(refit.put_back)
+                    refit.take()
+                undone.pop_all()
     return before, after if is_lower else before
 
 
 class Refit:
-    """A site's weights as they were, and a file of those refitted to each half of the texts and to all, if any are.
+    """A site's projection, and a file of its weights refitted to each half of the texts and to all, if any are.
 
-    Three more of every output projection would be half of a model's size in memory.
+    The file is read when the projection runs, so that of all sites one is in memory twice at a time.
     """
 
     def __init__(self, projection: Projection, file: Path | None) -> None:
@@ -162,16 +160,38 @@ class Refit:
         torch.save([projection.refitted(found, stays, best) for found in (one, other, whole)], file)
         return cls(projection, file)
 
-    def take(self, number: int) -> None:
-        """Put the weights in place that were fitted to a half of the texts, 0 or 1, or to all of them, 2."""
+    @contextmanager
+    def meanwhile(self, number: int) -> Iterator[None]:
+        """Within this context the projection runs with what was fitted to a half of the texts, 0 or 1."""
+        if self.file is None:
+            yield
+            return
+        module = self.projection.module
+        handles = [
+            module.register_forward_pre_hook(lambda *_: self._set(*self._read(number))),
+            module.register_forward_hook(lambda *_: self.put_back()),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.put_back()
+
+    def take(self) -> None:
+        """Put the weights in place that were fitted to all texts."""
         if self.file is not None:
-            weight, bias = torch.load(self.file, mmap=True, map_location="cpu")[number]
-            old, own = self.before  # of the same device
-            self._set(weight.to(old.device, copy=True), None if own is None else bias.to(own.device, copy=True))
+            self._set(*self._read(2))
 
     def put_back(self) -> None:
         """Put the weights back that were there."""
         self._set(*self.before)
+
+    def _read(self, number: int) -> tuple[Tensor, Tensor | None]:
+        assert self.file is not None
+        weight, bias = torch.load(self.file, mmap=True, map_location="cpu")[number]
+        old, own = self.before  # of the same device
+        return weight.to(old.device, copy=True), None if own is None else bias.to(own.device, copy=True)
 
     def _set(self, weight: Tensor, bias: Tensor | None) -> None:
         self.projection.weight.data = weight
