@@ -44,7 +44,7 @@ def load_as_told(card, folder):
 def test_a_folder_with_a_recipe_asks_for_secateur(tmp_path, capsys):
     dense = dense_folder(tmp_path / "my dense", tiny_classifier("bert"))
     card = prune(dense, tmp_path / "out", "--scorer", "magnitude", "--restore", "none")
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     assert card.data.tags == ["secateur", "pruned"]
     assert "base_model" not in card.data.to_dict()  # a folder of this machine
     assert str(tmp_path) not in card.content

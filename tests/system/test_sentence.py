@@ -85,7 +85,7 @@ def test_a_pruned_folder_is_still_a_sentence_transformer(layout, folders, tmp_pa
     numpy.testing.assert_allclose(found, preview, atol=1e-5)
     assert abs(found - dense).max() > 1e-2
     card = ModelCard.load(out / "README.md")
-    assert card.data.library_name == "sentence-transformers"
+    assert card.data.to_dict()["library_name"] == "sentence-transformers"
     names = {}
     exec(re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[0].replace("FOLDER", str(out)), names)
     numpy.testing.assert_array_equal(names["model"].encode(SENTENCES, show_progress_bar=False), found)
