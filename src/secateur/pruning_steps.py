@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from secateur.finetuning.training_checkpoints import newest
 from secateur.support.files import read_json, remove_folder, write_bytes, write_text
 
 _ABOUT, _TRAINING = "about.json", "training"
@@ -24,12 +25,12 @@ class Steps:
         self.training = None if folder is None else folder / _TRAINING
 
     def names(self) -> list[str]:
-        """Return the steps that are there, in the order in which they were finished."""
+        """Return the steps that are there, in the order in which they were finished; of the training a part will do."""
         if self.folder is None:
             return []
         files = [file for file in self.folder.glob("*.json") if file.name != _ABOUT]
         found = [file.stem for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
-        return [*found, *([_TRAINING] if (self.folder / _TRAINING).is_dir() else [])]
+        return [*found, *([_TRAINING] if newest(self.folder / _TRAINING) else [])]
 
     def read(self, name: str) -> Any:
         """Return what a step came to, None where it is not there."""

@@ -79,7 +79,7 @@ def test_a_stopped_pruning_ends_as_one_in_one_go(place, budget, line, tmp_path, 
     monkeypatch.setattr(Pruning, "score", lambda *_: calls.append("scored"))
     assert cli.main(line("parts", "--budget", budget)) == 0
     there = {"refit": "mask", "removal": "mask, refit", "training": "mask, refit, training"}[place]
-    assert f"secateur: going on after {there}, which an earlier run had finished" in capsys.readouterr().err
+    assert f"secateur: going on with the {there} of a run that was stopped" in capsys.readouterr().err
     assert calls == []
     assert not hidden.exists()
     assert_same(results(tmp_path / "parts"), results(tmp_path / "whole"))

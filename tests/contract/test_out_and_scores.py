@@ -201,7 +201,7 @@ def test_a_stopped_pruning_does_not_go_on_with_other_scores(work, tmp_path, monk
             secateur.Scores({site: sign * row for site, row in scores.items()}).save(file)
             given = ["--scores", str(file), "--no-maps", "--restore", "none"]
             assert command(work, tmp_path / "out", *given) == 130
-            said.append("going on after mask" in capsys.readouterr().err)
+            said.append("going on with the mask" in capsys.readouterr().err)
     assert said == [False, True, False]
 
 

@@ -275,6 +275,13 @@ def test_a_fine_tuned_folder_is_said_to_be_trained(tmp_path, capsys):
     count, total = found["tensors"]["trained"], sum(found["tensors"].values())
     assert f"comes from {tmp_path / 'whole'}" in out
     assert f"and was fine-tuned since: {count} of {total} tensors differ; units removed as the recipe says" in out
+    # Without digests nothing says that these are the weights that training made.
+    weights = tmp_path / "tuned" / "model.safetensors"
+    with_digests = weights.read_bytes()
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
+    assert verify_checkpoint(tmp_path / "tuned")["weights"] == "unknown"
+    assert main(["verify", str(tmp_path / "tuned")]) == 1
+    weights.write_bytes(with_digests)
     # Training explains no NaN, and no change after the folder was written.
     damage(tmp_path / "tuned", "bert.embeddings.word_embeddings.weight", with_nan_in_an_unread_row)
     assert verify_checkpoint(tmp_path / "tuned")["verdict"] == "differs"

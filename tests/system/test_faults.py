@@ -142,7 +142,7 @@ def test_killed_stopped_and_killed_again(name, given, tmp_path, outcome):
         done = "what had finished is kept, the next run says where it goes on and ends with the same results"
     else:
         assert "which a run that was killed had not finished" in ended.err
-        assert ("going on after mask, refit" in ended.err) == (name == "prune")
+        assert ("going on with the mask, refit of" in ended.err) == (name == "prune")
         next_run = "goes on after the steps that were done" if name == "prune" else "says what it removes"
         done = f"no folder that looks finished; the next run {next_run} and ends with the same result"
     outcome(SECTION, f"`{name}` killed after {MOMENTS}", f"{done}; Ctrl-C: exit code 130 and one line")

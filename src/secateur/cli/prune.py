@@ -207,7 +207,7 @@ def _steps(
     place = Path(os.path.realpath(out))
     with kept_steps(place.with_name(f".{place.name}.steps"), about) as kept:
         if names := kept.names():
-            click.echo(f"secateur: going on after {', '.join(names)}, which an earlier run had finished", err=True)
+            click.echo(f"secateur: going on with the {', '.join(names)} of a run that was stopped", err=True)
         yield kept
 
 
