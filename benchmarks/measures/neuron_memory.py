@@ -1,7 +1,7 @@
 """Peak memory of scoring and of refitting neurons, beside the model's weights and the second moments of one block.
 
-BERT-base's shape with a small vocabulary and random weights, on one batch of 8 x 128 tokens that is read several times;
-half of the neurons of every block go. Each way runs in a process of its own. Memory is resident memory: its peak
+BERT-base's shape with a small vocabulary and random weights, on batches of 8 x 128 tokens, six in all; half of the
+neurons of every block go. `pass` is one batch through the model: what reading takes, whatever is done with it. Each way runs in a process of its own. Memory is resident memory: its peak
 meanwhile, less what there was once the model had run. Linux only.
 """
 
@@ -20,17 +20,18 @@ from transformers import BertConfig, BertModel
 from secateur.models.inputs import example_inputs
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers.score import score
+from secateur.settings import Reading
 from secateur.units.select import select
 
-BATCHES = 6
+TEXTS, BATCHES = 8, 6
 
 
 def one_way(way: str, layers: int) -> dict[str, Any]:
     model = BertModel(BertConfig(vocab_size=1000, num_hidden_layers=layers)).eval()
-    inputs = [example_inputs(model, 8, 128, padding=0, seed=seed) for seed in range(BATCHES)]
+    inputs = [example_inputs(model, TEXTS, 128, padding=0, seed=seed) for seed in range(BATCHES)]
     with torch.no_grad():
         model(**inputs[0])
-    scores = score(model, units=["neurons"], scorer="magnitude")
+    scores, reading = score(model, units=["neurons"], scorer="magnitude"), Reading(batch_size=TEXTS)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     before = memory_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
@@ -39,9 +40,9 @@ def one_way(way: str, layers: int) -> dict[str, Any]:
         with torch.no_grad():
             model(**inputs[0])
     elif way == "score":
-        score(model, units=["neurons"], scorer="contribution", inputs=inputs)
+        score(model, units=["neurons"], scorer="contribution", inputs=inputs, reading=reading)
     else:
-        reconstruct_(model, select(scores, 0.5), inputs=inputs)
+        reconstruct_(model, select(scores, 0.5), inputs=inputs, reading=reading)
     found = {"weights_mb": weights, "added_mb": memory_mb() - before, "processor_seconds": time.process_time() - spent}
     return {"way": way, "layers": layers, **{name: round(value, 1) for name, value in found.items()}}
 

@@ -83,6 +83,24 @@ def test_a_bias_takes_over_what_is_constant_by_hand():
     assert fit.lost == 5600
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_fits_to_two_parts_add_up_to_the_fit_to_all(with_bias):
+    torch.manual_seed(0)
+    inputs, rows, stays = torch.randn(60, 12).double() + 1, torch.randn(12, 5).double(), torch.arange(12) % 3 > 0
+    parts, whole = [inputs[:20], inputs[20:]], Moments.over(inputs)
+    whole.add(inputs)
+    one, other = (
+        Fit(Moments(part.T @ part, part.sum(dim=0), len(part)), stays, rows, with_bias=with_bias) for part in parts
+    )
+    one += other
+    fit = Fit(whole, stays, rows, with_bias=with_bias)
+    change = fit.change(0.1)
+    torch.testing.assert_close(one.change(0.1), change, rtol=1e-5, atol=1e-6)
+    assert (one.lost, one.unit) == pytest.approx((fit.lost, fit.unit), rel=1e-5)
+    assert one.error(change) == pytest.approx(fit.error(change), rel=1e-5)
+    assert one.shift(change) is None or torch.allclose(one.shift(change), fit.shift(change), atol=1e-5)
+
+
 def test_second_moments_are_of_real_tokens():
     given = torch.arange(12.0).view(3, 2, 2)
     linear = torch.nn.Linear(2, 1)
@@ -95,9 +113,12 @@ def test_second_moments_are_of_real_tokens():
             linear(given)
             linear(input=given)  # of a site that runs twice
         expected = torch.tensor(rows, dtype=torch.float)
-        assert torch.equal(found[0].gram, 2 * expected.T @ expected)
-        assert torch.equal(found[0].total, 2 * expected.sum(dim=0))
-        assert found[0].count == 2 * len(rows)
+        moments = Moments.over(expected)
+        for one in found:
+            moments.add(one)
+        assert torch.equal(moments.gram, 2 * expected.T @ expected)
+        assert torch.equal(moments.total, 2 * expected.sum(dim=0))
+        assert moments.count == 2 * len(rows)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "albert"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from secateur.models.state import without_autocast
 from secateur.settings import Reading
 from secateur.sites.feed_forward import channel_axis, rows_of_tokens
 from secateur.sites.layout import NOBODY, Site
-from secateur.support.processes import in_order
+from secateur.support.processes import in_order, is_shared
 
 
 class Projection:
@@ -28,6 +28,7 @@ class Projection:
         self.weight = base.get_parameter(piece.parameter)
         self.owners = torch.tensor(piece.owners)
         self.channels = channel_axis(self.module)
+        self._runs: int | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -39,6 +40,23 @@ class Projection:
     def bias(self) -> nn.Parameter | None:
         """The bias, None where there is none."""
         return self.module.bias
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias as they are."""
+        return self.weight.data, None if self.bias is None else self.bias.data
+
+    def runs_once(self, base: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
+        """Return whether a pass runs it just once, as where no layers share it; a pass tells, the first time."""
+        if self._runs is None:
+            calls: list[int] = []
+            handle = self.module.register_forward_pre_hook(lambda *_: calls.append(1))
+            try:
+                base(**batch)
+            finally:
+                handle.remove()
+            self._runs = len(calls)
+        return self._runs == 1
 
     def stays(self, kept: Tensor) -> Tensor:
         """Return which inputs come from the units in `kept` (bool `[units]`), or from none."""
@@ -66,12 +84,17 @@ class Moments:
     total: Tensor
     count: int
 
-    def __iadd__(self, other: Moments) -> Moments:
-        """Take in the tokens of another, in place: of thousands of neurons a second sum is large."""
-        self.gram += other.gram
-        self.total += other.total
-        self.count += other.count
-        return self
+    @classmethod
+    def over(cls, rows: Tensor) -> Moments:
+        """Return the moments over no token, to which rows like these can be added."""
+        return cls(rows.new_zeros(rows.shape[1], rows.shape[1]), rows.new_zeros(rows.shape[1]), 0)
+
+    def add(self, rows: Tensor) -> None:
+        """Take in tokens, `[tokens, inputs]`, in place: of thousands of neurons a second sum is large."""
+        with without_autocast(rows.device):
+            self.gram.addmm_(rows.T, rows)
+        self.total += rows.sum(dim=0)
+        self.count += len(rows)
 
 
 class Fit:
@@ -79,45 +102,64 @@ class Fit:
 
     With K and R the inputs that stay and go, the squared difference between x W and x_K (W_K + D) + d, summed over
     tokens, is least for D = (C_KK + ridge)⁻¹ C_KR W_R and d = m_R W_R − m_K D, where m is the mean and C the second
-    moment about it. Without a bias d is 0, and C the second moment about 0.
+    moment about it. Without a bias d is 0, and C the second moment about 0. What is kept are sums over tokens, in
+    float64, of what stays alone: the moments need not be.
     """
 
     def __init__(self, moments: Moments, stays: Tensor, rows: Tensor, with_bias: bool) -> None:
-        gone, kept, lost = rows[~stays], stays.nonzero(), (~stays).nonzero()
-        mean = moments.total.double() / max(moments.count, 1)
-        self.mean, self.written = mean[stays], mean[~stays] @ gone
-        self.with_bias = with_bias
+        gone, kept = rows[~stays], stays.nonzero()
+        # Some rows at a time, as all of them in float64 would take as much again as both sums that are kept.
+        written = torch.cat([some[:, ~stays].double() @ gone for some in moments.gram.split(256)])
+        self.stays, self.with_bias, self.count = stays, with_bias, moments.count
+        self.total, self.trace = moments.total.double(), float(moments.gram.diagonal().double().sum())
+        self.written = self.total[~stays] @ gone
+        self.lost, self.across = float((gone * written[~stays]).sum()), written[stays]
+        self.among = moments.gram[kept, kept.T].double()
 
-        def block(some: Tensor, others: Tensor) -> Tensor:
-            """Return a part of C in float64, the only ones that are needed: all of it would take twice the memory."""
-            part = moments.gram[some, others.T].double()
-            return part.addr_(mean[some[:, 0]], mean[others[:, 0]], alpha=-moments.count) if with_bias else part
+    def __iadd__(self, other: Fit) -> Fit:
+        """Take in the tokens of another of the same inputs, in place."""
+        self.count += other.count
+        self.total += other.total
+        self.trace += other.trace
+        self.written += other.written
+        self.lost += other.lost
+        self.across += other.across
+        self.among += other.among
+        return self
 
-        def error(about: Tensor) -> float:
-            """Return the squared difference to what all units wrote, summed over tokens, where nothing changes."""
-            return float((gone * (about @ gone)).sum())
+    @property
+    def _mean(self) -> Tensor:
+        """What is left out of the second moments: the mean where there is a bias, else 0; of the inputs that stay."""
+        return self.total[self.stays] / max(self.count, 1) * self.with_bias
 
-        self.lost = error(moments.gram[lost, lost.T].double())
-        among_lost = block(lost, lost)
-        self.least, traced = error(among_lost), among_lost.diagonal().clone()
-        del among_lost
-        self.across, self.among = block(kept, lost) @ gone, block(kept, kept)
-        self.unit = float(torch.cat([self.among.diagonal(), traced]).mean())
+    @property
+    def unit(self) -> float:
+        """The mean over all inputs of their second moment, summed over tokens."""
+        about = self.total.square().sum() / max(self.count, 1) * self.with_bias
+        return (self.trace - float(about)) / len(self.total)
+
+    def _across(self) -> Tensor:
+        """Return C_KR W_R."""
+        return self.across - torch.outer(self._mean, self.written)
 
     def change(self, ridge: float) -> Tensor:
         """Return D; `ridge` is in units of the mean second moment. 0 where inputs vary by less than their rounding."""
-        loaded = self.among.clone()
+        loaded = self.among.addr(self._mean, self._mean, alpha=-self.count)
         loaded.diagonal().add_(ridge * self.unit)
-        factor, failed = torch.linalg.cholesky_ex(loaded)
-        return torch.zeros_like(self.across) if int(failed) else torch.cholesky_solve(self.across, factor)
+        # In place, which column by column is.
+        factor, failed = torch.linalg.cholesky_ex(loaded.T, out=(loaded.T, torch.empty((), dtype=torch.int32)))
+        return torch.zeros_like(self.across) if int(failed) else torch.cholesky_solve(self._across(), factor)
 
     def shift(self, change: Tensor) -> Tensor | None:
         """Return d for D, None without a bias."""
-        return self.written - self.mean @ change if self.with_bias else None
+        return self.written / max(self.count, 1) - self._mean @ change if self.with_bias else None
 
     def error(self, change: Tensor) -> float:
         """Return what is left of the squared difference with D, and d where there is a bias."""
-        return self.least + float((change * (self.among @ change - 2 * self.across)).sum())
+        least = self.lost - self.with_bias * float(self.written.square().sum()) / max(self.count, 1)
+        moved = self.among @ change
+        moved.addr_(self._mean, self._mean @ change, alpha=-self.count).sub_(self._across(), alpha=2)
+        return least + float(moved.mul_(change).sum())
 
 
 class _Reached(Exception):
@@ -126,70 +168,40 @@ class _Reached(Exception):
 
 def moments_of(
     base: PreTrainedModel, projection: Projection, batches: Sequence[Mapping[str, Any]], reading: Reading
-) -> list[Moments]:
-    """Return the moments of the even batches and of the odd ones, on the CPU; nothing where a half misses the site.
+) -> Moments | None:
+    """Return the moments of what a projection is given, on the CPU; None where no batch reaches it.
 
     Passes end at the projection, unless layers share it and it runs again. One site's moments are there at a time, so
     that memory does not grow with the number of sites.
     """
-    ends = _runs_once(base, projection, batches[0])
+    ends = projection.runs_once(base, batches[0])
 
-    def read(number: int) -> Moments | None:
+    def read(number: int) -> list[Tensor]:
         with _reading(projection, batches[number], ends) as found, suppress(_Reached):
             base(**batches[number])
-        return found[0] if found else None
+        return [rows.cpu() for rows in found] if is_shared(reading.accelerator) else found
 
-    halves: dict[int, Moments] = {}
-    for number, found in enumerate(in_order(read, range(len(batches)), reading.accelerator)):
-        if found is not None:
-            half = number % 2
-            if half in halves:
-                halves[half] += found
-            else:
-                halves[half] = found
-    return [halves[0], halves[1]] if len(halves) == 2 else []
-
-
-def summed(halves: list[Moments]) -> Moments:
-    """Return the moments of both halves; the list is empty then, and the memory of one of them free."""
-    both = halves.pop(0)
-    both += halves.pop()
-    return both
-
-
-def _runs_once(base: PreTrainedModel, projection: Projection, batch: Mapping[str, Any]) -> bool:
-    calls = []
-    handle = projection.module.register_forward_pre_hook(lambda *_: calls.append(1))
-    try:
-        base(**batch)
-    finally:
-        handle.remove()
-    return len(calls) == 1
+    moments: Moments | None = None
+    for found in in_order(read, range(len(batches)), reading.accelerator):
+        for rows in found:
+            moments = Moments.over(rows) if moments is None else moments
+            moments.add(rows)
+    return None if moments is None else Moments(moments.gram.cpu(), moments.total.cpu(), moments.count)
 
 
 @contextmanager
-def _reading(projection: Projection, batch: Mapping[str, Any], ends: bool) -> Iterator[list[Moments]]:
-    """Within this context a pass adds the moments of what the projection is given to what is yielded, and may end."""
-    found: list[Moments] = []
-    hook = _hook(found, projection.channels, batch.get("attention_mask"), ends)
+def _reading(projection: Projection, batch: Mapping[str, Any], ends: bool) -> Iterator[list[Tensor]]:
+    """Within this context a pass adds what the projection is given, `[tokens, inputs]`, to what is yielded."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        taken = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach().float()
+        found.append(rows_of_tokens(taken, projection.channels, batch.get("attention_mask")))
+        if ends:
+            raise _Reached
+
     handle = projection.module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield found
     finally:
         handle.remove()
-
-
-def _hook(found: list[Moments], channels: int, mask: Tensor | None, ends: bool) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        taken = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach().float()
-        rows = rows_of_tokens(taken, channels, mask)
-        with without_autocast(taken.device):
-            moments = Moments((rows.T @ rows).cpu(), rows.sum(dim=0).cpu(), len(rows))
-        if found:
-            found[0] += moments
-        else:
-            found.append(moments)
-        if ends:
-            raise _Reached
-
-    return hook

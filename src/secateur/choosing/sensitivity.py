@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from secateur.choosing.moments import Fit, Moments, Projection, moments_of, summed
+from secateur.choosing.moments import Fit, Moments, Projection, moments_of
 from secateur.errors import UnsupportedModelError
 from secateur.settings import Cut, Reading
 from secateur.sites.gating import probe
@@ -71,8 +71,7 @@ def options_of_sites(
             continue
         rows = sizes_of_site(scores, name, cut)
         fitted = Projection(base, site)
-        halves = moments_of(base, fitted, batches, reading)
-        moments = summed(halves) if halves else None
+        moments = moments_of(base, fitted, batches, reading)
         found[name] = [(0.0, rows[0])]
         for row in rows[1:]:
             there = row[list(site.units)]

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.choosing.mask_loss import MaskLoss
-from secateur.choosing.moments import Fit, Projection, moments_of, summed
+from secateur.choosing.moments import Fit, Projection, moments_of
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights, evaluation_mode, held
@@ -117,15 +117,15 @@ def _reconstruct_(
 
 
 class Refit:
-    """A site's projection, and a file of its weights refitted to each half of the texts and to all, if any are.
+    """A site's projection, and a file of its weights: refitted to each half of the texts, to all, and as they were.
 
-    The file is read when the projection runs, so that of all sites one is in memory twice at a time.
+    None where no refit is any better. The file is read when the projection runs, so that of all sites one is in memory
+    twice at a time.
     """
 
     def __init__(self, projection: Projection, file: Path | None) -> None:
         self.projection, self.file = projection, file
-        bias = projection.bias
-        self.before = (projection.weight.data, None if bias is None else bias.data)
+        self.before: tuple[Tensor, Tensor | None] | None = projection.values
 
     @classmethod
     def of(
@@ -142,22 +142,28 @@ class Refit:
         Raises `InvalidInputError` where the batches do not reach it.
         """
         projection = Projection(base, site)
-        halves = moments_of(base, projection, batches, reading)
-        if not halves:
-            raise InvalidInputError(f"`texts` do not reach the site {site.name!r}, which loses units; leave it whole")
-        rows, stays = projection.rows, projection.stays(kept)
-        fit = partial(Fit, stays=stays, rows=rows, with_bias=projection.bias is not None)
-        one, other = map(fit, halves)
-        whole = fit(summed(halves))
+        stays = projection.stays(kept)
+        halves: list[Fit] = []
+        for number in (0, 1):
+            moments = moments_of(base, projection, batches[number::2], reading)
+            if moments is None:
+                raise InvalidInputError(
+                    f"`texts` do not reach the site {site.name!r}, which loses units; leave it whole"
+                )
+            halves.append(Fit(moments, stays, projection.rows, projection.bias is not None))
+            del moments  # before those of the other half are there
+        one, other = halves
 
         def error(ridge: float) -> float:
             return other.error(one.change(ridge)) + one.error(other.change(ridge))
 
-        errors = {ridge: error(ridge) for ridge in RIDGES if whole.unit > 0}
+        errors = {ridge: error(ridge) for ridge in RIDGES if one.unit + other.unit > 0}
         best = min(errors, key=errors.__getitem__, default=0.0)
-        if not errors or errors[best] >= whole.lost:
+        if not errors or errors[best] >= one.lost + other.lost:
             return cls(projection, None)
-        torch.save([projection.refitted(found, stays, best) for found in (one, other, whole)], file)
+        found = [projection.refitted(half, stays, best) for half in halves]
+        one += other
+        torch.save([*found, projection.refitted(one, stays, best), projection.values], file)
         return cls(projection, file)
 
     @contextmanager
@@ -179,19 +185,21 @@ class Refit:
             self.put_back()
 
     def take(self) -> None:
-        """Put the weights in place that were fitted to all texts."""
+        """Put the weights in place that were fitted to all texts; those that were there are in the file alone then."""
         if self.file is not None:
-            self._set(*self._read(2))
+            fitted, self.before = self._read(2), None
+            self._set(*fitted)
 
     def put_back(self) -> None:
         """Put the weights back that were there."""
-        self._set(*self.before)
+        self._set(*(self._read(3) if self.before is None else self.before))
 
     def _read(self, number: int) -> tuple[Tensor, Tensor | None]:
         assert self.file is not None
         weight, bias = torch.load(self.file, mmap=True, map_location="cpu")[number]
-        old, own = self.before  # of the same device
-        return weight.to(old.device, copy=True), None if own is None else bias.to(own.device, copy=True)
+        own = self.projection.bias
+        device = self.projection.weight.device
+        return weight.to(device, copy=True), None if own is None else bias.to(device, copy=True)
 
     def _set(self, weight: Tensor, bias: Tensor | None) -> None:
         self.projection.weight.data = weight
