@@ -30,13 +30,13 @@ from .previewing import (
 from .pruners.joint_network import JointPruner as JointPruner
 from .pruners.map_network import MetaPruner as MetaPruner
 from .pruning import prune as prune
-from .pruning_report import PruningReport as PruningReport
 from .removal.remove import (
     gated as gated,
 )
 from .removal.remove import (
     remove_ as remove_,
 )
+from .report.pruning_report import PruningReport as PruningReport
 from .restoring.distillation import distill_ as distill_
 from .restoring.reconstruction import reconstruct_ as reconstruct_
 from .scorers.base import Scorer as Scorer

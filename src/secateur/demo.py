@@ -26,10 +26,10 @@ from secateur.measuring.cost import compare_latency
 from secateur.measuring.timing import median_ratio
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.pruning import prune
-from secateur.pruning_report import PruningReport
 from secateur.removal.verify import verify_checkpoint
 from secateur.report import write_report
 from secateur.report.pruning_files import save_pruning
+from secateur.report.pruning_report import PruningReport
 from secateur.report.reading import read_runs
 from secateur.settings import Reading
 from secateur.support.defaults import CALIBRATION_TEXTS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -87,7 +87,6 @@ def preview(
     texts: Iterable[Text] | None = None,
     budgets: Sequence[str | Budget] = USUAL_BUDGETS,
     *,
-    units: Collection[str] | None = None,
     scorer: AnyScorer | Scores = DEFAULT_SCORER,
     labels: Labels | None = None,
     inputs: Sequence[Mapping[str, Tensor]] | None = None,
@@ -106,10 +105,9 @@ def preview(
         texts: calibration texts, 8 or more, in a list.
         budgets: of what counts all units, such as "macs=0.5", all of one quantity and shape. What cannot be reached is
             left out.
-        units: kinds of units that may go. None = those of `cut`, by default heads and neurons, and layers too where
-            it is plain.
-        cut: what else may go, as `prune` takes it, by allocation "sensitivity". `budgets` take the place of its ratio
-            and its budget, and no heads are exchanged.
+        cut: what else may go, as `prune` takes it, by allocation "sensitivity": by default heads and neurons, and
+            layers too where it is plain. `budgets` take the place of its ratio and its budget, and no heads are
+            exchanged.
 
     The other arguments are those of `prune`. Raises `InvalidInputError` for what `prune` refuses, for budgets of
     several quantities, and where none can be reached.
@@ -119,7 +117,7 @@ def preview(
     asked = _of_one_quantity(budgets)
     check_options(options, preview, scorer)
     check_given(scorer, options, reading)
-    cut = cut_of(cut, pruning_ratio=0, budget=replace(asked[0], limit=1.0), units=units)
+    cut = cut_of(cut, pruning_ratio=0, budget=replace(asked[0], limit=1.0))
     if cut.allocation not in (None, "sensitivity"):
         raise invalid("allocation", "be None or 'sensitivity' in a preview", cut.allocation)
     restore = recommended(cut, None, texts)[1]

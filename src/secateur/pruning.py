@@ -15,10 +15,10 @@ from secateur.errors import InvalidInputError
 from secateur.models.names import original_name
 from secateur.models.sentence_transformers import transformer_of
 from secateur.pruning_plan import check_steps, recommended, without_held_out
-from secateur.pruning_report import PruningReport
 from secateur.pruning_steps import Steps
 from secateur.pruning_work import Pruning
 from secateur.report.pruning_files import save_all
+from secateur.report.pruning_report import PruningReport
 from secateur.scorers import DEFAULT_SCORER
 from secateur.scorers.given import check_given, fitting
 from secateur.scorers.score import AnyScorer, Labels, check_options

@@ -41,6 +41,8 @@ def test_a_keyword_near_a_known_one(given, message):
 def test_other_calls_name_their_own_keywords():
     with pytest.raises(InvalidInputError, match=r"`preview` has no `label`; did you mean `labels`\?"):
         secateur.preview("no such folder", tiny_texts(8), label=[1])
+    with pytest.raises(InvalidInputError, match=r"`units` belongs into `cut`: cut=secateur.Cut\(units=…\)"):
+        secateur.preview("no such folder", tiny_texts(8), units=["heads"])
     with pytest.raises(InvalidInputError, match=r"`score` has no `unit`; did you mean `units`\?"):
         secateur.score(tiny_model("bert"), unit=["heads"], scorer="random")
 

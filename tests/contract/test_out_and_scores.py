@@ -12,7 +12,8 @@ import secateur
 from secateur import cli
 from secateur.errors import InvalidInputError
 from secateur.pruning_work import Pruning
-from secateur.report import pruning_files
+from secateur.report import pruning_files, render_report
+from secateur.report.reading import read_runs
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,13 +55,18 @@ def test_what_the_call_saves_is_what_the_command_saves(is_loaded, work, tmp_path
     model = AutoModel.from_pretrained(work / "model") if is_loaded else work / "model"
     texts = (work / "texts.csv").read_text().splitlines()[1:]
     drawn = _drawn(texts)
-    small, _ = secateur.prune(model, drawn, scorer="magnitude", restore="none", reading=READING, out=tmp_path / "call")
+    small, report = secateur.prune(
+        model, drawn, scorer="magnitude", restore="none", reading=READING, out=tmp_path / "call"
+    )
     names = [sorted(path.name for path in (tmp_path / place).iterdir()) for place in ("command", "call")]
     assert names[0] == names[1]
     assert {"config.json", "model.safetensors", "tokenizer.json", "report.html", "attention_maps.json"} <= {*names[0]}
     one, other = (load_file(tmp_path / place / "model.safetensors") for place in ("command", "call"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert report_of(tmp_path / "call") == report_of(tmp_path / "command")
+    (run,) = read_runs([tmp_path / "call"])
+    assert render_report([run]) == (tmp_path / "call" / "report.html").read_text(encoding="utf-8")
+    assert render_report([{**run, "loading": None}]) == report.to_html()  # it knows no folder to load
     again = AutoModel.from_pretrained(tmp_path / "call")
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in small.state_dict().items())
     assert len(AutoTokenizer.from_pretrained(tmp_path / "call")) == len(tiny_tokenizer())

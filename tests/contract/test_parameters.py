@@ -71,7 +71,7 @@ CALLS = {
         "model": [*MODEL, ""], "texts": LISTED,
         "budgets": [*BUDGET, None, [], ["heads=0.5"], ["macs=0.5", "params=0.5"], ["similarity=0.9"]],
         "scorer": ["best", "", None, 3], "tokenizer": [3, "", object()], "labels": [3, ""],
-        "reading": SETTINGS, "units": UNITS, "inputs": READY, "cut": SETTINGS,
+        "reading": SETTINGS, "inputs": READY, "cut": SETTINGS,
     },
     "reconstruct_": {
         "model": MODEL, "mask": MASK, "texts": TEXTS, "tokenizer": [3, "", object()],

@@ -1,6 +1,7 @@
 """Columns of texts and labels that have names of their own."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -70,28 +71,58 @@ def test_names_that_are_none():
             Columns(texts, label)
 
 
-def test_the_commands_read_them(tmp_path, capsys):
-    tiny_classifier("bert").save_pretrained(tmp_path / "model")
+@pytest.fixture
+def folder(tmp_path):
+    """A classifier, and the same texts and labels in columns of usual names and of others."""
+    tiny_classifier("bert", 2).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    texts = tiny_texts(8)
-    given = ["score", str(tmp_path / "model"), "--device", "cpu", "--json", "--data"]
     for names in (("sentence", "label"), ("review", "stars")):
-        rows = [",".join(names), *(f"{text},{number % 2}" for number, text in enumerate(texts))]
-        (tmp_path / f"{names[0]}.csv").write_text("\n".join(rows) + "\n")
+        rows = [",".join(names), *(f"{text},{number % 2}" for number, text in enumerate(tiny_texts(24)))]
+        (tmp_path / names[0]).mkdir()
+        for split in ("train", "dev"):
+            (tmp_path / names[0] / f"{split}.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "result", "own"),
+    [
+        ("finetune", "metrics", ["--epochs=1", "--out=tuned"]),
+        ("evaluate", "metrics", []),
+        ("distill", "relational_kl", ["--steps=1", "--against=model", "--out=taught"]),
+    ],
+)
+def test_commands_that_train_and_evaluate_read_them(command, result, own, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    given = [command, "model", "--device=cpu", "--json", *own, "--data"]
+    assert cli.main([*given, "review", "--text-column=review", "--label-column=star"]) == 2
+    wrong = "no column 'star', which `label_column` names: found 'review', 'stars'; did you mean stars?"
+    assert wrong in capsys.readouterr().err
+    found = []
+    for named in (["review", "--text-column=review", "--label-column=stars"], ["sentence"]):
+        assert cli.main([*given, *named]) == 0
+        found.append(json.loads(capsys.readouterr().out)[result])
+        for place in ("tuned", "taught"):
+            shutil.rmtree(place, ignore_errors=True)
+    assert found[0] == found[1] != {}
+
+
+def test_the_commands_that_score_read_them(folder, capsys):
+    tmp_path, given = folder, ["score", str(folder / "model"), "--device", "cpu", "--json", "--data"]
     found = []
     for scorer in ("taylor", "contribution"):
         command = [*given[:-1], "--scorer", scorer, "--data"]
-        assert cli.main([*command, str(tmp_path / "sentence.csv")]) == 0
+        assert cli.main([*command, str(tmp_path / "sentence")]) == 0
         found.append(capsys.readouterr().out)
-        named = [str(tmp_path / "review.csv"), "--text-column", "review", "--label-column", "stars"]
+        named = [str(tmp_path / "review"), "--text-column", "review", "--label-column", "stars"]
         assert cli.main([*command, *named]) == 0
         assert capsys.readouterr().out == found[-1]
-    streamed = [*given, str(tmp_path / "review.csv"), "--scorer", "contribution", "--stream", "--text-column", "review"]
+    streamed = [*given, str(tmp_path / "review"), "--scorer", "contribution", "--stream", "--text-column", "review"]
     assert cli.main(streamed) == 0
-    assert json.loads(capsys.readouterr().out)["num_texts"] == 8
-    assert cli.main([*given, str(tmp_path / "review.csv"), "--text-column", "a,b,c"]) == 2
+    assert json.loads(capsys.readouterr().out)["num_texts"] == 24
+    assert cli.main([*given, str(tmp_path / "review"), "--text-column", "a,b,c"]) == 2
     assert "`text_column` must name one column, or two with a comma" in capsys.readouterr().err
-    prune = ["prune", str(tmp_path / "model"), "--data", str(tmp_path / "review.csv"), "--text-column", "stars,review"]
+    prune = ["prune", str(tmp_path / "model"), "--data", str(tmp_path / "review"), "--text-column", "stars,review"]
     prune += ["--device", "cpu", "--scorer", "contribution", "--restore", "none", "--no-maps", "--ratio", "0.25"]
     assert cli.main([*prune, "--out", str(tmp_path / "small")]) == 0
-    assert json.loads((tmp_path / "small" / "pruning_report.json").read_text())["num_texts"] == 8
+    assert json.loads((tmp_path / "small" / "pruning_report.json").read_text())["num_texts"] == 24

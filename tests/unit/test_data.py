@@ -236,10 +236,13 @@ def test_a_parquet_without_rows(tmp_path):
 
 
 def test_labels_can_be_demanded(tmp_path):
-    for content in ("sentence\nx\n", "sentence\tlabel\nx\t-1\n"):
+    for content, found in (
+        ("sentence\tmark\nx\t1\n", ", found 'sentence', 'mark'; "),
+        ("sentence\tlabel\nx\t-1\n", ""),
+    ):
         path = write(tmp_path / "a.tsv", content)
         assert load_task(path).labels is None
-        with pytest.raises(InvalidInputError, match="has no labels; this step needs a `label` column"):
+        with pytest.raises(InvalidInputError, match=f"has no labels; this step needs a `label` column{found}"):
             load_task(path, need_labels=True)
 
 

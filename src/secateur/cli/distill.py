@@ -11,6 +11,7 @@ import click
 from secateur.cli.options import (
     Positive,
     bf16_option,
+    columns_of,
     out_option,
     print_json,
     reading_of,
@@ -55,7 +56,7 @@ def distill(
 
     check_new_folder(out)
     chosen = check_device(device)
-    task = load_task(data, "train")
+    task = load_task(data, "train", columns=columns_of(options))
     texts = task.head(num_texts or len(task), seed=options["seed"]).texts
     pruned, tokenizer = load_model(model, chosen), load_tokenizer(model)
     teacher, name = load_original(pruned, model, against, chosen)

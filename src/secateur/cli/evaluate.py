@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from secateur.cli.options import echo_metrics, print_json, reading_of, training_options
+from secateur.cli.options import columns_of, echo_metrics, print_json, reading_of, training_options
 
 
 @click.command()
@@ -28,7 +28,7 @@ def evaluate(model: str, data: str, device: str | None, as_json: bool, split: An
     from secateur.texts.data import load_task
 
     chosen = check_device(device)
-    task = load_task(data, split, need_labels=True)
+    task = load_task(data, split, need_labels=True, columns=columns_of(options))
     reading, about = reading_of(options, progress=True), {}
     if task.is_pair and task.is_regression and has_no_head(model):
         pooling = pooling_of(model)

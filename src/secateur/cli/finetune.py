@@ -10,6 +10,7 @@ import click
 from secateur.cli.options import (
     Positive,
     bf16_option,
+    columns_of,
     echo_metrics,
     out_option,
     print_json,
@@ -40,8 +41,9 @@ def finetune(
 
     check_new_folder(out)
     reading = reading_of(options, device=str(check_device(device)), progress=True)
-    train = load_task(data, "train", need_labels=True)
-    dev = load_task(data, "dev", need_labels=True) if has_splits(data) else None
+    columns = columns_of(options)
+    train = load_task(data, "train", need_labels=True, columns=columns)
+    dev = load_task(data, "dev", need_labels=True, columns=columns) if has_splits(data) else None
     if max_train is not None:
         train = train.head(max_train, seed=options["seed"])
     _, result = finetune_model(

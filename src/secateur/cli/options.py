@@ -18,6 +18,7 @@ from secateur.support.defaults import BATCH_SIZE, MAX_LENGTH
 
 if TYPE_CHECKING:
     from secateur.settings import Reading
+    from secateur.texts.data import Columns
 
 
 class Ratio(click.ParamType):
@@ -119,8 +120,17 @@ def bf16_option(what: str) -> Callable[..., Any]:
     )  # fmt: skip
 
 
+columns_options = together(
+    click.option(
+        "--text-column", default=None, metavar="NAME[,NAME]",
+        help="Column of the data with the texts, or two for pairs [default: sentence, text, or sentence1,sentence2].",
+    ),
+    click.option("--label-column", default=None, metavar="NAME", help="Column with the labels [default: label]."),
+)  # fmt: skip
+
 training_options = together(
     data_option,
+    columns_options,
     batch_option,
     length_option,
     device_option,
@@ -134,6 +144,14 @@ def reading_of(options: Mapping[str, Any], **others: Any) -> Reading:
 
     named = ("batch_size", "max_length", "seed", "stop", "bf16")
     return Reading(**{name: options[name] for name in named if name in options}, **others)
+
+
+def columns_of(options: Mapping[str, Any]) -> Columns:
+    """Return which columns of the data are read."""
+    from secateur.texts.data import Columns
+
+    texts = options["text_column"]
+    return Columns(None if texts is None else tuple(texts.split(",")), options["label_column"])
 
 
 @contextmanager

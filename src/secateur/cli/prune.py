@@ -27,8 +27,8 @@ from secateur.support.files import check_new_folder, new_folder
 from secateur.support.run_files import PAGE
 
 if TYPE_CHECKING:
-    from secateur.pruning_report import PruningReport
     from secateur.pruning_steps import Steps
+    from secateur.report.pruning_report import PruningReport
     from secateur.settings import Cut, Reading
     from secateur.texts.tokenization import Text
 

@@ -13,6 +13,8 @@ from secateur.cli.options import (
     StopRule,
     batch_option,
     bf16_option,
+    columns_of,
+    columns_options,
     device_option,
     length_option,
     seed_option,
@@ -70,14 +72,6 @@ class ScorerNames(click.ParamType):
 units_option = click.option(
     "--units", default=None, type=Names("units", UNITS), metavar="KINDS",
     help="Kinds of units, heads,neurons,layers [default: those that the budget is about, else heads].",
-)  # fmt: skip
-
-columns_options = together(
-    click.option(
-        "--text-column", default=None, metavar="NAME[,NAME]",
-        help="Column of the data with the texts, or two for pairs [default: sentence, text, or sentence1,sentence2].",
-    ),
-    click.option("--label-column", default=None, metavar="NAME", help="Column with the labels [default: label]."),
 )  # fmt: skip
 
 scoring_options = together(
@@ -143,11 +137,10 @@ def calibration_of(data: str, options: Mapping[str, Any], teaches: bool = False)
     There are more where they also teach the smaller model.
     """
     from secateur.errors import invalid
-    from secateur.texts.data import Columns, load_task
+    from secateur.texts.data import load_task
     from secateur.texts.streams import stream_texts
 
-    named, texts = options["scorer"], options["text_column"]
-    columns = Columns(None if texts is None else tuple(texts.split(",")), options["label_column"])
+    named, columns = options["scorer"], columns_of(options)
     need_labels = any(
         scorer_class(name).needs_labels for name in ([named] if isinstance(named, str) else named.values())
     )

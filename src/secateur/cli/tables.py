@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # each command waits for what its own table needs
     from secateur.comparing.summary import Summary
     from secateur.measuring.bench import Benchmark
     from secateur.previewing import Preview
-    from secateur.pruning_report import PruningReport
+    from secateur.report.pruning_report import PruningReport
     from secateur.units.scores import Scores
 
 

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from secateur.errors import invalid
 from secateur.models.originals import on_this_machine, recorded_original
-from secateur.pruning_report import PruningReport
 from secateur.report.how_to_load import how_to_load
 from secateur.report.numbers import DASH, counted
+from secateur.report.pruning_report import PruningReport
 from secateur.report.reading import cost_rows
 from secateur.report.relational_kl import distillation_line
 from secateur.support.files import write_text

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from secateur.models.model_saving import save_model
-from secateur.pruning_report import PruningReport
 from secateur.report import write_report
 from secateur.report.model_card import write_model_card
+from secateur.report.pruning_report import PruningReport
 from secateur.report.reading import read_runs
 from secateur.support.run_files import ATTENTION_MAPS, PAGE, PRUNING
 

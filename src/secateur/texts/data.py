@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ TEXT_COLUMNS = (
     ("sentence",),
     ("text",),
 )
+_TAKE_OTHERS = "`secateur score`, `prune`, `distill`, `finetune` and `evaluate` take others with"
 MOST_CLASSES = 100_000
 """A model needs an output for each class up to the highest; a larger number was not meant as one."""
 
@@ -31,11 +32,13 @@ MOST_CLASSES = 100_000
 class Columns:
     """Which columns of a table are read: those of one text or two, and that of labels; None = by their usual names.
 
-    Raises `InvalidInputError` for anything but one name or two, and for one column in two places.
+    `needs_label` refuses a table without labels. Raises `InvalidInputError` for anything but one name or two, and for
+    one column in two places.
     """
 
     texts: tuple[str, ...] | None = None
     label: str | None = None
+    needs_label: bool = False
 
     def __post_init__(self) -> None:
         names = [*(self.texts or ()), *([] if self.label is None else [self.label])]
@@ -47,7 +50,7 @@ class Columns:
     def chosen(self, found: Sequence[str], source: str) -> tuple[tuple[str, ...], str | None]:
         """Return the text columns among those that were `found`, and that of labels, None where there is none.
 
-        Raises `InvalidInputError` where one that is named, or any of texts, is missing, or there are two of a name.
+        Raises `InvalidInputError` where one that is named or needed is missing, or there are two of a name.
         """
         listed = ", ".join(map(repr, found))
         for option, name in [*(("text", name) for name in self.texts or ()), ("label", self.label)]:
@@ -58,9 +61,12 @@ class Columns:
         texts = self.texts or next((names for names in TEXT_COLUMNS if all(name in found for name in names)), None)
         if texts is None:
             expected = "expected `sentence`, `text`, or `sentence1` and `sentence2`"
-            remedy = "`secateur score` and `prune` take others with --text-column"
+            remedy = f"{_TAKE_OTHERS} --text-column"
             raise InvalidInputError(f"{source} has no text columns: {expected}, found {listed}; {remedy}")
         label = self.label or ("label" if "label" in found and "label" not in texts else None)
+        if label is None and self.needs_label:
+            said = f"{source} has no labels; this step needs a `label` column, found {listed}"
+            raise InvalidInputError(f"{said}; {_TAKE_OTHERS} --label-column")
         for name in (*texts, label):
             if list(found).count(name) > 1:  # type: ignore[arg-type]
                 raise InvalidInputError(f"{source} has more than one column {name!r}")
@@ -175,6 +181,8 @@ def load_task(
     if not isinstance(data, str | Path) or not str(data).strip():
         raise invalid("data", "name a file, a folder or a Hub id", data)
     path = Path(data).expanduser()
+    if need_labels:
+        columns = replace(columns, needs_label=True)
     if path.exists():
         file = _split_file(path, split) if path.is_dir() else path
         source, table = str(file), _read_file(file, columns)

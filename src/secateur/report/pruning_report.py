@@ -13,6 +13,8 @@ from typing import Any
 from secateur.choosing.budget import BudgetOutcome
 from secateur.measuring.cost import ModelCost
 from secateur.removal.proof import TOLERANCE
+from secateur.report import render_report
+from secateur.report.reading import pruning_data
 from secateur.restoring.quality import Quality
 from secateur.sites.attention_maps import AttentionMaps
 from secateur.sites.packing import pack
@@ -36,7 +38,7 @@ class PruningReport:
     done, and `distillation` that before and after `steps` updates, on texts of its own; `quality` is what is left
     of the model on texts held out; `left_out` says, in a line each, which steps were not taken and why. `command` is
     the command line that asked for it, where one did. `attention_maps` are those of the model before, where they were
-    asked for; they have a file of their own.
+    asked for; they have a file of their own. A notebook shows the units as a grid; `to_html` has the whole page.
     """
 
     model: str
@@ -88,6 +90,14 @@ class PruningReport:
         gone = self._layers_gone()
         kept = {site: row & (not is_within(site, gone)) for site, row in self.mask.items()}
         return grid_html(repr(self), kept, self.scores)
+
+    def to_html(self) -> str:
+        """Return the page that `prune(out=…)` saves as report.html, a file that loads nothing.
+
+        It has all but the lines that load the folder, which the report does not know.
+        """
+        maps = None if self.attention_maps is None else self.attention_maps.to_json()
+        return render_report([pruning_data(self.to_json(), maps)])
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; a layer that went kept none of its units."""
