@@ -1,12 +1,14 @@
 """Peak memory of scoring and of refitting neurons, beside the model's weights and the second moments of one block.
 
 BERT-base's shape with a small vocabulary and random weights, on batches of 8 x 128 tokens, six in all; half of the
-neurons of every block go. `pass` is one batch through the model: what reading takes, whatever is done with it. Each way runs in a process of its own. Memory is resident memory: its peak
-meanwhile, less what there was once the model had run. Linux only.
+neurons of every block go. `pass` is one batch through the model: what reading takes, whatever is done with it.
+`find` is finding the blocks, once for all steps; scoring and refitting know them. Each way runs in a process of its
+own. Memory is resident memory: its peak meanwhile, less what there was once the model had run. Linux only.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import time
@@ -21,6 +23,7 @@ from secateur.models.inputs import example_inputs
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers.score import score
 from secateur.settings import Reading
+from secateur.texts.calibration import PreparedModel
 from secateur.units.select import select
 
 TEXTS, BATCHES = 8, 6
@@ -31,18 +34,23 @@ def one_way(way: str, layers: int) -> dict[str, Any]:
     inputs = [example_inputs(model, TEXTS, 128, padding=0, seed=seed) for seed in range(BATCHES)]
     with torch.no_grad():
         model(**inputs[0])
-    scores, reading = score(model, units=["neurons"], scorer="magnitude"), Reading(batch_size=TEXTS)
+    prepared, reading = PreparedModel(model), Reading(batch_size=TEXTS)
+    if way != "find":
+        scores = score(prepared, units=["neurons"], scorer="magnitude")
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before is given back, or it would hide what comes
     before = memory_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     spent = time.process_time()
     if way == "pass":
         with torch.no_grad():
             model(**inputs[0])
+    elif way == "find":
+        assert prepared.neurons
     elif way == "score":
-        score(model, units=["neurons"], scorer="contribution", inputs=inputs, reading=reading)
+        score(prepared, units=["neurons"], scorer="contribution", inputs=inputs, reading=reading)
     else:
-        reconstruct_(model, select(scores, 0.5), inputs=inputs, reading=reading)
+        reconstruct_(prepared, select(scores, 0.5), inputs=inputs, reading=reading)
     found = {"weights_mb": weights, "added_mb": memory_mb() - before, "processor_seconds": time.process_time() - spent}
     return {"way": way, "layers": layers, **{name: round(value, 1) for name, value in found.items()}}
 

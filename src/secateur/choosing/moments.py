@@ -20,7 +20,7 @@ from secateur.support.processes import in_order, is_shared
 
 
 class Projection:
-    """A site's output projection: what units write with, `rows` `[inputs, model width]` in float64, and its bias."""
+    """A site's output projection: what units write with, `[inputs, model width]`, and its bias."""
 
     def __init__(self, base: PreTrainedModel, site: Site) -> None:
         piece = next(p for p in site.slices_of("output") if base.get_parameter(p.parameter).ndim > 1)
@@ -30,11 +30,13 @@ class Projection:
         self.channels = channel_axis(self.module)
         self._runs: int | None = None
 
-    @property
-    def rows(self) -> Tensor:
-        """The weight as `[inputs, model width]`, float64, on the CPU."""
-        weight = self.weight.detach().to("cpu", torch.float64).flatten(1)
-        return weight if isinstance(self.module, Conv1D) else weight.T
+    def by_inputs(self, weight: Tensor) -> Tensor:
+        """Return a weight of this projection as `[inputs, model width]`, in the same memory."""
+        return weight.flatten(1) if isinstance(self.module, Conv1D) else weight.flatten(1).T
+
+    def rows(self, some: Tensor) -> Tensor:
+        """Return what `some` inputs (bool `[inputs]`) are written by, `[some, model width]`, float64, on the CPU."""
+        return self.by_inputs(self.weight.detach())[some.to(self.weight.device)].to("cpu", torch.float64)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -64,16 +66,12 @@ class Projection:
 
     def refitted(self, fit: Fit, stays: Tensor, ridge: float) -> tuple[Tensor, Tensor | None]:
         """Return the weight and the bias that a fit gives, the rows of what goes as they are."""
-        rows, change, bias = self.rows.clone(), fit.change(ridge), self.bias
-        rows[stays] += change
+        change, bias = fit.change(ridge), self.bias
+        weight = self.weight.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self.by_inputs(weight)[stays] = (self.rows(stays) + change).to(weight)
         shift = fit.shift(change)
         moved = None if bias is None or shift is None else (bias.detach().cpu().double() + shift).to(bias)
-        return self.as_weight(rows), moved
-
-    def as_weight(self, rows: Tensor) -> Tensor:
-        """Return `[inputs, model width]` in the form of the weight."""
-        weight = rows if isinstance(self.module, Conv1D) else rows.T
-        return weight.reshape(self.weight.shape).contiguous().to(self.weight)
+        return weight.to(self.weight), moved
 
 
 @dataclass
@@ -102,53 +100,52 @@ class Fit:
 
     With K and R the inputs that stay and go, the squared difference between x W and x_K (W_K + D) + d, summed over
     tokens, is least for D = (C_KK + ridge)⁻¹ C_KR W_R and d = m_R W_R − m_K D, where m is the mean and C the second
-    moment about it. Without a bias d is 0, and C the second moment about 0. What is kept are sums over tokens, in
-    float64, of what stays alone: the moments need not be.
+    moment about it. Without a bias d is 0, and C the second moment about 0. `gone` is W_R `[gone, model width]`, in
+    float64.
+
+    What it keeps are sums over tokens of the inputs that stay; the moments need not be kept.
     """
 
-    def __init__(self, moments: Moments, stays: Tensor, rows: Tensor, with_bias: bool) -> None:
-        gone, kept = rows[~stays], stays.nonzero()
-        # Some rows at a time, as all of them in float64 would take as much again as both sums that are kept.
-        written = torch.cat([some[:, ~stays].double() @ gone for some in moments.gram.split(256)])
+    def __init__(self, moments: Moments, stays: Tensor, gone: Tensor, with_bias: bool) -> None:
         self.stays, self.with_bias, self.count = stays, with_bias, moments.count
         self.total, self.trace = moments.total.double(), float(moments.gram.diagonal().double().sum())
-        self.written = self.total[~stays] @ gone
-        self.lost, self.across = float((gone * written[~stays]).sum()), written[stays]
-        self.among = moments.gram[kept, kept.T].double()
+        self.written, self.lost = self.total[~stays] @ gone, 0.0
+        # Some inputs at a time, as all of them in float64 would take more memory than what is kept.
+        across, parts = [], stays.split(256)
+        for some, here, own in zip(
+            moments.gram.split(256), parts, gone.split([int((~part).sum()) for part in parts]), strict=True
+        ):
+            written = some[:, ~stays].double() @ gone
+            self.lost += float((own * written[~here]).sum())
+            across.append(written[here])
+        kept = stays.nonzero()
+        self.across, self.among = torch.cat(across), moments.gram[kept, kept.T]
 
     def __iadd__(self, other: Fit) -> Fit:
         """Take in the tokens of another of the same inputs, in place."""
-        self.count += other.count
-        self.total += other.total
-        self.trace += other.trace
-        self.written += other.written
-        self.lost += other.lost
-        self.across += other.across
-        self.among += other.among
+        for name in ("count", "total", "trace", "written", "lost", "across", "among"):
+            mine = getattr(self, name)
+            mine += getattr(other, name)
+            setattr(self, name, mine)
         return self
-
-    @property
-    def _mean(self) -> Tensor:
-        """What is left out of the second moments: the mean where there is a bias, else 0; of the inputs that stay."""
-        return self.total[self.stays] / max(self.count, 1) * self.with_bias
 
     @property
     def unit(self) -> float:
         """The mean over all inputs of their second moment, summed over tokens."""
-        about = self.total.square().sum() / max(self.count, 1) * self.with_bias
-        return (self.trace - float(about)) / len(self.total)
-
-    def _across(self) -> Tensor:
-        """Return C_KR W_R."""
-        return self.across - torch.outer(self._mean, self.written)
+        about = float(self.total.square().sum()) / max(self.count, 1) if self.with_bias else 0.0
+        return (self.trace - about) / len(self.total)
 
     def change(self, ridge: float) -> Tensor:
         """Return D; `ridge` is in units of the mean second moment. 0 where inputs vary by less than their rounding."""
-        loaded = self.among.addr(self._mean, self._mean, alpha=-self.count)
+        # In place, which needs matrices column by column: of thousands of neurons each more is large.
+        loaded = self.among.to(torch.float64, copy=True).addr_(self._mean, self._mean, alpha=-self.count).T
         loaded.diagonal().add_(ridge * self.unit)
-        # In place, which column by column is.
-        factor, failed = torch.linalg.cholesky_ex(loaded.T, out=(loaded.T, torch.empty((), dtype=torch.int32)))
-        return torch.zeros_like(self.across) if int(failed) else torch.cholesky_solve(self._across(), factor)
+        change = self.across.addr(self._mean, self.written, alpha=-1).T
+        factor, failed = torch.linalg.cholesky_ex(loaded, out=(loaded, torch.empty((), dtype=torch.int32)))
+        if int(failed):
+            return torch.zeros_like(self.across)
+        torch.linalg.solve_triangular(factor.T, change, upper=True, left=False, out=change)
+        return torch.linalg.solve_triangular(factor, change, upper=False, left=False, out=change).T
 
     def shift(self, change: Tensor) -> Tensor | None:
         """Return d for D, None without a bias."""
@@ -156,10 +153,17 @@ class Fit:
 
     def error(self, change: Tensor) -> float:
         """Return what is left of the squared difference with D, and d where there is a bias."""
-        least = self.lost - self.with_bias * float(self.written.square().sum()) / max(self.count, 1)
-        moved = self.among @ change
-        moved.addr_(self._mean, self._mean @ change, alpha=-self.count).sub_(self._across(), alpha=2)
-        return least + float(moved.mul_(change).sum())
+        about = float(self.written.square().sum()) / max(self.count, 1) if self.with_bias else 0.0
+        by_mean = self._mean @ change
+        left = self.lost - about - self.count * float(by_mean.square().sum()) + 2 * float(by_mean @ self.written)
+        for some, across, own in zip(self.among.split(256), self.across.split(256), change.split(256), strict=True):
+            left += float((own * (some.double() @ change - 2 * across)).sum())
+        return left
+
+    @property
+    def _mean(self) -> Tensor:
+        """What second moments are about, of the inputs that stay: their mean, 0 without a bias."""
+        return self.total[self.stays] / max(self.count, 1) * self.with_bias
 
 
 class _Reached(Exception):

@@ -109,7 +109,7 @@ def _refitted(projection: Projection, moments: Moments | None, kept: Tensor) -> 
     stays = projection.stays(kept)
     try:
         if moments is not None:
-            fit = Fit(moments, stays, projection.rows, bias is not None)
+            fit = Fit(moments, stays, projection.rows(~stays), bias is not None)
             projection.weight.data, moved = projection.refitted(fit, stays, RIDGE)
             if projection.bias is not None and moved is not None:
                 projection.bias.data = moved

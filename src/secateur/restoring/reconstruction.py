@@ -143,14 +143,14 @@ class Refit:
         """
         projection = Projection(base, site)
         stays = projection.stays(kept)
-        halves: list[Fit] = []
+        gone, halves = projection.rows(~stays), list[Fit]()
         for number in (0, 1):
             moments = moments_of(base, projection, batches[number::2], reading)
             if moments is None:
                 raise InvalidInputError(
                     f"`texts` do not reach the site {site.name!r}, which loses units; leave it whole"
                 )
-            halves.append(Fit(moments, stays, projection.rows, projection.bias is not None))
+            halves.append(Fit(moments, stays, gone, projection.bias is not None))
             del moments  # before those of the other half are there
         one, other = halves
 

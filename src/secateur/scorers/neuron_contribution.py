@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,31 +24,41 @@ def neuron_contributions(task: ScoringTask) -> dict[str, Tensor]:
     that reads it: the squared norm of what the neuron adds to the residual stream. One dense pass; no more is held than
     a sum for each neuron.
     """
-    sums = {name: torch.zeros(site.num_units, dtype=torch.float64) for name, site in task.sites.items()}
-    counts = dict.fromkeys(task.sites, 0)
+    sums = {name: _Squares(torch.zeros(site.num_units, dtype=torch.float64)) for name, site in task.sites.items()}
 
-    def run(batch: Batch) -> dict[str, tuple[Tensor, int]]:
-        found: dict[str, tuple[Tensor, int]] = {}
+    def run(batch: Batch) -> dict[str, _Squares]:
+        # Made before the pass: what stays between its large tensors would keep their memory from being used again.
+        found = {name: _Squares(torch.zeros_like(one.total)) for name, one in sums.items()}
         with ExitStack() as hooks:
-            for name in task.sites:
+            for name, squares in found.items():
                 module = task.model.get_submodule(name)
-                hook = _reader(found, name, channel_axis(module), batch.get("attention_mask"))
+                hook = _reader(squares, channel_axis(module), batch.get("attention_mask"))
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             task.model(**batch)
         return found
 
     for found in task.each(run):
-        for name, (total, count) in found.items():
-            sums[name] += total
-            counts[name] += count
-    return {name: sums[name] / max(counts[name], 1) * _norms(task, site) for name, site in task.sites.items()}
+        for name, squares in found.items():
+            sums[name].total += squares.total
+            sums[name].tokens += squares.tokens
+    return {
+        name: sums[name].total / max(sums[name].tokens, 1) * _norms(task, site) for name, site in task.sites.items()
+    }
 
 
-def _reader(found: dict[str, tuple[Tensor, int]], name: str, axis: int, mask: Tensor | None) -> Callable[..., None]:
+@dataclass
+class _Squares:
+    """Sums over tokens of each neuron's square, `[neurons]`."""
+
+    total: Tensor
+    tokens: int = 0
+
+
+def _reader(squares: _Squares, axis: int, mask: Tensor | None) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = rows_of_tokens(args[0] if args else next(iter(kwargs.values())), axis, mask)
-        total, count = found.get(name, (torch.zeros(rows.shape[1], dtype=torch.float64), 0))
-        found[name] = (total + rows.float().square().sum(dim=0).double().cpu(), count + len(rows))
+        squares.total += rows.float().square().sum(dim=0).double().cpu()
+        squares.tokens += len(rows)
 
     return hook
 
