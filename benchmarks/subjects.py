@@ -94,7 +94,7 @@ def smollm2() -> Subject:
     file = smollm2_file()
     model = load_model(file, "cpu", AutoModel)
     tokenizer = load_tokenizer(file)
-    return Subject("smollm2", model, _texts(model, tokenizer, _sentences()), tokenizer)
+    return _reader("smollm2", model, tokenizer, _sentences(), LENGTH)
 
 
 def digits_vit(layers: int = 4, heads: int = 4, seed: int = 0, epochs: int = 40) -> Subject:
