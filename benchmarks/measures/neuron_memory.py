@@ -3,13 +3,15 @@
 BERT-base's shape with a small vocabulary and random weights, on batches of 8 x 128 tokens, six in all; half of the
 neurons of every block go. `pass` is one batch through the model: what reading takes, whatever is done with it.
 `find` is finding the blocks, once for all steps; scoring and refitting know them. Each way runs in a process of its
-own. Memory is resident memory: its peak meanwhile, less what there was once the model had run. Linux only.
+own. Memory is resident memory: its peak meanwhile, less what there was once the model had run. What is freed goes back
+to the system at once here; the C library keeps blocks of up to 32 MB for later otherwise, of every pass. Linux only.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -56,6 +58,7 @@ def one_way(way: str, layers: int) -> dict[str, Any]:
 
 
 def measure(run: Run, *, cells: list[list[Any]]) -> None:
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # of the processes that are started
     moments = 3072 * 3072 * 8 / 2**20
     rows = []
     for way, layers in cells:
