@@ -25,6 +25,12 @@ def test_task_weights_by_hand():
         task_weights([3, 0])
 
 
+def test_a_part_of_the_texts_can_stand_for_all_of_them():
+    assert training().weights.tolist() == [2, 2]  # 40 texts each
+    assert training(task_sizes=(392_702, 2_490)).weights.tolist() == [13, 4]
+    assert training(task_sizes=[3, 1], task_power=1).weights.tolist() == [3, 1]  # the weights themselves
+
+
 def test_tasks_are_drawn_by_their_weights():
     run = training()
     run.weights = torch.tensor([3.0, 1.0], dtype=torch.float64)

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from secateur.errors import InvalidInputError, SecateurError
+from secateur.errors import InvalidInputError, SecateurError, invalid
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.meta_training.sampling import task_weights
 from secateur.meta_training.signals import (
@@ -52,7 +52,10 @@ class MetaTraining:
                     f"task {task.name} has {len(task)} texts, fewer than one batch of {config.batch_size}"
                 )
         self.subjects, self.tasks, self.config, self.accelerator = subjects, tasks, config, accelerator
-        self.weights = torch.tensor(task_weights([len(t) for t in tasks], config.task_power), dtype=torch.float64)
+        sizes = config.task_sizes or [len(task) for task in tasks]
+        if len(sizes) != len(tasks):
+            raise invalid("task_sizes", f"hold a size for each of the {len(tasks)} tasks", sizes)
+        self.weights = torch.tensor(task_weights(sizes, config.task_power), dtype=torch.float64)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.pruner = MetaPruner(initial_std=config.initial_std).to(accelerator.device)

@@ -40,25 +40,38 @@ def score_corners(network: nn.Sequential, corners: Sequence[Tensor]) -> list[Ten
             zero, *sets = (nn.functional.leaky_relu_(x, layer.negative_slope) for x in (zero, *sets))
         else:
             zero, *sets = (layer(x) for x in (zero, *sets))
-    return [2 * sigmoid(last(_lay_on(zero, x, *zero.shape[2:]))).flatten(1) for x in sets]
+    return [2 * sigmoid(last(_LaidOn.apply(zero, x, 0))).flatten(1) for x in sets]
 
 
 def _convolved(layer: nn.Conv2d, zero: Tensor, corners: Tensor) -> Tensor:
     """Return the features that see some of the corners. Kernel 4, stride 2, padding 1: i sees 2 i - 1 to 2 i + 2."""
     size = zero.shape[-1]
     rows, columns = (min(2 * (length // 2 + 1) + 1, size) for length in corners.shape[2:])
-    edge = (1, int(columns == size), 1, int(rows == size))  # the padding beyond an edge that is seen
-    patches = nn.functional.pad(_lay_on(zero, corners, rows, columns), edge)
-    return nn.functional.conv2d(patches, layer.weight, stride=2)
+    # The padding beyond an edge that is seen is part of the ground.
+    ground = nn.functional.pad(zero[..., :rows, :columns], (1, int(columns == size), 1, int(rows == size)))
+    return nn.functional.conv2d(_LaidOn.apply(ground, corners, 1), layer.weight, stride=2)
 
 
-def _lay_on(ground: Tensor, corners: Tensor, rows: int, columns: int) -> Tensor:
-    """Return the upper left `rows` × `columns` of `ground` for each of `corners`, with the corner laid on it."""
-    if corners.shape[2:] == (rows, columns):
-        return corners
-    patch = ground[..., :rows, :columns].expand(len(corners), -1, -1, -1).clone(memory_format=torch.channels_last)
-    patch[..., : corners.shape[2], : corners.shape[3]] = corners
-    return patch
+class _LaidOn(torch.autograd.Function):
+    """Lay each of the corners on the ground `[1, channels, rows, columns]`, `place` rows and columns from its corner.
+
+    A function of its own, since autograd would copy the gradient of what is written over.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ground: Tensor, corners: Tensor, place: int) -> Tensor:
+        ctx.slices = tuple(slice(place, place + length) for length in corners.shape[2:])
+        laid = ground.expand(len(corners), -1, -1, -1).clone(memory_format=torch.channels_last)
+        laid[(..., *ctx.slices)] = corners
+        return laid
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        of_ground = None
+        if ctx.needs_input_grad[0]:
+            of_ground = gradient.sum(dim=0, keepdim=True)
+            of_ground[(..., *ctx.slices)] = 0
+        return of_ground, gradient[(..., *ctx.slices)], None
 
 
 def _normalised(layer: nn.BatchNorm2d, zero: Tensor, sets: Sequence[Tensor]) -> list[Tensor]:
