@@ -2,7 +2,7 @@
 
 60 training texts of each of the paper's tasks, at most 128 tokens, MiniLM, straight-through gradient. `padded` pads a
 batch to its longest text, or to `padded_to` tokens, and every map to 128 × 128; `filled` is what `meta-train` does.
-Both see the same texts and draws, in turn; CPU time. `weighted` weighs the tasks as GLUE's full sizes have them drawn.
+Both see the same texts and draws, in turn; CPU time.
 `gradient_errors` compares the pruner's gradient from 8 of the texts with that in float64 on padded maps: the norm of
 the difference, as a share.
 """
@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from benchmarks.provenance import provenance
 from benchmarks.runs import Run, minilm
 from torch import Tensor
 
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.meta_training.meta_step import MetaTraining, Seen, see
-from secateur.meta_training.sampling import task_weights
 from secateur.meta_training.signals import straight_through_loss
 from secateur.meta_training.subjects import Parts, Subject
 from secateur.pruners.corners import score_corners
@@ -34,7 +34,6 @@ from secateur.support.randomness import generator
 from secateur.texts.data import Task
 
 BATCH, LENGTH = 60, 128
-FULL = {"mnli": 392702, "qqp": 363846, "sst2": 67349, "cola": 8551, "stsb": 5749, "mrpc": 3668, "rte": 2490}
 PARTS = ("dense", "pruner forward", "gated forward", "gated backward", "pruner backward")
 
 
@@ -105,8 +104,8 @@ def timed(
 
 def measure(run: Run, *, rounds: int, padded_to: int = 0) -> None:
     subject = Subject(*minilm())
-    rows: list[dict[str, Any]] = []
-    for name in run.tasks:
+    done = {row["task"] for row in run.rows()}
+    for name in [name for name in run.tasks if name not in done]:
         task = Task(name, run.texts(name, BATCH))
         training = MetaTraining([subject], [task], MetaTrainingConfig(), Accelerator(cpu=True))
         ways = {
@@ -128,36 +127,19 @@ def measure(run: Run, *, rounds: int, padded_to: int = 0) -> None:
         tokens = subject.batch(task.texts, LENGTH)["attention_mask"].sum(dim=1)
         whole = see_padded(subject, task.texts, task.is_pair, padded_to)
         ratios = [sum(p) / sum(f) for p, f in zip(seconds["padded"], seconds["filled"], strict=True)]
-        rows.append(
-            {
-                "task": name,
-                "tokens": {"mean": float(tokens.float().mean()), "longest": int(tokens.max())},
-                "gradient_errors": gradient_errors(training, [parts[0] for parts in whole.maps.values()]),
-                "seconds": {way: {part: [row[i] for row in taken] for i, part in enumerate(PARTS)}
-                            for way, taken in seconds.items()},
-                "ratios": ratios,
-            }
-        )  # fmt: skip
+        row = {
+            **provenance(run.command, run.note),
+            "task": name,
+            "tokens": {"mean": float(tokens.float().mean()), "longest": int(tokens.max())},
+            "gradient_errors": gradient_errors(training, [parts[0] for parts in whole.maps.values()]),
+            "seconds": {
+                way: {part: [row[i] for row in taken] for i, part in enumerate(PARTS)} for way, taken in seconds.items()
+            },
+            "ratios": ratios,
+        }
+        run.add(row)
         print(
-            f"{name}: {rows[-1]['tokens']}, {statistics.median(ratios):.2f} times faster "
-            f"(from {min(ratios):.2f} to {max(ratios):.2f}), errors {rows[-1]['gradient_errors']}",
+            f"{name}: {row['tokens']}, {statistics.median(ratios):.2f} times faster "
+            f"(from {min(ratios):.2f} to {max(ratios):.2f}), errors {row['gradient_errors']}",
             flush=True,
         )
-    weighted = _weighted(rows)
-    print(weighted)
-    run.write(rows=rows, weighted=weighted)
-
-
-def _weighted(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return seconds of a batch, medians of the rounds, weighed by how often the paper draws each task."""
-    weights = task_weights([FULL[row["task"]] for row in rows])
-    parts = {
-        way: {
-            part: sum(w * statistics.median(row["seconds"][way][part]) for w, row in zip(weights, rows, strict=True))
-            / sum(weights)
-            for part in PARTS
-        }
-        for way in ("padded", "filled")
-    }
-    totals = {way: sum(of_way.values()) for way, of_way in parts.items()}
-    return {"weights": weights, "seconds": parts, "totals": totals, "ratio": totals["padded"] / totals["filled"]}

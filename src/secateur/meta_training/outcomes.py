@@ -40,7 +40,7 @@ class Outcome:
         found = [Look(row["step"], row["held_out"]) for row in looks]
         if not found:
             return None
-        known = next((row["contribution"] for row in looks if "contribution" in row), {})
+        known: Mapping[str, float] = next((row["contribution"] for row in looks if "contribution" in row), {})
         return cls(found[0], min(found, key=lambda look: look.mean), found[-1], known)
 
     @classmethod
