@@ -1,8 +1,10 @@
 """Runs of meta-training: what a run survives, and what it refuses."""
 
+import copy
 import json
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +14,22 @@ from safetensors.torch import save_file
 
 from secateur import cli
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError
+from secateur.meta_training import paper
 from secateur.meta_training.config import MetaTrainingConfig
-from secateur.meta_training.held_out import HeldOut, held_out_kl
+from secateur.meta_training.held_out import HeldOut, Judge
 from secateur.meta_training.meta_step import MetaTraining
+from secateur.meta_training.outcomes import Outcome
+from secateur.meta_training.paper import duration, train_meta_pruner
 from secateur.meta_training.paper import run as run_to_the_end
-from secateur.meta_training.paper import train_meta_pruner
 from secateur.meta_training.runs import Log, latest_checkpoint
 from secateur.meta_training.subjects import Subject
 from secateur.pruners.map_network import MetaPruner
+from secateur.relations import gated_representations, relational_kl
+from secateur.scorers.score import score
+from secateur.scorers.smp import SmpScorer
+from secateur.sites.attention import find_sites
 from secateur.texts.data import Task
+from secateur.units.select import select
 from tests.support.meta import SMALL, TASKS, subject, training
 from tests.support.processes import command, launched
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
@@ -137,15 +146,72 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path, monkey
     assert [r["step"] for r in rows(tmp_path)] == [1, 2]
 
 
-def test_the_held_out_loss_is_that_of_the_mask(tmp_path):
-    run = training()
+def test_the_judge_looks_at_every_model_and_cuts_as_a_pruning_would():
+    run, subjects = training(), [subject(), subject("llama")]
     part = HeldOut(Task("dev", tiny_texts(12, seed=9)), 4, 8)
-    first, again = (held_out_kl(run.pruner, run.subjects[0], [part], 0.5, 16) for _ in range(2))
-    assert first == again
-    assert first["dev"] > 0
+    judge = Judge(subjects, [part], 0.5, 16)
+    found = judge.of_pruner(run.pruner)
     assert run.pruner.training
+    assert judge.of_pruner(run.pruner) == found
+    for number, who in enumerate(subjects, 1):
+        sites, texts = find_sites(who.model), part.task.texts
+        batch = who.batch(texts[4:], 16)
+        for scorer, losses in (
+            (SmpScorer(copy.deepcopy(run.pruner)), found),
+            ("contribution", judge.of_contribution()),
+        ):
+            mask = select(score(who.model, texts[:4], scorer, who.tokenizer), 0.5)
+            gates = {site: row.float() for site, row in mask.present(sites).items()}
+            dense, cut = (gated_representations(who.model, batch, g, False) for g in ({}, gates))
+            assert losses[f"dev, model {number}"] == pytest.approx(float(relational_kl(dense, cut)), rel=1e-4)
+            for site, row in gates.items():  # heads that share keys and values go together, or as many of each
+                assert len(set(row.view(sites[site].num_groups, -1).sum(dim=1).tolist()) - {0}) == 1
+    assert Judge(subjects[:1], [part], 0.5, 16).of_pruner(run.pruner) == {"dev": found["dev, model 1"]}
     with pytest.raises(InvalidInputError, match="held-out task dev has 5 texts, fewer than 35"):
         HeldOut(Task("dev", tiny_texts(5)))
+
+
+def test_the_best_pruner_is_kept(tmp_path, monkeypatch, capsys):
+    kl, seen = iter([0.5, 0.3, 0.4, 0.3]), []
+
+    def look(_, pruner):
+        seen.append({name: value.clone() for name, value in pruner.state_dict().items()})
+        return {"dev": next(kl)}
+
+    monkeypatch.setattr(Judge, "of_pruner", look)
+    run = training(steps=3, evaluate_every=1)
+    run_to_the_end(run, tmp_path, [HeldOut(Task("dev", tiny_texts(10, seed=5)), 4, 6)])
+    outcome = Outcome.read(tmp_path)
+    assert [look.step for look in (outcome.start, outcome.best, outcome.last)] == [0, 1, 3]
+    assert set(outcome.contribution) == {"dev"}
+    best = MetaPruner.from_pretrained(tmp_path / "best").state_dict()
+    assert all(torch.equal(value, best[name]) for name, value in seen[1].items())
+    assert not torch.equal(best["main.0.weight"], run.pruner.main[0].weight)
+    assert "for the 2 updates that are left" in capsys.readouterr().err
+
+
+def test_durations_are_said_in_a_persons_unit():
+    found = [duration(seconds) for seconds in (0.1, 89, 100, 5399, 5400, 14_000, 363_000)]
+    assert found == ["1 s", "89 s", "2 min", "90 min", "1.5 h", "3.9 h", "101 h"]
+
+
+def run_by_another_clock(accelerator, folder):
+    """All but the main process think that there is time left for ever."""
+    if not accelerator.is_main_process:
+        paper.time = SimpleNamespace(perf_counter=lambda: 0.0)
+    tasks = [Task("singles", tiny_texts(20))]
+    config = MetaTrainingConfig(**{**SMALL, "steps": 3})
+    run = MetaTraining([Subject(tiny_model("bert"), tiny_tokenizer())], tasks, config, accelerator)
+    accelerator.end_training = lambda: None  # `launched` does it
+    run_to_the_end(run, folder, progress=False, stop_after=1e-9)
+    (folder / f"steps-{accelerator.process_index}").write_text(str(run.step))
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork: every process would import")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_the_main_process_decides_for_all_when_time_is_up(tmp_path, one_thread):
+    launched(2, run_by_another_clock, tmp_path)
+    assert [(tmp_path / f"steps-{rank}").read_text() for rank in range(2)] == ["1", "1"]
 
 
 # --- bad input
@@ -162,6 +228,8 @@ def test_the_held_out_loss_is_that_of_the_mask(tmp_path):
         ({"signal": "none"}, "`signal` must be one of straight_through, leave_one_out, random_masks"),
         ({"optimizer": "lion"}, "`optimizer` must be 'sgd' or 'adam'"),
         ({"random_masks": 3}, "`random_masks` must be even"),
+        ({"task_power": -1}, "`task_power` must be at least 0"),
+        ({"task_sizes": (3, 0)}, "`task_sizes` must hold a whole number from 1 for each task"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -172,6 +240,8 @@ def test_settings_out_of_range(settings, message):
 def test_tasks_and_models_that_cannot_be_trained_on():
     with pytest.raises(InvalidInputError, match="task few has 3 texts, fewer than one batch of 60"):
         MetaTraining([subject()], [Task("few", tiny_texts(3))], MetaTrainingConfig(), Accelerator(cpu=True))
+    with pytest.raises(InvalidInputError, match="`task_sizes` must hold a size for each of the 2 tasks"):
+        training(task_sizes=(7,))
 
 
 def test_labels_play_no_part_so_one_class_is_enough():
@@ -243,6 +313,7 @@ def test_the_command_refuses_bad_input_in_one_line(folders, tmp_path, capsys):
     for more, message in (
         (["--ratio", "1.5"], "must be in [0, 1), got 1.5"),
         (["--resume"], "there is no checkpoint to resume"),
+        (["--task-sizes", "3,0"], "must be whole numbers from 1 with commas, got 3,0"),
         (["--data", str(tmp_path / "none.csv")], "none.csv"),
     ):
         assert cli.main(meta_train(folders, tmp_path / "out", 2, *more)) == 2
@@ -263,4 +334,7 @@ def test_a_run_stops_in_time_and_goes_on(folders, tmp_path, capsys):
     assert "checkpoint-1; go on: --resume" in capsys.readouterr().out
     assert not (tmp_path / "run" / "pruner").exists()
     assert cli.main(meta_train(folders, tmp_path / "run", 3, "--resume")) == 0
+    out = capsys.readouterr().out
+    assert "best (" in out
+    assert f"best: {tmp_path / 'run' / 'best'}, after " in out
     assert [r["step"] for r in rows(tmp_path / "run") if "losses" in r] == [1, 2, 3]

@@ -1,5 +1,6 @@
 """The meta-pruner's network and the relational loss, against the paper's text and examples by hand."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import BloomConfig, BloomModel, CodeGenConfig, CodeGenModel, X
 import secateur
 from secateur.errors import CheckpointError, InvalidInputError
 from secateur.models.inputs import example_inputs
+from secateur.pruners.corners import score_corners
 from secateur.pruners.map_network import PAIR, SINGLE, MetaPruner, to_network_size
 from secateur.relations import by_first_token, gated_representations, relational_kl, relations, represent
 from secateur.scorers.smp import load_pruner
@@ -68,12 +70,23 @@ def test_leaving_the_padding_out_changes_no_score(seed, shape, edge):
         assert plain[..., PAIR].unique().numel() == 6  # all maps differ
 
 
-def test_training_sees_the_padding():
-    """Batch statistics are those of whole maps."""
-    pruner = MetaPruner(initial_std=0.1)
-    maps = torch.rand(2, 3, 9, 9)
-    plain = pruner(to_network_size(maps).flatten(0, 1)).view(2, 3, 2)[..., PAIR]
-    torch.testing.assert_close(pruner.score_maps(maps, None, is_pair=True), plain, rtol=0, atol=0)
+@pytest.mark.parametrize("sizes", [[(9, 9)], [(1, 3), (40, 33), (128, 128)]])
+def test_training_on_corners_is_training_on_whole_maps(sizes):
+    """Scores, gradients and running statistics are those of the plain network, BatchNorm sees all maps as one batch."""
+    torch.manual_seed(0)
+    pruner = MetaPruner(initial_std=0.1).double()
+    plain = copy.deepcopy(pruner)
+    corners = [torch.rand(2 + number, *size, dtype=torch.float64) for number, size in enumerate(sizes)]
+    whole = torch.cat([nn.functional.pad(x, (0, 128 - x.shape[2], 0, 128 - x.shape[1])) for x in corners])
+    found, wanted = torch.cat(score_corners(pruner.main, corners)), plain(whole)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    (found * torch.arange(found.numel()).view_as(found)).sum().backward()
+    (wanted * torch.arange(found.numel()).view_as(found)).sum().backward()
+    for one, other in zip(pruner.parameters(), plain.parameters(), strict=True):
+        assert other.grad.abs().max() > 0
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-7, atol=1e-9 * float(other.grad.abs().max()))
+    for one, other in zip(pruner.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_short_maps_lie_in_the_corner():

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from secateur.errors import InvalidInputError
+from secateur.meta_training import meta_step
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.meta_training.sampling import draw_heads, draw_whole_sites, drop_dimensions, task_weights
 from secateur.meta_training.signals import leave_one_out_estimate, num_kept, random_masks_estimate, ranking_loss
+from secateur.pruners.map_network import to_network_size
 from secateur.relations import gated_representations, relational_kl
 from secateur.scorers.score import score
 from secateur.sites.gating import HeadReading
@@ -21,6 +23,12 @@ def test_task_weights_by_hand():
     assert task_weights([392_702, 2_490, 32, 1]) == [13, 4, 2, 1]
     with pytest.raises(InvalidInputError, match="each with texts"):
         task_weights([3, 0])
+
+
+def test_a_part_of_the_texts_can_stand_for_all_of_them():
+    assert training().weights.tolist() == [2, 2]  # 40 texts each
+    assert training(task_sizes=(392_702, 2_490)).weights.tolist() == [13, 4]
+    assert training(task_sizes=[3, 1], task_power=1).weights.tolist() == [3, 1]  # the weights themselves
 
 
 def test_tasks_are_drawn_by_their_weights():
@@ -108,9 +116,12 @@ def test_heads_and_layers_may_differ_in_number():
     run = training()
     assert run.subjects[0].heads == {f"encoder.layer.{i}.attention.self": 4 for i in range(3)}
     run.pruner.eval()
-    maps = {f"site {i}": torch.rand(2, heads, 128, 128) for i, heads in enumerate((4, 2, 5))}
+    maps = {
+        f"site {i}": [torch.rand(1, heads, 128, 128), torch.rand(2, heads, 9, 8)] for i, heads in enumerate((4, 2, 5))
+    }
     scores = run.scores(maps, is_pair=False)
-    for site, rows in maps.items():
+    for site, parts in maps.items():
+        rows = torch.cat([to_network_size(part) for part in parts])
         assert scores[site].shape == rows.shape[1:2]
         for head in range(rows.shape[1]):
             alone = run.pruner(rows[:, head])[:, 1].mean()
@@ -125,9 +136,9 @@ def test_a_site_that_layers_share_is_read_in_each(monkeypatch):
     layers = run.subjects[0].model.config.num_hidden_layers
     assert seen
     for maps in seen:
-        (parts,) = (rows.chunk(layers) for rows in maps.values())
+        (parts,) = maps.values()
+        assert len(parts) == layers > 1
         assert all(len(part) == run.config.batch_size for part in parts)
-        assert layers > 1
         assert not torch.equal(parts[0], parts[1])
 
 
@@ -155,10 +166,10 @@ def test_the_loss_is_weighted_and_gates_are_half_of_the_cut_sites(monkeypatch):
 
 def test_estimates_by_hand():
     who = subject()
-    batch = who.batch(tiny_texts(6), 16)
+    batch, parts = who.batch(tiny_texts(6), 16), who.parts(tiny_texts(6), 16)
     dense = gated_representations(who.model, batch, {}, False)
     site = "encoder.layer.1.attention.self"
-    alone = leave_one_out_estimate(who.model, batch, dense, who.heads, False)
+    alone = leave_one_out_estimate(who.model, parts, dense, who.heads, False)
     gate = torch.tensor([1.0, 1, 0, 1])
     wanted = relational_kl(dense, gated_representations(who.model, batch, {site: gate}, False))
     assert float(alone[site][2]) == pytest.approx(float(wanted), rel=1e-5)
@@ -168,7 +179,7 @@ def test_estimates_by_hand():
     # With one site of two heads there is one pair of masks, whatever is drawn: the estimate is their difference.
     few = {site: 4}
     config = MetaTrainingConfig(random_masks=2)
-    found = random_masks_estimate(who.model, batch, dense, few, False, config, torch.Generator().manual_seed(0))
+    found = random_masks_estimate(who.model, parts, dense, few, False, config, torch.Generator().manual_seed(0))
     mask = torch.randperm(4, generator=torch.Generator().manual_seed(0)) < 2
     kept, dropped = (
         float(relational_kl(dense, gated_representations(who.model, batch, {site: m.float()}, False)))
@@ -191,17 +202,20 @@ def test_num_kept():
     assert num_kept(9, 0.5) == 5
 
 
-def test_a_pool_is_drawn_again_and_fresh_texts_are_not(monkeypatch):
-    def batches_of(**settings):
+def test_a_pool_is_run_through_the_dense_model_once_and_fresh_texts_are_not(monkeypatch):
+    def batches_of(room=meta_step.POOL_BYTES, **settings):
+        monkeypatch.setattr(meta_step, "POOL_BYTES", room)
         run, seen = training(**settings), []
-        plain = run.subjects[0].batch
-        monkeypatch.setattr(run.subjects[0], "batch", lambda texts, n: seen.append(tuple(texts)) or plain(texts, n))
-        for step in range(12):
-            run.loss(step, 0)
-        return len(set(seen))
+        plain = run.subjects[0].parts
+        monkeypatch.setattr(run.subjects[0], "parts", lambda texts, n: seen.append(tuple(texts)) or plain(texts, n))
+        losses = [float(run.loss(step, 0)[1].detach()) for step in range(6)]
+        return len(seen), len(set(seen)), losses
 
-    assert batches_of() == 12
-    assert batches_of(pool=2, signal="leave_one_out") <= 4
+    assert batches_of()[:2] == (6, 6)
+    passes, different, losses = batches_of(pool=1)
+    assert passes == different == 2  # one a task
+    assert batches_of(room=0, pool=1) == (6, 2, losses)  # where there is no room, nothing changes but the time
+    assert batches_of(pool=1, signal="leave_one_out")[:2] == (2, 2)
 
 
 def test_readings_reach_the_pruner_streamed():
@@ -213,9 +227,7 @@ def test_readings_reach_the_pruner_streamed():
     maps, streamed = {}, {}
 
     def see(reading: HeadReading):
-        from secateur.pruners.map_network import to_network_size
-
-        maps[reading.site] = to_network_size(reading.weights, batch["attention_mask"])
+        maps[reading.site] = [to_network_size(reading.weights, batch["attention_mask"])]
         streamed[reading.site] = run.pruner.score_maps(reading.weights, batch["attention_mask"], False).mean(dim=0)
 
     from secateur.sites.gating import probe

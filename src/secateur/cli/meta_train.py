@@ -21,7 +21,23 @@ from secateur.cli.options import (
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.support.defaults import PRUNING_RATIO
 from secateur.support.files import is_taken
-from secateur.support.run_files import LOG, PRUNER, SETTINGS
+from secateur.support.run_files import BEST, LOG, PRUNER, SETTINGS
+
+
+class Sizes(click.ParamType):
+    """Whole numbers from 1 with commas between them."""
+
+    name = "n,n,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the numbers, or fail in the one error form."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isdecimal() and int(part) for part in parts):
+            self.fail(f"`task_sizes` must be whole numbers from 1 with commas, got {value}", param, ctx)
+        return tuple(map(int, parts))
+
 
 config_options = together(
     click.option(
@@ -49,6 +65,14 @@ config_options = together(
         "--pool", default=MetaTrainingConfig.pool, show_default=True, type=click.IntRange(0),
         help="Batches a task drawn again; 0 = fresh.",
     ),
+    click.option(
+        "--task-sizes", default=(), type=Sizes(),
+        help="Texts that each task counts as having, with commas, where `--data` is a part of it.",
+    ),
+    click.option(
+        "--task-power", default=MetaTrainingConfig.task_power, show_default=True, type=click.FloatRange(0),
+        help="Tasks are drawn in proportion to floor(texts ** power).",
+    ),
     click.option("--temperature", default=MetaTrainingConfig.temperature, show_default=True, type=Positive()),
     click.option(
         "--evaluate-every", default=MetaTrainingConfig.evaluate_every, show_default=True, type=click.IntRange(1)
@@ -75,12 +99,15 @@ def meta_train(
 ) -> None:  # fmt: skip
     """Meta-train a pruner on the unlabelled texts of several tasks; run it under `accelerate launch` to share the work.
 
-    Dev texts judge the run, those of every task but a single file: the log holds the relational KL of their masks.
+    Dev texts judge the run, those of every task but a single file: the log holds the relational KL of their masks, and
+    `best` in `--out` is the pruner that did best there.
     """
     from accelerate import Accelerator
 
+    from secateur.cli.tables import outcome_table, print_table
     from secateur.errors import InvalidInputError, invalid
     from secateur.meta_training.held_out import HeldOut
+    from secateur.meta_training.outcomes import Outcome
     from secateur.meta_training.paper import train_meta_pruner
     from secateur.meta_training.runs import latest_checkpoint
     from secateur.meta_training.subjects import Subject
@@ -102,5 +129,9 @@ def meta_train(
             stop_after=None if max_minutes is None else 60 * max_minutes,
         )  # fmt: skip
     if accelerator.is_main_process:
+        outcome = Outcome.read(out)
+        if outcome is not None:
+            print_table(outcome_table(outcome))
+            click.echo(f"best: {out / BEST}, after {outcome.best.step} updates")
         pruner = out / PRUNER
         click.echo(f"pruner: {pruner}" if pruner.is_dir() else f"stopped at {latest_checkpoint(out)}; go on: --resume")

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 if TYPE_CHECKING:  # each command waits for what its own table needs
     from secateur.comparing.summary import Summary
     from secateur.measuring.bench import Benchmark
+    from secateur.meta_training.outcomes import Outcome
     from secateur.previewing import Preview
     from secateur.report.pruning_report import PruningReport
     from secateur.units.scores import Scores
@@ -161,6 +162,23 @@ def held_out_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         values = (f"{1000 * row[name]:.1f}" for name in criteria)
         table.add_row(row["model"], row["task"], row["allocation"], *values)
+    return table
+
+
+def outcome_table(outcome: Outcome) -> Table:
+    """Return what a meta-pruner's masks cost on held-out texts at start, best and last, beside the contribution's."""
+    title = "1000 times the relational KL on dev texts; lower is better; contribution needs no training"
+    table = Table(Column("task", no_wrap=True), title=title)
+    looks = {"start": outcome.start, f"best ({outcome.best.step} updates)": outcome.best, "last": outcome.last}
+    columns = {name: look.relational_kl for name, look in looks.items()}
+    if outcome.contribution:
+        columns["contribution"] = outcome.contribution
+    for name in columns:
+        table.add_column(name, justify="right")
+    for task in outcome.start.relational_kl:
+        table.add_row(task, *(f"{1000 * values[task]:.1f}" for values in columns.values()))
+    means = (sum(values.values()) / len(values) for values in columns.values())
+    table.add_row("mean", *(f"{1000 * mean:.1f}" for mean in means))
     return table
 
 

@@ -19,7 +19,9 @@ class MetaTrainingConfig:
     pruning_ratio: share of heads dropped in each site that is cut. whole_sites: share of sites that stay whole in a
     step. temperature: of the Gumbel-softmax. dropped_dimensions: share of representation dimensions left out of a
     batch's loss. single_weight: factor on the loss of single-sentence tasks. task_power: tasks are drawn in proportion
-    to floor(texts ** task_power). initial_std: of the convolutions' start.
+    to floor(texts ** task_power). task_sizes: how many texts each task counts as having, in order, where what is given
+    is a part of it; none = as many as are given. With a `task_power` of 1 these are the weights themselves.
+    initial_std: of the convolutions' start.
 
     signal (a departure where it is not the paper's "straight_through"): "leave_one_out" and "random_masks" teach the
     scores to rank heads, in each site, as an estimate of their importance on the same batch does. The estimate is the
@@ -41,6 +43,7 @@ class MetaTrainingConfig:
     dropped_dimensions: float = 0.8
     single_weight: float = 10.0
     task_power: float = 0.2
+    task_sizes: tuple[int, ...] = ()
     signal: Signal = "straight_through"
     random_masks: int = 72
     pool: int = 0
@@ -52,6 +55,12 @@ class MetaTrainingConfig:
     def __post_init__(self) -> None:
         from secateur.relations import RELATED  # here, as it imports torch
 
+        sizes = self.task_sizes
+        if not isinstance(sizes, list | tuple) or not all(type(size) is int and size > 0 for size in sizes):
+            raise invalid("task_sizes", "hold a whole number from 1 for each task", sizes)
+        object.__setattr__(self, "task_sizes", tuple(sizes))  # a list is what JSON makes of it
+        if not self.task_power >= 0:
+            raise invalid("task_power", "be at least 0", self.task_power)
         for name in ("steps", "batch_size", "batches_per_step", "max_length", "evaluate_every", "checkpoint_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from secateur.choosing.mask_loss import MaskLoss
 from secateur.errors import InvalidInputError
@@ -14,10 +13,13 @@ from secateur.meta_training.subjects import Subject
 from secateur.models.state import evaluation_mode
 from secateur.pruners.map_network import MetaPruner
 from secateur.relations import RELATED
-from secateur.sites.gating import HeadReading, probe
-from secateur.texts.batches import Batch
+from secateur.scorers.base import Scorer
+from secateur.scorers.contribution import ContributionScorer
+from secateur.scorers.score import score
+from secateur.scorers.smp import SmpScorer
+from secateur.settings import Reading
+from secateur.texts.calibration import PreparedModel
 from secateur.texts.data import Task
-from secateur.units.scores import PresentScores
 from secateur.units.select import select
 
 _SCORED_AT_ONCE, _EVALUATED_AT_ONCE = 16, 32  # texts a batch
@@ -37,34 +39,40 @@ class HeldOut:
             raise InvalidInputError(f"held-out task {self.task.name} has {len(self.task)} texts, fewer than {fewest}")
 
 
-@torch.no_grad()
-def held_out_kl(
-    pruner: MetaPruner, subject: Subject, held_out: Sequence[HeldOut], pruning_ratio: float, max_length: int
-) -> dict[str, float]:
-    """Return, for each held-out task, the relational KL of the deterministic top-k mask on a model."""
-    found = {}
-    with evaluation_mode(pruner):
-        for part in held_out:
-            texts, is_pair = part.task.texts, part.task.is_pair
-            calibration = subject.batches(texts[: part.calibration], _SCORED_AT_ONCE, max_length)
-            mask = select(PresentScores(_summed_scores(pruner, subject, calibration, is_pair)), pruning_ratio)
-            evaluation = texts[part.calibration : part.calibration + part.evaluation]
-            with evaluation_mode(subject.model):
-                batches = subject.batches(evaluation, _EVALUATED_AT_ONCE, max_length)
-                found[part.task.name] = MaskLoss(subject.model, batches, is_pair)(mask)
-    return found
+class Judge:
+    """The relational KL of masks on held-out texts of every task, on every model that a pruner learns on.
 
+    Masks are those that a pruning would make: of the sites that can lose heads, with their groups.
+    """
 
-def _summed_scores(pruner: MetaPruner, subject: Subject, batches: Sequence[Batch], is_pair: bool) -> dict[str, Tensor]:
-    """Return the sum over texts of every head's score, `[heads]` a site."""
-    sums = {site: torch.zeros(heads, dtype=torch.float64) for site, heads in subject.heads.items()}
-    for batch in batches:
+    def __init__(
+        self, subjects: Sequence[Subject], held_out: Sequence[HeldOut], pruning_ratio: float, max_length: int
+    ) -> None:
+        self.pruning_ratio, self.reading = pruning_ratio, Reading(batch_size=_SCORED_AT_ONCE, max_length=max_length)
+        self._cases = []
+        for number, subject in enumerate(subjects, 1):
+            prepared = PreparedModel(subject.model, subject.tokenizer, self.reading)
+            for part in held_out:
+                name = part.task.name if len(subjects) == 1 else f"{part.task.name}, model {number}"
+                texts = part.task.texts[part.calibration : part.calibration + part.evaluation]
+                batches = subject.batches(texts, _EVALUATED_AT_ONCE, max_length)
+                loss = MaskLoss(prepared.base, batches, part.task.is_pair)
+                self._cases.append((name, prepared, part.task.texts[: part.calibration], loss))
 
-        def add(reading: HeadReading, batch: Batch = batch) -> None:
-            assert reading.weights is not None  # asked for below
-            rows = pruner.score_maps(reading.weights.float(), batch.get("attention_mask"), is_pair)
-            sums[reading.site] += rows.sum(dim=0).double().cpu()
+    def of_pruner(self, pruner: MetaPruner) -> dict[str, float]:
+        """Return the relational KL of a meta-pruner's masks, for each task and, where there are several, model."""
+        with evaluation_mode(pruner):
+            return self._losses(SmpScorer(pruner))
 
-        with probe(subject.model, add, weights=True):
-            subject.model(**batch)
-    return sums
+    def of_contribution(self) -> dict[str, float]:
+        """Return the same of `contribution`, which is not trained."""
+        return self._losses(ContributionScorer())
+
+    @torch.no_grad()
+    def _losses(self, scorer: Scorer) -> dict[str, float]:
+        found = {}
+        for name, prepared, calibration, loss in self._cases:
+            mask = select(score(prepared, calibration, scorer, reading=self.reading), self.pruning_ratio)
+            with evaluation_mode(prepared.base):
+                found[name] = loss(mask.present(prepared.sites))
+        return found

@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from secateur.errors import SecateurError, invalid
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.meta_training.contents import settle_contents
-from secateur.meta_training.held_out import HeldOut, held_out_kl
+from secateur.meta_training.held_out import HeldOut, Judge
 from secateur.meta_training.meta_step import MetaTraining
+from secateur.meta_training.outcomes import Outcome
 from secateur.meta_training.runs import (
     Log,
     check_run_folder,
@@ -33,8 +34,17 @@ from secateur.meta_training.subjects import Subject, check_subjects, check_tasks
 from secateur.pruners.map_network import MetaPruner
 from secateur.support.checks import check_accelerator, check_flag, check_path, check_positive
 from secateur.support.files import replaced_folder
-from secateur.support.run_files import LOG, PRUNER
+from secateur.support.processes import from_main
+from secateur.support.run_files import BEST, LOG, PRUNER
 from secateur.texts.data import Task
+
+SHORTER = (
+    "--steps 300 --batch-size 16 --batches-per-step 1 --max-length 64 --signal leave_one_out --pool 8 "
+    "--optimizer adam --learning-rate 0.001"
+)
+"""The recipe of the shipped pruner, on the command line."""
+
+_LONG = 1800.0  # seconds of a run that somebody may want to be shorter
 
 
 def train_meta_pruner(
@@ -52,9 +62,10 @@ def train_meta_pruner(
     """Train a meta-pruner on one or more frozen models and one or more tasks (paper, steps 1 to 6).
 
     Only the pruner's weights change. `out` gets `log.jsonl` (losses by task at every step; on `held_out` texts the
-    relational KL of the deterministic mask), checkpoints, and at the end `pruner/`. With `resume` the newest checkpoint
-    there is continued, to the identical next step; without it `out` must be new or empty. `stop_after` seconds the run
-    stops at a checkpoint.
+    relational KL of the masks that each model would be pruned by), checkpoints, in `best/` the pruner that did best on
+    `held_out`, and at the end `pruner/`. With `resume` the newest checkpoint there is continued, to the identical next
+    step; without it `out` must be new or empty. `stop_after` seconds the run stops at a checkpoint, as the main process
+    decides for all. With `progress`, standard error says after the first update how long the run will take.
 
     Raises `InvalidInputError` for settings and tasks that cannot be trained on, `CheckpointError` for a checkpoint that
     does not fit and for a run on other models or texts, `SecateurError` for a loss that is not finite.
@@ -114,7 +125,8 @@ def run(
         norm = float(nn.utils.clip_grad_norm_(pruner.parameters(), config.clip))
         training.optimizer.step()
         training.step += 1
-        overdue = stop_after is not None and time.perf_counter() - start > stop_after
+        if stop_after is not None:  # one clock for all processes: one that stopped alone would leave others waiting
+            overdue = from_main(lambda: time.perf_counter() - start > stop_after, accelerator)
         if record is not None:
             record.step(losses, norm, ends=overdue or training.step == config.steps)
     if record is not None:
@@ -123,39 +135,74 @@ def run(
     accelerator.end_training()
     pruner.eval()
     if record is not None and training.step >= config.steps:
-        with replaced_folder(out / PRUNER) as folder:
-            pruner.save_pretrained(folder)
+        _save(pruner, out / PRUNER)
     return pruner
 
 
 class _Record:
-    """What the main process writes of a run: its log, trackers and checkpoints, and a progress bar."""
+    """What the main process writes of a run: its log, trackers, checkpoints and best pruner, and a progress bar."""
 
     def __init__(self, training: MetaTraining, out: Path, held_out: Sequence[HeldOut], progress: bool) -> None:
-        self.training, self.out, self.held_out = training, out, held_out
+        self.training, self.out, self.progress = training, out, progress
+        config = training.config
         self.log = Log(out / LOG, training.step)
-        if held_out and training.step == 0:
-            self._evaluate()
-        steps = training.config.steps
-        self.bar = tqdm(total=steps, initial=training.step, desc="meta-training", disable=not progress)
+        self.judge = Judge(training.subjects, held_out, config.pruning_ratio, config.max_length) if held_out else None
+        if self.judge is not None and training.step == 0:
+            self._evaluate(self.judge)
+        self.bar = tqdm(total=config.steps, initial=training.step, desc="meta-training", disable=not progress)
+        self.start: float | None = time.perf_counter()
 
     def step(self, losses: Mapping[str, Sequence[float]], norm: float, ends: bool) -> None:
         """Take in a step that was made: its losses by task, and its gradient's norm."""
         training, config = self.training, self.training.config
+        self._estimate()
         means = {task: sum(row) / len(row) for task, row in sorted(losses.items())}
         self.log.write({"step": training.step, "losses": means, "gradient_norm": norm})
         tracked = {f"loss/{task}": mean for task, mean in means.items()} | {"gradient_norm": norm}
         training.accelerator.log(tracked, training.step)
         self.bar.set_postfix({task: f"{mean:.3f}" for task, mean in means.items()}, refresh=False)
-        if self.held_out and (ends or training.step % config.evaluate_every == 0):
-            kl = self._evaluate()
+        if self.judge is not None and (ends or training.step % config.evaluate_every == 0):
+            kl = self._evaluate(self.judge)
             training.accelerator.log({f"held_out/{task}": value for task, value in kl.items()}, training.step)
         if ends or training.step % config.checkpoint_every == 0:
             save_checkpoint(self.out, training.step, training.pruner, training.optimizer, config)
         self.bar.update()
 
-    def _evaluate(self) -> dict[str, float]:
-        training, config = self.training, self.training.config
-        kl = held_out_kl(training.pruner, training.subjects[0], self.held_out, config.pruning_ratio, config.max_length)
-        self.log.write({"step": training.step, "held_out": kl})
+    def _estimate(self) -> None:
+        """Say after the first update that is made here how long the others will take."""
+        start, self.start = self.start, None
+        left = self.training.config.steps - self.training.step
+        if start is None or not self.progress or not left:
+            return
+        seconds = (time.perf_counter() - start) * left
+        said = f"about {duration(seconds)} for the {left} updates that are left"
+        if seconds > _LONG:
+            said += f"; stop sooner with --max-minutes, or train shorter: {SHORTER}"
+        tqdm.write(said, file=sys.stderr)
+
+    def _evaluate(self, judge: Judge) -> dict[str, float]:
+        """Look at the pruner on held-out texts, and keep it where it is the best so far."""
+        training = self.training
+        row: dict[str, Any] = {"step": training.step, "held_out": judge.of_pruner(training.pruner)}
+        if training.step == 0:
+            row["contribution"] = judge.of_contribution()
+        so_far = Outcome.read(self.out)
+        now = Outcome.of([row])
+        assert now is not None
+        if so_far is None or now.best.mean < so_far.best.mean:
+            _save(training.pruner, self.out / BEST)
+        self.log.write(row)  # after the pruner, so that the best that the log knows is there
+        kl: dict[str, float] = row["held_out"]
         return kl
+
+
+def _save(pruner: MetaPruner, place: Path) -> None:
+    with replaced_folder(place) as folder:
+        pruner.save_pretrained(folder)
+
+
+def duration(seconds: float) -> str:
+    """Say how long that is, in the unit that a person would take."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.{int(seconds < 36000)}f} h"

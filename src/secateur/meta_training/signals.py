@@ -1,7 +1,7 @@
 """What tells the pruner which way to go: the paper's straight-through gradient, and estimates without one.
 
-Each works on one batch: `model` is the frozen base model, `dense` its representations `[texts, width]` of the batch,
-`scores` the pruner's for each site's heads, with gradients.
+Each works on one batch, in parts of like length: `model` is the frozen base model, `dense` its representations
+`[texts, width]` of the batch, `scores` the pruner's for each site's heads, with gradients.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.meta_training.sampling import draw_heads, draw_whole_sites, drop_dimensions
+from secateur.meta_training.subjects import Parts
 from secateur.relations import gated_representations, relational_kl
-from secateur.texts.batches import Batch
 from secateur.units.masks import vector_of
 from secateur.units.select import removable
 
 
 def straight_through_loss(
     model: PreTrainedModel,
-    batch: Batch,
+    batch: Parts,
     dense: Tensor,
     scores: Mapping[str, Tensor],
     is_pair: bool,
@@ -37,27 +37,31 @@ def straight_through_loss(
         if number not in whole
     }
     kept = drop_dimensions(dense.shape[1], config.dropped_dimensions, random).to(dense)
-    pruned = gated_representations(model, batch, gates, is_pair)
+    pruned = _represented(model, batch, gates, is_pair)
     return relational_kl(dense * kept, pruned * kept) * (1.0 if is_pair else config.single_weight)
+
+
+def _represented(model: PreTrainedModel, batch: Parts, gates: Mapping[str, Tensor], is_pair: bool) -> Tensor:
+    return batch.joined(gated_representations(model, part, gates, is_pair) for part in batch.batches)
 
 
 @torch.no_grad()
 def leave_one_out_estimate(
-    model: PreTrainedModel, batch: Batch, dense: Tensor, heads: Mapping[str, int], is_pair: bool
+    model: PreTrainedModel, batch: Parts, dense: Tensor, heads: Mapping[str, int], is_pair: bool
 ) -> dict[str, Tensor]:
     """Return, for each head, the relational KL when it alone is gated: `[heads]` a site, ≥ 0, one pass a head."""
     found = {site: torch.zeros(count) for site, count in heads.items()}
     for site, count in heads.items():
         for head in range(count):
             gate = (~vector_of([head], count)).float()
-            found[site][head] = relational_kl(dense, gated_representations(model, batch, {site: gate}, is_pair))
+            found[site][head] = relational_kl(dense, _represented(model, batch, {site: gate}, is_pair))
     return found
 
 
 @torch.no_grad()
 def random_masks_estimate(
     model: PreTrainedModel,
-    batch: Batch,
+    batch: Parts,
     dense: Tensor,
     heads: Mapping[str, int],
     is_pair: bool,
@@ -74,7 +78,7 @@ def random_masks_estimate(
         half = {site: torch.randperm(count, generator=random) < count // 2 for site, count in heads.items()}
         for mask in (half, {site: ~row for site, row in half.items()}):
             gates = {site: row.float() for site, row in mask.items()}
-            loss = float(relational_kl(dense, gated_representations(model, batch, gates, is_pair)))
+            loss = float(relational_kl(dense, _represented(model, batch, gates, is_pair)))
             for site, row in mask.items():
                 sums[site][0][~row] += loss
                 sums[site][1][row] += loss

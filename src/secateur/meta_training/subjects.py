@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import UnsupportedModelError, invalid
@@ -14,7 +17,26 @@ from secateur.models.inputs import forward_arguments
 from secateur.sites.gating import count_heads
 from secateur.texts.batches import Batch
 from secateur.texts.data import Task
-from secateur.texts.tokenization import batches
+from secateur.texts.tokenization import batches, padded, rows_of, tokenize
+
+_ALIKE = 16  # tokens: texts whose lengths round up to the same multiple share a part
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """One batch of texts in parts of like length, so that little padding is computed.
+
+    `batches` are the parts' keyword arguments for the model; `places` `[texts]` tells where each text of the batch lies
+    among those of all parts.
+    """
+
+    batches: Sequence[Batch]
+    places: Tensor
+
+    def joined(self, rows: Iterable[Tensor]) -> Tensor:
+        """Put the rows of all parts, `[texts of a part, …]` each, into the order of the batch."""
+        found = torch.cat(list(rows))
+        return found[self.places.to(found.device)]
 
 
 class Subject:
@@ -38,6 +60,14 @@ class Subject:
     def batch(self, texts: Sequence[Any], max_length: int) -> Batch:
         """Return one batch of keyword arguments for the model."""
         return self.batches(texts, len(texts), max_length)[0]
+
+    def parts(self, texts: Sequence[Any], max_length: int) -> Parts:
+        """Return one batch in parts of like length."""
+        rows = rows_of(tokenize(self.tokenizer, texts, max_length))
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
+        alike = groupby(order, key=lambda number: -(-len(rows[number]["input_ids"]) // _ALIKE))
+        tokens = [padded(self.tokenizer, [rows[i] for i in part], self.model.device) for _, part in alike]
+        return Parts(forward_arguments(self.model, tokens), torch.tensor(order).argsort())
 
     def batches(self, texts: Sequence[Any], batch_size: int, max_length: int) -> Sequence[Batch]:
         """Return consecutive batches of keyword arguments for the model."""

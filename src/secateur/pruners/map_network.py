@@ -14,10 +14,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from secateur.errors import CheckpointError, invalid
+from secateur.pruners.corners import SIZE, score_corners
 from secateur.support.checks import check_path, check_positive
-
-SIZE = 128
-"""Rows and columns of the map that the network reads."""
 
 PAIR, SINGLE = 0, 1
 """Output channels: sentence-pair tasks, single-sentence tasks."""
@@ -65,32 +63,8 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
     def score_maps(self, weights: Tensor, mask: Tensor | None, is_pair: bool) -> Tensor:
         """Score every head of one site: maps `[batch, heads, tokens, tokens]` → `[batch, heads]` in (0, 2)."""
         maps = without_padding(weights, mask)
-        # BatchNorm in training mode looks at all features of all maps, those of the padding too.
-        scores = self(_padded(maps.flatten(0, 1))) if self.training else self._score_corners(maps.flatten(0, 1))
+        (scores,) = score_corners(self.main, [maps.flatten(0, 1)])
         return scores[:, PAIR if is_pair else SINGLE].view(maps.shape[:2])
-
-    def _score_corners(self, corners: Tensor) -> Tensor:
-        """Do what `forward` does with maps `[maps, rows, columns]`, each the upper left corner of one full of zeros.
-
-        A feature that sees no part of the corner is that of a map of zeros, which is computed once for all maps. In
-        every layer only the others are computed, from the corner's features and as many of the zero map's around them
-        as they see; the last layer sees everything.
-        """
-        *layers, last, sigmoid = self.main
-        zero, x = corners.new_zeros(1, 1, SIZE, SIZE), corners.unsqueeze(1).to(memory_format=torch.channels_last)
-        for layer in layers:
-            if isinstance(layer, nn.Conv2d):
-                # Kernel 4, stride 2, padding 1: feature i sees 2 i - 1 to 2 i + 2.
-                size = zero.shape[-1]
-                rows, columns = (min(2 * (length // 2 + 1) + 1, size) for length in x.shape[2:])
-                edge = (1, int(columns == size), 1, int(rows == size))  # the padding beyond an edge that is seen
-                x = nn.functional.conv2d(
-                    nn.functional.pad(_lay_on(zero, x, rows, columns), edge), layer.weight, stride=2
-                )
-            else:
-                x = layer(x)
-            zero = layer(zero)
-        return 2 * sigmoid(last(_lay_on(zero, x, *zero.shape[2:]))).flatten(1)
 
     @classmethod
     def _from_pretrained(cls, **options: Any) -> MetaPruner:
@@ -154,6 +128,8 @@ def without_padding(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None or not bool((mask == 0).any()):
         return _pooled(weights)
     real = mask.bool()
+    if max(weights.shape[2:]) <= SIZE and bool((real[:, :-1] >= real[:, 1:]).all()):
+        return _cut_on_the_right(weights, real)
     texts = []
     for number in range(len(weights)):
         one = weights[number : number + 1]
@@ -164,6 +140,16 @@ def without_padding(weights: Tensor, mask: Tensor | None = None) -> Tensor:
         texts.append(_pooled(one))
     rows, columns = (max(text.shape[axis] for text in texts) for axis in (2, 3))
     return torch.cat([_padded(text, rows, columns) for text in texts])
+
+
+def _cut_on_the_right(weights: Tensor, real: Tensor) -> Tensor:
+    """Do what `without_padding` does with short maps of texts whose padding comes last, all texts at once."""
+    most = int(real.sum(dim=1).max())
+    queries, keys = (length == real.shape[1] for length in weights.shape[2:])
+    real = real[:, None, :most]
+    if queries:
+        weights = weights[:, :, :most].masked_fill(~real[..., None], 0)
+    return weights[..., :most].masked_fill(~real[:, :, None], 0) if keys else weights
 
 
 def _pooled(maps: Tensor) -> Tensor:
@@ -186,12 +172,3 @@ def _stretches(length: int, like: Tensor) -> Tensor:
 
 def _padded(maps: Tensor, rows: int = SIZE, columns: int = SIZE) -> Tensor:
     return nn.functional.pad(maps, (0, columns - maps.shape[-1], 0, rows - maps.shape[-2]))
-
-
-def _lay_on(ground: Tensor, corners: Tensor, rows: int, columns: int) -> Tensor:
-    """Return the upper left `rows` × `columns` of `ground` for each of `corners`, with the corner laid on it."""
-    if corners.shape[2:] == (rows, columns):
-        return corners
-    patch = ground[..., :rows, :columns].expand(len(corners), -1, -1, -1).clone(memory_format=torch.channels_last)
-    patch[..., : corners.shape[2], : corners.shape[3]] = corners
-    return patch

@@ -25,6 +25,8 @@ SCORES = "scores"
 
 LOG = "log.jsonl"
 PRUNER = "pruner"
+BEST = "best"
+"""In a meta-training's folder, the pruner that did best on held-out texts."""
 SAMPLES = "samples"
 CHECKPOINT = "checkpoint-"
 """In a meta-training's folder; the number of updates follows."""
