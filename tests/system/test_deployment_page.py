@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModel
 
 from secateur import cli
+from secateur.finetuning.similarity import POOLINGS
 from tests.support.legacy import v4_folder
 from tests.support.pruned import pruned_classifier
 from tests.support.tiny import CONFIGS, tiny_tokenizer
@@ -55,7 +56,7 @@ def test_the_graph_of_an_encoder_runs_by_the_same_block(tmp_path, monkeypatch, c
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore")  # those of the packages on the page
 def test_int8_of_a_sentence_encoder_gives_embeddings(tmp_path, monkeypatch, capsys):
-    """By the page's command and block; also where sentence-transformers looks for graphs."""
+    """By the page's command and block, by all poolings at once; the files lie where sentence-transformers looks."""
     from sentence_transformers.backend.utils import backend_should_export
 
     monkeypatch.chdir(tmp_path)
@@ -65,7 +66,7 @@ def test_int8_of_a_sentence_encoder_gives_embeddings(tmp_path, monkeypatch, caps
     modules = [{"path": f"{i}_{kind}" if i else "", "type": f"models.{kind}"} for i, kind in enumerate(kinds)]
     Path("small/modules.json").write_text(json.dumps(modules))
     Path("small/1_Pooling").mkdir()
-    Path("small/1_Pooling/config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    Path("small/1_Pooling/config.json").write_text(json.dumps({"pooling_mode": list(POOLINGS)}))
     (command,) = re.findall(r"```sh\nsecateur (export .* --quantize int8 .*)\n```", PAGE)
     assert cli.main(shlex.split(command)) == 0
     assert re.search(
@@ -79,8 +80,9 @@ def test_int8_of_a_sentence_encoder_gives_embeddings(tmp_path, monkeypatch, caps
         for text, row in zip(("good film", "bad"), names["embeddings"], strict=True):
             with torch.no_grad():
                 states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state
-            wanted = torch.nn.functional.normalize(states.mean(dim=1))[0].numpy()
-            numpy.testing.assert_allclose(row, wanted, atol=tolerance)
+            whole = torch.ones(*states.shape[:2], 1)
+            wanted = torch.cat([pooling(states, whole) for pooling in POOLINGS.values()], dim=1)
+            numpy.testing.assert_allclose(row, (wanted / wanted.norm())[0].numpy(), atol=tolerance)
     chosen = {"file_name": "onnx/model_qint8.onnx"}
     looked = backend_should_export(Path("graph"), True, chosen, "model.onnx", "*.onnx", "ONNX")
     assert looked == (False, {"subfolder": "onnx", "file_name": "model_qint8.onnx"})

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import SecateurError
-from secateur.exporting.onnx import FILE, prepared, quietly, text_inputs
+from secateur.exporting.onnx import FILE, one_error, prepared, quietly, text_inputs
 from secateur.measuring.timing import median_ratio, time_in_turn
 from secateur.models.inputs import max_length
 from secateur.texts.tokenization import batches
@@ -51,17 +51,17 @@ _TEXTS = (
 def save_int8(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """Write `onnx/model_qint8.onnx` into a folder that `save_onnx` has written of the same model.
 
-    Every row of a weight has its own scale, and 7 of the 8 bits, so that CPUs without VNNI do not overflow. The graph
-    is run on 16 English sentences, or random tokens without a tokenizer, and its output compared with PyTorch's:
+    Every output of a weight has its own scale, and 7 of the 8 bits, so that CPUs without VNNI do not overflow. The
+    graph is run on 16 English sentences, or random tokens without a tokenizer, and its output compared with PyTorch's:
     `sentence_embedding` where there is one, else the first, by text or, for states and logits of tokens, by token.
-    `SecateurError` is raised where their mean cosine is below 0.95.
+    `SecateurError` is raised where their mean cosine is below 0.95, `UnsupportedModelError` where the quantiser fails.
 
     Returns `cosine`; `bytes` of the file and `float_bytes` of the float32 graph with its weights; and `time`, its share
     of the float32 graph's time for 8 texts of 128 tokens, timed in turn on this machine.
     """
     model, file = prepared(model), folder / INT8_FILE
     float_bytes = sum(one.stat().st_size for one in file.parent.glob(f"{Path(FILE).name}*"))
-    with quietly():
+    with quietly(), one_error(model, "cannot be quantised in ONNX Runtime"):
         _quantize(folder / FILE, file, float_bytes)
         cosine = _cosine(model, _session(file), tokenizer)
         if not cosine >= MIN_COSINE:

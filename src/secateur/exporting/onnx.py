@@ -70,15 +70,9 @@ def save_onnx(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         )
     model = prepared(model)
     inputs = text_inputs(model, 2, 12, 3)
-    with quietly():
-        try:
-            _export(model, inputs, folder)
-            outputs, difference = _check(model, folder / FILE)
-        except SecateurError:
-            raise
-        except Exception as error:  # the exporter raises what it meets
-            reason = " ".join(str(error).split())[:300]
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be exported to ONNX: {reason}") from error
+    with quietly(), one_error(model, "cannot be exported to ONNX"):
+        _export(model, inputs, folder)
+        outputs, difference = _check(model, folder / FILE)
     return {"opset": OPSET, "inputs": list(inputs), "outputs": outputs, "max_difference": difference}
 
 
@@ -220,3 +214,15 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def one_error(model: PreTrainedModel, failure: str) -> Iterator[None]:
+    """Make an `UnsupportedModelError` of what the exporter and ONNX Runtime raise, in one line."""
+    try:
+        yield
+    except SecateurError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedModelError(f"{type(model).__name__} {failure}: {reason}") from error
