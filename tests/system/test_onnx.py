@@ -113,6 +113,14 @@ def test_int8_beside_it_answers_alike_or_there_is_neither(onnx_classifier, tmp_p
     kinds = {node.op_type for node in onnx.load(tmp_path / "graph" / "onnx" / "model_qint8.onnx").graph.node}
     assert "DynamicQuantizeLinear" in kinds
 
+    # Without a tokenizer, and where one file would be too large for protobuf.
+    monkeypatch.setattr(int8, "_LARGEST_FILE", 0)
+    beside = int8.save_int8(load_model(onnx_classifier / "pruned", "cpu"), tmp_path / "graph", None)
+    assert 0.95 < beside["cosine"] < 1 - 1e-9
+    assert beside["bytes"] > (tmp_path / "graph" / "onnx" / "model_qint8.onnx").stat().st_size
+    # A score alone has no direction: those of a batch are one row.
+    assert int8._rows(torch.tensor([[1.0], [-2.0]]), torch.ones(2, 3)).shape == (1, 2)
+
     def negated(source, file, size):
         graph = onnx.load(source)
         last = next(node for node in graph.graph.node if "logits" in node.output)
