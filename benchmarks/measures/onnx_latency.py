@@ -19,6 +19,7 @@ from benchmarks.runs import Run
 
 from secateur.demo import MAX_LENGTH, demo_model, demo_task
 from secateur.exporting.export import export_onnx
+from secateur.exporting.onnx import FILE
 from secateur.models.loading import load_model
 from secateur.pruning import prune
 from secateur.settings import Reading
@@ -66,7 +67,7 @@ def seconds_by_shape(folder: Path, threads: int, rounds: int) -> dict[str, dict[
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for name, source in {"dense": demo_model(), "pruned": folder / "pruned"}.items():
         export_onnx(source, folder / f"{name}-onnx")
-        path = folder / f"{name}-onnx" / "model.onnx"
+        path = folder / f"{name}-onnx" / FILE
         sessions[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     cells = {}
     for batch, length in SHAPES:

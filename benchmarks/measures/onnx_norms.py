@@ -18,6 +18,7 @@ import onnxruntime
 from benchmarks.measures.half_speed import SHAPES, WAYS, onnx_run
 from benchmarks.runs import Run, minilm
 
+from secateur.exporting.int8 import UNFUSED
 from secateur.exporting.onnx import FILE, save_onnx
 from secateur.measuring.cost import measure_cost
 from secateur.measuring.timing import median_ratio, time_in_turn
@@ -25,7 +26,6 @@ from secateur.models.inputs import example_inputs
 from secateur.pruning import prune
 from secateur.support.versions import environment
 
-UNFUSED = ["SkipLayerNormFusion", "BiasSkipLayerNormFusion"]
 OPTIMISERS: dict[str, list[str]] = {"all": [], "norms unfused": UNFUSED}
 
 
@@ -44,7 +44,7 @@ def measure(run: Run, *, budgets: list[str], rounds: int) -> None:
         for shape in SHAPES:
             inputs = {name: example_inputs(one, *shape, padding=0) for name, one in models.items()}
             runs = {
-                (name, how): onnx_run(session(files[name], run.threads, left_out), inputs[name])
+                (name, how): onnx_run(session(files[name] / FILE, run.threads, left_out), inputs[name])
                 for name in models
                 for how, left_out in OPTIMISERS.items()
             }
@@ -64,21 +64,19 @@ def measure(run: Run, *, budgets: list[str], rounds: int) -> None:
     run.write(versions=versions, threads=run.threads, rounds=rounds, rows=rows)
 
 
-def session(folder: Path, threads: int, left_out: list[str], profile: Path | None = None) -> Any:
+def session(file: Path, threads: int, left_out: list[str], profile: Path | None = None) -> Any:
     """Return a session of one model, without the graph optimisers in `left_out`."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return onnxruntime.InferenceSession(
-        folder / FILE, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
-    )
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out)
 
 
 def spent_on(folder: Path, threads: int, left_out: list[str], inputs: Any, passes: int = 10) -> dict[str, float]:
     """Return the milliseconds that each operation takes in a pass."""
-    one = session(folder, threads, left_out, folder / "profile")
+    one = session(folder / FILE, threads, left_out, folder / "profile")
     step = onnx_run(one, inputs)
     for _ in range(passes):
         step()

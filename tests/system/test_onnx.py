@@ -10,9 +10,11 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur import cli
+from secateur.errors import InvalidInputError
+from secateur.exporting import int8
 from secateur.exporting import onnx as onnx_export
 from secateur.exporting.export import export_onnx
 from secateur.models.inputs import example_inputs
@@ -25,13 +27,13 @@ from tests.support.tiny import CONFIGS, tiny_model, uneven_mask
 
 
 def run(folder, inputs):
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     return session.run(None, {name: numpy.asarray(value) for name, value in inputs.items()})
 
 
 def test_a_pruned_classifier_with_an_emptied_site(onnx_classifier):
 
-    graph = onnx.load(onnx_classifier / "onnx" / "model.onnx", load_external_data=False)
+    graph = onnx.load(onnx_classifier / "onnx" / "onnx" / "model.onnx", load_external_data=False)
     assert graph.opset_import[0].version == 20
     assert [i.name for i in graph.graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
     axes = [[d.dim_param for d in i.type.tensor_type.shape.dim] for i in graph.graph.input]
@@ -72,18 +74,6 @@ def test_a_decoder_gives_logits_without_a_cache(tmp_path, capsys):
     assert result["max_difference"] <= 1e-4
 
 
-def test_a_model_of_few_positions_that_returns_all_it_has(tmp_path):
-    """What a config asks for besides is no output of the graph, and no text is longer than the model takes."""
-    config = BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
-        max_position_embeddings=16, output_hidden_states=True, return_dict=False,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(tmp_path / "model")
-    result = export_onnx(tmp_path / "model", tmp_path / "onnx")
-    assert result["outputs"] == ["last_hidden_state", "pooler_output"]
-    assert result["max_difference"] <= 1e-4
-
-
 def test_weights_that_are_not_there_are_not_exported(onnx_classifier, tmp_path, capsys):
     shutil.copytree(onnx_classifier / "pruned", tmp_path / "half")
     path = tmp_path / "half" / "model.safetensors"
@@ -110,6 +100,43 @@ def test_a_graph_that_differs_is_an_error_and_leaves_nothing(onnx_classifier, tm
     assert code == 2
     assert "differs from PyTorch by 0.01 (at most 0.0001 is accepted)" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_int8_beside_it_answers_alike_or_there_is_neither(onnx_classifier, tmp_path, monkeypatch, capsys):
+    """Also with a site whose weights are all 0, which leaves nothing to scale."""
+    finished = onnx_classifier / "onnx"
+    monkeypatch.setattr(onnx_export, "_export", lambda *args: shutil.copytree(finished, args[-1], dirs_exist_ok=True))
+    monkeypatch.setattr(int8, "ROUNDS", 1)
+    found = export_onnx(onnx_classifier / "pruned", tmp_path / "graph", "int8")["int8"]
+    assert 0.95 < found["cosine"] < 1 - 1e-9
+    assert found["bytes"] == (tmp_path / "graph" / "onnx" / "model_qint8.onnx").stat().st_size < found["float_bytes"]
+    kinds = {node.op_type for node in onnx.load(tmp_path / "graph" / "onnx" / "model_qint8.onnx").graph.node}
+    assert "DynamicQuantizeLinear" in kinds
+
+    # Without a tokenizer, and where one file would be too large for protobuf.
+    monkeypatch.setattr(int8, "_LARGEST_FILE", 0)
+    beside = int8.save_int8(load_model(onnx_classifier / "pruned", "cpu"), tmp_path / "graph", None)
+    assert 0.95 < beside["cosine"] < 1 - 1e-9
+    assert beside["bytes"] > (tmp_path / "graph" / "onnx" / "model_qint8.onnx").stat().st_size
+    # A score alone has no direction: those of a batch are one row.
+    assert int8._rows(torch.tensor([[1.0], [-2.0]]), torch.ones(2, 3)).shape == (1, 2)
+
+    def negated(source, file, size):
+        graph = onnx.load(source)
+        last = next(node for node in graph.graph.node if "logits" in node.output)
+        last.output[:] = ["before"]
+        graph.graph.node.append(onnx.helper.make_node("Neg", ["before"], ["logits"]))
+        onnx.save(graph, file)
+
+    monkeypatch.setattr(int8, "_quantize", negated)
+    command = ["export", str(onnx_classifier / "pruned"), "--quantize", "int8", "--out", str(tmp_path / "other")]
+    assert cli.main([*command, "--format", "onnx"]) == 2
+    assert "a mean cosine of -1.000 to PyTorch (at least 0.95 is accepted)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["graph"]
+    assert cli.main([*command, "--format", "standalone"]) == 2
+    assert "`--quantize` needs `--format onnx`" in capsys.readouterr().err
+    with pytest.raises(InvalidInputError, match=r"`quantize` must be None or 'int8', got 'int4'"):
+        export_onnx(onnx_classifier / "pruned", tmp_path / "other", "int4")
 
 
 @pytest.mark.parametrize("kind", ["t5", "vit"])
@@ -139,7 +166,7 @@ def test_a_block_without_neurons_has_a_silent_one(kind):
     model = tiny_model(kind)
     sites = find_units(model, ["neurons"])
     remove_(model, Mask({name: torch.full((site.num_units,), "1" not in name) for name, site in sites.items()}))
-    filled = onnx_export._prepared(model)
+    filled = onnx_export.prepared(model)
     inputs = example_inputs(model)
     with torch.no_grad():
         assert torch.allclose(filled(**inputs)[0], model(**inputs)[0], atol=1e-5)

@@ -162,10 +162,16 @@ def in_place(place, tmp_path, monkeypatch):
     monkeypatch.setattr(secateur, "train_joint_pruner", if_none)  # it may have been taken before
 
 
-def graph(folder, out):
+def graph(folder, out, quantize):
     """What an export says that it did; tests/system/test_onnx.py and test_deployment_page.py are about its work."""
     assert (Path(folder) / "config.json").is_file()
-    return {"class": "BertModel", "opset": 18, "inputs": ["input_ids"], "max_difference": 0.0}
+    return {
+        "class": "BertModel",
+        "opset": 18,
+        "inputs": ["input_ids"],
+        "max_difference": 0.0,
+        "file": "onnx/model.onnx",
+    }
 
 
 def computed_in_turn(runs, rounds, **_):

@@ -9,7 +9,7 @@ from scipy.stats import pearsonr, spearmanr
 from secateur import cli
 from secateur.errors import InvalidInputError
 from secateur.finetuning.similarity import POOLINGS, evaluate_similarity
-from secateur.models.sentence_transformers import pooling_of
+from secateur.models.sentence_transformers import embedding_of, pooling_of
 from secateur.settings import Reading
 from secateur.texts.data import Task
 from tests.support.sentences import SENTENCES
@@ -73,6 +73,7 @@ def test_what_cannot_be_measured_so():
 )
 def test_the_folder_says_how_tokens_are_pooled(settings, expected, tmp_path):
     assert pooling_of(tmp_path) == ("mean",)  # a plain encoder's
+    assert embedding_of(tmp_path) is None
     kinds = ("Transformer", "Pooling", "Normalize")
     modules = [{"path": f"{i}_{kind}", "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
@@ -81,9 +82,16 @@ def test_the_folder_says_how_tokens_are_pooled(settings, expected, tmp_path):
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **settings}))
     assert pooling_of(tmp_path) == expected
+    assert embedding_of(tmp_path) == (expected, True)
+    (tmp_path / "modules.json").write_text(json.dumps(modules[:2]))
+    assert embedding_of(tmp_path) == (expected, False)
     (tmp_path / "modules.json").write_text(json.dumps([*modules, {"path": "", "type": "models.Dense"}]))
     with pytest.raises(InvalidInputError, match=r"`model` must have no modules but .* got 'Dense'; evaluate it with"):
         pooling_of(tmp_path)
+    with pytest.raises(InvalidInputError, match=r"got 'Dense'; export it without its modules.json"):
+        embedding_of(tmp_path)
+    (tmp_path / "modules.json").write_text(json.dumps([modules[0], {"path": "", "type": "models.LogitScore"}]))
+    assert embedding_of(tmp_path) is None  # it scores pairs
 
 
 @pytest.mark.real

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from secateur.exporting.onnx import save_onnx
+from secateur.errors import invalid
+from secateur.exporting.int8 import save_int8
+from secateur.exporting.onnx import FILE, save_onnx
+from secateur.exporting.sentence_embedding import with_embedding
 from secateur.exporting.standalone import MODULE, save_standalone
 from secateur.models.loading import find_tokenizer, load_model
-from secateur.models.sentence_transformers import copy_modules
+from secateur.models.sentence_transformers import copy_modules, embedding_of
 from secateur.models.tokenizer_saving import save_tokenizer
 from secateur.support.files import new_folder
 
@@ -32,14 +35,31 @@ def export_standalone(source: str | Path, out: str | Path) -> dict[str, Any]:
     return {"class": type(model).__name__, "auto_classes": sorted(auto_map), "code": str(code)}
 
 
-def export_onnx(source: str | Path, out: str | Path) -> dict[str, Any]:
+def export_onnx(source: str | Path, out: str | Path, quantize: Literal["int8"] | None = None) -> dict[str, Any]:
     """Write the model `source`, dense or pruned, into the new folder `out` as an ONNX graph, with its tokenizer.
 
-    Returns the class and what `save_onnx` returns. Raises what `save_onnx` raises; nothing is left behind then.
+    The graph is `onnx/model.onnx`. Of a sentence-transformers model with pooling it also has the output
+    `sentence_embedding`, and the modules come along. With `quantize="int8"` there is `onnx/model_qint8.onnx` beside it.
+
+    Returns the class, the `file` of each graph as seen from `out`, and what `save_onnx` and `save_int8` return. Raises
+    what they raise, and `InvalidInputError` for another `quantize`, and for modules that do more than to pool and to
+    normalise; nothing is left behind then.
     """
+    if quantize not in (None, "int8"):
+        raise invalid("quantize", "be None or 'int8'", quantize)
     with new_folder(out) as folder:
+        embedding = embedding_of(source)
         model = load_model(source, "cpu", whole=True)
+        if embedding is not None:
+            model = with_embedding(model, *embedding)
         tokenizer = find_tokenizer(source)
-        result = save_onnx(model, folder)
-        save_tokenizer(tokenizer, source, folder)
-    return {"class": type(model).__name__, **result}
+        place = copy_modules(source, folder)
+        result = {
+            "class": type(model).__name__,
+            "file": str(place.relative_to(folder) / FILE),
+            **save_onnx(model, place),
+        }
+        if quantize is not None:
+            result["int8"] = save_int8(model, place, tokenizer)
+        save_tokenizer(tokenizer, source, place)
+    return result

@@ -34,14 +34,16 @@ from secateur.sites.narrowing import cut_together
 from secateur.sites.recipe import read_recipe
 
 OPSET = 20
-FILE = "model.onnx"
+FILE = "onnx/model.onnx"
+"""Where sentence-transformers and optimum look for a graph in a model's folder."""
+
 AXES = ("batch", "sequence")
 
 _SHAPES = ((1, 2, 0), (1, 17, 0), (3, 9, 4), (2, 40, 11))  # batch, length, padding of every second text
 
 
 def save_onnx(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
-    """Write `model.onnx`, its weights beside it and the config into `folder`, for text encoders and decoders.
+    """Write `onnx/model.onnx`, its weights beside it, and the config into `folder`, for text encoders and decoders.
 
     The graph takes `input_ids`, `attention_mask` and, where the model tells first from second sentences,
     `token_type_ids`, int64 `[batch, sequence]`, both axes dynamic and named so, and computes in float32. It returns
@@ -66,17 +68,11 @@ def save_onnx(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{type(model).__name__} is neither a text encoder nor a decoder; only those export"
         )
-    model = _prepared(model)
-    inputs = _inputs(model, 2, 12, 3)
-    with _quietly():
-        try:
-            _export(model, inputs, folder)
-            outputs, difference = _check(model, folder / FILE)
-        except SecateurError:
-            raise
-        except Exception as error:  # the exporter raises what it meets
-            reason = " ".join(str(error).split())[:300]
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be exported to ONNX: {reason}") from error
+    model = prepared(model)
+    inputs = text_inputs(model, 2, 12, 3)
+    with quietly(), one_error(model, "cannot be exported to ONNX"):
+        _export(model, inputs, folder)
+        outputs, difference = _check(model, folder / FILE)
     return {"opset": OPSET, "inputs": list(inputs), "outputs": outputs, "max_difference": difference}
 
 
@@ -91,7 +87,9 @@ def _export(model: PreTrainedModel, inputs: dict[str, Tensor], folder: Path) -> 
         prefer_deferred_runtime_asserts_over_guards=True,
         opset_version=OPSET,
     )
-    OnnxExporter().export(model, inputs, settings).save_pretrained(folder)
+    OnnxExporter().export(model, inputs, settings).save_pretrained((folder / FILE).parent)
+    for file in (folder / FILE).parent.glob("*config.json"):  # the model's own, and how it generates
+        file.rename(folder / file.name)
     _name_axes(folder / FILE)
 
 
@@ -119,7 +117,7 @@ def _check(model: PreTrainedModel, file: Path) -> tuple[list[str], float]:
     names = [output.name for output in session.get_outputs()]
     worst = 0.0
     for shape in _SHAPES:
-        inputs = _inputs(model, *shape)
+        inputs = text_inputs(model, *shape)
         wanted = model(**inputs)
         found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         tensors = [torch.as_tensor(value) for value in found]
@@ -132,7 +130,7 @@ def _check(model: PreTrainedModel, file: Path) -> tuple[list[str], float]:
     return names, worst
 
 
-def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
     """Return a float32 copy on the CPU, without a cache or maps among its outputs, and without tensors of size 0."""
     model = copy.deepcopy(model).to("cpu").float().eval()
     base = base_of(model)
@@ -187,7 +185,8 @@ class _OneZero:
         return hidden_states.new_zeros(*hidden_states.shape[:-1], 1), None
 
 
-def _inputs(model: PreTrainedModel, batch: int, length: int, padding: int) -> dict[str, Tensor]:
+def text_inputs(model: PreTrainedModel, batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
+    """Return the graph's inputs, random texts of at most `length` tokens, every second with `padding` at its end."""
     length = min(length, max_length(model, length))
     arguments = example_inputs(model, batch, length, min(padding, length - 1))
     inputs = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
@@ -200,7 +199,7 @@ def _inputs(model: PreTrainedModel, batch: int, length: int, padding: int) -> di
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep back what the exporter and the packages below it print, log and warn about; errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -215,3 +214,15 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def one_error(model: PreTrainedModel, failure: str) -> Iterator[None]:
+    """Make an `UnsupportedModelError` of what the exporter and ONNX Runtime raise, in one line."""
+    try:
+        yield
+    except SecateurError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedModelError(f"{type(model).__name__} {failure}: {reason}") from error

@@ -43,8 +43,7 @@ def copy_modules(source: str | Path, folder: Path) -> Path:
 
     For a `source` without modules nothing is copied and that is `folder`. A Hub id is looked up there.
     """
-    origin = Path(source) if Path(source).exists() else _from_hub(str(source))
-    modules = _modules(origin) if origin is not None else []
+    origin, modules = _of(source)
     place = _transformer(modules)
     if origin is None or place is None:
         return folder
@@ -71,17 +70,38 @@ def pooling_of(source: str | Path) -> tuple[str, ...]:
     That is ("mean",) where it has no modules. Raises `InvalidInputError` for a module that would change embeddings
     after the pooling, and for settings of the pooling that are damaged.
     """
+    return _embedding(*_of(source), "evaluate it with sentence-transformers itself")[0]
+
+
+def embedding_of(source: str | Path) -> tuple[tuple[str, ...], bool] | None:
+    """Return by which poolings a folder or Hub id makes one embedding, and whether that is scaled to length 1.
+
+    None where it has no module that pools. Raises what `pooling_of` raises.
+    """
+    origin, modules = _of(source)
+    if "Pooling" not in map(_kind, modules):
+        return None
+    return _embedding(origin, modules, "export it without its modules.json, and do in your code what its modules do")
+
+
+def _of(source: str | Path) -> tuple[Path | None, list[dict[str, str]]]:
     origin = Path(source) if Path(source).exists() else _from_hub(str(source))
-    modules = _modules(origin) if origin is not None else []
+    return origin, _modules(origin) if origin is not None else []
+
+
+def _kind(module: dict[str, str]) -> str:
+    return module["type"].rpartition(".")[2]
+
+
+def _embedding(origin: Path | None, modules: list[dict[str, str]], remedy: str) -> tuple[tuple[str, ...], bool]:
     found: tuple[str, ...] = ("mean",)
     for module in modules:
-        kind = module["type"].rpartition(".")[2]
+        kind = _kind(module)
         if kind == "Pooling" and origin is not None:
             found = _pooling(origin / module["path"] / "config.json")
-        elif kind not in ("Transformer", "Normalize"):  # lengths do not change a cosine
-            remedy = "evaluate it with sentence-transformers itself"
+        elif kind not in ("Transformer", "Normalize"):
             raise invalid("model", "have no modules but a transformer, pooling and normalisation", kind, remedy)
-    return found
+    return found, "Normalize" in map(_kind, modules)
 
 
 def _pooling(file: Path) -> tuple[str, ...]:
@@ -114,7 +134,7 @@ def _modules(folder: Path) -> list[dict[str, str]]:
 
 
 def _transformer(modules: list[dict[str, str]]) -> str | None:
-    return next((m["path"] for m in modules if m["type"].rpartition(".")[2] == "Transformer"), None)
+    return next((m["path"] for m in modules if _kind(m) == "Transformer"), None)
 
 
 def _from_hub(repository: str) -> Path | None:
