@@ -5,14 +5,16 @@ from __future__ import annotations
 import linecache
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from secateur.support.interrupts import undoing
 
-@contextmanager
+
+@undoing
 def running_modules(base: PreTrainedModel) -> Iterator[list[str]]:
     """Yield the paths of the modules of the model's own code that run, outermost first, kept up to date by hooks.
 

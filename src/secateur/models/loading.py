@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from secateur.models.hub_access import answers, check_in_reach
 from secateur.models.originals import originals, recorded_original
 from secateur.models.sentence_transformers import transformer_folder
 from secateur.support.checks import knows_words
+from secateur.support.interrupts import undoing
 
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
 _LACKING = "_secateur_lacking"  # on a model: the weights that its files did not have
@@ -145,7 +145,7 @@ def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-@contextmanager
+@undoing
 def quiet_transformers(progress: bool) -> Iterator[None]:
     """Hide what transformers logs below errors and, without `progress`, its bars; errors are still raised."""
     log = transformers.utils.logging

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,19 @@ import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.base_model import base_of
 from secateur.models.offload import check_loaded, device_of
+from secateur.support.interrupts import undoing
 
 _holders: dict[int, tuple[int, int]] = {}  # id of a model or config → the thread that holds it, and how often
 _lock = threading.Lock()
 
 
-@contextmanager
+@undoing
 def held(model: nn.Module) -> Iterator[None]:
     """Keep a model, and others that share a config with it, for this thread meanwhile; it may do so again inside.
 
@@ -47,7 +49,7 @@ def held(model: nn.Module) -> Iterator[None]:
                     _holders[key] = (thread, times - 1)
 
 
-@contextmanager
+@undoing
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout and running statistics off; modes, and random states, are afterwards what they were.
 
@@ -65,7 +67,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
+@undoing
 def random_states_kept() -> Iterator[None]:
     """Put the random states of Python, numpy and torch back at the end, and those of CUDA devices that are in use."""
     python, numpy = random.getstate(), np.random.get_state()
@@ -77,7 +79,7 @@ def random_states_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-@contextmanager
+@undoing
 def gradients_kept(model: nn.Module) -> Iterator[None]:
     """Put every parameter's `.grad` aside, which training would add to and then drop, and back at the end."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -90,7 +92,7 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-@contextmanager
+@undoing
 def gradients_for_all(model: nn.Module) -> Iterator[None]:
     """Let gradients reach every floating-point parameter, whatever the caller froze; `.grad` is never written.
 
@@ -110,7 +112,7 @@ def gradients_for_all(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
-@contextmanager
+@undoing
 def frozen(model: nn.Module) -> Iterator[None]:
     """Let no parameter ask for gradients meanwhile, and record none."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -124,7 +126,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@contextmanager
+@undoing
 def bfloat16_passes(base: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
     """Let every pass of `base` compute its matrix products in bfloat16 meanwhile (torch.autocast); weights stay.
 
@@ -150,9 +152,20 @@ def bfloat16_passes(base: PreTrainedModel, wanted: bool = True) -> Iterator[None
     finally:
         for hook in hooks:
             hook.remove()
+        while running:  # after Ctrl-C within a pass, of which torch runs no hooks
+            running.pop().__exit__(None, None, None)
 
 
-@contextmanager
+@undoing
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keep hooks meanwhile, which are registered as `handles` is iterated over: give a generator."""
+    with ExitStack() as hooks:
+        for handle in handles:
+            hooks.callback(handle.remove)
+        yield
+
+
+@undoing
 def without_autocast(device: torch.device) -> Iterator[None]:
     """Compute in the dtype of the tensors meanwhile."""
     known = torch.amp.is_autocast_available(device.type)
@@ -185,7 +198,7 @@ def _is_of(thing: object, package: str) -> bool:
     return f"{type(thing).__module__}.".startswith(f"{package}.")
 
 
-@contextmanager
+@undoing
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Hold half-precision weights in float32 meanwhile; widening and narrowing back is exact, so nothing changes.
 

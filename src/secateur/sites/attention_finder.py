@@ -7,7 +7,7 @@ concatenated heads, or a chunk for each head that depends on that head alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from secateur.sites.gating import HeadReading
 from secateur.sites.layout import AttentionSite, Slice
 from secateur.sites.moved import present_recipe
 from secateur.sites.ownership import Ownership, Part
+from secateur.support.interrupts import undoing
 
 
 class AttentionFinder:
@@ -36,7 +37,7 @@ class AttentionFinder:
         # The block that attended last and the outputs of its heads, until a layer reads them.
         self.unread: tuple[AttentionBlock, Tensor] | None = None
 
-    @contextmanager
+    @undoing
     def watching(self) -> Iterator[None]:
         """Watch the input of every layer with a weight matrix meanwhile."""
         with ExitStack() as hooks:

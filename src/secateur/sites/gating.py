@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -32,6 +32,7 @@ from secateur.models.state import evaluation_mode, held, without_autocast
 from secateur.sites.direct import Computed, DirectSite, inside_interface, is_known, known_sites, look_for_sites, watch
 from secateur.sites.implementation import PREFIX, goes_through_interface, own_names
 from secateur.sites.unit_gates import takes_plain_gates, unit_gates
+from secateur.support.interrupts import interruptible, undoing
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class _Probe:
 _active: list[_Probe] = []  # outermost first
 
 
-@contextmanager
+@undoing
 def probe(
     model: nn.Module,
     callback: Callable[[HeadReading], None] | None = None,
@@ -103,7 +104,7 @@ def is_probed(base: PreTrainedModel) -> bool:
     return any(entry.model is base for entry in _active)
 
 
-@contextmanager
+@undoing
 def _probing(
     base: PreTrainedModel, callback: Callable[[HeadReading], None] | None, gates: Mapping[str, Tensor], weights: bool
 ) -> Iterator[None]:
@@ -130,7 +131,7 @@ def _probing(
             raise SecateurError("gates and probes of one model must end in reverse order: one that began later is left")
 
 
-@contextmanager
+@undoing
 def _none_passed_over(entry: _Probe, direct: Mapping[str, DirectSite]) -> Iterator[None]:
     """Raise where a module has run whose gate the interface did not apply. Other hooks see to the `direct` sites."""
 
@@ -242,6 +243,7 @@ for _name in ("eager", "sdpa"):
     AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
 
+@interruptible
 @torch.no_grad()
 def count_heads(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Run `model` once and return, for each site it reached, its numbers of heads and of key-value heads."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.support.interrupts import undoing
 
 PREFIX = "secateur_"
 
@@ -65,7 +67,7 @@ class _Names:
 _open: list[_Names] = []  # outermost first
 
 
-@contextmanager
+@undoing
 def own_names(base: PreTrainedModel, maps: bool) -> Iterator[None]:
     """Let the model look up our attention functions meanwhile, those that return maps where `maps` asks for them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from secateur.errors import UnsupportedModelError
 from secateur.sites.feed_forward import channel_axis, is_projection
 from secateur.sites.layers import stream_into, stream_out_of
+from secateur.support.interrupts import undoing
 
 
 def takes_plain_gates(module: nn.Module) -> bool:
@@ -19,7 +20,7 @@ def takes_plain_gates(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) or is_projection(module)
 
 
-@contextmanager
+@undoing
 def unit_gates(base: PreTrainedModel, gates: Mapping[str, Tensor]) -> Iterator[None]:
     """Within this context neurons are multiplied by their gates, and layers are left out as far as theirs say.
 
@@ -69,7 +70,7 @@ def _blend(gate: Tensor) -> Callable[..., Any]:
     return hook
 
 
-@contextmanager
+@undoing
 def reached(base: PreTrainedModel, names: Iterator[str] | list[str], found: set[str]) -> Iterator[None]:
     """Within this context the sites of neurons and layers among `names` that a pass runs are added to `found`."""
 
