@@ -6,6 +6,7 @@ Layerwise sensitivities joined by dynamic programming, as in SPDY (Frantar and A
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from secateur.sites.gating import probe
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
 from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread, is_own
 from secateur.units.scores import Scores
 from secateur.units.select import select
 
@@ -172,7 +174,7 @@ class EndError:
             return
         before: Any = self.base.get_submodule(f"{place[0]}.{place[1] - 1}")
         take = lambda module, args, output: self.known.append(output)  # noqa: E731
-        with hooked(before.register_forward_hook(hook) for hook in [take]):
+        with hooked(before.register_forward_hook(in_own_thread(hook)) for hook in [take]):
             for batch in self.batches:
                 self.base(**batch)
 
@@ -192,8 +194,8 @@ class EndError:
 
 @undoing
 def _returning(layer: nn.Module, output: Any) -> Iterator[None]:
-    before = vars(layer).get("forward")
-    vars(layer)["forward"] = lambda *args, **kwargs: output
+    before, usual, thread = vars(layer).get("forward"), layer.forward, threading.get_ident()
+    vars(layer)["forward"] = lambda *args, **kwargs: output if is_own(thread) else usual(*args, **kwargs)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread
 
 
 @undoing
@@ -34,8 +35,8 @@ def running_modules(base: PreTrainedModel) -> Iterator[list[str]]:
                 while running.pop() != name:  # those within it whose exception was caught
                     pass
 
-            hooks.callback(module.register_forward_pre_hook(enter).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
+            hooks.callback(module.register_forward_pre_hook(in_own_thread(enter)).remove)
+            hooks.callback(module.register_forward_hook(in_own_thread(leave)).remove)
         yield running
 
 

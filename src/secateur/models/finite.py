@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from secateur.errors import InvalidInputError
 from secateur.models.state import hooked
+from secateur.support.threads import in_own_thread
 
 
 def check_finite(found: Tensor, model: nn.Module, again: Callable[[], Any]) -> None:
@@ -54,7 +55,7 @@ def first_not_finite(model: nn.Module, again: Callable[[], Any]) -> str | None:
 
         return hook
 
-    with hooked(module.register_forward_hook(see(name)) for name, module in model.named_modules()):
+    with hooked(module.register_forward_hook(in_own_thread(see(name))) for name, module in model.named_modules()):
         again()
     return places[0] if places else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,20 +146,38 @@ def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
+class _Quiet:
+    """How many contexts of all threads hide what transformers logs, and its bars; and what there was before."""
+
+    lock = threading.Lock()
+    logs = bars = 0
+    verbosity, had_bars = 0, False
+
+
 @undoing
 def quiet_transformers(progress: bool) -> Iterator[None]:
-    """Hide what transformers logs below errors and, without `progress`, its bars; errors are still raised."""
+    """Hide what transformers logs below errors and, without `progress`, its bars; errors are still raised.
+
+    The switches are of the whole process. The last of all threads puts back what the first found.
+    """
     log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    if not progress:
-        log.disable_progress_bar()
+    with _Quiet.lock:
+        if not _Quiet.logs:
+            _Quiet.verbosity = log.get_verbosity()
+            log.set_verbosity_error()
+        if not progress and not _Quiet.bars:
+            _Quiet.had_bars = log.is_progress_bar_enabled()
+            log.disable_progress_bar()
+        _Quiet.logs, _Quiet.bars = _Quiet.logs + 1, _Quiet.bars + (not progress)
     try:
         yield
     finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
+        with _Quiet.lock:
+            _Quiet.logs, _Quiet.bars = _Quiet.logs - 1, _Quiet.bars - (not progress)
+            if not _Quiet.logs:
+                log.set_verbosity(_Quiet.verbosity)
+            if not progress and not _Quiet.bars and _Quiet.had_bars:
+                log.enable_progress_bar()
 
 
 def default_device() -> torch.device:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import convert_to_fp32
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.base_model import base_of
 from secateur.models.offload import check_loaded, device_of
 from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread, is_own
 
 _holders: dict[int, tuple[int, int]] = {}  # id of a model or config → the thread that holds it, and how often
 _lock = threading.Lock()
@@ -146,7 +147,10 @@ def bfloat16_passes(base: PreTrainedModel, wanted: bool = True) -> Iterator[None
         running.pop().__exit__(None, None, None)
         return convert_to_fp32(outputs)
 
-    hooks = [base.register_forward_pre_hook(enter), base.register_forward_hook(leave, always_call=True)]
+    hooks = [
+        base.register_forward_pre_hook(in_own_thread(enter)),
+        base.register_forward_hook(in_own_thread(leave), always_call=True),
+    ]
     try:
         yield
     finally:
@@ -162,6 +166,19 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     with ExitStack() as hooks:
         for handle in handles:
             hooks.callback(handle.remove)
+        yield
+
+
+@undoing
+def weights_change(model: nn.Module) -> Iterator[None]:
+    """Refuse passes of other threads that begin meanwhile, by `SecateurError`: they would see weights half changed."""
+    thread = threading.get_ident()
+
+    def refuse(*_: object) -> None:
+        if not is_own(thread):
+            raise SecateurError("the model's weights are being changed in another thread; run a copy of it, or wait")
+
+    with hooked(one.register_forward_pre_hook(refuse, prepend=True) for one in [model]):
         yield
 
 
@@ -209,6 +226,11 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     check_plain_weights(model)
     tensors = [*model.parameters(), *model.buffers()]
     narrow = [(t, t.dtype, t.grad) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    with weights_change(model) if narrow else nullcontext():
+        yield from _widened(narrow)
+
+
+def _widened(narrow: Sequence[tuple[Tensor, torch.dtype, Tensor | None]]) -> Iterator[None]:
     try:
         for tensor, _, _ in narrow:
             tensor.grad = None

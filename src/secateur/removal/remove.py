@@ -17,7 +17,7 @@ from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs
 from secateur.models.names import forget_names_
 from secateur.models.offload import check_loaded
-from secateur.models.state import held, in_float32
+from secateur.models.state import held, in_float32, weights_change
 from secateur.removal.alignment import renumber_alignment_heads_
 from secateur.removal.left import Left
 from secateur.removal.plain import say_plainly_
@@ -48,6 +48,8 @@ class Removal:
 @undoing
 def gated(model: nn.Module, mask: Mask, sites: Mapping[str, Site] | None = None) -> Iterator[None]:
     """Within this context the units that `mask` drops write nothing: a preview of the removal that undoes itself.
+
+    They are closed to the passes of this thread alone.
 
     Where another attention implementation is asked for inside, the gates stay in force, and it is what the model has
     afterwards. With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and
@@ -107,7 +109,7 @@ def remove_(
         raise RemovalError("the model is being gated or probed; remove units outside of that context")
     inputs = example_inputs(base) if inputs is None else inputs
     before = base.config.to_dict()
-    with held(base), in_float32(base):
+    with held(base), weights_change(base), in_float32(base):
         with gated(base, mask, sites):
             wanted = wanted_of(base, inputs, [sites[name] for name, vector in kept.items() if not vector.all()])
         with _undone_on_failure() as undo:

@@ -28,6 +28,7 @@ from secateur.models.state import (
     held,
     in_float32,
     random_states_kept,
+    weights_change,
 )
 from secateur.relations import RELATED, gated_representations, relational_kl, with_relations
 from secateur.restoring.distillation_loss import Pair, taught_by_logits
@@ -150,11 +151,16 @@ def _check_layers(layers: Any) -> None:
 def _kept_if_lower(pair: Pair, before: float, evaluate: Callable[[], float], teach: Callable[[], None]) -> float:
     """Teach, and return the lower of the losses before and after; the weights are put back where it did not fall."""
     student = pair.bases[0]
-    with in_float32(pair.student), _changing(pair) as parameters, _undone_unless_noted(parameters) as notes:
+    with (
+        weights_change(student),
+        in_float32(pair.student),
+        _changing(pair) as parameters,
+        _undone_unless_noted(parameters) as notes,
+    ):
         teach()
         after = evaluate()
         if after < before:
-            in_one_go(lambda: notes.append(note_(student, "distilled")))
+            in_one_go(partial(_note_, student, notes))
     return min(before, after)
 
 

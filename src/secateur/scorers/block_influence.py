@@ -12,6 +12,7 @@ from secateur.models.state import hooked
 from secateur.pruners.tokens import mean_over_tokens
 from secateur.scorers.base import Scorer, ScoringTask
 from secateur.sites.layers import LayerSite, stream_into, stream_out_of
+from secateur.support.threads import in_own_thread
 from secateur.texts.batches import Batch
 
 
@@ -37,7 +38,7 @@ class BlockInfluenceScorer(Scorer):
             found = {name: torch.zeros(site.num_units, dtype=torch.float64) for name, site in task.sites.items()}
             lists: dict[str, Any] = {name: task.model.get_submodule(name) for name in task.sites}
             with hooked(
-                layer.register_forward_hook(_reader(found[name], number, batch), with_kwargs=True)
+                layer.register_forward_hook(in_own_thread(_reader(found[name], number, batch)), with_kwargs=True)
                 for name, layers in lists.items()
                 for number, layer in enumerate(layers)
             ):

@@ -13,6 +13,7 @@ from secateur.models.offload import weight_of
 from secateur.models.state import hooked
 from secateur.scorers.base import ScoringTask
 from secateur.sites.feed_forward import FeedForwardSite, channel_axis, rows_of_tokens
+from secateur.support.threads import in_own_thread
 from secateur.texts.batches import Batch
 
 
@@ -32,7 +33,7 @@ def neuron_contributions(task: ScoringTask) -> dict[str, Tensor]:
         modules = {name: task.model.get_submodule(name) for name in found}
         with hooked(
             module.register_forward_pre_hook(
-                _reader(found[name], channel_axis(module), batch.get("attention_mask")), with_kwargs=True
+                in_own_thread(_reader(found[name], channel_axis(module), batch.get("attention_mask"))), with_kwargs=True
             )
             for name, module in modules.items()
         ):

@@ -25,6 +25,7 @@ from secateur.sites.layout import AttentionSite, Slice
 from secateur.sites.moved import present_recipe
 from secateur.sites.ownership import Ownership, Part
 from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread
 
 
 class AttentionFinder:
@@ -44,7 +45,7 @@ class AttentionFinder:
             for name, module in self.base.named_modules():
                 weight = getattr(module, "weight", None)
                 if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-                    hooks.callback(module.register_forward_pre_hook(self._reader(name)).remove)
+                    hooks.callback(module.register_forward_pre_hook(in_own_thread(self._reader(name))).remove)
             yield
 
     def _reader(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

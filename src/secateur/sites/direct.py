@@ -29,6 +29,7 @@ from secateur.sites.binary_codes import sets_of_units
 from secateur.sites.forward import is_emptied
 from secateur.sites.ownership import only
 from secateur.support.interrupts import interruptible, undoing
+from secateur.support.threads import in_own_thread
 
 _SOFTMAX = (torch.softmax, torch.nn.functional.softmax, Tensor.softmax)
 _FUSED = torch.nn.functional.scaled_dot_product_attention
@@ -115,7 +116,7 @@ def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read, re
         modules = {name: base.get_submodule(name) for name in sites}
         stack.enter_context(_Watcher(modules, seen.__setitem__))
         for site in sites.values():
-            hook = _reader(site.name, modules[site.name], seen, read, reached)
+            hook = in_own_thread(_reader(site.name, modules[site.name], seen, read, reached))
             stack.callback(base.get_submodule(site.output).register_forward_pre_hook(hook).remove)
         yield
 
@@ -157,8 +158,8 @@ class _Watcher(TorchFunctionMode):
 
     def __enter__(self) -> _Watcher:
         for name, module in self.modules.items():
-            self.handles.append(module.register_forward_pre_hook(self._enter_module(name), prepend=True))
-            self.handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+            self.handles.append(module.register_forward_pre_hook(in_own_thread(self._enter_module(name)), prepend=True))
+            self.handles.append(module.register_forward_hook(in_own_thread(self._leave_module), always_call=True))
         super().__enter__()
         return self
 
@@ -210,7 +211,7 @@ def _look(base: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, DirectS
     """Run `base` once and return the sites whose heads can be told apart in the input of a linear layer."""
     search = _Search(base)
     hooks = (
-        module.register_forward_pre_hook(partial(search.read, name))
+        module.register_forward_pre_hook(in_own_thread(partial(search.read, name)))
         for name, module in search.modules.items()
         if isinstance(module, nn.Linear | Conv1D)
         and isinstance(getattr(module, "weight", None), Tensor)

@@ -15,7 +15,7 @@ from secateur.models.base_model import base_of
 from secateur.models.finite import tensors_of
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import check_loaded
-from secateur.models.state import evaluation_mode, gradients_for_all, held, in_float32, without_autocast
+from secateur.models.state import evaluation_mode, gradients_for_all, held, in_float32, weights_change, without_autocast
 from secateur.sites.attention import find_sites
 from secateur.sites.feed_forward import FeedForwardSite, is_projection
 from secateur.sites.feed_forward_finder import FeedForwardFinder
@@ -173,7 +173,7 @@ def _reason_against(base: PreTrainedModel, site: FeedForwardSite, inputs: Mappin
     with unit_gates(base, {site.name: kept.float()}):
         wanted = _outputs(base, inputs)
     try:
-        with _undone() as undo:
+        with weights_change(base), _undone() as undo:
             narrow_(base, site, kept, undo)
             found = _outputs(base, inputs)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, AttributeError) as error:

@@ -13,6 +13,7 @@ Attention that does not go through the interface is reached by hooks instead: se
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from secateur.sites.direct import Computed, DirectSite, inside_interface, is_kno
 from secateur.sites.implementation import PREFIX, goes_through_interface, own_names
 from secateur.sites.unit_gates import takes_plain_gates, unit_gates
 from secateur.support.interrupts import interruptible, undoing
+from secateur.support.threads import in_own_thread, is_own
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,7 @@ class _Probe:
     callback: Callable[[HeadReading], None] | None
     gates: Mapping[str, Tensor]
     weights: bool
+    thread: int = field(default_factory=threading.get_ident)  # whose passes it is for
     reached: set[str] = field(default_factory=set)  # sites that attended through the interface since it was looked at
 
 
@@ -147,7 +150,7 @@ def _none_passed_over(entry: _Probe, direct: Mapping[str, DirectSite]) -> Iterat
         for site, gate in entry.gates.items():
             if site not in direct and gate.numel():
                 module = entry.model.get_submodule(site)
-                hooks.callback(module.register_forward_hook(partial(check, site)).remove)
+                hooks.callback(module.register_forward_hook(in_own_thread(partial(check, site))).remove)
         yield
 
 
@@ -191,7 +194,7 @@ def _attend(
         inside_interface.active = outer
     for entry in _active.copy():
         site = entry.names.get(id(module))
-        if site is None:
+        if site is None or not is_own(entry.thread):
             continue
         if outputs.ndim != 4 or outputs.shape[2] != query.shape[1]:
             raise UnsupportedModelError(f"site {site}: its attention function does not keep the heads apart")

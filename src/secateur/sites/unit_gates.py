@@ -13,6 +13,7 @@ from secateur.errors import UnsupportedModelError
 from secateur.sites.feed_forward import channel_axis, is_projection
 from secateur.sites.layers import stream_into, stream_out_of
 from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread
 
 
 def takes_plain_gates(module: nn.Module) -> bool:
@@ -33,10 +34,10 @@ def unit_gates(base: PreTrainedModel, gates: Mapping[str, Tensor]) -> Iterator[N
             module = base.get_submodule(name)
             if isinstance(module, nn.ModuleList):
                 for number, layer in enumerate(module):
-                    handle = layer.register_forward_hook(_blend(gate[..., number]), with_kwargs=True)
+                    handle = layer.register_forward_hook(in_own_thread(_blend(gate[..., number])), with_kwargs=True)
                     hooks.callback(handle.remove)
             else:
-                hook = _multiply(name, gate, channel_axis(module))
+                hook = in_own_thread(_multiply(name, gate, channel_axis(module)))
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
@@ -81,5 +82,5 @@ def reached(base: PreTrainedModel, names: Iterator[str] | list[str], found: set[
         for name in names:
             module = base.get_submodule(name)
             for one in module if isinstance(module, nn.ModuleList) else [module]:
-                hooks.callback(one.register_forward_pre_hook(hook(name)).remove)
+                hooks.callback(one.register_forward_pre_hook(in_own_thread(hook(name))).remove)
         yield
