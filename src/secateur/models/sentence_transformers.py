@@ -7,7 +7,6 @@ to read it.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.hub_access import answers
+from secateur.support.files import read_json
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
@@ -87,7 +87,7 @@ def pooling_of(source: str | Path) -> tuple[str, ...]:
 def _pooling(file: Path) -> tuple[str, ...]:
     """Read the settings of a pooling: today one name or several, before a switch for each name."""
     try:
-        settings: Any = json.loads(file.read_text(encoding="utf-8"))
+        settings: Any = read_json(file)
         named = settings.get("pooling_mode")
         if named is None:
             switches = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
@@ -103,7 +103,7 @@ def _modules(folder: Path) -> list[dict[str, str]]:
     if not file.is_file():
         return []
     try:
-        listed: Any = json.loads(file.read_text(encoding="utf-8"))
+        listed: Any = read_json(file)
         modules = [{"path": str(m["path"]), "type": str(m["type"])} for m in listed]
     except (ValueError, KeyError, TypeError):
         raise InvalidInputError(f"{file} is no list of modules with `path` and `type`") from None

@@ -22,7 +22,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from secateur.errors import InvalidInputError, SecateurWarning, WriteError, invalid
+from secateur.errors import SecateurWarning, WriteError, invalid
+from secateur.support.parsing import LARGEST_JSON, parse_json, read_within
 
 LOCK = ".lock"
 """The file in a folder that grows with the work, which a run holds meanwhile."""
@@ -107,14 +108,11 @@ def _is_stream(found: os.stat_result | None) -> bool:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises `InvalidInputError` where it is absent, no file, or no JSON."""
+    """Read a JSON file. Raises `InvalidInputError` where it is absent, no file, or not what `parse_json` takes."""
     path = Path(path)
     if not path.is_file():
         raise invalid("path", "name a JSON file that exists", str(path))
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidInputError(f"{path} is no JSON file: {error}") from None
+    return parse_json(read_within(path, LARGEST_JSON), str(path))
 
 
 def append_line(path: str | Path, row: Any) -> None:
@@ -150,13 +148,8 @@ def read_lines(path: str | Path) -> list[Any]:
     path = Path(path)
     if not path.is_file():
         return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InvalidInputError(f"{path}, line {number} is no JSON: {error}") from None
-    return rows
+    lines = read_within(path, LARGEST_JSON).split(b"\n")[:-1]
+    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def check_new_folder(path: str | Path) -> Path:
