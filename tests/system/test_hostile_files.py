@@ -7,8 +7,6 @@ import resource
 import signal
 import time
 
-import pytest
-
 from secateur import cli
 from tests.support.processes import outcome_within
 
@@ -67,14 +65,3 @@ def test_hostile_files_are_one_line_and_soon(tmp_path):
         assert name == "heads.json" or name in said
         assert len(said) < 500
         assert seconds < 5
-
-
-@pytest.mark.parametrize("row", [HALF, "[" * 5000 + "]" * 5000])
-def test_a_row_of_data_that_is_no_text(row, tmp_path):
-    from secateur.errors import InvalidInputError
-    from secateur.texts.rows import read_columns
-
-    file = tmp_path / "train.jsonl"
-    file.write_text('{"text": ' + row + "}\n")
-    with pytest.raises(InvalidInputError, match="row 1 must"):
-        read_columns(file, lambda names, path: ["text"])

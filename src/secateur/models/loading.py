@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid, shown
 from secateur.models.classifier import CLASSIFIERS, is_classifier
 from secateur.models.hub_access import answers, check_in_reach
 from secateur.models.originals import originals, recorded_original
+from secateur.models.places import check_no_kernels, check_tokenizer_files
 from secateur.models.sentence_transformers import transformer_folder
 from secateur.support.checks import knows_words
 from secateur.support.interrupts import undoing
@@ -52,6 +60,9 @@ def load_model(
     small = Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) < _SMALL
     try:
         with quiet_transformers(progress=not small):
+            if "attn_implementation" not in options:
+                asked = {name: options[name] for name in _access(model)}
+                check_no_kernels(PreTrainedConfig.get_config_dict(source, **asked, **from_file)[0], str(model))
             if model_class is None:
                 access = {name: options[name] for name in _access(model)}
                 model_class = _named_class(AutoConfig.from_pretrained(source, **access, **from_file))
@@ -200,6 +211,8 @@ def check_device(device: str | torch.device | None) -> torch.device:
 def _own_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer that lies in a folder or Hub repository; None where transformers would make one up."""
     source, from_file = _source(model)
+    if isinstance(source, Path) and not from_file:
+        check_tokenizer_files(source, TOKENIZER_FILES)
     try:
         found = AutoTokenizer.from_pretrained(source, **_access(model), **from_file)
     except Exception as error:

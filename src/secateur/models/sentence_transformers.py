@@ -7,7 +7,6 @@ to read it.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.hub_access import answers
+from secateur.models.places import copy_file, copy_folder
 from secateur.support.files import read_json
 
 MODULES = "modules.json"
@@ -52,16 +52,16 @@ def copy_modules(source: str | Path, folder: Path) -> Path:
     target.mkdir(exist_ok=True)
     for name in _OWN_FILES:
         if (origin / name).is_file():
-            shutil.copyfile(origin / name, folder / name)
+            copy_file(origin / name, origin, folder / name)
     for file in (origin / place).glob(_TRANSFORMER_FILES):
-        shutil.copyfile(file, target / file.name)
+        copy_file(file, origin, target / file.name)
     for module in modules:
         path = module["path"]
         if path and path != place:
             # A module without settings, such as normalisation, may have been published without its empty folder.
             (folder / path).mkdir(parents=True, exist_ok=True)
             if (origin / path).is_dir():
-                shutil.copytree(origin / path, folder / path, dirs_exist_ok=True)
+                copy_folder(origin / path, origin, folder / path)
     return target
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import InvalidInputError, shown
-from secateur.support.parsing import parse_json
 
 # The file names that stand for a split, in the order in which they are looked for; the Hub's split names too.
 SPLIT_NAMES = {
@@ -122,11 +122,15 @@ def _json(path: Path, lines: Iterator[str]) -> Iterator[Any]:
     number = 0
     for line in lines:
         if not number and line.lstrip().startswith("["):
-            yield from parse_json(line + "".join(lines), str(path), object_pairs_hook=_object)
+            yield from json.loads(line + "".join(lines), object_pairs_hook=_object)
             return
         if line.strip():
             number += 1
-            yield parse_json(line, f"{path}: row {number}", object_pairs_hook=_object)
+            try:
+                row = json.loads(line, object_pairs_hook=_object)
+            except ValueError as error:
+                raise InvalidInputError(f"{path}: row {number} is no JSON: {one_line(error)}") from None
+            yield row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
