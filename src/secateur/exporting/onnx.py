@@ -32,6 +32,7 @@ from secateur.sites.feed_forward import FeedForwardSite
 from secateur.sites.layout import Site
 from secateur.sites.narrowing import cut_together
 from secateur.sites.recipe import read_recipe
+from secateur.support.disk_refusals import disk_refusal
 
 OPSET = 20
 FILE = "model.onnx"
@@ -75,6 +76,8 @@ def save_onnx(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         except SecateurError:
             raise
         except Exception as error:  # the exporter raises what it meets
+            if (refused := disk_refusal(error)) is not None:
+                raise refused from error  # who made the folder knows what it is called
             reason = " ".join(str(error).split())[:300]
             raise UnsupportedModelError(f"{type(model).__name__} cannot be exported to ONNX: {reason}") from error
     return {"opset": OPSET, "inputs": list(inputs), "outputs": outputs, "max_difference": difference}
