@@ -23,6 +23,7 @@ from secateur.scorers.given import check_given, fitting
 from secateur.scorers.score import AnyScorer, Labels, check_options, score
 from secateur.settings import Budget, Cut, Reading, cut_of, settings_of
 from secateur.support.defaults import PREVIEW_SHARES
+from secateur.support.interrupts import interruptible
 from secateur.texts.calibration import PreparedModel, texts_of
 from secateur.texts.examples import examples_of
 from secateur.texts.tokenization import Text
@@ -82,6 +83,7 @@ class Preview:
         return {"kind": "preview", **about, "rows": [row.to_json() for row in self.rows]}
 
 
+@interruptible
 def preview(
     model: str | Path | nn.Module,
     texts: Iterable[Text] | None = None,

@@ -26,12 +26,14 @@ from secateur.settings import AnyBudget, Cut, Reading, Restore, cut_of, settings
 from secateur.support.checks import check_path
 from secateur.support.defaults import DISTILLATION_STEPS
 from secateur.support.files import new_folder
+from secateur.support.interrupts import interruptible
 from secateur.texts.calibration import own_tokenizer, texts_of
 from secateur.texts.examples import examples_of
 from secateur.texts.tokenization import Text
 from secateur.units.scores import Scores
 
 
+@interruptible
 def prune(
     model: str | Path | nn.Module,
     texts: Iterable[Text] | None = None,
@@ -113,6 +115,7 @@ def _beside(
     return tokenizer, original_name(transformer_of(model))
 
 
+@interruptible
 @torch.inference_mode(False)  # a copy that is made in it could not be trained
 def prune_in_steps(
     kept: Steps,

@@ -5,13 +5,17 @@ import threading
 import pytest
 import torch
 from transformers import BertModel
+from transformers.utils import logging
 
 from secateur.errors import RemovalError, SecateurError, UnsupportedModelError
+from secateur.models.loading import quiet_transformers
+from secateur.models.state import in_float32
 from secateur.pruning import prune
 from secateur.removal.remove import gated, remove_
 from secateur.scorers.score import score
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_layers
 from secateur.sites.gating import probe
 from secateur.units.masks import Mask
 from tests.support.tiny import CONFIGS, tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
@@ -101,6 +105,68 @@ def test_one_model_in_two_threads_is_refused_and_left_as_it_was(outcome):
     assert settings_of(model) == before
     assert scores_of(model) == expected
     outcome(SECTION, "one model in two threads", caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "gpt2"])
+def test_passes_of_another_thread_are_those_of_the_model_while_it_is_measured(kind):
+    """Hooks, gates and names of attention functions are for the thread that measures, also halfway through a pass."""
+    model, beside = tiny_model(kind), inputs()
+    run = torch.no_grad()(lambda: model(**beside)[0])
+    dense, alone, found, started, go_on = run(), scores_of(model, "entropy"), [], threading.Event(), threading.Event()
+    mask = uneven_mask(find_sites(model))
+
+    def wait_halfway(*_):
+        if threading.current_thread() is not threading.main_thread() and not go_on.is_set():
+            started.set()
+            assert go_on.wait(60)
+
+    halfway = model.get_submodule(next(iter(mask)).rpartition(".")[0]).register_forward_pre_hook(wait_halfway)
+    thread = threading.Thread(target=lambda: found.append(run()))
+    thread.start()
+    assert started.wait(60)  # its masks are made
+    with gated(model, mask), probe(model, lambda reading: None, weights=True):
+        go_on.set()
+        thread.join()
+        found += in_threads(run)
+        assert not torch.equal(run(), dense)
+    halfway.remove()
+    thread = threading.Thread(target=lambda: found.extend(run() for _ in range(40)))
+    thread.start()
+    assert [scores_of(model, "entropy") for _ in range(2)] == [alone] * 2
+    find_layers(model)
+    thread.join()
+    assert len(found) == 42
+    for one in found:
+        torch.testing.assert_close(one, dense)
+
+
+def test_a_pass_of_another_thread_is_refused_while_weights_change():
+    model = tiny_model("bert").to(torch.bfloat16)
+    with in_float32(model):
+        (refused,) = in_threads(lambda: model(**inputs()))
+        model(**inputs())
+    assert isinstance(refused, SecateurError)
+    assert in_threads(lambda: model(**inputs())[0].dtype) == [torch.bfloat16]
+
+
+def test_loading_in_threads_leaves_what_transformers_logs():
+    """The first to come may not be the last to go."""
+    before, entered, go = logging.get_verbosity(), threading.Event(), threading.Event()
+
+    def first():
+        with quiet_transformers(progress=False):
+            entered.set()
+            assert go.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert entered.wait(60)
+    with quiet_transformers(progress=False):
+        go.set()
+        thread.join()
+        assert logging.get_verbosity() == logging.ERROR
+        assert not logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, True)
 
 
 def test_many_threads_at_one_model_never_get_wrong_scores():

@@ -272,6 +272,17 @@ def test_a_page_shows_text_as_text(tmp_path, outcome):
     outcome(SHOWN, f"{tried}, on a page", "shown as text: the page has the same elements as with plain names")
 
 
+def test_a_page_has_no_characters_that_steer_a_display(tmp_path):
+    controls = "\x00\x1b[2J\x7f\x9b\u202e\u2066\u200f\u061c"
+    report = pruning_json(model=f"model{controls}end\n", scorer=f"{controls}x", versions={controls: controls})
+    for part in ("scores", "kept_heads"):
+        report[part] = {f"{controls}.{site}": row for site, row in report[part].items()}
+    write_pruned(tmp_path / "p", **report)
+    page = render_report(read_runs([tmp_path / "p"]))
+    assert "model\ufffd\ufffd[2J\ufffd" in page
+    assert not set(controls.replace("[2J", "")) & set(page)
+
+
 def test_a_terminal_shows_text_as_text(capsys, outcome):
     names = ["[red]a[/red]", "[/b]", ":smile:", "[link=http://x]y[/link]"]
     print_table(scores_table(Scores({name: torch.ones(2) for name in names}, scorer="[/x]")))

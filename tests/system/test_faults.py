@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from secateur import cli
 from secateur.comparing import workers
 from secateur.errors import InvalidInputError, SecateurError, WriteError
+from secateur.report import plots
 from secateur.support import files
 from secateur.support.files import append_line, check_can_write, check_new_folder, new_folder, read_lines, write_text
 from tests.support.processes import command, touches
-from tests.support.report_data import write_pruned
+from tests.support.report_data import comparison_rows, write_comparison, write_pruned
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -445,6 +446,36 @@ def test_a_line_that_does_not_fit_leaves_the_lines_before_it(disk, outcome):
     assert read_lines(path) == ["first", "second"]
     assert os.listdir(path.parent) == ["lines"]
     outcome(SECTION, "a line that does not fit on the disk", caught.value)
+
+
+def test_plots_and_their_page_are_there_all_or_none(tmp_path, monkeypatch, capsys):
+    write_comparison(tmp_path / "runs", comparison_rows(), scores=False)
+    line = ["report", tmp_path / "runs", "--out", tmp_path / "page.html", "--plots", tmp_path / "plots" / "inner"]
+    sync, calls = os.fsync, []
+    drawn = lambda runs, folder, kind: {folder / f"{name}.svg": b"<svg/>" for name in "abc"}  # noqa: E731
+    monkeypatch.setattr(plots, "draw_plots", drawn)
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    for there in ([], ["an earlier one"]):
+        for name in there:
+            (tmp_path / "plots" / "inner").mkdir(parents=True)
+            (tmp_path / "plots" / "inner" / name).write_text(name)
+        before = sorted(path for path in tmp_path.rglob("*"))
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            code, said = run(capsys, line)
+        assert (code, said.count("\n")) == (2, 1)
+        assert "cannot be written: No space left on device; nothing half-written is left; make room there" in said
+        assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert run(capsys, line)[0] == 0
+    assert (tmp_path / "page.html").is_file()
+    assert len(list((tmp_path / "plots" / "inner").iterdir())) == 4
 
 
 def test_lines_stay_where_their_file_cannot_be_opened(tmp_path, monkeypatch):

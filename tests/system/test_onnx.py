@@ -1,5 +1,6 @@
 """`secateur export --format onnx`: the graph gives what PyTorch gives, or there is no graph."""
 
+import errno
 import json
 import shutil
 import sys
@@ -137,6 +138,26 @@ def test_int8_beside_it_answers_alike_or_there_is_neither(onnx_classifier, tmp_p
     assert "`--quantize` needs `--format onnx`" in capsys.readouterr().err
     with pytest.raises(InvalidInputError, match=r"`quantize` must be None or 'int8', got 'int4'"):
         export_onnx(onnx_classifier / "pruned", tmp_path / "other", "int4")
+
+
+@pytest.mark.parametrize("said", ["errno 28", "os error 28", "4096 requested and 512 written"])
+def test_a_full_disk_is_called_one(said, onnx_classifier, tmp_path, monkeypatch, capsys):
+    """The exporter's packages write in Python, in Rust and by numpy, and wrap what they meet."""
+
+    def export(*_):
+        try:
+            raise OSError(errno.ENOSPC, "full") if said == "errno 28" else RuntimeError(said)
+        except Exception as error:
+            raise ValueError("no export") from error
+
+    monkeypatch.setattr(onnx_export, "_export", export)
+    capsys.readouterr()
+    code = cli.main(["export", str(onnx_classifier / "pruned"), "--format", "onnx", "--out", str(tmp_path / "onnx")])
+    said = capsys.readouterr().err
+    assert (code, said.count("\n")) == (2, 1)
+    assert f"{tmp_path}/onnx cannot be written: " in said
+    assert said.endswith("; nothing half-written is left; make room there, or choose another disk\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["t5", "vit"])

@@ -109,5 +109,5 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(InvalidInputError, match="name a JSON file that exists"):
         Mask.load(tmp_path / "no.json")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(InvalidInputError, match="is no JSON file"):
+    with pytest.raises(InvalidInputError, match="is no JSON"):
         Mask.load(tmp_path / "broken.json")

@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.choosing.budget import BudgetedSelection
 from secateur.choosing.sensitivity import EndError, Option, cheapest, layer_of, options_of_sites
 from secateur.errors import UnsupportedModelError, invalid
-from secateur.models.state import evaluation_mode, held
+from secateur.models.state import evaluation_mode, held, weights_change
 from secateur.settings import Budget, Cut, Reading
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
@@ -93,7 +93,9 @@ class SensitivitySelection(BudgetedSelection):
         judges = self.texts[::JUDGES]
         fitted = [text for number, text in enumerate(self.texts) if number % JUDGES]
         size = max(1, min(size, len(fitted) // 2))  # the moments are of two halves
-        with held(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad():
+        with (
+            held(base), weights_change(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad(),
+        ):  # fmt: skip
             evaluator = EndError(base, list(self.prepared.batches(judges, self.reading.batch_size)), self._lists())
             sites = {name: self.sites[name] for name in scores}
             batches = list(self.prepared.batches(fitted, size))

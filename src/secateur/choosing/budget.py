@@ -22,6 +22,7 @@ from secateur.settings import AnyBudget, Budget, Cut, budgets_of
 from secateur.sites.finding import find_units
 from secateur.sites.layout import Site
 from secateur.support.defaults import MULTIPLE, UNITS
+from secateur.support.interrupts import interruptible
 from secateur.units.masks import Mask, is_within, layers_gone
 from secateur.units.scores import PresentScores, Scores
 from secateur.units.select import Allocation, check_scores, check_selection, groups_of, select
@@ -249,6 +250,7 @@ class BudgetedSelection:
         return Mask(rows)
 
 
+@interruptible
 def allocate(
     model: nn.Module,
     scores: Scores,

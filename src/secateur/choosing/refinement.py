@@ -18,6 +18,7 @@ from secateur.scorers.base import ScoringTask
 from secateur.scorers.matching import heads_that_match
 from secateur.settings import Reading, settings_of
 from secateur.support.checks import check_whole
+from secateur.support.interrupts import interruptible
 from secateur.texts.calibration import PreparedModel, is_pair, listed_examples
 from secateur.texts.examples import Example, are_rows
 from secateur.texts.halving import in_batches_that_fit
@@ -27,6 +28,7 @@ from secateur.units.masks import Mask, PresentMask, check_mask
 from secateur.units.select import Allocation, check_selection
 
 
+@interruptible
 def refine_mask(
     model: nn.Module | PreparedModel,
     mask: Mask,

@@ -6,8 +6,9 @@ Layerwise sensitivities joined by dynamic programming, as in SPDY (Frantar and A
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,13 @@ from transformers import PreTrainedModel
 
 from secateur.choosing.moments import Fit, Moments, Projection, moments_of
 from secateur.errors import UnsupportedModelError
+from secateur.models.state import hooked
 from secateur.settings import Cut, Reading
 from secateur.sites.gating import probe
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
+from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread, is_own
 from secateur.units.scores import Scores
 from secateur.units.select import select
 
@@ -102,7 +106,7 @@ def sizes_of_site(scores: Scores, name: str, cut: Cut, levels: int = LEVELS) -> 
     return list(rows.values())
 
 
-@contextmanager
+@undoing
 def _refitted(projection: Projection, moments: Moments | None, kept: Tensor) -> Iterator[None]:
     """Refit an output projection to the units in `kept` meanwhile."""
     weight, bias = projection.weight.data, None if projection.bias is None else projection.bias.data
@@ -169,14 +173,12 @@ class EndError:
         if place is None or place[1] == 0:
             return
         before: Any = self.base.get_submodule(f"{place[0]}.{place[1] - 1}")
-        handle = before.register_forward_hook(lambda module, args, output: self.known.append(output))
-        try:
+        take = lambda module, args, output: self.known.append(output)  # noqa: E731
+        with hooked(before.register_forward_hook(in_own_thread(hook)) for hook in [take]):
             for batch in self.batches:
                 self.base(**batch)
-        finally:
-            handle.remove()
 
-    @contextmanager
+    @undoing
     def _from_place(self, number: int) -> Iterator[None]:
         """Let the layers before the place return at once what the last of them is known to return."""
         if self.place is None or not self.known:
@@ -190,10 +192,10 @@ class EndError:
             yield
 
 
-@contextmanager
+@undoing
 def _returning(layer: nn.Module, output: Any) -> Iterator[None]:
-    before = vars(layer).get("forward")
-    vars(layer)["forward"] = lambda *args, **kwargs: output
+    before, usual, thread = vars(layer).get("forward"), layer.forward, threading.get_ident()
+    vars(layer)["forward"] = lambda *args, **kwargs: output if is_own(thread) else usual(*args, **kwargs)
     try:
         yield
     finally:

@@ -9,18 +9,15 @@ from typing import Any
 import click
 
 from secateur.cli.options import Place
+from secateur.errors import shown
+from secateur.support.parsing import read_yaml
 
 
 def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     """Take the values of a YAML file for the flags that are left out; click checks them as it checks flags."""
     if path is None:
         return None
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{path} is no YAML: {error}") from None
+    values = read_yaml(path)
     flags = {
         o.opts[0].lstrip("-"): o for o in context.command.params if isinstance(o, click.Option) and o is not parameter
     }
@@ -42,7 +39,7 @@ def _check(path: Path, values: Any, flags: Mapping[str, click.Option]) -> None:
     for name, value in values.items():
         parts = value if isinstance(value, list) else [value]
         if not parts or any(part is None or isinstance(part, list | dict) for part in parts):
-            raise click.BadParameter(f"{path}: `{name}` must have a value, or a list of values, got {value}")
+            raise click.BadParameter(f"{path}: `{name}` must have a value, or a list of values, got {shown(value)}")
 
 
 config_option = click.option(

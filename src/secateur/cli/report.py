@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from secateur.cli.options import Place
+from secateur.support.files import write_together
 from secateur.support.run_files import PAGE
 
 
@@ -19,14 +20,14 @@ from secateur.support.run_files import PAGE
 @click.option("--plot-format", default="svg", show_default=True, type=click.Choice(["svg", "pdf"]))
 def report(runs: tuple[Path, ...], out: Path, plots: Path | None, plot_format: str) -> None:
     """Make one HTML page of RUNs: pruned folders, scores files, and folders of comparisons and demos."""
-    from secateur.report import write_report
+    from secateur.report import render_report
     from secateur.report.reading import read_runs
 
     found = read_runs(runs)
-    drawn: list[Path] = []
+    drawn: dict[Path, bytes] = {}
     if plots is not None:
-        from secateur.report.plots import write_plots
+        from secateur.report.plots import draw_plots
 
-        drawn = write_plots(found, plots, plot_format)
-    write_report(found, out)
+        drawn = draw_plots(found, plots, plot_format)
+    write_together({**drawn, out: render_report(found).encode("utf-8")})
     click.echo("\n".join([f"report: {out}", *(f"plot: {path}" for path in drawn)]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,10 @@ from secateur.cli.options import (
     seed_option,
     together,
 )
+from secateur.errors import InvalidInputError
 from secateur.scorers import DEFAULT_SCORER, LAYER_SCORERS, SCORERS, make_scorer, scorer_class
 from secateur.support.defaults import CALIBRATION_TEXTS, TEACHING_TEXTS, UNITS
+from secateur.support.parsing import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -117,8 +118,8 @@ def scorer_of(options: Mapping[str, Any]) -> str | Scorer | dict[str, Scorer]:
         if not name or not equals:
             raise click.UsageError(f"`option` must be NAME=VALUE, got {item}")
         try:
-            chosen[name] = json.loads(value)
-        except ValueError:
+            chosen[name] = parse_json(value, f"`option` {name}")
+        except InvalidInputError:
             chosen[name] = value
     if options["pruner"] is not None:
         if not str(options["scorer"]).startswith("smp"):

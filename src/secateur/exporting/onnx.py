@@ -32,6 +32,7 @@ from secateur.sites.feed_forward import FeedForwardSite
 from secateur.sites.layout import Site
 from secateur.sites.narrowing import cut_together
 from secateur.sites.recipe import read_recipe
+from secateur.support.disk_refusals import disk_refusal
 
 OPSET = 20
 FILE = "onnx/model.onnx"
@@ -218,11 +219,13 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_error(model: PreTrainedModel, failure: str) -> Iterator[None]:
-    """Make an `UnsupportedModelError` of what the exporter and ONNX Runtime raise, in one line."""
+    """Make an `UnsupportedModelError` of what the exporter and ONNX Runtime raise, in one line; not of a full disk."""
     try:
         yield
     except SecateurError:
         raise
     except Exception as error:
+        if (refused := disk_refusal(error)) is not None:
+            raise refused from error  # who made the folder knows what it is called
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedModelError(f"{type(model).__name__} {failure}: {reason}") from error

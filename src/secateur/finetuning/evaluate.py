@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from secateur.errors import invalid
 from secateur.models.finite import check_finite
 from secateur.models.state import evaluation_mode
 from secateur.settings import Reading, settings_of
+from secateur.support.interrupts import interruptible, undoing
 from secateur.texts.data import Task
 from secateur.texts.halving import in_batches_that_fit
 from secateur.texts.tokenization import batches, padding_token
@@ -117,6 +117,7 @@ def check_model_fits(model: Any, task: Task) -> None:
         )
 
 
+@interruptible
 def evaluate_model(
     model: Any, tokenizer: Any, task: Task, *, device: str | torch.device | None = None, reading: Reading | None = None
 ) -> dict[str, float]:
@@ -160,7 +161,7 @@ def _outputs(
     return torch.cat(rows)
 
 
-@contextmanager
+@undoing
 def ready_to_evaluate(model: Any, tokenizer: Any, device: str | torch.device | None = None) -> Iterator[torch.device]:
     """Put the model on the device and in evaluation mode, yield the device, and undo all of it at the end."""
     place, pad_token_id = model.device, model.config.pad_token_id

@@ -24,6 +24,7 @@ from secateur.sites.recipe import note_
 from secateur.support.checks import check_positive
 from secateur.support.defaults import FINETUNING_EPOCHS, FINETUNING_RATE
 from secateur.support.files import new_folder, write_text
+from secateur.support.interrupts import interruptible
 from secateur.support.run_files import FINETUNING
 from secateur.texts.data import Task
 from secateur.texts.tokenization import padding_token, rows_of, tokenize
@@ -44,6 +45,7 @@ class FinetuneResult:
     main_metric: str
 
 
+@interruptible
 def finetune(
     model_or_path: Any,
     task: Task,

@@ -16,11 +16,13 @@ from secateur.models.base_model import base_of
 from secateur.models.finite import check_finite
 from secateur.models.inputs import forward_arguments
 from secateur.settings import Reading, settings_of
+from secateur.support.interrupts import interruptible
 from secateur.texts.data import Task
 from secateur.texts.halving import in_batches_that_fit
 from secateur.texts.tokenization import batches
 
 
+@interruptible
 def evaluate_similarity(
     model: Any, tokenizer: Any, task: Task, pooling: Sequence[str] = ("mean",), *, reading: Reading | None = None
 ) -> dict[str, float]:

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from secateur.errors import SecateurError, invalid
 from secateur.finetuning.training_checkpoints import Keeping, ResumedTrainer, newest
 from secateur.models.loading import check_device
 from secateur.settings import Reading
+from secateur.support.interrupts import undoing
 
 
 def train(
@@ -140,7 +141,7 @@ def _group_by_length() -> dict[str, Any]:
     return {"group_by_length": True}
 
 
-@contextmanager
+@undoing
 def _kept(owner: Any, *names: str) -> Iterator[None]:
     """Keep an object's own attributes: the Trainer overwrites a config's entry, and for bf16 wraps the forward."""
     if owner is None:

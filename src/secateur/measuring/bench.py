@@ -6,7 +6,7 @@ import copy
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -26,6 +26,7 @@ from secateur.models.state import evaluation_mode, gradients_for_all, random_sta
 from secateur.settings import Shape, parse_shape
 from secateur.support.checks import check_whole
 from secateur.support.defaults import BENCHMARK_ROUNDS, BENCHMARK_SHAPES
+from secateur.support.interrupts import interruptible, undoing
 from secateur.support.versions import environment
 
 SHAPES = tuple(map(parse_shape, BENCHMARK_SHAPES))
@@ -98,6 +99,7 @@ class Benchmark:
         }
 
 
+@interruptible
 def benchmark(
     models: Mapping[str, nn.Module],
     shapes: Sequence[Shape] = SHAPES,
@@ -161,7 +163,7 @@ def _compared(
     return found
 
 
-@contextmanager
+@undoing
 def _passes(bases: Mapping[str, PreTrainedModel], shape: Shape) -> Iterator[dict[str, Callable[[], Any]]]:
     with torch.no_grad(), ExitStack() as modes:
         for base in bases.values():
@@ -169,7 +171,7 @@ def _passes(bases: Mapping[str, PreTrainedModel], shape: Shape) -> Iterator[dict
         yield {name: forward_pass(base, shape.batch, shape.length) for name, base in bases.items()}
 
 
-@contextmanager
+@undoing
 def _training_steps(bases: Mapping[str, PreTrainedModel], shape: Shape) -> Iterator[dict[str, Callable[[], Any]]]:
     copies = {name: copy.deepcopy(base).train() for name, base in bases.items()}
     with random_states_kept(), ExitStack() as modes:  # dropout draws from it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from secateur.models.inputs import example_inputs, max_length
 from secateur.models.state import evaluation_mode, frozen
 from secateur.sites.gating import count_heads, probe
 from secateur.sites.recipe import read_recipe
+from secateur.support.interrupts import interruptible, undoing
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ModelCost:
         return asdict(self)
 
 
+@interruptible
 def measure_cost(model: nn.Module, batch: int = 1, length: int = 128) -> ModelCost:
     """Count heads, parameters and multiply-accumulates (half of PyTorch's flop count) of the base model.
 
@@ -77,7 +79,7 @@ def count_macs(base: PreTrainedModel, batch: int = 1, length: int = 128) -> tupl
     return {**found, "": counter.get_total_flops() // 2}, length
 
 
-@contextmanager
+@undoing
 def _separate_products(base: PreTrainedModel) -> Iterator[None]:
     """Let attention multiply matrices one by one meanwhile, in PyTorch's own function or in the model's."""
     fused = getattr(base.config, "_attn_implementation", None) not in (None, "eager", "sdpa")
@@ -90,6 +92,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@interruptible
 @torch.no_grad()
 def compare_latency(
     models: Mapping[str, nn.Module], batch: int = 8, length: int = 128, rounds: int = 12, progress: bool = False

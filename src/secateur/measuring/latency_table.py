@@ -24,6 +24,7 @@ from secateur.removal.remove import remove_
 from secateur.settings import Shape
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
+from secateur.support.interrupts import interruptible
 from secateur.units.masks import Mask, original_vector
 
 MOST_LEVELS = 12
@@ -95,6 +96,7 @@ class LatencyTable:
         return {"shape": str(self.shape), "kinds": kinds}
 
 
+@interruptible
 def measure_latency(
     model: nn.Module,
     costs: UnitCosts,

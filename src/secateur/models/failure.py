@@ -5,14 +5,17 @@ from __future__ import annotations
 import linecache
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread
 
-@contextmanager
+
+@undoing
 def running_modules(base: PreTrainedModel) -> Iterator[list[str]]:
     """Yield the paths of the modules of the model's own code that run, outermost first, kept up to date by hooks.
 
@@ -32,8 +35,8 @@ def running_modules(base: PreTrainedModel) -> Iterator[list[str]]:
                 while running.pop() != name:  # those within it whose exception was caught
                     pass
 
-            hooks.callback(module.register_forward_pre_hook(enter).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
+            hooks.callback(module.register_forward_pre_hook(in_own_thread(enter)).remove)
+            hooks.callback(module.register_forward_hook(in_own_thread(leave)).remove)
         yield running
 
 

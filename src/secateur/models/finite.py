@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from secateur.errors import InvalidInputError
+from secateur.models.state import hooked
+from secateur.support.threads import in_own_thread
 
 
 def check_finite(found: Tensor, model: nn.Module, again: Callable[[], Any]) -> None:
@@ -53,12 +55,8 @@ def first_not_finite(model: nn.Module, again: Callable[[], Any]) -> str | None:
 
         return hook
 
-    handles = [module.register_forward_hook(see(name)) for name, module in model.named_modules()]
-    try:
+    with hooked(module.register_forward_hook(in_own_thread(see(name))) for name, module in model.named_modules()):
         again()
-    finally:
-        for handle in handles:
-            handle.remove()
     return places[0] if places else None
 
 

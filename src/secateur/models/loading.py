@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from secateur.errors import CheckpointError, InvalidInputError, SecateurError, SecateurWarning, invalid, shown
 from secateur.models.classifier import CLASSIFIERS, is_classifier
 from secateur.models.hub_access import answers, check_in_reach
 from secateur.models.originals import originals, recorded_original
+from secateur.models.places import check_no_kernels, check_tokenizer_files
 from secateur.models.sentence_transformers import transformer_folder
 from secateur.support.checks import knows_words
+from secateur.support.interrupts import undoing
 
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
 _LACKING = "_secateur_lacking"  # on a model: the weights that its files did not have
@@ -51,6 +60,9 @@ def load_model(
     small = Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) < _SMALL
     try:
         with quiet_transformers(progress=not small):
+            if "attn_implementation" not in options:
+                asked = {name: options[name] for name in _access(model)}
+                check_no_kernels(PreTrainedConfig.get_config_dict(source, **asked, **from_file)[0], str(model))
             if model_class is None:
                 access = {name: options[name] for name in _access(model)}
                 model_class = _named_class(AutoConfig.from_pretrained(source, **access, **from_file))
@@ -145,20 +157,38 @@ def find_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-@contextmanager
+class _Quiet:
+    """How many contexts of all threads hide what transformers logs, and its bars; and what there was before."""
+
+    lock = threading.Lock()
+    logs = bars = 0
+    verbosity, had_bars = 0, False
+
+
+@undoing
 def quiet_transformers(progress: bool) -> Iterator[None]:
-    """Hide what transformers logs below errors and, without `progress`, its bars; errors are still raised."""
+    """Hide what transformers logs below errors and, without `progress`, its bars; errors are still raised.
+
+    The switches are of the whole process. The last of all threads puts back what the first found.
+    """
     log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    if not progress:
-        log.disable_progress_bar()
+    with _Quiet.lock:
+        if not _Quiet.logs:
+            _Quiet.verbosity = log.get_verbosity()
+            log.set_verbosity_error()
+        if not progress and not _Quiet.bars:
+            _Quiet.had_bars = log.is_progress_bar_enabled()
+            log.disable_progress_bar()
+        _Quiet.logs, _Quiet.bars = _Quiet.logs + 1, _Quiet.bars + (not progress)
     try:
         yield
     finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
+        with _Quiet.lock:
+            _Quiet.logs, _Quiet.bars = _Quiet.logs - 1, _Quiet.bars - (not progress)
+            if not _Quiet.logs:
+                log.set_verbosity(_Quiet.verbosity)
+            if not progress and not _Quiet.bars and _Quiet.had_bars:
+                log.enable_progress_bar()
 
 
 def default_device() -> torch.device:
@@ -181,6 +211,8 @@ def check_device(device: str | torch.device | None) -> torch.device:
 def _own_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer that lies in a folder or Hub repository; None where transformers would make one up."""
     source, from_file = _source(model)
+    if isinstance(source, Path) and not from_file:
+        check_tokenizer_files(source, TOKENIZER_FILES)
     try:
         found = AutoTokenizer.from_pretrained(source, **_access(model), **from_file)
     except Exception as error:

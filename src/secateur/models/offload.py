@@ -7,7 +7,7 @@ them from the hooks that accelerate put on the modules.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError
+from secateur.support.interrupts import undoing
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -56,7 +57,7 @@ def weight_of(base: PreTrainedModel, parameter: str) -> Tensor:
         return owner.get_parameter(name).detach()
 
 
-@contextmanager
+@undoing
 def fetched(block: nn.Module) -> Iterator[None]:
     """Keep the weights of `block` and of all in it where they run, the same objects from call to call."""
     with ExitStack() as stack:
@@ -73,7 +74,7 @@ def fetched(block: nn.Module) -> Iterator[None]:
                 vars(module)["forward"] = call
 
 
-@contextmanager
+@undoing
 def gradients_within(base: PreTrainedModel, blocks: dict[str, nn.Module]) -> Iterator[None]:
     """Let gradients flow inside each block alone, while its weights are fetched: one block's are held at a time."""
     with ExitStack() as hooks, torch.no_grad():

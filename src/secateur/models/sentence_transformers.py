@@ -7,8 +7,6 @@ to read it.
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ from transformers import PreTrainedModel
 
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.hub_access import answers
+from secateur.models.places import copy_file, copy_folder
+from secateur.support.files import read_json
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
@@ -51,16 +51,16 @@ def copy_modules(source: str | Path, folder: Path) -> Path:
     target.mkdir(exist_ok=True)
     for name in _OWN_FILES:
         if (origin / name).is_file():
-            shutil.copyfile(origin / name, folder / name)
+            copy_file(origin / name, origin, folder / name)
     for file in (origin / place).glob(_TRANSFORMER_FILES):
-        shutil.copyfile(file, target / file.name)
+        copy_file(file, origin, target / file.name)
     for module in modules:
         path = module["path"]
         if path and path != place:
             # A module without settings, such as normalisation, may have been published without its empty folder.
             (folder / path).mkdir(parents=True, exist_ok=True)
             if (origin / path).is_dir():
-                shutil.copytree(origin / path, folder / path, dirs_exist_ok=True)
+                copy_folder(origin / path, origin, folder / path)
     return target
 
 
@@ -107,7 +107,7 @@ def _embedding(origin: Path | None, modules: list[dict[str, str]], remedy: str) 
 def _pooling(file: Path) -> tuple[str, ...]:
     """Read the settings of a pooling: today one name or several, before a switch for each name."""
     try:
-        settings: Any = json.loads(file.read_text(encoding="utf-8"))
+        settings: Any = read_json(file)
         named = settings.get("pooling_mode")
         if named is None:
             switches = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
@@ -123,7 +123,7 @@ def _modules(folder: Path) -> list[dict[str, str]]:
     if not file.is_file():
         return []
     try:
-        listed: Any = json.loads(file.read_text(encoding="utf-8"))
+        listed: Any = read_json(file)
         modules = [{"path": str(m["path"]), "type": str(m["type"])} for m in listed]
     except (ValueError, KeyError, TypeError):
         raise InvalidInputError(f"{file} is no list of modules with `path` and `type`") from None

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import convert_to_fp32
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.base_model import base_of
 from secateur.models.offload import check_loaded, device_of
+from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread, is_own
 
 _holders: dict[int, tuple[int, int]] = {}  # id of a model or config → the thread that holds it, and how often
 _lock = threading.Lock()
 
 
-@contextmanager
+@undoing
 def held(model: nn.Module) -> Iterator[None]:
     """Keep a model, and others that share a config with it, for this thread meanwhile; it may do so again inside.
 
@@ -47,7 +50,7 @@ def held(model: nn.Module) -> Iterator[None]:
                     _holders[key] = (thread, times - 1)
 
 
-@contextmanager
+@undoing
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout and running statistics off; modes, and random states, are afterwards what they were.
 
@@ -65,7 +68,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
+@undoing
 def random_states_kept() -> Iterator[None]:
     """Put the random states of Python, numpy and torch back at the end, and those of CUDA devices that are in use."""
     python, numpy = random.getstate(), np.random.get_state()
@@ -77,7 +80,7 @@ def random_states_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-@contextmanager
+@undoing
 def gradients_kept(model: nn.Module) -> Iterator[None]:
     """Put every parameter's `.grad` aside, which training would add to and then drop, and back at the end."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -90,7 +93,7 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-@contextmanager
+@undoing
 def gradients_for_all(model: nn.Module) -> Iterator[None]:
     """Let gradients reach every floating-point parameter, whatever the caller froze; `.grad` is never written.
 
@@ -110,7 +113,7 @@ def gradients_for_all(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
-@contextmanager
+@undoing
 def frozen(model: nn.Module) -> Iterator[None]:
     """Let no parameter ask for gradients meanwhile, and record none."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -124,7 +127,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@contextmanager
+@undoing
 def bfloat16_passes(base: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
     """Let every pass of `base` compute its matrix products in bfloat16 meanwhile (torch.autocast); weights stay.
 
@@ -144,15 +147,42 @@ def bfloat16_passes(base: PreTrainedModel, wanted: bool = True) -> Iterator[None
         running.pop().__exit__(None, None, None)
         return convert_to_fp32(outputs)
 
-    hooks = [base.register_forward_pre_hook(enter), base.register_forward_hook(leave, always_call=True)]
+    hooks = [
+        base.register_forward_pre_hook(in_own_thread(enter)),
+        base.register_forward_hook(in_own_thread(leave), always_call=True),
+    ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        while running:  # after Ctrl-C within a pass, of which torch runs no hooks
+            running.pop().__exit__(None, None, None)
 
 
-@contextmanager
+@undoing
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keep hooks meanwhile, which are registered as `handles` is iterated over: give a generator."""
+    with ExitStack() as hooks:
+        for handle in handles:
+            hooks.callback(handle.remove)
+        yield
+
+
+@undoing
+def weights_change(model: nn.Module) -> Iterator[None]:
+    """Refuse passes of other threads that begin meanwhile, by `SecateurError`: they would see weights half changed."""
+    thread = threading.get_ident()
+
+    def refuse(*_: object) -> None:
+        if not is_own(thread):
+            raise SecateurError("the model's weights are being changed in another thread; run a copy of it, or wait")
+
+    with hooked(one.register_forward_pre_hook(refuse, prepend=True) for one in [model]):
+        yield
+
+
+@undoing
 def without_autocast(device: torch.device) -> Iterator[None]:
     """Compute in the dtype of the tensors meanwhile."""
     known = torch.amp.is_autocast_available(device.type)
@@ -185,7 +215,7 @@ def _is_of(thing: object, package: str) -> bool:
     return f"{type(thing).__module__}.".startswith(f"{package}.")
 
 
-@contextmanager
+@undoing
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Hold half-precision weights in float32 meanwhile; widening and narrowing back is exact, so nothing changes.
 
@@ -196,6 +226,11 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     check_plain_weights(model)
     tensors = [*model.parameters(), *model.buffers()]
     narrow = [(t, t.dtype, t.grad) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    with weights_change(model) if narrow else nullcontext():
+        yield from _widened(narrow)
+
+
+def _widened(narrow: Sequence[tuple[Tensor, torch.dtype, Tensor | None]]) -> Iterator[None]:
     try:
         for tensor, _, _ in narrow:
             tensor.grad = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from secateur.models.hub_access import answers
+from secateur.models.places import copy_file
 from secateur.models.sentence_transformers import transformer_folder
 
 _NOTE = "_secateur_tokenizer"  # on a pruned model: what it reads texts with, which is saved with it
@@ -35,7 +35,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, source: str | Path
     origin = transformer_folder(Path(source)) if Path(source).is_dir() else _from_hub(str(source))
     for name in _PROCESSOR_FILES:
         if origin is not None and (origin / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(origin / name, folder / name)
+            copy_file(origin / name, origin, folder / name)
 
 
 def note_tokenizer_(model: nn.Module, tokenizer: Any) -> None:

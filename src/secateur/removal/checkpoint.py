@@ -16,8 +16,9 @@ import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from secateur.support.interrupts import undoing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +84,7 @@ def install() -> None:
     PreTrainedModel.__call__ = __call__
 
 
-@contextmanager
+@undoing
 def without_hook() -> Iterator[None]:
     """Let transformers build models as if secateur were not there."""
     from transformers.modeling_utils import PreTrainedModel

@@ -19,6 +19,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.support.parsing import parse_json
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -149,7 +151,7 @@ def _metadata(file: str | Path) -> Mapping[str, Any]:
     try:
         with safe_open(file, "pt") as opened:
             found = opened.metadata() or {}
-        return {name: json.loads(found[name]) for name in (RECIPES, WEIGHTS) if name in found}
+        return {name: parse_json(found[name], str(file)) for name in (RECIPES, WEIGHTS) if name in found}
     except (SafetensorError, OSError, ValueError):
         return {}  # who reads the weights says what is wrong with the file
 

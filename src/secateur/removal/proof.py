@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from secateur.sites.gating import probe
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import AttentionSite, Site
 from secateur.sites.unit_gates import reached
+from secateur.support.interrupts import undoing
 
 _PLAIN = {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}  # what can be told apart by token
 
@@ -148,7 +148,7 @@ def cached_step(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor] | N
     return tensors_of({key: value for key, value in step.items() if key != "past_key_values"})
 
 
-@contextmanager
+@undoing
 def _repeatable(base: PreTrainedModel) -> Iterator[None]:
     """Within this context a pass computes the same every time: no dropout, no autocast, the same random numbers."""
     with evaluation_mode(base), without_autocast(device_of(base)):

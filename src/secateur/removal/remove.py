@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs
 from secateur.models.names import forget_names_
 from secateur.models.offload import check_loaded
-from secateur.models.state import held, in_float32
+from secateur.models.state import held, in_float32, weights_change
 from secateur.removal.alignment import renumber_alignment_heads_
 from secateur.removal.left import Left
 from secateur.removal.plain import say_plainly_
@@ -31,7 +31,8 @@ from secateur.sites.layout import Site
 from secateur.sites.narrowing import Undo
 from secateur.sites.recipe import Recipe
 from secateur.support.checks import check_mapping
-from secateur.units.masks import Mask, check_mask, units_left
+from secateur.support.interrupts import in_one_go, interruptible, undoing
+from secateur.units.masks import Mask, PresentMask, check_mask, units_left
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ class Removal:
     max_difference: float
 
 
-@contextmanager
+@undoing
 def gated(model: nn.Module, mask: Mask, sites: Mapping[str, Site] | None = None) -> Iterator[None]:
     """Within this context the units that `mask` drops write nothing: a preview of the removal that undoes itself.
+
+    They are closed to the passes of this thread alone.
 
     Where another attention implementation is asked for inside, the gates stay in force, and it is what the model has
     afterwards. With gradient checkpointing `backward()` belongs into the context too: it runs the blocks again, and
@@ -65,6 +68,7 @@ def gated(model: nn.Module, mask: Mask, sites: Mapping[str, Site] | None = None)
         yield
 
 
+@interruptible
 @torch.inference_mode(False)  # weights that are made in it could not be trained
 def remove_(
     model: nn.Module,
@@ -105,7 +109,7 @@ def remove_(
         raise RemovalError("the model is being gated or probed; remove units outside of that context")
     inputs = example_inputs(base) if inputs is None else inputs
     before = base.config.to_dict()
-    with held(base), in_float32(base):
+    with held(base), weights_change(base), in_float32(base):
         with gated(base, mask, sites):
             wanted = wanted_of(base, inputs, [sites[name] for name, vector in kept.items() if not vector.all()])
         with _undone_on_failure() as undo:
@@ -120,14 +124,20 @@ def remove_(
                 )
             recipe = recipe_of(model, left, special, record or {})
             is_plain = _is_plain(model, recipe, partial(difference_to, wanted, base), undo)
-    tell_(model, recipe, is_plain, before)
-    renumber_alignment_heads_(model, kept)
-    forget_names_(model)
-    for holder in (model, base):
-        # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
-        vars(holder).pop("_cache", None)
+            in_one_go(partial(_end_, model, partial(tell_, model, recipe, is_plain, before), kept, undo))
     counts = units_left(sites, mask).values()
     return Removal(kept.original(sites), sum(n for n, _ in counts), sum(n for _, n in counts), difference)
+
+
+def _end_(model: PreTrainedModel, tell: Callable[[], None], kept: PresentMask, undo: Undo) -> None:
+    """Let a proved model say what it is now; from then on nothing is undone."""
+    tell()
+    renumber_alignment_heads_(model, kept)
+    forget_names_(model)
+    for holder in (model, base_of(model)):
+        # A static cache that `generate` keeps for its next call was allocated for the heads that were there.
+        vars(holder).pop("_cache", None)
+    undo.clear()
 
 
 def _check_possible(base: PreTrainedModel, mask: Mask, **given: Mapping[str, Any] | None) -> None:
@@ -170,7 +180,7 @@ def _with_maps(model: PreTrainedModel, difference: Callable[[], float]) -> float
         return 0.0
 
 
-@contextmanager
+@undoing
 def _undone_on_failure() -> Iterator[list[Callable[[], None]]]:
     """Yield a list of steps that undo what is done, and take them where an exception leaves the block."""
     undo: list[Callable[[], None]] = []

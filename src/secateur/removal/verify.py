@@ -35,9 +35,11 @@ from secateur.sites.finding import find_layers, find_units
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
 from secateur.sites.recipe import KINDS, TRAINED, Recipe, read_record
+from secateur.support.interrupts import interruptible
 from secateur.units.masks import Mask, PresentMask, vector_of
 
 
+@interruptible
 @torch.random.fork_rng([])  # transformers draws numbers for what it reads a moment later
 def verify_checkpoint(
     folder: str | Path, against: str | Path | None = None, device: torch.device | str | None = None

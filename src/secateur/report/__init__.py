@@ -18,6 +18,15 @@ from secateur.report.pruned import pruning_view
 from secateur.support.files import write_text
 from secateur.support.versions import __version__
 
+_CONTROLS = dict.fromkeys(
+    [
+        *(c for c in range(0xA0) if c not in b"\t\n" and not chr(c).isprintable()),
+        *(0x061C, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF),
+        *range(0xD800, 0xE000),
+    ],
+    "\N{REPLACEMENT CHARACTER}",
+)
+
 MAX_MAP_CHARACTERS = 1_600_000
 """Attention maps on one page, all runs together; later runs go without, and say so."""
 
@@ -25,6 +34,11 @@ MAX_MAP_CHARACTERS = 1_600_000
 def write_report(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Write `render_report(runs)` to `path`, whole or not at all."""
     write_text(path, render_report(runs))
+
+
+def _printable(value: Any) -> Any:
+    """Return a text without characters that control a display or turn the direction of what follows."""
+    return value.translate(_CONTROLS) if isinstance(value, str) else value
 
 
 def render_report(runs: Sequence[dict[str, Any]]) -> str:
@@ -52,5 +66,6 @@ def render_report(runs: Sequence[dict[str, Any]]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_printable,
     )
     return environment.get_template("page.html.j2").render(runs=views, version=__version__)

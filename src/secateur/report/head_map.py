@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Any
 
 from secateur.errors import invalid
@@ -10,12 +11,17 @@ from secateur.support.checks import is_number
 from secateur.units.grid import short_labels
 
 BINS = 32
+MOST_HEADS = 50_000
+"""Of all sites: a page with more is too large for a browser, and no model has them."""
 
 
 def check_sites(sites: object) -> list[dict[str, Any]]:
     """Return the sites with `scores` always a list, or raise `InvalidInputError`."""
     if not isinstance(sites, list) or not sites:
         raise invalid("sites", "be a list with at least one attention site", sites)
+    heads = sum(len(site["kept"]) for site in sites if isinstance(site, dict) and isinstance(site.get("kept"), list))
+    if heads > MOST_HEADS:
+        raise invalid("sites", f"hold at most {MOST_HEADS} heads for one page", heads, "give fewer sites")
     checked: dict[str, dict[str, Any]] = {}
     for index, site in enumerate(sites):
         where = f"sites[{index}]"
@@ -54,13 +60,13 @@ def head_map(
     rows = []
     for site, label in zip(sites, short_labels([site["name"] for site in sites]), strict=True):
         known = [score for score in site["scores"] if score is not None]
-        cells = []
+        ordered, cells = sorted(known), []
         for head, (score, kept, gone) in enumerate(zip(site["scores"], site["kept"], gone_before(site), strict=True)):
             verdict = "kept" if kept else "removed"
             if score is None:
                 facts = "removed by an earlier pruning" if gone else f"{verdict}, no score"
             else:
-                rank = 1 + sum(other > score for other in known)
+                rank = 1 + len(ordered) - bisect_right(ordered, score)
                 facts = f"{verdict}, " if decided else ""
                 facts += f"score {score:.4g}, rank {rank} of {len(known)} in its site"
             cells.append(

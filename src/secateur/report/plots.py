@@ -14,7 +14,7 @@ from secateur.report.charts import DENSE_LOOK, RANDOM_LOOK, Chart
 from secateur.report.curves import cost_charts, curves
 from secateur.report.head_map import check_sites
 from secateur.report.pruned import refinement_chart
-from secateur.support.files import write_bytes
+from secateur.support.files import write_together
 from secateur.units.picture import draw_grid, need_matplotlib
 
 if TYPE_CHECKING:
@@ -26,7 +26,17 @@ MARKERS = "s^DPvo_"
 
 
 def write_plots(runs: Sequence[dict[str, Any]], folder: str | Path, kind: str = "svg") -> list[Path]:
-    """Write every picture of `runs`, as `read_runs` returns them, to `folder`, and return the files.
+    """Write every picture of `runs`, as `read_runs` returns them, to `folder`, all or none, and return the files.
+
+    Raises what `draw_plots` raises, and `WriteError` where the disk does not take them.
+    """
+    drawn = draw_plots(runs, folder, kind)
+    write_together(drawn)
+    return list(drawn)
+
+
+def draw_plots(runs: Sequence[dict[str, Any]], folder: str | Path, kind: str = "svg") -> dict[Path, bytes]:
+    """Return every picture of `runs` by the file in `folder` that it belongs into.
 
     Names begin with the run's number where there are several. Raises `InvalidInputError` for an unknown format,
     for what is no folder, and where matplotlib is not installed.
@@ -46,7 +56,7 @@ def write_plots(runs: Sequence[dict[str, Any]], folder: str | Path, kind: str = 
         "svg.hashsalt": "secateur",
         "axes.spines.top": False,
     }
-    written: list[Path] = []
+    drawn: dict[Path, bytes] = {}
     seen: Counter[str] = Counter()
     with matplotlib.rc_context({**style, "axes.spines.right": False, "font.size": 9}):
         for number, run in enumerate(runs, 1):
@@ -54,9 +64,8 @@ def write_plots(runs: Sequence[dict[str, Any]], folder: str | Path, kind: str = 
                 stem = f"{number}-{name}" if len(runs) > 1 else name
                 seen[stem] += 1  # tasks such as a/b and a-b
                 path = Path(folder) / f"{stem}{'' if seen[stem] == 1 else f'-{seen[stem]}'}.{kind}"
-                write_bytes(path, _rendered(figure, kind))
-                written.append(path)
-    return written
+                drawn[path] = _rendered(figure, kind)
+    return drawn
 
 
 def _rendered(figure: Figure, kind: str) -> bytes:

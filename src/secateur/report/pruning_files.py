@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from secateur.models.model_saving import save_model
+from secateur.models.places import copy_file
 from secateur.report import write_report
 from secateur.report.model_card import write_model_card
 from secateur.report.pruning_report import PruningReport
@@ -37,4 +37,4 @@ def copy_pruning(source: str | Path, folder: Path) -> None:
     """Copy what `save_pruning` wrote into `source`, where there is any, to another folder."""
     for name in (PRUNING, ATTENTION_MAPS):
         if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, folder / name)
+            copy_file(Path(source) / name, Path(source), folder / name)

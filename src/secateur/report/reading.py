@@ -55,9 +55,10 @@ def pruning_data(report: Any, maps: Any = None, loading: Any = None) -> dict[str
             {
                 "name": name,
                 "scores": scores,
-                "kept": [head in report["kept_heads"][name] for head in range(len(scores))],
+                "kept": [head in kept for head in range(len(scores))],
             }
             for name, scores in report["scores"].items()
+            for kept in [set(report["kept_heads"][name])]
         ]
         return {
             "kind": "pruning",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from secateur.models.state import (
     held,
     in_float32,
     random_states_kept,
+    weights_change,
 )
 from secateur.relations import RELATED, gated_representations, relational_kl, with_relations
 from secateur.restoring.distillation_loss import Pair, taught_by_logits
@@ -36,6 +37,7 @@ from secateur.sites.layers import LayerSite
 from secateur.sites.recipe import note_, read_record
 from secateur.support.checks import check_mapping, check_positive, check_whole
 from secateur.support.defaults import DISTILLATION_RATE, DISTILLATION_STEPS
+from secateur.support.interrupts import in_one_go, interruptible, undoing
 from secateur.texts.calibration import PreparedModel, is_pair, listed_examples
 from secateur.texts.examples import are_rows, joined, shuffled_parts, source_of
 from secateur.texts.tokenization import Text, padding_token, rows_of, tokenize
@@ -45,6 +47,7 @@ MOST_HELD_OUT = 256  # … up to that many
 FEWEST = HELD_OUT * (RELATED - 1) + 1  # texts of which so many evaluate that they have relations
 
 
+@interruptible
 def distill_(
     model: nn.Module,
     teacher: nn.Module,
@@ -148,21 +151,36 @@ def _check_layers(layers: Any) -> None:
 def _kept_if_lower(pair: Pair, before: float, evaluate: Callable[[], float], teach: Callable[[], None]) -> float:
     """Teach, and return the lower of the losses before and after; the weights are put back where it did not fall."""
     student = pair.bases[0]
-    with in_float32(pair.student), _changing(pair) as parameters:
-        weights = [parameter.detach().clone() for parameter in parameters]
-        is_lower = False
-        try:
-            teach()
-            after = evaluate()
-            is_lower = after < before
-            if is_lower:
-                note_(student, "distilled")
-        finally:
-            if not is_lower:
-                with torch.no_grad():
-                    for parameter, old in zip(parameters, weights, strict=True):
-                        parameter.copy_(old)
+    with (
+        weights_change(student),
+        in_float32(pair.student),
+        _changing(pair) as parameters,
+        _undone_unless_noted(parameters) as notes,
+    ):
+        teach()
+        after = evaluate()
+        if after < before:
+            in_one_go(partial(_note_, student, notes))
     return min(before, after)
+
+
+def _note_(student: PreTrainedModel, notes: list[str]) -> None:
+    note_(student, "distilled")
+    notes.append("distilled")
+
+
+@undoing
+def _undone_unless_noted(parameters: Sequence[nn.Parameter]) -> Iterator[list[str]]:
+    """Put the weights back at the end unless something is in the list that is yielded."""
+    weights = [parameter.detach().clone() for parameter in parameters]
+    notes: list[str] = []
+    try:
+        yield notes
+    finally:
+        if not notes:
+            with torch.no_grad():
+                for parameter, old in zip(parameters, weights, strict=True):
+                    parameter.copy_(old)
 
 
 def _teach(
@@ -225,7 +243,7 @@ def _relational_kl(pair: Pair, batches: Sequence[Mapping[str, Any]], is_pair: bo
     return statistics.fmean(values)
 
 
-@contextmanager
+@undoing
 def _changing(pair: Pair) -> Iterator[list[nn.Parameter]]:
     """Let gradients reach the base's parameters that ask for them, but for input embeddings, and yield these."""
     student, table = pair.bases[0], cast(Any, None)
@@ -247,7 +265,7 @@ def _changing(pair: Pair) -> Iterator[list[nn.Parameter]]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
+@undoing
 def _on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Lend a model to a device, in evaluation mode."""
     before = device_of(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
@@ -15,6 +14,7 @@ from secateur.errors import InvalidInputError, invalid
 from secateur.restoring.quality import QualityJudge
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.settings import Budget
+from secateur.support.interrupts import undoing
 from secateur.units.masks import Mask
 from secateur.units.scores import Scores
 
@@ -60,7 +60,7 @@ def _cosine(selection: SensitivitySelection, mask: Mask, judge: QualityJudge, re
         return judge({name: row.float() for name, row in kept.items()}).cosine
 
 
-@contextmanager
+@undoing
 def _weights_put_back(model: nn.Module) -> Iterator[None]:
     """Give parameters the tensors back that they held; what a refit puts in their place is another one."""
     before = [(parameter, parameter.data) for parameter in model.parameters()]

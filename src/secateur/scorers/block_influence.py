@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.models.state import hooked
 from secateur.pruners.tokens import mean_over_tokens
 from secateur.scorers.base import Scorer, ScoringTask
 from secateur.sites.layers import LayerSite, stream_into, stream_out_of
+from secateur.support.threads import in_own_thread
 from secateur.texts.batches import Batch
 
 
@@ -35,12 +36,12 @@ class BlockInfluenceScorer(Scorer):
 
         def run(batch: Batch) -> tuple[dict[str, Tensor], int]:
             found = {name: torch.zeros(site.num_units, dtype=torch.float64) for name, site in task.sites.items()}
-            with ExitStack() as hooks:
-                for name in task.sites:
-                    layers: Any = task.model.get_submodule(name)
-                    for number, layer in enumerate(layers):
-                        hook = _reader(found[name], number, batch)
-                        hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            lists: dict[str, Any] = {name: task.model.get_submodule(name) for name in task.sites}
+            with hooked(
+                layer.register_forward_hook(in_own_thread(_reader(found[name], number, batch)), with_kwargs=True)
+                for name, layers in lists.items()
+                for number, layer in enumerate(layers)
+            ):
                 task.model(**batch)
             return found, len(next(iter(batch.values())))
 

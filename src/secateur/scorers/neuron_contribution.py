@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.models.offload import weight_of
+from secateur.models.state import hooked
 from secateur.scorers.base import ScoringTask
 from secateur.sites.feed_forward import FeedForwardSite, channel_axis, rows_of_tokens
+from secateur.support.threads import in_own_thread
 from secateur.texts.batches import Batch
 
 
@@ -29,11 +30,13 @@ def neuron_contributions(task: ScoringTask) -> dict[str, Tensor]:
     def run(batch: Batch) -> dict[str, _Squares]:
         # Made before the pass: what stays between its large tensors would keep their memory from being used again.
         found = {name: _Squares(torch.zeros_like(one.total)) for name, one in sums.items()}
-        with ExitStack() as hooks:
-            for name, squares in found.items():
-                module = task.model.get_submodule(name)
-                hook = _reader(squares, channel_axis(module), batch.get("attention_mask"))
-                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        modules = {name: task.model.get_submodule(name) for name in found}
+        with hooked(
+            module.register_forward_pre_hook(
+                in_own_thread(_reader(found[name], channel_axis(module), batch.get("attention_mask"))), with_kwargs=True
+            )
+            for name, module in modules.items()
+        ):
             task.model(**batch)
         return found
 

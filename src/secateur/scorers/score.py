@@ -24,6 +24,7 @@ from secateur.settings import Cut, Reading, settings_of
 from secateur.sites.finding import check_units
 from secateur.sites.layout import Site
 from secateur.support.checks import nearest
+from secateur.support.interrupts import interruptible
 from secateur.texts.calibration import PreparedModel, is_pair, texts_of
 from secateur.texts.data import Task
 from secateur.texts.examples import are_rows
@@ -39,6 +40,7 @@ AnyScorer = str | Scorer | Mapping[str, str | Scorer]
 """A criterion, or one for each kind of unit."""
 
 
+@interruptible
 def score(
     model: nn.Module | PreparedModel,
     texts: Iterable[Text] | None = None,

@@ -21,8 +21,10 @@ from secateur.sites.attention_finder import AttentionFinder
 from secateur.sites.gating import count_heads, prepare, probe
 from secateur.sites.layout import AttentionSite
 from secateur.support.checks import check_mapping
+from secateur.support.interrupts import interruptible
 
 
+@interruptible
 def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dict[str, AttentionSite]:
     """Return every attention site that a forward pass of `model` reaches, in the order of the pass.
 

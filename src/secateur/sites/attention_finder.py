@@ -7,7 +7,7 @@ concatenated heads, or a chunk for each head that depends on that head alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from secateur.sites.gating import HeadReading
 from secateur.sites.layout import AttentionSite, Slice
 from secateur.sites.moved import present_recipe
 from secateur.sites.ownership import Ownership, Part
+from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread
 
 
 class AttentionFinder:
@@ -36,14 +38,14 @@ class AttentionFinder:
         # The block that attended last and the outputs of its heads, until a layer reads them.
         self.unread: tuple[AttentionBlock, Tensor] | None = None
 
-    @contextmanager
+    @undoing
     def watching(self) -> Iterator[None]:
         """Watch the input of every layer with a weight matrix meanwhile."""
         with ExitStack() as hooks:
             for name, module in self.base.named_modules():
                 weight = getattr(module, "weight", None)
                 if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-                    hooks.callback(module.register_forward_pre_hook(self._reader(name)).remove)
+                    hooks.callback(module.register_forward_pre_hook(in_own_thread(self._reader(name))).remove)
             yield
 
     def _reader(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -19,6 +19,7 @@ from secateur.models.state import evaluation_mode
 from secateur.sites.gating import HeadReading, probe
 from secateur.sites.layout import AttentionSite
 from secateur.support.files import write_text
+from secateur.support.interrupts import interruptible
 
 MAX_TEXTS = 16
 MAX_TOKENS = 32
@@ -65,6 +66,7 @@ class AttentionMaps:
         write_text(path, json.dumps(self.to_json()))
 
 
+@interruptible
 @torch.no_grad()
 def mean_maps(model: nn.Module, sites: Mapping[str, AttentionSite], batch: Mapping[str, Tensor]) -> AttentionMaps:
     """Run one batch of texts, keyword arguments of the base model's forward, and average every head's maps.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,10 +24,12 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedModelError
 from secateur.models.inputs import example_inputs
-from secateur.models.state import evaluation_mode, gradients_for_all
+from secateur.models.state import evaluation_mode, gradients_for_all, hooked
 from secateur.sites.binary_codes import sets_of_units
 from secateur.sites.forward import is_emptied
 from secateur.sites.ownership import only
+from secateur.support.interrupts import interruptible, undoing
+from secateur.support.threads import in_own_thread
 
 _SOFTMAX = (torch.softmax, torch.nn.functional.softmax, Tensor.softmax)
 _FUSED = torch.nn.functional.scaled_dot_product_attention
@@ -81,6 +83,7 @@ def _names(base: PreTrainedModel) -> list[str]:
     return [name for name, _ in base.named_modules()]
 
 
+@interruptible
 def look_for_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
     """Run `base` once, on `inputs` (keyword arguments, example inputs where absent), and remember its sites.
 
@@ -95,7 +98,7 @@ def look_for_sites(base: PreTrainedModel, inputs: Mapping[str, Any] | None = Non
     _known[base] = (_names(base), found)
 
 
-@contextmanager
+@undoing
 def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read, reached: set[str]) -> Iterator[None]:
     """Within this context `read(site, module, outputs, computed)` is called at each site, and replaces `outputs`.
 
@@ -113,7 +116,7 @@ def watch(base: PreTrainedModel, sites: Mapping[str, DirectSite], read: Read, re
         modules = {name: base.get_submodule(name) for name in sites}
         stack.enter_context(_Watcher(modules, seen.__setitem__))
         for site in sites.values():
-            hook = _reader(site.name, modules[site.name], seen, read, reached)
+            hook = in_own_thread(_reader(site.name, modules[site.name], seen, read, reached))
             stack.callback(base.get_submodule(site.output).register_forward_pre_hook(hook).remove)
         yield
 
@@ -155,8 +158,8 @@ class _Watcher(TorchFunctionMode):
 
     def __enter__(self) -> _Watcher:
         for name, module in self.modules.items():
-            self.handles.append(module.register_forward_pre_hook(self._enter_module(name), prepend=True))
-            self.handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+            self.handles.append(module.register_forward_pre_hook(in_own_thread(self._enter_module(name)), prepend=True))
+            self.handles.append(module.register_forward_hook(in_own_thread(self._leave_module), always_call=True))
         super().__enter__()
         return self
 
@@ -207,14 +210,14 @@ def _by_head(result: Tensor, read: Tensor) -> Tensor | None:
 def _look(base: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, DirectSite]:
     """Run `base` once and return the sites whose heads can be told apart in the input of a linear layer."""
     search = _Search(base)
-    with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(base))
-        stack.enter_context(gradients_for_all(base))
-        for name, module in search.modules.items():
-            weight = getattr(module, "weight", None)
-            if isinstance(module, nn.Linear | Conv1D) and isinstance(weight, Tensor) and weight.ndim == 2:
-                stack.callback(module.register_forward_pre_hook(partial(search.read, name)).remove)
-        stack.enter_context(_Watcher(search.modules, search.see))
+    hooks = (
+        module.register_forward_pre_hook(in_own_thread(partial(search.read, name)))
+        for name, module in search.modules.items()
+        if isinstance(module, nn.Linear | Conv1D)
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.ndim == 2
+    )
+    with evaluation_mode(base), gradients_for_all(base), hooked(hooks), _Watcher(search.modules, search.see):
         base(**inputs)
     return {name: site for name, site in search.sites.items() if name not in search.unclear}
 

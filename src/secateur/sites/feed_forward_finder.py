@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from secateur.errors import UnsupportedModelError
 from secateur.sites.feed_forward import FeedForwardSite, channel_axis, is_projection, num_channels, read_slice
 from secateur.sites.layout import Slice
 from secateur.sites.ownership import Ownership, Part, only
+from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread
 
 _MOST_MATRICES = 3  # that write neurons; a graph that meets more of them before any other is the residual stream's
 _WRITERS = (nn.Linear, Conv1D, _ConvNd, _BatchNorm)
@@ -61,7 +63,7 @@ class FeedForwardFinder:
         self.found: dict[str, FeedForwardSite] = {}
         self.refused: dict[str, str] = {}
 
-    @contextmanager
+    @undoing
     def watching(self) -> Iterator[None]:
         """Watch what every projection takes and writes meanwhile, and let all that is written look awake.
 
@@ -80,10 +82,11 @@ class FeedForwardFinder:
         with ExitStack() as hooks:
             for name, module in self.modules.items():
                 if is_projection(module):
-                    hooks.callback(module.register_forward_pre_hook(self._reader(name), with_kwargs=True).remove)
-                    hooks.callback(module.register_forward_hook(self._noter(name)).remove)
+                    read, note = in_own_thread(self._reader(name)), in_own_thread(self._noter(name))
+                    hooks.callback(module.register_forward_pre_hook(read, with_kwargs=True).remove)
+                    hooks.callback(module.register_forward_hook(note).remove)
                 if isinstance(module, _WRITERS):
-                    hooks.callback(module.register_forward_hook(awake).remove)
+                    hooks.callback(module.register_forward_hook(in_own_thread(awake)).remove)
             yield
 
     def _noter(self, name: str) -> Callable[..., None]:

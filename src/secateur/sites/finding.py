@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from secateur.models.base_model import base_of
 from secateur.models.finite import tensors_of
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import check_loaded
-from secateur.models.state import evaluation_mode, gradients_for_all, held, in_float32, without_autocast
+from secateur.models.state import evaluation_mode, gradients_for_all, held, in_float32, weights_change, without_autocast
 from secateur.sites.attention import find_sites
 from secateur.sites.feed_forward import FeedForwardSite, is_projection
 from secateur.sites.feed_forward_finder import FeedForwardFinder
@@ -24,10 +24,12 @@ from secateur.sites.layout import AttentionSite, Site
 from secateur.sites.narrowing import Undo, narrow_
 from secateur.sites.recipe import KINDS, Recipe, read_recipe
 from secateur.sites.unit_gates import unit_gates
+from secateur.support.interrupts import interruptible, undoing
 
 _SAME = 1e-4  # of outputs in float32, relative to the largest where that is above 1
 
 
+@interruptible
 def find_units(
     model: nn.Module, units: Collection[str] = tuple(KINDS), inputs: Mapping[str, Any] | None = None
 ) -> dict[str, Site]:
@@ -168,19 +170,27 @@ def _reason_against(base: PreTrainedModel, site: FeedForwardSite, inputs: Mappin
     kept = torch.arange(site.num_units) % 2 == 0
     if site.num_units < 2:
         return ""
-    undo: Undo = []
     with unit_gates(base, {site.name: kept.float()}):
         wanted = _outputs(base, inputs)
     try:
-        narrow_(base, site, kept, undo)
-        found = _outputs(base, inputs)
+        with weights_change(base), _undone() as undo:
+            narrow_(base, site, kept, undo)
+            found = _outputs(base, inputs)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, AttributeError) as error:
         return f"its code counts on all neurons ({' '.join(str(error).split())[:120]})"
+    same = [a.shape == b.shape and _close(a, b) for a, b in zip(wanted, found, strict=False)]
+    return "" if len(wanted) == len(found) and all(same) else "without its neurons the model differs from the gated one"
+
+
+@undoing
+def _undone() -> Iterator[Undo]:
+    """Yield a list of steps that undo what is done, and take them at the end."""
+    undo: Undo = []
+    try:
+        yield undo
     finally:
         for step in reversed(undo):
             step()
-    same = [a.shape == b.shape and _close(a, b) for a, b in zip(wanted, found, strict=False)]
-    return "" if len(wanted) == len(found) and all(same) else "without its neurons the model differs from the gated one"
 
 
 def _is_adapters(base: PreTrainedModel, site: FeedForwardSite) -> bool:

@@ -13,8 +13,9 @@ Attention that does not go through the interface is reached by hooks instead: se
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -32,6 +33,8 @@ from secateur.models.state import evaluation_mode, held, without_autocast
 from secateur.sites.direct import Computed, DirectSite, inside_interface, is_known, known_sites, look_for_sites, watch
 from secateur.sites.implementation import PREFIX, goes_through_interface, own_names
 from secateur.sites.unit_gates import takes_plain_gates, unit_gates
+from secateur.support.interrupts import interruptible, undoing
+from secateur.support.threads import in_own_thread, is_own
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +65,14 @@ class _Probe:
     callback: Callable[[HeadReading], None] | None
     gates: Mapping[str, Tensor]
     weights: bool
+    thread: int = field(default_factory=threading.get_ident)  # whose passes it is for
     reached: set[str] = field(default_factory=set)  # sites that attended through the interface since it was looked at
 
 
 _active: list[_Probe] = []  # outermost first
 
 
-@contextmanager
+@undoing
 def probe(
     model: nn.Module,
     callback: Callable[[HeadReading], None] | None = None,
@@ -103,7 +107,7 @@ def is_probed(base: PreTrainedModel) -> bool:
     return any(entry.model is base for entry in _active)
 
 
-@contextmanager
+@undoing
 def _probing(
     base: PreTrainedModel, callback: Callable[[HeadReading], None] | None, gates: Mapping[str, Tensor], weights: bool
 ) -> Iterator[None]:
@@ -130,7 +134,7 @@ def _probing(
             raise SecateurError("gates and probes of one model must end in reverse order: one that began later is left")
 
 
-@contextmanager
+@undoing
 def _none_passed_over(entry: _Probe, direct: Mapping[str, DirectSite]) -> Iterator[None]:
     """Raise where a module has run whose gate the interface did not apply. Other hooks see to the `direct` sites."""
 
@@ -146,7 +150,7 @@ def _none_passed_over(entry: _Probe, direct: Mapping[str, DirectSite]) -> Iterat
         for site, gate in entry.gates.items():
             if site not in direct and gate.numel():
                 module = entry.model.get_submodule(site)
-                hooks.callback(module.register_forward_hook(partial(check, site)).remove)
+                hooks.callback(module.register_forward_hook(in_own_thread(partial(check, site))).remove)
         yield
 
 
@@ -190,7 +194,7 @@ def _attend(
         inside_interface.active = outer
     for entry in _active.copy():
         site = entry.names.get(id(module))
-        if site is None:
+        if site is None or not is_own(entry.thread):
             continue
         if outputs.ndim != 4 or outputs.shape[2] != query.shape[1]:
             raise UnsupportedModelError(f"site {site}: its attention function does not keep the heads apart")
@@ -242,6 +246,7 @@ for _name in ("eager", "sdpa"):
     AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
 
+@interruptible
 @torch.no_grad()
 def count_heads(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Run `model` once and return, for each site it reached, its numbers of heads and of key-value heads."""

@@ -8,12 +8,16 @@ does, may ask for another implementation in between. That one is looked up throu
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread, is_own
 
 PREFIX = "secateur_"
 
@@ -23,15 +27,29 @@ class _Name(str):
 
     Only `==` and `in` say so: code asks `in ("eager", "sdpa")` for what its attention function takes. `!=` compares the
     text, as code asks `!= "eager"` for whether to look a function up, and transformers for whether a name is another.
+
+    To other threads than the one that holds the model it is the name that was asked for: their passes, of which one may
+    be on its way, build masks and attend as they would without us.
     """
 
-    asked: str | None
+    asked: str | None = None
     """The name that the caller or the model chose."""
 
+    thread: int = 0
+
     def __eq__(self, other: object) -> bool:
+        if not is_own(self.thread):
+            return isinstance(other, str) and str(other) == self._text()
         return isinstance(other, str) and str(other) in (str(self), self.removeprefix(PREFIX))
 
-    __hash__ = str.__hash__
+    def __ne__(self, other: object) -> bool:
+        return str.__ne__(self._text(), other)
+
+    def __hash__(self) -> int:
+        return hash(self._text())
+
+    def _text(self) -> str:
+        return str(self) if is_own(self.thread) else self.asked or self.removeprefix(PREFIX)
 
 
 class _Names:
@@ -53,7 +71,7 @@ class _Names:
             if open_now:
                 kind = _kind(self.base, asked, any(names.maps for names in open_now))
                 name = _Name(PREFIX + kind if key in self.reaching else kind)
-                name.asked = asked
+                name.asked, name.thread = asked, threading.get_ident()
             config._attn_implementation_internal = name
 
     def before_pass(self, module: Any, _: Any) -> None:
@@ -65,7 +83,7 @@ class _Names:
 _open: list[_Names] = []  # outermost first
 
 
-@contextmanager
+@undoing
 def own_names(base: PreTrainedModel, maps: bool) -> Iterator[None]:
     """Let the model look up our attention functions meanwhile, those that return maps where `maps` asks for them.
 
@@ -74,7 +92,7 @@ def own_names(base: PreTrainedModel, maps: bool) -> Iterator[None]:
     names = _Names(base, maps)
     with ExitStack() as hooks:
         for module in names.modules:
-            hooks.callback(module.register_forward_pre_hook(names.before_pass).remove)
+            hooks.callback(module.register_forward_pre_hook(in_own_thread(names.before_pass)).remove)
         _open.append(names)
         try:
             names.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -84,7 +85,11 @@ class LayerFinder:
             yield
 
     def _reader(self, name: str, number: int) -> Callable[..., None]:
+        thread = threading.get_ident()
+
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if threading.get_ident() != thread:
+                return  # another may run the model meanwhile
             seen = self.seen.setdefault(name, _Seen())
             taken, written = stream_into(args, kwargs), stream_out_of(output)
             keeps_shape = taken is not None and written is not None and taken.shape == written.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from secateur.errors import UnsupportedModelError
 from secateur.sites.feed_forward import channel_axis, is_projection
 from secateur.sites.layers import stream_into, stream_out_of
+from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread
 
 
 def takes_plain_gates(module: nn.Module) -> bool:
@@ -19,7 +21,7 @@ def takes_plain_gates(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) or is_projection(module)
 
 
-@contextmanager
+@undoing
 def unit_gates(base: PreTrainedModel, gates: Mapping[str, Tensor]) -> Iterator[None]:
     """Within this context neurons are multiplied by their gates, and layers are left out as far as theirs say.
 
@@ -32,10 +34,10 @@ def unit_gates(base: PreTrainedModel, gates: Mapping[str, Tensor]) -> Iterator[N
             module = base.get_submodule(name)
             if isinstance(module, nn.ModuleList):
                 for number, layer in enumerate(module):
-                    handle = layer.register_forward_hook(_blend(gate[..., number]), with_kwargs=True)
+                    handle = layer.register_forward_hook(in_own_thread(_blend(gate[..., number])), with_kwargs=True)
                     hooks.callback(handle.remove)
             else:
-                hook = _multiply(name, gate, channel_axis(module))
+                hook = in_own_thread(_multiply(name, gate, channel_axis(module)))
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
@@ -69,7 +71,7 @@ def _blend(gate: Tensor) -> Callable[..., Any]:
     return hook
 
 
-@contextmanager
+@undoing
 def reached(base: PreTrainedModel, names: Iterator[str] | list[str], found: set[str]) -> Iterator[None]:
     """Within this context the sites of neurons and layers among `names` that a pass runs are added to `found`."""
 
@@ -80,5 +82,5 @@ def reached(base: PreTrainedModel, names: Iterator[str] | list[str], found: set[
         for name in names:
             module = base.get_submodule(name)
             for one in module if isinstance(module, nn.ModuleList) else [module]:
-                hooks.callback(one.register_forward_pre_hook(hook(name)).remove)
+                hooks.callback(one.register_forward_pre_hook(in_own_thread(hook(name))).remove)
         yield

@@ -7,30 +7,27 @@ stays one, and a file that is replaced hands on its mode; pipes and devices are 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from secateur.errors import InvalidInputError, SecateurWarning, WriteError, invalid
+from secateur.errors import SecateurWarning, WriteError, invalid
+from secateur.support.disk_refusals import NOTHING_LEFT, disk_refusal, write_error
+from secateur.support.parsing import LARGEST_JSON, parse_json, read_within
 
 LOCK = ".lock"
 """The file in a folder that grows with the work, which a run holds meanwhile."""
 
 _UNFINISHED = "unfinished"
-_NOTHING = "nothing half-written is left"
-# What the disk says no to, whoever was writing; other errors of a folder's contents are those of reading something.
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -43,7 +40,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
     Raises `WriteError`, and leaves what was there, where the disk does not take it, and `InvalidInputError` for a disk.
     """
-    path, left = Path(path), _NOTHING
+    path, left = Path(path), NOTHING_LEFT
     try:
         there = _status(path)
         if _is_stream(there):
@@ -52,11 +49,51 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         else:
             _replace(Path(os.path.realpath(path)), there, content)
     except OSError as error:
-        raise _write_error(path, error, left) from error
+        raise write_error(path, error, left) from error
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files as `write_bytes` does, all or none: each is on the disk before the first takes its place.
+
+    Raises what `write_bytes` raises.
+    """
+    path, waiting, new = Path(), [], []
+    try:
+        for path, content in files.items():
+            if not _is_stream(there := _status(path)):
+                target = Path(os.path.realpath(path))
+                new += [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+                waiting.append((_beside(target, there, content), target))
+        for temporary, target in waiting:
+            os.replace(temporary, target)
+            _sync(target.parent)
+    except BaseException as error:
+        for temporary, _ in waiting:
+            temporary.unlink(missing_ok=True)
+        for folder in new:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
+        raise
+    for path, content in files.items():
+        if _is_stream(_status(path)):
+            write_bytes(path, content)
 
 
 def _replace(path: Path, there: os.stat_result | None, content: bytes) -> None:
     """Put a file with the content in the place of the one that is `there`."""
+    temporary = _beside(path, there, content)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _beside(path: Path, there: os.stat_result | None, content: bytes) -> Path:
+    """Bring the content to the disk under a hidden name beside `path`, and return that."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{_UNFINISHED}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -66,11 +103,10 @@ def _replace(path: Path, there: os.stat_result | None, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    return temporary
 
 
 def _hand_on(there: os.stat_result, handle: int) -> None:
@@ -107,14 +143,11 @@ def _is_stream(found: os.stat_result | None) -> bool:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises `InvalidInputError` where it is absent, no file, or no JSON."""
+    """Read a JSON file. Raises `InvalidInputError` where it is absent, no file, or not what `parse_json` takes."""
     path = Path(path)
     if not path.is_file():
         raise invalid("path", "name a JSON file that exists", str(path))
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidInputError(f"{path} is no JSON file: {error}") from None
+    return parse_json(read_within(path, LARGEST_JSON), str(path))
 
 
 def append_line(path: str | Path, row: Any) -> None:
@@ -139,7 +172,7 @@ def append_line(path: str | Path, row: Any) -> None:
         if whole is not None:  # else it could not even be read
             with suppress(OSError):
                 os.truncate(path, whole)
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
 
 
 def read_lines(path: str | Path) -> list[Any]:
@@ -150,13 +183,8 @@ def read_lines(path: str | Path) -> list[Any]:
     path = Path(path)
     if not path.is_file():
         return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InvalidInputError(f"{path}, line {number} is no JSON: {error}") from None
-    return rows
+    lines = read_within(path, LARGEST_JSON).split(b"\n")[:-1]
+    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def check_new_folder(path: str | Path) -> Path:
@@ -194,7 +222,7 @@ def check_can_write(path: str | Path) -> None:
     try:
         stream = _is_stream(_status(path))
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     place = path if stream else Path(os.path.realpath(path)).parent
     if not os.access(place, os.W_OK if stream else os.W_OK | os.X_OK):
         raise WriteError(f"{place} cannot be written to; choose another place, or get permission to write there")
@@ -214,7 +242,7 @@ def one_run(lock: Path, out: str | Path) -> Iterator[None]:
     except Timeout:
         raise invalid("out", "be written by one run at a time", str(out), "wait for the other one to end") from None
     except OSError as error:
-        raise _write_error(Path(out), error) from error
+        raise write_error(Path(out), error) from error
     try:
         yield
     finally:
@@ -266,10 +294,10 @@ def _staged(place: Path, shown: str | Path) -> Iterator[Path]:
         _sync(place.parent)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        refused = _refusal(error)
+        refused = disk_refusal(error)
         if refused is None:
             raise
-        raise _write_error(Path(shown), refused) from error
+        raise write_error(Path(shown), refused) from error
 
 
 def remove_folder(path: Path) -> None:
@@ -319,19 +347,3 @@ def _end_of_lines(file: Any) -> int:
         return size
     file.seek(0)
     return int(file.read().rfind(b"\n")) + 1
-
-
-def _refusal(error: BaseException) -> OSError | None:
-    """Return the disk's refusal that an exception tells of; libraries in Rust word it in exceptions of their own."""
-    if isinstance(error, WriteError) or not isinstance(error, Exception):
-        return None
-    if isinstance(error, OSError):
-        return error if error.errno in _REFUSALS else None
-    told = re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))
-    number = int(told[1] or told[2]) if told else None
-    return OSError(number, os.strerror(number)) if number in _REFUSALS else None
-
-
-def _write_error(path: Path, error: OSError, left: str = _NOTHING) -> WriteError:
-    reason = error.strerror or str(error)
-    return WriteError(f"{path} cannot be written: {reason}; {left}")

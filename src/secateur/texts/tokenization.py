@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +11,7 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from secateur.errors import invalid
 from secateur.support.checks import check_tokenizer, check_whole
+from secateur.support.interrupts import undoing
 from secateur.texts.whole_tables import how_to_choose_of_rows
 
 Text: TypeAlias = str | tuple[str, str]
@@ -63,7 +63,7 @@ def tokenize(tokenizer: Any, texts: Sequence[Text], max_length: int = 128) -> An
     return made
 
 
-@contextmanager
+@undoing
 def padding_token(tokenizer: Any) -> Iterator[None]:
     """Let a tokenizer without a padding token pad with its end-of-sequence token until the block ends.
 
