@@ -1,6 +1,7 @@
 """`secateur reproduce`: the paper's experiment in one folder, stopped and gone on with."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_a_stopped_reproduction_goes_on_to_its_table(given, tmp_path, capsys, mo
     assert "</html>" in (out / "report.html").read_text()
 
 
-def test_a_given_pruner_takes_the_place_of_training(given, tmp_path, capsys):
+def test_a_given_pruner_takes_the_place_of_training(given, tmp_path, capsys, monkeypatch):
     authors = tmp_path / "base.bin"
     torch.save(MetaPruner().state_dict(), authors)
     code, text, err = reproduce(capsys, tmp_path / "r", *given[:4], "--pruner", authors)
@@ -107,6 +108,10 @@ def test_a_given_pruner_takes_the_place_of_training(given, tmp_path, capsys):
         assert (code, text) == (2, ""), more
         assert message in err
         assert len(err.strip().splitlines()) == 1, err
+    monkeypatch.setattr("secateur.reproducing.reproduce.Accelerator", lambda **_: SimpleNamespace(num_processes=2))
+    code, _, err = reproduce(capsys, tmp_path / "new", *given)
+    assert code == 2
+    assert "runs in one process; start `meta-train` in several" in err
     assert not (tmp_path / "new").exists()
 
 

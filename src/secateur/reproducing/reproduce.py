@@ -85,7 +85,7 @@ def reproduce(
         )
     _check_folder(out, wanted)
     # What may be wrong is read before the folder gets anything.
-    subject = Subject(load_model(wanted.model, device), load_tokenizer(wanted.model))
+    subject = Subject(load_model(wanted.model, accelerator.device), load_tokenizer(wanted.model))
     if wanted.pruner is not None:
         load_pruner(wanted.pruner)
     check_tasks(list(dict.fromkeys([*wanted.meta_tasks, *wanted.tasks])))
@@ -150,7 +150,8 @@ def _announce(
     """Say what is left to do, and about how long it takes."""
     config, runs = _meta_training(wanted), plan(settings)
     last, there = latest_checkpoint(out / META_TRAINING), rows_by_run(out / COMPARISON)
-    steps = config.steps - (0 if last is None else int(last.name.removeprefix(CHECKPOINT)))
+    done = 0 if last is None else int(last.name.removeprefix(CHECKPOINT))
+    steps = config.steps - done if wanted.pruner is None else 0
     missing = [run for run in runs if run not in there]
     lines = [f"{wanted.scale}: {SCALES[wanted.scale].about}"]
     passes = pass_seconds(subject, tasks, settings.training.max_length) if steps or missing else {}
