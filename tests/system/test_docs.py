@@ -3,11 +3,16 @@
 import importlib.util
 import inspect
 import re
+import statistics
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_rel
 
 import secateur
+from secateur.comparing.summary import ALL_TASKS, summarise
 from secateur.scorers import SCORERS, scorer_class
 from secateur.support.files import read_json, read_lines
 
@@ -118,3 +123,70 @@ def test_links_and_pictures_of_the_pages_exist():
         for place in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose):
             if not place.startswith("generated/"):
                 assert (page.parent / place).exists(), f"{page.name}: {place}"
+
+
+PAPER = (ROOT / "docs" / "paper-table.md").read_text(encoding="utf-8")
+
+
+def test_what_the_papers_table_says_of_fine_tuning():
+    glue, four, two = (read_lines(RESULTS / f"{name}.jsonl") for name in ("glue", "rivals", "rivals_mnli_qnli"))
+    half = {(row["scorer"], row["task"], row["seed"]): row for row in four + two if row["ratio"] == 0.5}
+    smp = {key[1:]: row for key, row in half.items() if key[0] == "smp"}
+
+    def retention(rows, scorer):
+        found = {(s.scorer, s.ratio): s.retention for s in summarise(rows) if s.task == ALL_TASKS}
+        return f"{found[scorer, 0.5]:.1%}"
+
+    def less(scorer, tasks=None):
+        runs = [run for run in smp if tasks is None or run[0] in tasks]
+        pairs = [(smp[run]["value"], half[(scorer, *run)]["value"]) for run in runs]
+        p_value = ttest_rel(*zip(*pairs, strict=True)).pvalue
+        return len(pairs), f"{statistics.fmean(one - other for one, other in pairs):+.3f}".replace("0.", "."), p_value
+
+    def shared(is_same):
+        pairs = [(smp[a]["kept_heads"], smp[b]["kept_heads"]) for a, b in combinations(smp, 2) if is_same(a, b)]
+        return statistics.fmean(
+            sum(len(set(a[site]) & set(b[site])) for site in a) / sum(map(len, a.values())) for a, b in pairs
+        )
+
+    (count, more, p_value), (_, fewer, p_fewer) = less("random"), less("contribution")
+    for cell in (
+        f"`smp` keeps {retention(glue, 'smp')} |",
+        f"`smp` keeps {retention(four, 'smp')} |",
+        f"`smp` keeps {retention(two, 'smp')}, random heads {retention(two, 'random')} |",
+        f"{count} pairs of those six tasks | {more} (p = {p_value:.2f}); "
+        f"on STS-B alone {less('random', ['stsb'])[1]} |",
+        f"which learns nothing | {fewer} (p = {p_fewer:.2f}) |",
+        f"| {shared(lambda a, b: a[0] != b[0] and a[1] == b[1]):.0%} between tasks, "
+        f"{shared(lambda a, b: a[0] == b[0]):.0%} within a task |",
+    ):
+        assert cell.replace("p = 0.", "p = .") in PAPER, cell
+
+
+def test_what_the_papers_table_says_of_representations_and_time():
+    representations = read_json(RESULTS / "representations.json")
+
+    def mean(part, number, scorer, ratio=0.5):
+        wanted = (scorer, "uniform", ratio)
+        rows = [r for r in representations[part] if (r["scorer"], r["allocation"], r["ratio"]) == wanted]
+        return f"{statistics.fmean(row[number] for row in rows):.3f}".removeprefix("0")
+
+    similar, kl = partial(mean, "similarity", "spearman"), partial(mean, "rows", "kl")
+    curve = read_json(RESULTS / "learning_curves.json")["straight-through (paper), SGD"]["held_out"]
+    start, end = (f"{statistics.fmean(curve[at][1].values()):.3f}".removeprefix("0") for at in (0, -1))
+    passes = {name: found[1] for name, found in read_json(RESULTS / "scoring_profile.json")["dense_passes"].items()}
+    for cell in (
+        f"dense {similar('dense', 0.0)}, `smp` {similar('smp')}, random {similar('random')} |",
+        f"`smp` {kl('smp')}, random {kl('random')}, `contribution` {kl('contribution')} |",
+        f"signal, {curve[-1][0]} updates of 16 texts | KL from {start} to {end} |",
+        f"| {passes['smp']:.2f}; leave-one-out {passes['leave_one_out']:.1f} |",
+    ):
+        assert cell in PAPER, cell
+    for name, model, of, work, shape in (
+        ("speed_up", "half, scope site", None, "training step", "8x128"),
+        ("speed_up", "half, scope site", None, "pass", "8x128"),
+        ("gpu_speed_bert_base", "half", "BERT-base", "pass", "64x128"),
+    ):
+        rows = read_json(RESULTS / f"{name}.json")["rows"]
+        row = next(r for r in rows if (r["model"], r.get("of"), r["work"], r["shape"]) == (model, of, work, shape))
+        assert f"| {row['speed_up_quartiles'][1]:.3f} times as fast | " in PAPER

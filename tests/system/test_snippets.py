@@ -49,6 +49,7 @@ LITTLE = {
     "finetune": "--epochs 1",
     "joint-train": "--samples 1 --texts 8 --batch-size 4 --judges 1",
     "prune": "--steps 2",
+    "reproduce": "--scale tiny --model MODEL --data DATA --jobs 1",
     "meta-train": "--steps 1 --batch-size 4 --batches-per-step 1",
 }
 

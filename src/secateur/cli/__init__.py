@@ -21,6 +21,7 @@ from secateur.cli.meta_train import meta_train
 from secateur.cli.prune import prune
 from secateur.cli.quiet import quiet, verbose_option
 from secateur.cli.report import report
+from secateur.cli.reproduce import reproduce
 from secateur.cli.score import score
 from secateur.cli.verify import verify
 from secateur.errors import SecateurError
@@ -35,7 +36,20 @@ def cli() -> None:
 
 
 _FROM_MODEL_TO_SMALLER = (info, score, prune, verify)
-_BESIDE_IT = (bench, distill, finetune, evaluate, meta_train, joint_train, compare, report, export, convert, demo)
+_BESIDE_IT = (
+    bench,
+    distill,
+    finetune,
+    evaluate,
+    meta_train,
+    joint_train,
+    compare,
+    reproduce,
+    report,
+    export,
+    convert,
+    demo,
+)
 for command in (*_FROM_MODEL_TO_SMALLER, *_BESIDE_IT):
     cli.add_command(verbose_option(command))
 

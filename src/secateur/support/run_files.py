@@ -31,6 +31,13 @@ SAMPLES = "samples"
 CHECKPOINT = "checkpoint-"
 """In a meta-training's folder; the number of updates follows."""
 
+DATA = "data"
+META_TRAINING = "meta-training"
+COMPARISON = "comparison"
+TABLE = "results.md"
+NUMBERS = "results.json"
+"""In a reproduction's folder: the demo's sentences where these serve, its two parts, and what they give."""
+
 
 def scores_stem(task: str, scorer: str, seed: int, ratio: float | None = None) -> str:
     """Return the name, less the ending, of a comparison's scores; `ratio` where they are good for one alone."""
