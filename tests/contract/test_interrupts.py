@@ -111,6 +111,15 @@ def all_contexts(model):
         pass
 
 
+@pytest.fixture
+def heard():
+    """A process that was started in the background ignores Ctrl-C, and so does every test in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     ("call", "moments"),
     [
