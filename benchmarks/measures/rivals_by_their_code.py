@@ -10,6 +10,7 @@ all-MiniLM-L6-v2 is fine-tuned on up to 6,000 training texts of a task, and prun
 - "kwon", Kwon et al. 2022, reads their labels; "k-prune", Park et al. 2024, does not. Both never train. Their `main.py`
   runs unchanged, evaluation included (rival_worker.py says with which shim), with its own settings: K-prune with those
   of its scripts/run.sh, but for the number of texts: it reads 100,000 tokens, which are 1,878 texts of MRPC.
+  On STS-B its loss sets each prediction against all of its batch, as shapes broadcast; that is left as it is.
 - "reconstructed" is `prune` without distillation, which never trains either. "distilled" is `prune` by its defaults.
 - "distilled on all" reads all texts that the model was fine-tuned on, without labels.
 - "before fine-tuning" prunes the encoder itself by the defaults, on all of these texts, and fine-tunes it then.
