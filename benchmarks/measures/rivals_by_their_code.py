@@ -1,9 +1,10 @@
 """Pruners of fine-tuned models by their own code beside ours, at equal multiply-accumulates.
 
-    git clone https://github.com/WoosukKwon/retraining-free-pruning WORK/retraining-free-pruning
-    git clone https://github.com/snudm-starlab/K-prune WORK/K-prune
     python3.11 -m venv WORK/env && WORK/env/bin/python -m pip install -r benchmarks/peers-rivals-requirements.txt
     python -m benchmarks.run rivals_by_their_code --data GLUE --work WORK
+
+WORK holds clones of the rivals' repositories, named as on GitHub: WoosukKwon's `retraining-free-pruning` and
+snudm-starlab's `K-prune`. Rows name their commits.
 
 all-MiniLM-L6-v2 is fine-tuned on up to 6,000 training texts of a task, and pruned on 2,048 of these, the same for all:
 
