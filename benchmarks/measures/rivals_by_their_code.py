@@ -64,7 +64,11 @@ def measure(run: Run, *, cells: list[list[Any]]) -> None:
             for task, subject in subjects.items():
                 if (task, seed, way, limit) in done:
                     continue
-                found = WAYS[way](subject, limit)
+                try:
+                    found = WAYS[way](subject, limit)
+                except subprocess.CalledProcessError as error:  # the others go on; the next start tries it again
+                    print(f"{task}, {way}, {limit}: {error}", flush=True)
+                    continue
                 metrics = found.pop("metrics")
                 value, dense = metrics[subject.metric], subject.dense[subject.metric]
                 run.add(
