@@ -73,7 +73,7 @@ def test_a_tokenizers_settings_name_no_file_outside(folder, tmp_path):
     with pytest.raises(SecateurError, match=r"`vocab` must name no file outside the folder, got .*words"):
         load_tokenizer(folder)
     (folder / "words").write_bytes(words.read_bytes())
-    change(folder / "tokenizer_config.json", vocab=str(folder / "words"), old_file="/root/.cache/not/here")
+    change(folder / "tokenizer_config.json", vocab=str(folder / "words"), old_file="/no/such/folder/here")
     assert "hunter2" in load_tokenizer(folder).get_vocab()
 
 
