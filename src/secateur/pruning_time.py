@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from secateur.scorers.base import Scorer
 from secateur.settings import Cut, Reading, Restore
 from secateur.sites.layout import Site
 from secateur.support.defaults import UNITS
+from secateur.support.durations import duration
 from secateur.texts.calibration import PreparedModel
 
 _WIDTH = 512  # of the matrix that is factored to see how long that takes
@@ -126,14 +126,9 @@ def widths_of(base: PreTrainedModel, sites: Mapping[str, Site]) -> list[int]:
 
 
 def in_words(seconds: Mapping[str, float]) -> str:
-    """Say how long phases take together and one by one, such as "about 2 minutes: scoring 10 s, distillation 2 min"."""
-    total = sum(seconds.values())
-    whole = f"{math.ceil(total)} seconds" if total < 90 else f"{round(total / 60)} minutes"
-    parts = [
-        f"{name} {math.ceil(found)} s" if found < 90 else f"{name} {round(found / 60)} min"
-        for name, found in seconds.items()
-    ]
-    return f"about {whole}: {', '.join(parts)}"
+    """Say how long phases take together and one by one, such as "about 2 min: scoring 10 s, distillation 2 min"."""
+    parts = ", ".join(f"{name} {duration(found)}" for name, found in seconds.items())
+    return f"about {duration(sum(seconds.values()))}: {parts}"
 
 
 def planned(

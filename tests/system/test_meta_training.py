@@ -19,8 +19,8 @@ from secateur.meta_training.config import MetaTrainingConfig
 from secateur.meta_training.held_out import HeldOut, Judge
 from secateur.meta_training.meta_step import MetaTraining
 from secateur.meta_training.outcomes import Outcome
-from secateur.meta_training.paper import duration, train_meta_pruner
 from secateur.meta_training.paper import run as run_to_the_end
+from secateur.meta_training.paper import train_meta_pruner
 from secateur.meta_training.runs import Log, latest_checkpoint
 from secateur.meta_training.subjects import Subject
 from secateur.pruners.map_network import MetaPruner
@@ -28,6 +28,7 @@ from secateur.relations import gated_representations, relational_kl
 from secateur.scorers.score import score
 from secateur.scorers.smp import SmpScorer
 from secateur.sites.attention import find_sites
+from secateur.support.durations import duration
 from secateur.texts.data import Task
 from secateur.units.select import select
 from tests.support.meta import SMALL, TASKS, subject, training

@@ -71,8 +71,8 @@ def test_passes_of_a_criterion(scorer, passes):
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        ({"scoring": 9.2, "distillation": 20}, "about 30 seconds: scoring 10 s, distillation 20 s"),
-        ({"scoring": 10, "distillation": 290}, "about 5 minutes: scoring 10 s, distillation 5 min"),
+        ({"scoring": 9.2, "distillation": 20}, "about 30 s: scoring 10 s, distillation 20 s"),
+        ({"scoring": 10, "distillation": 290}, "about 5 min: scoring 10 s, distillation 5 min"),
     ],
 )
 def test_how_long_is_said_in_words(seconds, words):

@@ -33,6 +33,7 @@ from secateur.meta_training.runs import (
 from secateur.meta_training.subjects import Subject, check_subjects, check_tasks
 from secateur.pruners.map_network import MetaPruner
 from secateur.support.checks import check_accelerator, check_flag, check_path, check_positive
+from secateur.support.durations import duration
 from secateur.support.files import replaced_folder
 from secateur.support.processes import from_main
 from secateur.support.run_files import BEST, LOG, PRUNER
@@ -199,10 +200,3 @@ class _Record:
 def _save(pruner: MetaPruner, place: Path) -> None:
     with replaced_folder(place) as folder:
         pruner.save_pretrained(folder)
-
-
-def duration(seconds: float) -> str:
-    """Say how long that is, in the unit that a person would take."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.{int(seconds < 36000)}f} h"

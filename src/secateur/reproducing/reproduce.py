@@ -21,13 +21,14 @@ from secateur.demo import demo_model, demo_task
 from secateur.errors import InvalidInputError, invalid
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.meta_training.held_out import HeldOut
-from secateur.meta_training.paper import duration, train_meta_pruner
+from secateur.meta_training.paper import train_meta_pruner
 from secateur.meta_training.runs import latest_checkpoint
 from secateur.meta_training.subjects import Subject
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.reproducing.forecast import Splits, comparison_seconds, meta_training_seconds, pass_seconds
 from secateur.reproducing.scales import SCALES, SCORERS
 from secateur.scorers.smp import load_pruner
+from secateur.support.durations import duration
 from secateur.support.files import LOCK, is_taken, one_run, read_json, write_text
 from secateur.support.run_files import CHECKPOINT, COMPARISON, DATA, META_TRAINING, PRUNER, SETTINGS
 
