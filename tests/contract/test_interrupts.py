@@ -1,15 +1,28 @@
-"""Ctrl-C in the code that changes a model and puts it back: the model is what it was, or the work is done whole."""
+"""Ctrl-C in the code that changes a model and puts it back: the model is what it was, or the work is done whole.
+
+The suite tries a fixed part of the moments at which a context is entered or left. `make fuzz` tries all of those of the
+contexts themselves, and a thousand of each call, others each time.
+"""
 
 import contextlib
+import copy
+import os
+import random
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.utils import logging
 
 import secateur
+from secateur.finetuning.evaluate import evaluate_model
+from secateur.finetuning.finetune import finetune
+from secateur.measuring.bench import Shape, benchmark
+from secateur.measuring.cost import measure_cost
 from secateur.models.failure import running_modules
 from secateur.models.loading import quiet_transformers
 from secateur.models.state import (
@@ -23,27 +36,40 @@ from secateur.models.state import (
 )
 from secateur.sites.gating import probe
 from secateur.support.interrupts import undoing
+from secateur.texts.data import Task
+from tests.contract.test_fuzz import CASES, FULL
 from tests.support.scoring import condition
 from tests.support.tiny import tiny_texts, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SECTION = "Kills, Ctrl-C and disks"
 TEXTS, TOKENIZER, READING = tiny_texts(6), tiny_tokenizer(), secateur.Reading(batch_size=6, max_length=4)
 SITE = "encoder.layer.0.attention.self"
 GATES = {SITE: torch.ones(2), "encoder.layer.0.output.dense": torch.ones(4)}
 MASK = secateur.Mask({SITE: torch.tensor([True, False])})
+TASK = Task("tiny", TEXTS, [0, 1] * 3)
 CHECKED = (contextlib.__file__, torch.autograd.grad_mode.__file__, torch.overrides.__file__)
 
 
-def model_in_bfloat16():
+def model_in_bfloat16(kind=BertModel, layers=1):
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=4, vocab_size=16)
-    model = BertModel(config).to(torch.bfloat16).train()
+    sizes = {"hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 4, "vocab_size": 16}
+    config = BertConfig(**sizes, num_hidden_layers=layers)
+    model = kind(config).to(torch.bfloat16).train()
     next(model.parameters()).requires_grad_(False)
     return model
 
 
 def score(model):
     secateur.score(model, TEXTS, "contribution", TOKENIZER, reading=READING)
+
+
+def score_neurons(model):
+    secateur.score(model, TEXTS, "contribution", TOKENIZER, reading=READING, units=["heads", "neurons"])
+
+
+def refine(model):
+    secateur.refine_mask(model, MASK, TEXTS, TOKENIZER, steps=1, reading=READING)
 
 
 def reconstruct(model):
@@ -54,8 +80,56 @@ def remove(model):
     secateur.remove_(model, MASK)
 
 
+def remove_all_kinds(model):
+    sites = secateur.find_units(model, ["heads", "neurons", "layers"])
+    kept = {name: torch.arange(site.num_units) > (name != "encoder.layer.0") - 1 for name, site in sites.items()}
+    secateur.remove_(model, secateur.Mask(kept))
+
+
+def distill(model):
+    texts = tiny_texts(21)
+    secateur.distill_(model, copy.deepcopy(model), texts, TOKENIZER, steps=1, reading=READING)
+
+
 def prune(model):
     secateur.prune(model, TEXTS, 0.5, scorer="magnitude", tokenizer=TOKENIZER, reading=READING)
+
+
+def evaluate(model):
+    evaluate_model(model, TOKENIZER, TASK, reading=READING)
+
+
+def tune(model):
+    finetune(model, TASK, tokenizer=TOKENIZER, epochs=1, reading=READING)
+
+
+def bench(model):
+    benchmark({"one": model}, [Shape(1, 4)], rounds=1, train=True)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is interrupted, where the suite does it, and what the call may leave changed."""
+
+    run: Callable
+    moments: range | tuple = ()
+    model: Callable = model_in_bfloat16
+    trains: bool = False  # in place: weights that have moved are what its page promises
+    copies: bool = False  # so that the model itself stays as it was
+
+    def drawn(self, total):
+        """The moments to try, counted from the end where they are negative."""
+        if CASES <= FULL:
+            return self.moments
+        if self.run is all_contexts:
+            return range(total)
+        seed = int.from_bytes(os.urandom(4), "big")
+        print(f"moments drawn with seed {seed}")
+        return sorted(random.Random(seed).sample(range(total), min(total, CASES // (1000 if self.trains else 100))))
+
+
+def classifier():
+    return model_in_bfloat16(BertForSequenceClassification)
 
 
 def state_of(model):
@@ -119,34 +193,56 @@ def heard():
     signal.signal(signal.SIGINT, before)
 
 
+CALLS = {
+    "contexts": Call(all_contexts, range(0, 840, 15)),
+    "score": Call(score, range(0, 2100, 350)),
+    "score, neurons too": Call(score_neurons),
+    "refine_mask": Call(refine),
+    "reconstruct_": Call(reconstruct, range(70, 3700, 900)),
+    "remove_": Call(remove, (400, 4500, -60)),
+    "remove_, neurons and a layer too": Call(remove_all_kinds, (), lambda: model_in_bfloat16(layers=2)),
+    "distill_": Call(distill, (-60,)),
+    "prune": Call(prune, (500,), copies=True),
+    "evaluate": Call(evaluate, (40,), classifier),
+    "finetune": Call(tune, (), classifier, trains=True),
+    "measure_cost": Call(measure_cost, (100,)),
+    "benchmark": Call(bench),
+}
+
+
 @pytest.mark.usefixtures("heard")
-@pytest.mark.parametrize(
-    ("call", "moments"),
-    [
-        (all_contexts, range(0, 840, 15)),
-        (score, range(0, 2100, 350)),
-        (reconstruct, range(70, 3700, 900)),
-        (remove, (400, 4500, -60)),
-        (prune, (500,)),
-    ],
-)
-def test_ctrl_c_leaves_a_model_as_it_was_or_the_work_done(call, moments):
+@pytest.mark.parametrize("name", CALLS)
+def test_ctrl_c_leaves_a_model_as_it_was_or_the_work_done(name, outcome):
     """A model that is half changed is neither what it was before nor what the call makes of it."""
-    model, whole = model_in_bfloat16(), Interrupt()
+    call = CALLS[name]
+    if not call.drawn(1):
+        return
+    model, whole, tried = call.model(), Interrupt(), 0
     before, verbosity = state_of(model), logging.get_verbosity()
-    if call is all_contexts:
-        call(model)  # knows then where its heads are
-    if call is not prune:  # which changes a copy
-        whole.run(call, model)
+    if call.run is all_contexts:
+        call.run(model)  # knows then where its heads are
+    whole.run(call.run, model if not call.copies else copy.deepcopy(model))
     outcomes = [before, state_of(model)]
-    for moment in moments:
-        model = model if call is all_contexts else model_in_bfloat16()
-        with pytest.raises(KeyboardInterrupt):
-            Interrupt(moment if moment >= 0 else whole.passed + moment).run(call, model)
-        assert state_of(model) in outcomes
+    for moment in call.drawn(whole.passed):
+        model = model if call.run is all_contexts else call.model()
+        interrupt = Interrupt(moment if moment >= 0 else whole.passed + moment)
+        try:
+            interrupt.run(call.run, model)
+        except KeyboardInterrupt:
+            tried += 1
+        else:
+            assert interrupt.passed < interrupt.at  # another pass may take fewer steps than the first
+        state = state_of(model)
+        if call.trains:
+            assert state[1:] == before[1:], moment
+        else:
+            assert state in outcomes, moment
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, True)
         all_contexts(model)  # nobody holds it
+    assert tried
+    came = f"{tried:,} of {whole.passed:,} moments tried: the model as it was, or the work done whole"
+    outcome(SECTION, f"Ctrl-C as contexts are entered and left: {name}", came)
 
 
 def test_a_handler_of_the_callers_own_hears_ctrl_c_once_the_context_is_entered():
