@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from secateur.errors import SecateurError, invalid
 from secateur.finetuning.training_checkpoints import Keeping, ResumedTrainer, newest
 from secateur.models.loading import check_device
 from secateur.settings import Reading
+from secateur.support.files import temporary_folder
 from secateur.support.interrupts import undoing
 
 
@@ -45,7 +45,7 @@ def train(
     has not.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="secateur-") if checkpoints is None else nullcontext(checkpoints) as folder,
+        temporary_folder() if checkpoints is None else nullcontext(checkpoints) as folder,
         _kept(getattr(model, "config", None), "use_cache"),
         _kept(model, "forward", "_original_forward"),
     ):

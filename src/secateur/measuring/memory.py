@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from secateur.support.files import temporary_folder
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
@@ -40,8 +40,8 @@ def cpu_allocations(run: Callable[[], Any]) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = run()  # held until the profile ends: a result counts as long as its caller has it
     del result
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
+    with temporary_folder() as folder:
+        trace = folder / "trace.json"
         recorded.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     changes = [event for event in events if event.get("name") == "[memory]"]

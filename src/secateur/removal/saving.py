@@ -8,10 +8,8 @@ from the config that will be saved, without weights, as `from_pretrained` will b
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from secateur.removal.replay import missing_sites
 from secateur.sites.layout import Site
 from secateur.sites.moved import by_names_of_today, mark_sites_, renamed
 from secateur.sites.recipe import KEY, Recipe, read_recipe
+from secateur.support.files import temporary_folder
 
 _WRAPPED = ".base_layer"  # what PEFT calls the layer inside an adapter
 _REMEDY = (
@@ -112,8 +111,8 @@ def _build(model: PreTrainedModel, recipe: dict[str, Any] | None) -> PreTrainedM
     Raises `CheckpointError` where the recipe does not fit, or the config cannot be read back.
     """
     try:
-        with tempfile.TemporaryDirectory() as folder:  # read as a folder is: an infinity is no number in JSON
-            model.config.to_json_file(Path(folder) / "config.json")
+        with temporary_folder() as folder:  # read as a folder is: an infinity is no number in JSON
+            model.config.to_json_file(folder / "config.json")
             data = type(model.config).get_config_dict(folder)[0]
         config: PreTrainedConfig = type(model.config).from_dict(
             {**data, KEY: recipe, "architectures": [type(model).__name__]}

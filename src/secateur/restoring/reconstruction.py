@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from secateur.models.state import check_plain_weights, evaluation_mode, held
 from secateur.relations import RELATED
 from secateur.settings import Reading, settings_of
 from secateur.sites.layout import Site
+from secateur.support.files import temporary_folder
 from secateur.texts.calibration import PreparedModel, is_pair, listed_examples
 from secateur.texts.examples import Example, source_of
 from secateur.texts.halving import in_batches_that_fit
@@ -86,7 +86,7 @@ def _reconstruct_(
     count = 2 * math.ceil(len(examples) / (2 * reading.batch_size))
     size = math.ceil(len(examples) / count)
     with (
-        TemporaryDirectory(prefix="secateur-") as folder, held(base), evaluation_mode(base),
+        temporary_folder() as folder, held(base), evaluation_mode(base),
         torch.inference_mode(False), torch.no_grad(),
     ):  # fmt: skip
         batches = list(prepared.batches(examples, size))
@@ -96,7 +96,7 @@ def _reconstruct_(
         refits: list[Refit] = []
         for name in tqdm(sites, desc="reconstructing", disable=not reading.progress, leave=False):
             if not kept[name].all():
-                file = Path(folder, f"{len(refits)}.pt")
+                file = folder / f"{len(refits)}.pt"
                 refits.append(Refit.of(base, sites[name], kept[name], batches, reading, file))
 
         crossed = []

@@ -14,14 +14,16 @@ import shutil
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from secateur.errors import SecateurWarning, WriteError, invalid
 from secateur.support.disk_refusals import NOTHING_LEFT, disk_refusal, write_error
+from secateur.support.interrupts import undoing
 from secateur.support.parsing import LARGEST_JSON, parse_json, read_within
 
 LOCK = ".lock"
@@ -228,7 +230,7 @@ def check_can_write(path: str | Path) -> None:
         raise WriteError(f"{place} cannot be written to; choose another place, or get permission to write there")
 
 
-@contextmanager
+@undoing
 def one_run(lock: Path, out: str | Path) -> Iterator[None]:
     """Hold the file `lock`, made with its folder, meanwhile: only one run can, and a killed one holds nothing.
 
@@ -249,7 +251,7 @@ def one_run(lock: Path, out: str | Path) -> Iterator[None]:
         held.release()
 
 
-@contextmanager
+@undoing
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Fill a hidden sibling folder and rename it to `path` at the end; after an exception nothing is left.
 
@@ -271,7 +273,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             lock.unlink(missing_ok=True)  # still held, so that nobody else holds what is unlinked
 
 
-@contextmanager
+@undoing
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Do what `new_folder` does, in a folder that the caller holds, and put the result in the place of an older one."""
     with _staged(path, path) as staging:
@@ -279,7 +281,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         remove_folder(path)
 
 
-@contextmanager
+@undoing
 def _staged(place: Path, shown: str | Path) -> Iterator[Path]:
     staging = place.with_name(f".{place.name}.{_UNFINISHED}")
     try:
@@ -298,6 +300,13 @@ def _staged(place: Path, shown: str | Path) -> Iterator[Path]:
         if refused is None:
             raise
         raise write_error(Path(shown), refused) from error
+
+
+@undoing
+def temporary_folder() -> Iterator[Path]:
+    """Yield a folder that goes at the end, also where Ctrl-C comes while it is made or removed."""
+    with TemporaryDirectory(prefix="secateur-") as folder:
+        yield Path(folder)
 
 
 def remove_folder(path: Path) -> None:
