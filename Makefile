@@ -12,7 +12,7 @@ PEERS := .venv-peers
 # Licences of what a user installs. With PyTorch's CUDA build NVIDIA's own is found too, which is for you to accept.
 LICENCES := Apache;BSD;MIT;ISC;MPL;Mozilla Public License;PSF;Python Software Foundation
 
-.PHONY: demo test test-fast browser test-oldest robustness fuzz audit coverage mutation sweep peers docs lint format clean
+.PHONY: demo test test-fast browser test-oldest robustness fuzz audit build sdist-test coverage mutation sweep peers docs lint format clean
 
 demo: $(PLAIN)/.installed
 	rm -rf demo
@@ -48,17 +48,31 @@ fuzz: $(STAMP)
 	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/contract/test_fuzz.py --outcomes=benchmarks/results/fuzz.json
 	FUZZ_CASES=20000 $(BIN)/python -m pytest tests/contract/test_workflows.py
 
-# What a user installs: no licence but those above, and no version with a known vulnerability. The second asks PyPI's
-# advisory database, and fails where a package cannot be looked up there.
+# Every package that a user installs, with its version, why it is there, and its licence; then whether each licence is
+# among those above, and whether a version has a known vulnerability. The last asks PyPI's advisory database, and fails
+# where a package cannot be looked up there.
 audit: $(PLAIN)/.installed $(AUDIT)/.installed
-	$(AUDIT)/bin/pip-licenses --python $(PLAIN)/bin/python --from=mixed --partial-match --allow-only '$(LICENCES)'
-	$(PLAIN)/bin/python -m pip freeze --exclude-editable | sed -n 's/^\([^ ]*==[^+]*\).*/\1/p' > $(AUDIT)/installed.txt
+	$(LICENCES_OF) --format=json --output-file $(AUDIT)/licences.json
+	$(PLAIN)/bin/python benchmarks/installed.py $(AUDIT)/licences.json
+	$(LICENCES_OF) --partial-match --allow-only '$(LICENCES)' > $(AUDIT)/allowed.txt
+	$(PLAIN)/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed -n 's/^\([^ ]*==[^+]*\).*/\1/p' > $(AUDIT)/installed.txt
 	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(AUDIT)/installed.txt
+
+LICENCES_OF := $(AUDIT)/bin/pip-licenses --python $(PLAIN)/bin/python --from=mixed --with-system
 
 $(AUDIT)/.installed: audit-requirements.txt
 	$(PYTHON) -m venv $(AUDIT)
 	$(AUDIT)/bin/python -m pip install --quiet --requirement audit-requirements.txt
 	touch $@
+
+# The sdist and the wheel, in dist/, with their hashes. Built again elsewhere, from the sdist, they must be the same.
+build: $(STAMP)
+	$(BIN)/python benchmarks/distributions.py
+
+# `make test-fast` with nothing but the unpacked sdist, in an environment of its own, which takes minutes to install.
+sdist-test: build
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && tar -xzf dist/secateur-*.tar.gz -C "$$folder" && \
+	  env -u PYTHONPATH -u SECATEUR_SHARED $(MAKE) -C "$$folder"/secateur-* test-fast
 
 # Which lines of src/ the tests run; fails below the share in pyproject.toml. Writes benchmarks/results/coverage.json.
 coverage: $(STAMP)
