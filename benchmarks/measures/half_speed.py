@@ -20,8 +20,9 @@ from benchmarks.runs import Run, minilm
 from transformers import BertConfig, BertModel
 
 from secateur.demo import demo_task
-from secateur.exporting.onnx import FILE, save_onnx
+from secateur.exporting.onnx import save_onnx
 from secateur.measuring.cost import forward_pass, measure_cost
+from secateur.measuring.onnx_graph import FILE
 from secateur.measuring.timing import median_ratio, time_in_turn
 from secateur.models.inputs import example_inputs
 from secateur.pruning import prune

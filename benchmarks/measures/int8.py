@@ -28,10 +28,11 @@ from benchmarks.measures.onnx_norms import session
 from benchmarks.runs import BATCH, LENGTH, Run, alone, memory_mb, minilm
 from scipy.stats import spearmanr
 
-from secateur.exporting.int8 import INT8_FILE, UNFUSED, save_int8
-from secateur.exporting.onnx import FILE, save_onnx
+from secateur.exporting.int8 import save_int8
+from secateur.exporting.onnx import save_onnx
 from secateur.exporting.sentence_embedding import with_embedding
 from secateur.measuring.cost import forward_pass, measure_cost
+from secateur.measuring.onnx_graph import FILE, INT8_FILE, UNFUSED
 from secateur.measuring.timing import median_ratio, time_in_turn
 from secateur.models.inputs import example_inputs
 from secateur.pruning import prune

@@ -19,7 +19,7 @@ from benchmarks.runs import Run
 
 from secateur.demo import MAX_LENGTH, demo_model, demo_task
 from secateur.exporting.export import export_onnx
-from secateur.exporting.onnx import FILE
+from secateur.measuring.onnx_graph import FILE
 from secateur.models.loading import load_model
 from secateur.pruning import prune
 from secateur.settings import Reading

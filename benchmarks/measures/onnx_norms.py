@@ -18,9 +18,9 @@ import onnxruntime
 from benchmarks.measures.half_speed import SHAPES, WAYS, onnx_run
 from benchmarks.runs import Run, minilm
 
-from secateur.exporting.int8 import UNFUSED
-from secateur.exporting.onnx import FILE, save_onnx
+from secateur.exporting.onnx import save_onnx
 from secateur.measuring.cost import measure_cost
+from secateur.measuring.onnx_graph import FILE, UNFUSED
 from secateur.measuring.timing import median_ratio, time_in_turn
 from secateur.models.inputs import example_inputs
 from secateur.pruning import prune

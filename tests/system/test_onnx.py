@@ -140,6 +140,18 @@ def test_int8_beside_it_answers_alike_or_there_is_neither(onnx_classifier, tmp_p
         export_onnx(onnx_classifier / "pruned", tmp_path / "other", "int4")
 
 
+def test_a_graph_is_measured_beside_the_model_that_it_was_made_of(onnx_classifier, capsys):
+    folders = [str(onnx_classifier / name) for name in ("pruned", "onnx")]
+    assert cli.main(["bench", *folders, "--shape", "2x8", "--rounds", "1", "--threads", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in found["rows"]] == ["pruned", "onnx (ONNX)"]
+    assert found["rows"][0]["macs"] == found["rows"][1]["macs"]
+    assert found["rows"][1]["peak_bytes"] is None
+    assert found["weight_bytes"]["onnx (ONNX)"] >= (onnx_classifier / "onnx" / "onnx" / "model.onnx").stat().st_size
+    assert cli.main(["bench", *folders, "--shape", "2x8", "--train"]) == 2
+    assert "`train` must be left out where a model is an ONNX graph" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("said", ["errno 28", "os error 28", "4096 requested and 512 written"])
 def test_a_full_disk_is_called_one(said, onnx_classifier, tmp_path, monkeypatch, capsys):
     """The exporter's packages write in Python, in Rust and by numpy, and wrap what they meet."""

@@ -35,6 +35,8 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure MODELs in turn, the dense one first: latency, memory, and how much of the limit is reached.
 
+    A folder of `secateur export --format onnx` is run by ONNX Runtime: its graph, and the one in int8 if there is one.
+
     The limit is the ratio of multiply-accumulates of the first model to another's; efficiency is the measured speed-up
     as a share of it. Memory is that of tensors beyond the weights.
     """
@@ -42,6 +44,7 @@ def bench(
 
     from secateur.cli.tables import benchmark_table, print_table
     from secateur.measuring.bench import benchmark
+    from secateur.measuring.onnx_graph import graphs_in
     from secateur.models.loading import check_device, load_model
     from secateur.settings import parse_shape
 
@@ -52,7 +55,10 @@ def bench(
         torch.set_num_threads(threads)
     names = [Path(model).name for model in models]
     labels = names if len(set(names)) == len(models) else models
-    loaded = {label: load_model(model, chosen) for label, model in zip(labels, models, strict=True)}
+    loaded: dict[str, Any] = {}
+    for label, model in zip(labels, models, strict=True):
+        graphs = {f"{label} ({runtime})": graph for runtime, graph in graphs_in(model).items()}
+        loaded |= graphs or {label: load_model(model, chosen)}
     result = benchmark(loaded, wanted, progress=True, **options)
     if as_json:
         print_json({**result.to_json(), "command": command_line()})

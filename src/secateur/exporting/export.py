@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from secateur.errors import invalid
 from secateur.exporting.int8 import save_int8
-from secateur.exporting.onnx import FILE, save_onnx
+from secateur.exporting.onnx import save_onnx
 from secateur.exporting.sentence_embedding import with_embedding
 from secateur.exporting.standalone import MODULE, save_standalone
+from secateur.measuring.onnx_graph import FILE
 from secateur.models.loading import find_tokenizer, load_model
 from secateur.models.sentence_transformers import copy_modules, embedding_of
 from secateur.models.tokenizer_saving import save_tokenizer

@@ -15,16 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import SecateurError
-from secateur.exporting.onnx import FILE, one_error, prepared, quietly, text_inputs
+from secateur.exporting.onnx import one_error, prepared, quietly, text_inputs
+from secateur.measuring.onnx_graph import FILE, INT8_FILE, open_graph
 from secateur.measuring.timing import median_ratio, time_in_turn
 from secateur.models.inputs import max_length
 from secateur.texts.tokenization import batches
 
-INT8_FILE = "onnx/model_qint8.onnx"
 MIN_COSINE = 0.95
-UNFUSED = ["SkipLayerNormFusion", "BiasSkipLayerNormFusion"]
-"""Optimisers of ONNX Runtime that make graphs slower on the CPUs that were measured."""
-
 ROUNDS = 5
 _SHAPE = (8, 128)
 _LARGEST_FILE = 2**31  # bytes, of protobuf
@@ -63,14 +60,14 @@ def save_int8(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeniz
     float_bytes = sum(one.stat().st_size for one in file.parent.glob(f"{Path(FILE).name}*"))
     with quietly(), one_error(model, "cannot be quantised in ONNX Runtime"):
         _quantize(folder / FILE, file, float_bytes)
-        cosine = _cosine(model, _session(file), tokenizer)
+        cosine = _cosine(model, open_graph(file), tokenizer)
         if not cosine >= MIN_COSINE:
             raise SecateurError(
                 f"the int8 graph of {type(model).__name__} has a mean cosine of {cosine:.3f} to PyTorch (at least "
                 f"{MIN_COSINE:g} is accepted); export it without `quantize`"
             )
         feed = {name: value.numpy() for name, value in text_inputs(model, *_SHAPE).items()}
-        runs = {one.name: partial(_session(one).run, None, feed) for one in (folder / FILE, file)}
+        runs = {one.name: partial(open_graph(one).run, None, feed) for one in (folder / FILE, file)}
         seconds = time_in_turn(runs, ROUNDS)
     size = sum(one.stat().st_size for one in file.parent.glob(f"{file.name}*"))
     time = median_ratio(seconds[file.name], seconds[Path(FILE).name])
@@ -84,15 +81,6 @@ def _quantize(source: Path, file: Path, size: int) -> None:
         source, file, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
         use_external_data_format=size >= _LARGEST_FILE,
     )  # fmt: skip
-
-
-def _session(file: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    # Idle threads that spin would take the cores from whatever is timed next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNFUSED)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import InvalidInputError, SecateurError, UnsupportedModelError
+from secateur.measuring.onnx_graph import FILE
 from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs, max_length
 from secateur.models.loading import quiet_transformers
@@ -35,9 +36,6 @@ from secateur.sites.recipe import read_recipe
 from secateur.support.disk_refusals import disk_refusal
 
 OPSET = 20
-FILE = "onnx/model.onnx"
-"""Where sentence-transformers and optimum look for a graph in a model's folder."""
-
 AXES = ("batch", "sequence")
 
 _SHAPES = ((1, 2, 0), (1, 17, 0), (3, 9, 4), (2, 40, 11))  # batch, length, padding of every second text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from secateur.errors import invalid
 from secateur.measuring.cost import count_macs, forward_pass
 from secateur.measuring.memory import peak_bytes
+from secateur.measuring.onnx_graph import OnnxGraph
 from secateur.measuring.timing import Clock, quartiles, time_in_turn
 from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs, max_length
@@ -39,7 +40,7 @@ class Measured:
     `work` is "pass" (no gradients) or "training step". `seconds` holds the median of every round. `speed_up` are the
     quartiles, over rounds, of the first model's time divided by this one's; `limit` is the same ratio of
     multiply-accumulates, and `efficiency` how much of that limit the median speed-up reaches. `peak_bytes` are those
-    of tensors beyond the weights, None where the device does not tell.
+    of tensors beyond the weights, None where the device or the runtime does not tell.
     """
 
     model: str
@@ -101,7 +102,7 @@ class Benchmark:
 
 @interruptible
 def benchmark(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | OnnxGraph],
     shapes: Sequence[Shape] = SHAPES,
     *,
     rounds: int = BENCHMARK_ROUNDS,
@@ -111,9 +112,10 @@ def benchmark(
 ) -> Benchmark:
     """Measure base models in turn at each shape, on made-up text without padding; others are held against the first.
 
-    `train` measures training steps too: forward and backward pass and AdamW, on copies. Shapes longer than the models
-    have positions for are cut. `clock` is that of `time_in_turn`. Raises `InvalidInputError` for no models, no shapes,
-    rounds below 1, and another clock.
+    Graphs are run by ONNX Runtime, beside models that PyTorch runs. `train` measures training steps too: forward and
+    backward pass and AdamW, on copies. Shapes longer than the models have positions for are cut. `clock` is that of
+    `time_in_turn`. Raises `InvalidInputError` for no models, no shapes, rounds below 1, another clock, and training
+    steps of graphs.
     """
     if not models:
         raise invalid("models", "name at least one model", list(models))
@@ -122,27 +124,34 @@ def benchmark(
     if clock not in get_args(Clock):
         raise invalid("clock", "be 'wall' or 'cpu'", clock)
     check_whole("rounds", rounds)
-    bases = {name: base_of(model) for name, model in models.items()}
+    graphs = {name: model for name, model in models.items() if isinstance(model, OnnxGraph)}
+    if train and graphs:
+        raise invalid("train", "be left out where a model is an ONNX graph, which only runs", list(graphs))
+    bases = {n: m.base if isinstance(m, OnnxGraph) else base_of(m) for n, m in models.items()}
     load = _load()
     rows: list[Measured] = []
     for shape in dict.fromkeys(_cut(shape, bases) for shape in shapes):
         macs = {name: count_macs(base, shape.batch, shape.length)[0][""] for name, base in bases.items()}
-        for work, prepared in (("pass", _passes), ("training step", _training_steps)):
+        for work, prepared in (("pass", partial(_passes, graphs)), ("training step", _training_steps)):
             if work == "pass" or train:
                 with prepared(bases, shape) as runs:
-                    peaks, seconds = _measure(runs, bases, rounds, clock, progress)
+                    peaks, seconds = _measure(runs, bases, graphs, rounds, clock, progress)
                 rows += _compared(work, shape, macs, peaks, seconds)
     weights = {name: sum(p.numel() * p.element_size() for p in base.parameters()) for name, base in bases.items()}
+    weights |= {name: graph.weight_bytes for name, graph in graphs.items()}
     return Benchmark(rows, weights, _machine(next(iter(bases.values())).device, clock), load + _load())
 
 
 def _measure(
-    runs: Mapping[str, Callable[[], Any]], bases: Mapping[str, PreTrainedModel], rounds: int, clock: Clock,
-    progress: bool,
+    runs: Mapping[str, Callable[[], Any]], bases: Mapping[str, PreTrainedModel], graphs: Collection[str], rounds: int,
+    clock: Clock, progress: bool,
 ) -> tuple[dict[str, int | None], dict[str, list[float]]]:  # fmt: skip
-    """Return each model's peak memory and seconds."""
+    """Return each model's peak memory, where PyTorch allocates it, and seconds."""
     # Before anything else has run: the states of an optimiser appear in its first step, and stay.
-    peaks = {name: peak_bytes(partial(_twice, run), bases[name].device) for name, run in runs.items()}
+    peaks = {
+        name: None if name in graphs else peak_bytes(partial(_twice, run), bases[name].device)
+        for name, run in runs.items()
+    }
     return peaks, time_in_turn(runs, rounds, clock=clock, progress=progress)
 
 
@@ -164,11 +173,16 @@ def _compared(
 
 
 @undoing
-def _passes(bases: Mapping[str, PreTrainedModel], shape: Shape) -> Iterator[dict[str, Callable[[], Any]]]:
+def _passes(
+    graphs: Mapping[str, OnnxGraph], bases: Mapping[str, PreTrainedModel], shape: Shape
+) -> Iterator[dict[str, Callable[[], Any]]]:
     with torch.no_grad(), ExitStack() as modes:
         for base in bases.values():
             modes.enter_context(evaluation_mode(base))
-        yield {name: forward_pass(base, shape.batch, shape.length) for name, base in bases.items()}
+        yield {
+            name: graphs[name].forward_pass(*shape) if name in graphs else forward_pass(base, *shape)
+            for name, base in bases.items()
+        }
 
 
 @undoing

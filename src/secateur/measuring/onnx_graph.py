@@ -1,0 +1,68 @@
+"""Graphs that `secateur export` wrote, in ONNX Runtime on the CPU: where their files are, and how they are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from secateur.models.inputs import example_inputs, max_length
+from secateur.models.sentence_transformers import transformer_folder
+
+FILE = "onnx/model.onnx"
+INT8_FILE = "onnx/model_qint8.onnx"
+"""Where sentence-transformers and optimum look for a graph in a model's folder."""
+
+_RUNTIMES = {"ONNX": FILE, "ONNX, int8": INT8_FILE}
+UNFUSED = ["SkipLayerNormFusion", "BiasSkipLayerNormFusion"]
+"""Optimisers of ONNX Runtime that make graphs slower on the CPUs that were measured."""
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """A graph in `file`, and the base model that it was made of: of the same shapes, with weights of 0."""
+
+    file: Path
+    base: PreTrainedModel
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return the size of the file, and of the weights beside it where they are in files of their own."""
+        return sum(one.stat().st_size for one in self.file.parent.glob(f"{self.file.name}*"))
+
+    def forward_pass(self, batch: int, length: int) -> Callable[[], Any]:
+        """Return a call that runs the graph on made-up text of `batch` × `length` tokens, on PyTorch's threads."""
+        run = open_graph(self.file, torch.get_num_threads())
+        texts = example_inputs(self.base, batch, min(length, max_length(self.base, length)), padding=0)
+        # Kinds of tokens, which not every model is given.
+        inputs = {one.name: texts.get(one.name, torch.zeros_like(texts["input_ids"])) for one in run.get_inputs()}
+        return partial(run.run, None, {name: value.numpy() for name, value in inputs.items()})
+
+
+def open_graph(file: Path, threads: int = 0) -> Any:
+    """Return ONNX Runtime's session for a graph, on the CPU. 0 `threads` = one for each core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Idle threads that spin would take the cores from whatever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNFUSED)
+
+
+def graphs_in(folder: str | Path) -> dict[str, OnnxGraph]:
+    """Return the graphs in a folder that `secateur export --format onnx` wrote, by "ONNX" and "ONNX, int8"; or none."""
+    place = transformer_folder(Path(folder)) if Path(folder).is_dir() else Path(folder)
+    files = {name: place / file for name, file in _RUNTIMES.items() if (place / file).is_file()}
+    if not files:
+        return {}
+    with init_empty_weights():
+        base = AutoModel.from_config(AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False))
+    base._apply(lambda tensor: torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    return {name: OnnxGraph(file, base.eval()) for name, file in files.items()}
