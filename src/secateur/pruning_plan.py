@@ -93,7 +93,7 @@ def check_steps(texts: Any, cut: Cut, restore: Restore, steps: int, reading: Rea
         if cut.refine and cut.allocation == "ranking" and wanted.quantity != "heads":
             rule = f"be 0 with allocation 'ranking' and the budget {wanted}, which exchanges may exceed"
             raise invalid("refine", rule, cut.refine)
-        if wanted.quantity == "latency" and is_shared(reading.accelerator):
+        if wanted.quantity == "latency" and cut.latency_table is None and is_shared(reading.accelerator):
             raise invalid(
                 "budget", "be of another kind under a launcher, whose processes would time each other", wanted
             )

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from accelerate import Accelerator
@@ -14,7 +15,15 @@ from accelerate import Accelerator
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.loading import check_device
 from secateur.sites.finding import check_units
-from secateur.support.checks import check_accelerator, check_flag, check_seed, check_whole, did_you_mean, is_number
+from secateur.support.checks import (
+    check_accelerator,
+    check_flag,
+    check_path,
+    check_seed,
+    check_whole,
+    did_you_mean,
+    is_number,
+)
 from secateur.support.defaults import BATCH_SIZE, FLOOR, MAX_LENGTH, MULTIPLE, PRUNING_RATIO, UNITS
 from secateur.units.scores import Scores
 from secateur.units.select import Allocation, check_selection
@@ -230,6 +239,8 @@ class Cut:
         plain: whether the folder must load where secateur is not: all layers of a stack keep as many units, whose
             number the config can say, and layers may go too. The allocation is by sensitivity.
         refine: exchanges of heads that `prune` tries on the scored texts, as `refine_mask` does, from 0.
+        latency_table: what units cost where the model is to run, a file of `secateur bench --table`, for a budget of
+            latency. None = what they cost here, in PyTorch.
 
     Raises `InvalidInputError` for values outside their ranges.
     """
@@ -243,6 +254,7 @@ class Cut:
     exclude: Sequence[str] = ()
     plain: bool = False
     refine: int = 0
+    latency_table: str | Path | None = None
 
     def __post_init__(self) -> None:
         listed = isinstance(self.exclude, Sequence) and not isinstance(self.exclude, str)
@@ -259,6 +271,10 @@ class Cut:
             check_units(self.units)
         if self.budget is not None:
             object.__setattr__(self, "budget", budgets_of(self.budget))
+        if self.latency_table is not None:
+            check_path("latency_table", self.latency_table)
+            if all(one.quantity != "latency" for one in self.budgets):
+                raise invalid("budget", "be of latency with a latency table, such as latency=0.5x@8x128", self.budget)
         named = {one.quantity for one in self.budgets} & set(UNITS)
         if self.units is not None and not named <= set(self.units):
             raise invalid("units", f"hold what the budget names, {', '.join(sorted(named))}", self.units)

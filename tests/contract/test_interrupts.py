@@ -114,7 +114,7 @@ class Call:
     run: Callable
     moments: range | tuple = ()
     model: Callable = model_in_bfloat16
-    trains: bool = False  # in place: weights that have moved are what its page promises
+    trains: bool = False  # in place: weights have moved, the seed is set, and the model may be in another mode
     copies: bool = False  # so that the model itself stays as it was
 
     def drawn(self, total):
@@ -141,6 +141,12 @@ def state_of(model):
     return weights, own, rest[1:], modes, len(torch.overrides._get_current_function_mode_stack())
 
 
+def _but_what_training_moves(state):
+    """Whose heads are where, the hooks, the names of attention functions, and torch's modes."""
+    _, own, (_, _, hooks, _, attention, *_), *modes = state
+    return own, hooks, attention, modes
+
+
 class Interrupt:
     """Sends one signal where Python would hear it: as a function begins, or as one that is written in C returns.
 
@@ -148,13 +154,14 @@ class Interrupt:
     """
 
     def __init__(self, at=None):
-        self.at, self.passed = at, 0
+        self.at, self.passed, self.sent = at, 0, False
 
     def __call__(self, frame, event, _):
         if event not in ("call", "c_return") or not _is_watched(frame):
             return
         if self.passed == self.at:
             sys.setprofile(None)
+            self.sent = True
             signal.raise_signal(signal.SIGINT)
         self.passed += 1
 
@@ -231,10 +238,10 @@ def test_ctrl_c_leaves_a_model_as_it_was_or_the_work_done(name, outcome):
         except KeyboardInterrupt:
             tried += 1
         else:
-            assert interrupt.passed < interrupt.at  # another pass may take fewer steps than the first
+            assert not interrupt.sent  # another pass may take fewer steps than the first
         state = state_of(model)
         if call.trains:
-            assert state[1:] == before[1:], moment
+            assert _but_what_training_moves(state) == _but_what_training_moves(before), moment
         else:
             assert state in outcomes, moment
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -95,6 +95,7 @@ CALLS = {
     "Cut": {
         "pruning_ratio": RATIO, "allocation": SPREAD, "floor": LEAST, "budget": [3, "", {}], "units": UNITS,
         "multiple": COUNT, "exclude": [3, "encoder.*", [3]], "plain": FLAG, "refine": LEAST,
+        "latency_table": [3, "", []],
     },
     "Scores": {
         "values_by_site": [None, 3, "", {}, {3: [1.0]}, {"a": []}, {"a": "x"}, {"a": [float("nan")]}, {"a": [[1.0]]}],

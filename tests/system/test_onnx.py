@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur import cli
 from secateur.errors import InvalidInputError
-from secateur.exporting import int8
+from secateur.exporting import int8, latency
 from secateur.exporting import onnx as onnx_export
 from secateur.exporting.export import export_onnx
 from secateur.models.inputs import example_inputs
 from secateur.models.loading import load_model
 from secateur.removal.remove import remove_
+from secateur.settings import Shape
 from secateur.sites.attention import find_sites
 from secateur.sites.finding import find_units
 from secateur.units.masks import Mask
@@ -122,14 +123,14 @@ def test_int8_beside_it_answers_alike_or_there_is_neither(onnx_classifier, tmp_p
     # A score alone has no direction: those of a batch are one row.
     assert int8._rows(torch.tensor([[1.0], [-2.0]]), torch.ones(2, 3)).shape == (1, 2)
 
-    def negated(source, file, size):
-        graph = onnx.load(source)
+    def negated(folder):
+        graph = onnx.load(folder / "onnx" / "model.onnx")
         last = next(node for node in graph.graph.node if "logits" in node.output)
         last.output[:] = ["before"]
         graph.graph.node.append(onnx.helper.make_node("Neg", ["before"], ["logits"]))
-        onnx.save(graph, file)
+        onnx.save(graph, folder / "onnx" / "model_qint8.onnx")
 
-    monkeypatch.setattr(int8, "_quantize", negated)
+    monkeypatch.setattr(int8, "quantize_graph", negated)
     command = ["export", str(onnx_classifier / "pruned"), "--quantize", "int8", "--out", str(tmp_path / "other")]
     assert cli.main([*command, "--format", "onnx"]) == 2
     assert "a mean cosine of -1.000 to PyTorch (at least 0.95 is accepted)" in capsys.readouterr().err
@@ -150,6 +151,22 @@ def test_a_graph_is_measured_beside_the_model_that_it_was_made_of(onnx_classifie
     assert found["weight_bytes"]["onnx (ONNX)"] >= (onnx_classifier / "onnx" / "onnx" / "model.onnx").stat().st_size
     assert cli.main(["bench", *folders, "--shape", "2x8", "--train"]) == 2
     assert "`train` must be left out where a model is an ONNX graph" in capsys.readouterr().err
+
+
+def test_what_units_cost_in_onnx_runtime(onnx_classifier, monkeypatch):
+    """Every model that is timed has been exported; here all of them are the same graph, which takes no time to make."""
+    model, shapes = load_model(onnx_classifier / "pruned", "cpu"), []
+
+    def save(smaller, folder):
+        shapes.append(sum(p.numel() for p in smaller.parameters()))
+        shutil.copytree(onnx_classifier / "onnx" / "onnx", folder / "onnx")
+
+    monkeypatch.setattr(latency, "save_onnx", save)
+    table = latency.latency_table(model, Shape(2, 8), "onnx", rounds=1)
+    assert table.runtime == "onnx"
+    assert len(shapes) == 1 + sum(len(kind.levels) - 1 for kind in table.kinds)
+    assert shapes[0] == max(shapes) > min(shapes)
+    assert latency.latency_table(model, Shape(2, 8), rounds=1).runtime == "PyTorch"
 
 
 @pytest.mark.parametrize("said", ["errno 28", "os error 28", "4096 requested and 512 written"])

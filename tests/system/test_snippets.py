@@ -159,8 +159,8 @@ def in_place(place, tmp_path, monkeypatch):
     monkeypatch.setattr("secateur.meta_training.joint_training.FitConfig", partial(FitConfig, epochs=1))
     few = JointTrainingConfig(samples=1, num_texts=8, batch_size=4, evaluation_batches=1)
     if_none = lambda subjects, tasks, out, config=few, **rest: train_joint_pruner(subjects, tasks, out, config, **rest)  # noqa: E731
+    monkeypatch.setattr(secateur, "train_joint_pruner", if_none)  # first: it looks the real one up, to put it back
     monkeypatch.setattr("secateur.meta_training.joint_training.train_joint_pruner", if_none)
-    monkeypatch.setattr(secateur, "train_joint_pruner", if_none)  # it may have been taken before
 
 
 def graph(folder, out, quantize):

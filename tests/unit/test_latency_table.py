@@ -1,13 +1,17 @@
 """What the table of latencies says of layers, by a clock that counts what a pass computes."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur
+from secateur import cli
 from secateur.choosing.allocation import SensitivitySelection
 from secateur.choosing.budget import BudgetedSelection
-from secateur.measuring.latency_table import measure_latency
+from secateur.errors import InvalidInputError
+from secateur.measuring.latency_table import LatencyTable, measure_latency
 from secateur.measuring.unit_costs import UnitCosts
 from secateur.removal.remove import remove_
 from secateur.scorers.score import score
@@ -19,6 +23,7 @@ from secateur.units.scores import Scores
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 from tests.support.units import small_model
 
+WHOLE = {"units": 4, "saved_macs": 0, "seconds": [1]}
 ALL = ("heads", "neurons", "layers")
 READING = Reading(batch_size=8, device="cpu")
 
@@ -90,3 +95,35 @@ def test_heads_neurons_and_layers_count_together_by_time():
     remove_(model, mask)
     after = work_of(lambda: model(**inputs))
     assert (after + before / 3) / (before + before / 3) == pytest.approx(selection.share(mask), abs=0.02)
+
+
+def test_a_table_is_obeyed_where_it_was_not_measured(tmp_path, capsys):
+    model, file = small_model("bert"), tmp_path / "table.json"
+    model.save_pretrained(tmp_path / "model")
+    assert cli.main(["bench", str(tmp_path / "model"), "--table", str(file), "--shape", "2x8", "--device", "cpu"]) == 0
+    assert "sites cost at 2x8 in pytorch" in capsys.readouterr().out
+    table = LatencyTable.load(file)
+    assert table.to_json().items() <= json.loads(file.read_text()).items()
+    assert {table.kinds[0].levels[0].units, *(kind.levels[-1].units for kind in table.kinds)} == {4, 1, 2}
+    cut = Cut(budget="latency=0.8x@2x8", latency_table=file, allocation="uniform")
+    outcome = secateur.prune(model, restore="none", scorer="magnitude", cut=cut)[1].budget[0]
+    assert outcome.reached == outcome.expected <= 0.8
+    assert outcome.table == table
+
+
+def test_a_table_of_something_else_is_refused(tmp_path):
+    model, file = small_model("bert"), tmp_path / "table.json"
+    table = measure_latency(model, UnitCosts(model, find_units(model, ALL), 2, 8), Shape(2, 8), rounds=1).to_json()
+    wrong = {
+        "`budget` must be of 4x8, as the latency table is, got '2x8'": {"shape": "4x8"},
+        "`latency_table` must be what `secateur bench --table` writes": {"kinds": []},
+        "`latency_table` must be what": {"kinds": [{"sites": ["a"], "levels": [{**WHOLE, "seconds": [0]}]}]},
+        "must be what": {"runtime": None},
+        "must be of this model, whose site": {"kinds": [{"sites": ["a"], "levels": [WHOLE]}]},
+    }
+    for message, change in wrong.items():
+        file.write_text(json.dumps({**table, **change}))
+        with pytest.raises(InvalidInputError, match=message):
+            BudgetedSelection(model, Cut(budget="latency=0.8x@2x8", latency_table=file))
+    with pytest.raises(InvalidInputError, match="`budget` must be of latency with a latency table"):
+        Cut(budget="macs=0.5", latency_table=file)

@@ -34,7 +34,7 @@ _ROUNDING = 1e-9
 class BudgetOutcome:
     """A budget, the share that its mask was expected to leave, and the share measured in the pruned model.
 
-    The two are equal but for latency, whose table is kept.
+    The two are equal but for latency that is measured here, whose table is kept.
     """
 
     budget: Budget
@@ -117,8 +117,12 @@ class BudgetedSelection:
         self.table: LatencyTable | None = None
         self._dense: Any = None
         if self.joint is not None and self.joint.quantity == "latency":
-            self.table = measure_latency(base, self.costs, shape, progress=progress)
-            self._dense = shared_copy(base, self.sites)
+            if cut.latency_table is None:
+                self.table = measure_latency(base, self.costs, shape, progress=progress)
+                self._dense = shared_copy(base, self.sites)
+            else:
+                self.table = LatencyTable.load(cut.latency_table)
+                self.table.check_fits(self.sites, shape)
         self.expected_ratio = self._select(_equal_scores(self.sites), replace(cut, exclude=()))[1]
 
     def select(self, scores: Scores) -> tuple[Mask, float]:
@@ -219,6 +223,11 @@ class BudgetedSelection:
         dense = self.costs.dense
         return parameters / dense.parameters if budget.quantity == "params" else macs / dense.macs
 
+    @property
+    def is_of_elsewhere(self) -> bool:
+        """Whether latency is that of a table, which may be of another machine: what is reached is not measured here."""
+        return self.table is not None and self._dense is None
+
     def outcomes(self, mask: Mask, pruned: nn.Module) -> tuple[BudgetOutcome, ...]:
         """Measure how much is left in the model pruned with `mask`: latency in turn with the model as it was."""
         found = []
@@ -226,7 +235,9 @@ class BudgetedSelection:
             left = self._units_left(kind, mask)
             found.append(BudgetOutcome(budget, left, left))
         if self.joint is not None:
-            found.append(BudgetOutcome(self.joint, self.share(mask), self._measured(self.joint, pruned), self.table))
+            share = self.share(mask)
+            reached = share if self.is_of_elsewhere else self._measured(self.joint, pruned)
+            found.append(BudgetOutcome(self.joint, share, reached, self.table))
         return tuple(found)
 
     def _measured(self, budget: Budget, pruned: nn.Module) -> float:

@@ -43,6 +43,11 @@ cutting_options = together(
         "or how near it stays to the dense model: similarity=0.98.",
     ),
     click.option(
+        "--latency-table", default=None, type=Place(exists=True, dir_okay=False), metavar="FILE",
+        help="For a budget of latency, what units cost where the model is to run, as `secateur bench --table FILE` "
+        "measured it there [default: measured here].",
+    ),
+    click.option(
         "--allocation", default=None, type=click.Choice(["uniform", "ranking", "sensitivity"]),
         help="The same ratio at every site, one ranking over the model, or by what each site alone changes at the end "
         "[default: sensitivity where neurons or layers go within a budget, else uniform].",
@@ -200,6 +205,7 @@ def _steps(
         "model": fingerprint_of_files(model),
         "pruner": options.get("pruner") and fingerprint_of_files(options["pruner"]),
         "scores": options["scores"] and fingerprint(bytes_of(options["scores"])),
+        "latency_table": options["latency_table"] and fingerprint(bytes_of(options["latency_table"])),
         "texts": fingerprint(repr(row).encode() for row in (*texts, *(labels or ()))),
         "options": {**options, "device": reading.device},
         "versions": environment(),
@@ -236,7 +242,7 @@ def _cut(options: Mapping[str, Any]) -> Cut:
     """Return what may go."""
     from secateur.settings import Cut
 
-    names = ("allocation", "floor", "budget", "units", "exclude", "plain", "refine")
+    names = ("allocation", "floor", "budget", "units", "exclude", "plain", "refine", "latency_table")
     return Cut(options["ratio"], **{name: options[name] for name in names})
 
 

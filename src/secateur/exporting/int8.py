@@ -57,9 +57,9 @@ def save_int8(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeniz
     of the float32 graph's time for 8 texts of 128 tokens, timed in turn on this machine.
     """
     model, file = prepared(model), folder / INT8_FILE
-    float_bytes = sum(one.stat().st_size for one in file.parent.glob(f"{Path(FILE).name}*"))
+    float_bytes = _size(folder / FILE)
     with quietly(), one_error(model, "cannot be quantised in ONNX Runtime"):
-        _quantize(folder / FILE, file, float_bytes)
+        quantize_graph(folder)
         cosine = _cosine(model, open_graph(file), tokenizer)
         if not cosine >= MIN_COSINE:
             raise SecateurError(
@@ -69,18 +69,23 @@ def save_int8(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeniz
         feed = {name: value.numpy() for name, value in text_inputs(model, *_SHAPE).items()}
         runs = {one.name: partial(open_graph(one).run, None, feed) for one in (folder / FILE, file)}
         seconds = time_in_turn(runs, ROUNDS)
-    size = sum(one.stat().st_size for one in file.parent.glob(f"{file.name}*"))
     time = median_ratio(seconds[file.name], seconds[Path(FILE).name])
-    return {"cosine": cosine, "bytes": size, "float_bytes": float_bytes, "time": time}
+    return {"cosine": cosine, "bytes": _size(file), "float_bytes": float_bytes, "time": time}
 
 
-def _quantize(source: Path, file: Path, size: int) -> None:
+def quantize_graph(folder: Path) -> None:
+    """Make `onnx/model_qint8.onnx` of the float32 graph in a folder."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
-        source, file, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
-        use_external_data_format=size >= _LARGEST_FILE,
+        folder / FILE, folder / INT8_FILE, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
+        use_external_data_format=_size(folder / FILE) >= _LARGEST_FILE,
     )  # fmt: skip
+
+
+def _size(file: Path) -> int:
+    """Return the bytes of a graph with the weights that are in files beside it."""
+    return sum(one.stat().st_size for one in file.parent.glob(f"{file.name}*"))
 
 
 @torch.no_grad()

@@ -139,7 +139,7 @@ def benchmark(
                 rows += _compared(work, shape, macs, peaks, seconds)
     weights = {name: sum(p.numel() * p.element_size() for p in base.parameters()) for name, base in bases.items()}
     weights |= {name: graph.weight_bytes for name, graph in graphs.items()}
-    return Benchmark(rows, weights, _machine(next(iter(bases.values())).device, clock), load + _load())
+    return Benchmark(rows, weights, machine_of(next(iter(bases.values())).device, clock), load + _load())
 
 
 def _measure(
@@ -216,7 +216,8 @@ def _cut(shape: Shape, bases: Mapping[str, PreTrainedModel]) -> Shape:
     return Shape(shape.batch, min([shape.length, *(max_length(base, shape.length) for base in bases.values())]))
 
 
-def _machine(device: torch.device, clock: Clock) -> dict[str, Any]:
+def machine_of(device: torch.device, clock: Clock) -> dict[str, Any]:
+    """Return what was measured on, as plain JSON data."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": gpu or str(device),

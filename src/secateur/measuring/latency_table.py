@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,23 @@ import torch
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor, nn
 
+from secateur.errors import invalid
 from secateur.measuring.cost import forward_pass
 from secateur.measuring.timing import Clock, quartiles, time_in_turn
 from secateur.measuring.unit_costs import UnitCosts
 from secateur.models.base_model import base_of
 from secateur.models.state import evaluation_mode
 from secateur.removal.remove import remove_
-from secateur.settings import Shape
+from secateur.settings import Shape, parse_shape
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
+from secateur.support.checks import is_number
+from secateur.support.files import read_json
 from secateur.support.interrupts import interruptible
 from secateur.units.masks import Mask, original_vector
 
+PYTORCH = "PyTorch"
+RunOf = Callable[[Any, int, int], Callable[[], Any]]
 MOST_LEVELS = 12
 """Numbers of units that are timed for one kind of site; the others lie on straight lines between them."""
 
@@ -85,15 +91,56 @@ class Kind:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """The kinds of a model's sites at one shape."""
+    """The kinds of a model's sites at one shape, and what ran them."""
 
     shape: Shape
     kinds: tuple[Kind, ...]
+    runtime: str = PYTORCH
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         kinds = [{"sites": list(k.sites), "levels": [asdict(level) for level in k.levels]} for k in self.kinds]
-        return {"shape": str(self.shape), "kinds": kinds}
+        return {"runtime": self.runtime, "shape": str(self.shape), "kinds": kinds}
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Read what `secateur bench --table` wrote. Raises `InvalidInputError` for any other file."""
+        data = read_json(path)
+        try:
+            kinds = [
+                Kind(tuple(kind["sites"]), tuple(Level(**level) for level in kind["levels"])) for kind in data["kinds"]
+            ]
+            table = cls(parse_shape(data["shape"]), tuple(kinds), data["runtime"])
+        except (KeyError, TypeError, AttributeError):
+            table = None
+        if table is None or not _is_whole(table):
+            raise invalid("latency_table", "be what `secateur bench --table` writes", str(path), "measure it again")
+        return table
+
+    def check_fits(self, sites: Mapping[str, Site], shape: Shape) -> None:
+        """Raise `InvalidInputError` unless it was measured at this shape, of a model with these sites."""
+        if self.shape != shape:
+            raise invalid("budget", f"be of {self.shape}, as the latency table is", str(shape))
+        levels = {name: kind.levels[0].units for kind in self.kinds for name in kind.sites}
+        for name, site in sites.items():
+            if site.num_units and levels.get(name) != site.num_units:
+                rule = f"be of this model, whose site {name} has {site.num_units} {site.kind}"
+                raise invalid(
+                    "latency_table", rule, f"{levels.get(name, 0)}", "measure one of it: secateur bench --table"
+                )
+
+
+def _is_whole(table: LatencyTable) -> bool:
+    """Are the values those that a measurement gives?"""
+    rounds = {len(level.seconds) if isinstance(level.seconds, list) else 0 for k in table.kinds for level in k.levels}
+    return (
+        isinstance(table.runtime, str) and len(rounds) == 1 and 0 not in rounds
+        and all(kind.levels and all(isinstance(name, str) for name in kind.sites) for kind in table.kinds)
+        and all(is_number(one, above=0) for k in table.kinds for level in k.levels for one in level.seconds)
+        and all(is_number(level.saved_macs, least=0) for k in table.kinds for level in k.levels)
+        and all(is_number(level.units, least=0) for k in table.kinds for level in k.levels)
+        and all(a.saved_macs < b.saved_macs for k in table.kinds for a, b in itertools.pairwise(k.levels))
+    )  # fmt: skip
 
 
 @interruptible
@@ -104,8 +151,12 @@ def measure_latency(
     rounds: int = 8,
     clock: Clock = "wall",
     progress: bool = False,
+    run_of: RunOf = forward_pass,
+    runtime: str = PYTORCH,
 ) -> LatencyTable:
     """Time the base model whole, and with the sites of one kind at a time cut to fewer and fewer units.
+
+    `run_of(model, batch, length)` makes a call that runs a model, in another runtime than PyTorch where it says so.
 
     Of a list of layers, without half of them: what one layer saves, with all that is in it, is its part of that.
 
@@ -118,7 +169,7 @@ def measure_latency(
             work = costs.saved_macs(name, torch.zeros(site.num_units, dtype=torch.bool))
             key = repr((site.to_json(), site.num_units, site.num_groups, work))
             groups.setdefault(key, []).append(site)
-    runs = {(-1, 0): forward_pass(base, *shape)}
+    runs = {(-1, 0): run_of(base, *shape)}
     levels: dict[int, list[tuple[int, float]]] = {}
     with torch.no_grad(), ExitStack() as modes:
         modes.enter_context(evaluation_mode(base))
@@ -129,7 +180,7 @@ def measure_latency(
                 cut = Mask({site.name: original_vector(site, kept) for site in sites})
                 remove_(smaller, cut, sites=costs.sites)
                 modes.enter_context(evaluation_mode(smaller))
-                runs[number, len(levels[number])] = forward_pass(smaller, *shape)
+                runs[number, len(levels[number])] = run_of(smaller, *shape)
                 levels[number].append((int(kept.sum()), costs.saved_macs(sites[0].name, kept)))
         names = {str(key): run for key, run in runs.items()}
         seconds = time_in_turn(names, rounds, min_seconds=0.05, clock=clock, progress=progress)
@@ -140,7 +191,7 @@ def measure_latency(
             for i, (units, macs) in enumerate(levels[number])
         ]
         kinds.append(Kind(tuple(site.name for site in sites), tuple(measured)))
-    return LatencyTable(shape, tuple(kinds))
+    return LatencyTable(shape, tuple(kinds), runtime)
 
 
 def shared_copy(base: nn.Module, sites: Any) -> Any:
