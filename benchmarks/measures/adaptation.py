@@ -82,7 +82,7 @@ def matrices(results: list[dict[str, Any]]) -> str:
             ratios = [ratio_to_own(kls, scorer, of, on) for on in tasks]
             others = [value for value, on in zip(ratios, tasks, strict=True) if on != of]
             rows.append([of, *(f"{value:.2f}" for value in ratios), f"{statistics.mean(others):.2f}"])
-        own = ["own, 1000 × KL", *(f"{1000 * statistics.mean(kls[scorer, on, on]):.1f}" for on in tasks), ""]
+        own = ["own, KL in thousandths", *(f"{1000 * statistics.mean(kls[scorer, on, on]):.1f}" for on in tasks), ""]
         lines += ["", f"### {scorer}", "", table(["made for ↓, used on →", *tasks, "mean of others"], [*rows, own])]
     return "\n".join(lines)
 
