@@ -2,12 +2,12 @@
 
     python -m benchmarks.run smp_unseen --data GLUE
 
-The recipe of the pruner that ships, on all-MiniLM-L6-v2: 300 updates of 16 texts, from 8 batches a task. It is fitted on
-seven tasks and judged on the eighth ("unseen"), on all eight ("all"), and on the judged task alone ("own"), which is a
-bound for what its maps can say. Two signals rank a layer's heads: leave-one-out, and random masks. Estimates of a batch
-are made once for all fits. Judged as in `representations`: heads are scored on training texts, half of every layer's
-go, and the relational KL is measured on dev texts. Recovery is 0 for random heads and 1 for leave-one-out, which
-`representations` has measured on the same texts.
+The recipe of the pruner that ships, on all-MiniLM-L6-v2: 300 updates of 16 texts, from 8 batches a task. It is fitted
+on seven tasks and judged on the eighth ("unseen"), on all eight ("all"), and on the judged task alone ("own"), which is
+a bound for what its maps can say. Two signals rank a layer's heads: leave-one-out, and random masks. Estimates of a
+batch are made once for all fits. Judged as in `representations`: heads are scored on training texts, half of every
+layer's go, and the relational KL is measured on dev texts. Recovery is 0 for random heads and 1 for leave-one-out,
+which `representations` has measured on the same texts.
 """
 
 from __future__ import annotations
