@@ -12,7 +12,7 @@ PEERS := .venv-peers
 # Licences of what a user installs. With PyTorch's CUDA build NVIDIA's own is found too, which is for you to accept.
 LICENCES := Apache;BSD;MIT;ISC;MPL;Mozilla Public License;PSF;Python Software Foundation
 
-.PHONY: demo test test-fast browser test-oldest robustness fuzz audit build sdist-test coverage mutation sweep peers docs lint format clean
+.PHONY: demo test test-fast browser test-oldest robustness fuzz soak audit build sdist-test coverage mutation sweep peers docs lint format clean
 
 demo: $(PLAIN)/.installed
 	rm -rf demo
@@ -47,6 +47,11 @@ robustness: $(STAMP)
 fuzz: $(STAMP)
 	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/contract/test_fuzz.py --outcomes=benchmarks/results/fuzz.json
 	FUZZ_CASES=20000 $(BIN)/python -m pytest tests/contract/test_workflows.py
+
+# An hour of what people do, in random order, stopped and killed at random. Writes benchmarks/results/soak.json, and fails
+# where anything leaks or a folder passes for whole.
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
 # Every package that a user installs, with its version, why it is there, and its licence; then whether each licence is
 # among those above, and whether a version has a known vulnerability. The last asks PyPI's advisory database, and fails

@@ -119,6 +119,7 @@ class Soak:
                 does()
             except Left as error:
                 self.left.append(str(error))
+                print(f"left: {error}", file=sys.stderr, flush=True)
                 self.begin()
             for folder in (self.results, self.temporary):
                 for path in folder.iterdir():
