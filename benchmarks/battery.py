@@ -33,6 +33,7 @@ from secateur.removal.verify import verify_checkpoint
 from secateur.scorers.score import score
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_units
 from secateur.sites.gating import probe
 from secateur.texts.calibration import PreparedModel
 from secateur.units.masks import Mask
@@ -213,6 +214,11 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and one == other
 
 
+def _find(model: PreTrainedModel) -> None:
+    find_sites(model)
+    find_units(model, ["layers"])
+
+
 def _gate(model: PreTrainedModel) -> None:
     sites = find_sites(model)
     with gated(model, uneven_mask(sites), sites):
@@ -241,11 +247,32 @@ def _prune_and_verify(model: PreTrainedModel) -> None:
         raise Failed(f"`verify` finds a difference of {result['max_difference']:.2g} in what it has just pruned")
 
 
+def removed_units_are_gated_ones(model: PreTrainedModel) -> None:
+    """Without neurons, or a layer, a model says what it says with them gated, which its own proof does not tell us."""
+    found = 0
+    for kind in ("neurons", "layers"):
+        try:
+            sites = find_units(model, [kind])
+            mask, smaller, inputs = uneven_mask(sites), copy.deepcopy(model), example_inputs(model)
+            remove_(smaller, mask)
+        except SecateurError:
+            continue
+        with gated(model, mask, sites):
+            wanted = said(model, inputs)
+        moved = difference(wanted[:1], said(smaller, inputs)[:1])
+        if not moved <= TOLERANCE:
+            raise Failed(f"without {kind} the model says something else than with them gated, by {moved:.2g}")
+        found += 1
+    if not found:
+        raise Skipped("neither neurons nor layers go")
+
+
 CHECKS: dict[str, Check] = {
+    "removed neurons and layers are gated ones": removed_units_are_gated_ones,
     "gates of ones are the identity": ones_are_the_identity,
     "cached steps are the whole text": cached_steps_are_the_whole_text,
     "training mode changes nothing": training_mode_changes_nothing,
-    "finding sites leaves the model alone": borrowing(find_sites),
+    "finding units leaves the model alone": borrowing(_find),
     "scoring leaves the model alone": borrowing(_score),
     "gating leaves the model alone": borrowing(_gate),
     "measuring cost leaves the model alone": borrowing(measure_cost),

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.models.base_model import base_of
-from secateur.sites.layout import AttentionSite
+from secateur.sites.layout import Site
 from secateur.units.masks import Mask
 
 
-def uneven_mask(sites: Mapping[str, AttentionSite]) -> Mask:
-    """Drop heads unevenly over the sites; grouped ones by their rule; a lone head stays."""
+def uneven_mask(sites: Mapping[str, Site]) -> Mask:
+    """Drop units unevenly over the sites; grouped ones by their rule; a lone unit stays."""
     vectors = {}
     for number, (name, site) in enumerate(sites.items()):
         kept = torch.ones(site.num_units, dtype=torch.bool)

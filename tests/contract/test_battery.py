@@ -57,6 +57,11 @@ def test_steps_that_differ_from_the_whole_text_are_noticed(monkeypatch):
     assert "token by token" in check("cached steps are the whole text", tiny_model("llama"))
 
 
+def test_neurons_and_layers_that_are_not_as_if_gated_are_noticed(monkeypatch):
+    monkeypatch.setattr(battery, "remove_", lambda model, mask: first(model).data.mul_(2))
+    assert "than with them gated" in check("removed neurons and layers are gated ones", tiny_model("bert"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [

@@ -1,13 +1,22 @@
 """What files of a model's folder may not bring in: files from outside it, and code of a Hub repository."""
 
 import json
+import os
+import shutil
+import stat
+import threading
 
 import pytest
+import torch
 from transformers import AutoModel, PreTrainedModel
 
 from secateur.errors import SecateurError
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.models.model_saving import save_model
+from secateur.removal.legacy import has_v4_pruning
+from secateur.removal.verify import verify_checkpoint
+from secateur.report.pruning_files import copy_pruning
+from secateur.report.reading import read_runs
 from tests.contract.test_safety import change
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -89,3 +98,135 @@ def test_a_config_fetches_no_attention(name, folder, monkeypatch):
     assert not asked
     assert load_model(folder, attn_implementation="eager").config._attn_implementation == "eager"
     assert asked == ["eager"]
+
+
+READ = {
+    "model": (
+        *("config.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors"),
+        *("generation_config.json", "adapter_config.json", "modules.json"),
+    ),
+    "tokenizer": ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
+    "rest": (
+        *("config.json", "modules.json", "preprocessor_config.json", "processor_config.json"),
+        *("config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling", "1_Pooling/config.json"),
+        *("1_Pooling/more", "pruning_report.json", "attention_maps.json"),
+    ),
+}
+"""Files of a model's folder, by what reads or copies them."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder of a sentence-transformers model, with a report."""
+    place = tmp_path_factory.mktemp("whole") / "model"
+    tiny_model("bert").save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    (place / "1_Pooling").mkdir()
+    (place / "modules.json").write_text(json.dumps([
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]))  # fmt: skip
+    (place / "1_Pooling" / "config.json").write_text("{}")
+    return place
+
+
+class Unwritten(torch.nn.Module):
+    def save_pretrained(self, place):
+        """Leave it to what is copied."""
+
+
+def readings(part, folder, out):
+    """Calls that read and copy what a model's folder may hold."""
+    out.mkdir(parents=True)
+    return {
+        "model": [lambda: verify_checkpoint(folder)],
+        "tokenizer": [lambda: load_tokenizer(folder)],
+        "rest": [
+            lambda: save_model(Unwritten(), None, str(folder), out),
+            lambda: copy_pruning(folder, out),
+            lambda: read_runs([folder]),
+            lambda: has_v4_pruning(folder),
+        ],
+    }[part]
+
+
+def pipe(place, secret):
+    os.mkfifo(place)
+
+
+def device(place, secret):
+    try:
+        os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except OSError as error:
+        pytest.skip(f"no permission to make a device: {error}")
+
+
+STRANGE = {
+    "a pipe": pipe,
+    "a device": device,
+    "a link out of the folder": lambda place, secret: place.symlink_to(secret / "file"),
+    "a link to nothing": lambda place, secret: place.symlink_to("nothing"),
+    "a link to itself": lambda place, secret: place.symlink_to(place.name),
+    "a folder": lambda place, secret: place.mkdir(),
+}
+
+
+class Opener(threading.Thread):
+    """Opens a pipe at which something has hung for long, so that a test fails rather than to wait for ever."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.place, self.over, self.hung = place, threading.Event(), False
+
+    def run(self):
+        while not self.over.wait(5):
+            self.hung = True
+            os.close(os.open(self.place, os.O_RDWR | os.O_NONBLOCK))
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join()
+
+
+def left_by(calls, out):
+    """Return what is wrong with what calls raise and leave."""
+    for call in calls:
+        try:
+            call()
+        except SecateurError as error:
+            if "\n" in str(error):
+                return f"more than a line: {error}"
+        except Exception as error:
+            return repr(error)
+    for one in out.rglob("*"):
+        if one.is_symlink() or not (one.is_dir() or (one.is_file() and b"hunter2" not in one.read_bytes())):
+            return f"leaves {one.name}"
+    return None
+
+
+@pytest.mark.filterwarnings("ignore")  # of what is read without the file
+@pytest.mark.parametrize("what", STRANGE)
+def test_what_is_no_file_in_a_models_folder_is_refused_or_passed_over(what, whole, tmp_path, outcome):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "file").write_text('{"hunter2": 2}')
+    os.mkfifo(secret / "pipe")
+    found = {}
+    for part, name in [(part, name) for part, names in READ.items() for name in names]:
+        folder, out = tmp_path / part / str(len(found)), tmp_path / "out" / str(len(found))
+        shutil.copytree(whole, folder, copy_function=os.link)
+        place = folder / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        STRANGE[what](place, secret)
+        with Opener(place if what == "a pipe" else secret / "pipe") as opener:
+            found[part, name] = left_by(readings(part, folder, out), out)
+        if opener.hung:
+            found[part, name] = "hangs"
+    assert {where: wrong for where, wrong in found.items() if wrong} == {}
+    count = len({name for _, name in found})
+    came = "refused in one line, or passed over as if it were not there"
+    outcome("Places that files name", f"{what} in the place of each of {count} files of a model's folder", came)

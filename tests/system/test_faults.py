@@ -1,10 +1,8 @@
 """What is left when a run is killed, stopped, or refused by the disk, and what the next run makes of it."""
 
-import contextlib
 import errno
 import json
 import os
-import re
 import signal
 import stat
 import subprocess
@@ -22,9 +20,9 @@ from secateur.comparing import workers
 from secateur.errors import InvalidInputError, SecateurError, WriteError
 from secateur.report import plots
 from secateur.support import files
-from secateur.support.files import append_line, check_can_write, check_new_folder, new_folder, read_lines, write_text
+from secateur.support.files import append_line, check_new_folder, new_folder, read_lines, write_text
 from tests.support.processes import command, touches
-from tests.support.report_data import comparison_rows, write_comparison, write_pruned
+from tests.support.report_data import comparison_rows, write_comparison
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -239,16 +237,6 @@ def test_a_folder_that_fills_behind_a_runs_back_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
 
 
-def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    with new_folder(tmp_path / "link") as folder:
-        (folder / "file").write_text("x")
-    assert (tmp_path / "real" / "file").read_text() == "x"
-    assert (tmp_path / "link").is_symlink()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
-
-
 def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """After a power cut a rename may be there and what was written before it not, unless both were asked for."""
     events = []
@@ -297,15 +285,6 @@ def test_files_have_the_mode_that_the_user_wants(tmp_path):
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o664])
-def test_a_file_that_is_replaced_hands_on_its_mode(mode, tmp_path):
-    path = tmp_path / "file"
-    path.write_text("before")
-    path.chmod(mode)
-    write_text(path, "after")
-    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("after", mode)
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 def test_a_file_that_root_replaces_stays_its_owners(tmp_path):
     path = tmp_path / "file"
@@ -327,99 +306,10 @@ def test_an_owner_that_cannot_be_kept_stops_no_writing(tmp_path, monkeypatch):
         raise OSError(errno.EINVAL, "Invalid argument")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_status", lambda path: os.stat_result((*there[:4], 12345, *there[5:])))
+        patch.setattr(files, "status", lambda path: os.stat_result((*there[:4], 12345, *there[5:])))
         patch.setattr(os, "fchown", refused)
         write_text(path, "after")
     assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("after", 0o600)
-
-
-def test_a_link_stays_and_its_target_is_written(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    for name in ("there", "absent"):
-        (tmp_path / name).symlink_to(Path("elsewhere") / name)
-    (tmp_path / "elsewhere" / "there").write_text("before")
-    for name in ("there", "absent"):
-        write_text(tmp_path / name, "after")
-        assert os.readlink(tmp_path / name) == f"elsewhere/{name}"
-        assert (tmp_path / "elsewhere" / name).read_text() == "after"
-    assert sorted(os.listdir(tmp_path / "elsewhere")) == ["absent", "there"]
-    (tmp_path / "circle").symlink_to("circle")
-    with pytest.raises(WriteError, match="circle cannot be written: Too many levels of symbolic links"):
-        write_text(tmp_path / "circle", "x")
-    with pytest.raises(WriteError, match="circle cannot be written: Too many levels"):
-        check_can_write(tmp_path / "circle")
-
-
-@pytest.fixture
-def pipe(tmp_path):
-    """A named pipe, and what came out of it."""
-    path, came = tmp_path / "pipe", []
-    os.mkfifo(path)
-    # Both ends open, so that nothing waits: what is written is small enough to lie in the pipe.
-    handle = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-
-    def read():
-        with contextlib.suppress(BlockingIOError):
-            while part := os.read(handle, 1 << 16):
-                came.append(part)
-        return b"".join(came)
-
-    yield path, read
-    os.close(handle)
-
-
-def test_a_pipe_is_written_to_and_stays_one(pipe, tmp_path):
-    path, read = pipe
-    (tmp_path / "link").symlink_to("pipe")
-    check_can_write(tmp_path / "link")
-    write_text(path, "one ")
-    write_text(tmp_path / "link", "two")
-    assert read() == b"one two"
-    assert stat.S_ISFIFO(path.stat().st_mode)
-    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
-
-
-def test_scores_go_into_a_pipe(pipe, given, capsys):
-    path, read = pipe
-    words = ["score", given / "model", "--data", given / "task", "--scorer", "magnitude", "--out", path]
-    code, err = run(capsys, words)
-    assert code == 0, err
-    assert json.loads(read())["kind"] == "scores"
-    assert stat.S_ISFIFO(path.stat().st_mode)
-
-
-@pytest.mark.parametrize("name", ["report --plots", "prune", "finetune", "compare", "meta-train", "joint-train"])
-def test_a_pipe_where_a_folder_is_meant_is_refused(name, pipe, given, tmp_path, capsys):
-    path, read = pipe
-    if name == "report --plots":
-        words = ["report", write_pruned(tmp_path / "p"), "--out", tmp_path / "page.html", "--plots", path]
-    else:
-        words = line(name, given, path)
-    code, err = run(capsys, words)
-    assert code == 2
-    assert re.search(r"`(out|plots)` must be a (new )?(or empty )?folder", err), err
-    assert read() == b""
-    assert stat.S_ISFIFO(path.stat().st_mode)
-
-
-def node(path, kind, major, minor):
-    try:
-        os.mknod(path, kind | 0o600, os.makedev(major, minor))
-        os.close(os.open(path, os.O_WRONLY)) if stat.S_ISCHR(kind) else None
-    except OSError as error:
-        pytest.skip(f"no permission to make a device: {error}")
-
-
-def test_a_device_is_written_to_and_stays_one(tmp_path):
-    null, full = tmp_path / "null", tmp_path / "full"
-    node(null, stat.S_IFCHR, 1, 3)
-    node(full, stat.S_IFCHR, 1, 7)
-    write_text(null, "x")
-    with pytest.raises(WriteError, match="No space left on device; a part of it may have gone in"):
-        write_text(full, "x")
-    assert stat.S_ISCHR(null.stat().st_mode)
-    assert stat.S_ISCHR(full.stat().st_mode)
-    assert sorted(os.listdir(tmp_path)) == ["full", "null"]
 
 
 def test_a_disk_is_not_overwritten(tmp_path, monkeypatch):

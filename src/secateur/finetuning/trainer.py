@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,8 @@ from secateur.models.loading import check_device
 from secateur.settings import Reading
 from secateur.support.files import temporary_folder
 from secateur.support.interrupts import undoing
+
+_one_at_a_time = threading.RLock()  # the Trainer keeps the state of its device once for the process
 
 
 def train(
@@ -42,9 +45,10 @@ def train(
     name as an argument too; `by_length` puts texts of similar length into a batch. In the folder `checkpoints`, where
     there is one, the training keeps how far it is, and the same training goes on there; its mean loss is too low then.
     Raises `SecateurError` where the loss does not stay finite, and `InvalidInputError` for a device that this machine
-    has not.
+    has not. A second training in another thread waits for the first.
     """
     with (
+        _one_at_a_time,
         temporary_folder() if checkpoints is None else nullcontext(checkpoints) as folder,
         _kept(getattr(model, "config", None), "use_cache"),
         _kept(model, "forward", "_original_forward"),
@@ -53,6 +57,7 @@ def train(
         bar = _Progress(title, reading.progress)
         last = None if checkpoints is None else newest(checkpoints)
         trainer = ResumedTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+        trainer.draws_order_alone = every_column
         for callback in [bar, *([] if checkpoints is None else [Keeping()])]:
             trainer.add_callback(callback)
         # It prints to stdout, which belongs to results.

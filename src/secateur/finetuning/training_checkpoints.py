@@ -13,6 +13,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from secateur.errors import SecateurWarning
 
@@ -25,14 +26,22 @@ _WEIGHTS, _WHOLE = "weights.pt", "whole"
 class ResumedTrainer(Trainer):
     """A Trainer whose checkpoints hold all that the model registers, tied weights included.
 
-    Of the processes that a launcher started each trains on all batches, so that the result is that of one.
+    Of the processes that a launcher started each trains on all batches, so that the result is that of one. With
+    `draws_order_alone` nothing but the order of the texts is random, and it is drawn as the seed alone says, whatever
+    other threads draw meanwhile.
     """
+
+    draws_order_alone = False
 
     def get_train_dataloader(self) -> Any:
         """Return the batches, unshared."""
         loader: Any = super().get_train_dataloader()
         if isinstance(loader.batch_sampler, BatchSamplerShard):
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        sampler = getattr(loader.batch_sampler, "sampler", None)
+        if self.draws_order_alone and isinstance(sampler, LengthGroupedSampler):
+            inner = getattr(loader, "base_dataloader", loader)
+            inner.generator = sampler.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

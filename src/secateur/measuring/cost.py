@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -21,6 +21,7 @@ from secateur.models.state import evaluation_mode, frozen
 from secateur.sites.gating import count_heads, probe
 from secateur.sites.recipe import read_recipe
 from secateur.support.interrupts import interruptible, undoing
+from secateur.support.threads import in_own_thread
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ def count_macs(base: PreTrainedModel, batch: int = 1, length: int = 128) -> tupl
     length = min(length, max_length(base, length))
     inputs = example_inputs(base, batch, length, padding=0)
     counter = FlopCounterMode(display=False)
+    tracker = counter.mod_tracker  # its hooks are those of every module of the process
+    for hook in ("_fw_pre_hook", "_fw_post_hook"):
+        setattr(tracker, hook, in_own_thread(getattr(tracker, hook)))
     # PyTorch counts matrix products but no fused attention, so the pass is made with separate products. Its counter
     # wants a graph behind every tensor that asks for gradients, and modules may be handed bare parameters.
     with evaluation_mode(base), frozen(base), _separate_products(base), counter:
@@ -83,8 +87,23 @@ def count_macs(base: PreTrainedModel, batch: int = 1, length: int = 128) -> tupl
 def _separate_products(base: PreTrainedModel) -> Iterator[None]:
     """Let attention multiply matrices one by one meanwhile, in PyTorch's own function or in the model's."""
     fused = getattr(base.config, "_attn_implementation", None) not in (None, "eager", "sdpa")
-    with sdpa_kernel(SDPBackend.MATH), probe(base, weights=True) if fused else nullcontext():
+    with _InTheOpen(), probe(base, weights=True) if fused else nullcontext():
         yield
+
+
+def _first(args: Any, kwargs: Any) -> Tensor:
+    query: Tensor = args[0] if args else kwargs["query"]
+    return query
+
+
+class _InTheOpen(TorchFunctionMode):
+    """PyTorch's attention by separate products, in this thread: its own switch is one for the whole process."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and _first(args, kwargs).numel():
+            return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
+        return func(*args, **kwargs)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
@@ -28,6 +27,7 @@ from secateur.meta_training.subjects import Subject, check_subjects, check_tasks
 from secateur.pruners.joint_network import JointPruner
 from secateur.support.checks import check_accelerator, check_flag, check_path
 from secateur.support.files import is_taken, replaced_folder
+from secateur.support.randomness import Drawn
 from secateur.support.run_files import PRUNER, SAMPLES
 from secateur.texts.data import Task
 
@@ -94,8 +94,7 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 
 def _fitted(samples: Sequence[Sample], config: JointTrainingConfig) -> JointPruner:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(config.seed)
+    with Drawn(config.seed):
         pruner = JointPruner(**(BESIDE_FOUND if config.search else {}))
     fit(pruner, samples, FitConfig(seed=config.seed))
     if config.search:

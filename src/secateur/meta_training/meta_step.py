@@ -30,7 +30,7 @@ from secateur.pruners.corners import score_corners
 from secateur.pruners.map_network import PAIR, SINGLE, MetaPruner, without_padding
 from secateur.relations import by_first_token, represent
 from secateur.sites.gating import HeadReading, probe
-from secateur.support.randomness import generator
+from secateur.support.randomness import Drawn, generator
 from secateur.texts.batches import Batch
 from secateur.texts.data import Task
 from secateur.texts.tokenization import check_texts
@@ -56,8 +56,7 @@ class MetaTraining:
         if len(sizes) != len(tasks):
             raise invalid("task_sizes", f"hold a size for each of the {len(tasks)} tasks", sizes)
         self.weights = torch.tensor(task_weights(sizes, config.task_power), dtype=torch.float64)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+        with Drawn(config.seed):
             self.pruner = MetaPruner(initial_std=config.initial_std).to(accelerator.device)
         kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
         self.optimizer: torch.optim.Optimizer = kind(self.pruner.parameters(), lr=config.learning_rate)

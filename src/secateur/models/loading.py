@@ -57,7 +57,7 @@ def load_model(
     own_class = model_class is None
     source, from_file = _source(model)
     options = {**_access(model), **options}
-    small = Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) < _SMALL
+    small = Path(model).is_dir() and sum(map(_size, Path(model).rglob("*.safetensors"))) < _SMALL
     try:
         with quiet_transformers(progress=not small):
             if "attn_implementation" not in options:
@@ -233,6 +233,10 @@ def _tokenizer_of_original(model: str | Path) -> PreTrainedTokenizerBase | None:
         if found is not None:
             return found
     return None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0  # not of a link to nothing
 
 
 def _lacks_tokenizer_files(model: str | Path) -> bool:

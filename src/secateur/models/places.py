@@ -5,6 +5,7 @@ A link, or a path in a settings file, could bring any file of the reader's machi
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def check_inside(path: Path, folder: Path) -> None:
 
     In the cache of the Hub files are links to its store, which is beside the snapshots.
     """
-    root, target = folder.resolve(), path.resolve()
+    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))  # `resolve` fails at a loop of links
     inside = [root]
     if root.parent.name == "snapshots" and not (store := root.parent.parent / "blobs").is_symlink():
         inside.append(store)
@@ -43,9 +44,14 @@ def copy_file(path: Path, folder: Path, target: Path) -> None:
 
 
 def copy_folder(path: Path, folder: Path, target: Path) -> None:
-    """Copy a folder that lies in `folder`, with all in it. Raises what `check_inside` raises, before it copies."""
+    """Copy a folder that lies in `folder`, with all in it. Raises what `check_inside` raises, before it copies.
+
+    A link to nothing is refused too.
+    """
     for one in _all_in(path, folder):
         check_inside(one, folder)
+        if not one.exists():
+            raise InvalidInputError(f"{one} must be a file or a folder, got a link to nothing; remove it")
     shutil.copytree(path, target, dirs_exist_ok=True)
 
 

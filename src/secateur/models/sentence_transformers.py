@@ -7,6 +7,7 @@ to read it.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def copy_modules(source: str | Path, folder: Path) -> Path:
         if (origin / name).is_file():
             copy_file(origin / name, origin, folder / name)
     for file in (origin / place).glob(_TRANSFORMER_FILES):
-        copy_file(file, origin, target / file.name)
+        if file.is_file():
+            copy_file(file, origin, target / file.name)
     for module in modules:
         path = module["path"]
         if path and path != place:
@@ -128,7 +130,7 @@ def _modules(folder: Path) -> list[dict[str, str]]:
     except (ValueError, KeyError, TypeError):
         raise InvalidInputError(f"{file} is no list of modules with `path` and `type`") from None
     for module in modules:
-        if not (folder / module["path"]).resolve().is_relative_to(folder.resolve()):
+        if not Path(os.path.realpath(folder / module["path"])).is_relative_to(os.path.realpath(folder)):
             raise InvalidInputError(f"{file} names a path outside its folder: {module['path']}")
     return modules
 

@@ -64,7 +64,7 @@ def verify_checkpoint(
     """
     pruned = load_model(folder, device)
     files = sorted(transformer_folder(Path(folder)).glob("*.safetensors")) if Path(folder).is_dir() else []
-    changed = changed_tensors(files)
+    changed = changed_tensors([file for file in files if file.is_file()])
     recipe = read_record(base_of(pruned).config)
     if recipe is None:
         raise InvalidInputError(f"{_without_recipe(folder)}, and which units stayed is not known")

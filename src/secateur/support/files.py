@@ -2,7 +2,7 @@
 
 Everything is written beside its place under a hidden name (a folder: `.NAME.unfinished`), brought to the disk, and
 renamed. So a reader, also one after a kill or a power cut, finds what was there before or what is there now. A link
-stays one, and a file that is replaced hands on its mode; pipes and devices are written to and never replaced.
+stays one, and what is replaced hands on its mode; pipes and devices are written to and never replaced.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import shutil
-import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -23,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from secateur.errors import SecateurWarning, WriteError, invalid
 from secateur.support.disk_refusals import NOTHING_LEFT, disk_refusal, write_error
+from secateur.support.file_status import hand_on, hand_on_folder, is_stream, status
 from secateur.support.interrupts import undoing
 from secateur.support.parsing import LARGEST_JSON, parse_json, read_within
 
@@ -44,8 +44,8 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """
     path, left = Path(path), NOTHING_LEFT
     try:
-        there = _status(path)
-        if _is_stream(there):
+        there = status(path)
+        if is_stream(there):
             left = "a part of it may have gone in"
             _write_through(path, content)
         else:
@@ -62,7 +62,7 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     path, waiting, new = Path(), [], []
     try:
         for path, content in files.items():
-            if not _is_stream(there := _status(path)):
+            if not is_stream(there := status(path)):
                 target = Path(os.path.realpath(path))
                 new += [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
                 waiting.append((_beside(target, there, content), target))
@@ -79,7 +79,7 @@ def write_together(files: Mapping[Path, bytes]) -> None:
             raise write_error(path, error) from error
         raise
     for path, content in files.items():
-        if _is_stream(_status(path)):
+        if is_stream(status(path)):
             write_bytes(path, content)
 
 
@@ -101,7 +101,7 @@ def _beside(path: Path, there: os.stat_result | None, content: bytes) -> Path:
     try:
         with temporary.open("xb") as file:
             if there is not None:
-                _hand_on(there, file.fileno())  # before there is anything in it that others could read
+                hand_on(there, file.fileno())  # before there is anything in it that others could read
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -111,37 +111,11 @@ def _beside(path: Path, there: os.stat_result | None, content: bytes) -> Path:
     return temporary
 
 
-def _hand_on(there: os.stat_result, handle: int) -> None:
-    """Give an open file the mode and, where we may, the owner of another."""
-    new = os.fstat(handle)
-    if stat.S_IMODE(new.st_mode) != stat.S_IMODE(there.st_mode):
-        os.fchmod(handle, stat.S_IMODE(there.st_mode))
-    if (new.st_uid, new.st_gid) != (there.st_uid, there.st_gid):
-        with suppress(OSError):  # not root, or root of a container that does not know the owner
-            os.fchown(handle, there.st_uid, there.st_gid)
-
-
 def _write_through(path: Path, content: bytes) -> None:
     """Write into what stands at `path`. It cannot be replaced, so a reader may see a part."""
     # A pipe waits for its reader here, as it does everywhere.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOCTTY), "wb") as file:
         file.write(content)
-
-
-def _status(path: Path) -> os.stat_result | None:
-    """Return what stands at `path` or, for a link, at its target; None where there is nothing yet."""
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    if stat.S_ISBLK(found.st_mode):
-        raise invalid("path", "name no disk, of which the file systems would be lost", str(path), "name a file on it")
-    return found
-
-
-def _is_stream(found: os.stat_result | None) -> bool:
-    """Is it a pipe, a device or a socket, into which is written, and which no file may replace?"""
-    return found is not None and not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode)
 
 
 def read_json(path: str | Path) -> Any:
@@ -195,6 +169,10 @@ def check_new_folder(path: str | Path) -> Path:
     Results do not mix. A mount point cannot be replaced, and a shell in a folder that was is nowhere.
     """
     path = Path(path)
+    try:
+        status(path)
+    except OSError as error:  # a link to itself, or a file in the place of a folder above it
+        raise write_error(path, error) from error
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise invalid("out", "be a new or empty folder", str(path), "choose another folder or empty this one")
     if path.is_dir() and (path.is_mount() or _here().is_relative_to(path.resolve())):
@@ -222,7 +200,7 @@ def check_can_write(path: str | Path) -> None:
     """Raise `WriteError` where `write_bytes` could not write `path`: to be found out before the work, not after it."""
     path = Path(path)
     try:
-        stream = _is_stream(_status(path))
+        stream = is_stream(status(path))
     except OSError as error:
         raise write_error(path, error) from error
     place = path if stream else Path(os.path.realpath(path)).parent
@@ -239,7 +217,8 @@ def one_run(lock: Path, out: str | Path) -> Iterator[None]:
     """
     held = FileLock(lock, timeout=0)
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        status(lock)  # says what is wrong where `mkdir` says "File exists"
+        Path(os.path.realpath(lock.parent)).mkdir(parents=True, exist_ok=True)
         held.acquire()
     except Timeout:
         raise invalid("out", "be written by one run at a time", str(out), "wait for the other one to end") from None
@@ -290,6 +269,8 @@ def _staged(place: Path, shown: str | Path) -> Iterator[Path]:
             message = f"removed {staging}, which a run that was killed had not finished"
             warnings.warn(message, SecateurWarning, stacklevel=5)
         staging.mkdir()
+        if place.is_dir():
+            hand_on_folder(place, staging)
         yield staging
         _sync_all(staging)
         os.replace(staging, place)
