@@ -3,6 +3,7 @@
 `make fuzz` tries many more orders than the suite does, and others each time.
 """
 
+import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from transformers import AutoModel
@@ -22,12 +23,20 @@ from secateur.removal.remove import remove_
 from secateur.scorers.score import score
 from secateur.settings import Reading
 from secateur.units.select import select
-from tests.contract.test_fuzz import cases
 from tests.support.tiny import ADAPTED, LAYERS, tiny_model
 
 ROUNDED = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32}
 
 
+CASES = int(os.environ.get("FUZZ_CASES", 500))
+ORDERS = settings(
+    max_examples=CASES // 50,
+    stateful_step_count=12,
+    derandomize=CASES <= 2000,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 came: Counter[str] = Counter()
 
 
@@ -111,5 +120,5 @@ def same(one, other):
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
 def test_a_folder_gives_back_what_was_saved_whatever_came_before():
     came.clear()
-    run_state_machine_as_test(Workflow, settings=settings(cases(40), stateful_step_count=12))
+    run_state_machine_as_test(Workflow, settings=ORDERS)
     assert came["given back"] > 0 < came["refused"]
