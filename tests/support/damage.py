@@ -21,6 +21,7 @@ ODD: list[Any] = [
 ]  # fmt: skip
 """Values of another type, out of range, empty, too large, and with a meaning elsewhere."""
 
+_ENDS = 4096  # bytes
 _LENGTH = 8  # bytes of a safetensors file that say how long its header is
 
 
@@ -74,7 +75,7 @@ def _places(value: Any, depth: int) -> Iterator[tuple[Any, Any]]:
 
 def damaged_bytes(content: bytes, random: Random) -> bytes:
     """Return bytes with a few changed, put in or taken out, with a piece moved or doubled, or cut short."""
-    at, length = random.randint(0, len(content)), random.randint(1, 8)
+    at, length = _somewhere(content, random), random.randint(1, 8)
     kind = random.randrange(6)
     if kind == 0:
         return content[:at]
@@ -88,9 +89,16 @@ def damaged_bytes(content: bytes, random: Random) -> bytes:
         return content[:at] + piece + content[at + random.choice((0, len(piece))) :]
     made = bytearray(content)
     for _ in range(random.randint(1, 3) if made else 0):
-        place = random.randrange(len(made))
+        place = min(_somewhere(content, random), len(made) - 1)
         made[place] = random.randrange(256) if kind == 4 else made[place] ^ 1 << random.randrange(8)
     return bytes(made)
+
+
+def _somewhere(content: bytes, random: Random) -> int:
+    """Return a place in the content, half of the time near one of its ends, where formats say what is where."""
+    size = len(content)
+    near = random.randint(0, min(_ENDS, size))
+    return random.choice((near, size - near, random.randint(0, size), random.randint(0, size)))
 
 
 def _json(content: bytes, random: Random, extra: tuple[Any, ...]) -> bytes:

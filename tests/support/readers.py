@@ -225,8 +225,11 @@ def write_meta_pruner(folder):
 
 
 def read_meta_pruner(folder, name):
-    pruner = load_pruner(folder)
-    assert pruner.state_dict().keys() == MetaPruner().state_dict().keys()
+    check_pruner(load_pruner(folder))
+
+
+def check_pruner(pruner):
+    assert pruner.score_maps(torch.rand(1, 1, 4, 4), None, True).shape == (1, 1)
 
 
 def write_authors_pruner(folder):
@@ -235,8 +238,7 @@ def write_authors_pruner(folder):
 
 
 def read_authors_pruner(folder, name):
-    pruner = load_pruner(folder / name)
-    assert pruner.state_dict().keys() == MetaPruner().state_dict().keys()
+    check_pruner(load_pruner(folder / name))
 
 
 def write_joint_pruner(folder):
@@ -258,7 +260,7 @@ READERS = {
     for reader in [
         Reader("`head_pruning` of a config.json", write_recipes, JSON_FILES, read_recipe, values=PLACES, bytes=False),
         # A model of transformers is built in each.
-        Reader("a model built from such a config", write_recipes, JSON_FILES, build_model, 20, PLACES, bytes=False),
+        Reader("a model built from such a config", write_recipes, JSON_FILES, build_model, 5, PLACES, bytes=False),
         Reader("digests in a safetensors file", write_digests, ("model.safetensors",), read_digests),
         Reader("a scores file, and masks selected from it", write_scores, ("scores.json",), read_scores),
         Reader("a mask file", write_mask, ("mask.json",), read_mask),
@@ -269,9 +271,8 @@ READERS = {
                read_sentence_transformer, values=("0/1", "modules.json", "..", ".")),
         Reader("what a model's settings name", write_model_settings, ("config.json", "tokenizer_config.json"),
                read_model_settings),
-        # Networks are built, and files of 700 KB read, in each.
-        Reader("a meta-pruner's folder", write_meta_pruner, PRUNER_FILES, read_meta_pruner, 20),
-        Reader("a meta-pruner of the paper's authors", write_authors_pruner, ("authors.bin",), read_authors_pruner, 20),
+        Reader("a meta-pruner's folder", write_meta_pruner, PRUNER_FILES, read_meta_pruner),
+        Reader("a meta-pruner of the paper's authors", write_authors_pruner, ("authors.bin",), read_authors_pruner),
         Reader("a joint pruner's folder", write_joint_pruner, PRUNER_FILES, read_joint_pruner),
         *RUN_READERS,
     ]

@@ -36,8 +36,9 @@ def _is_comparison(found: Any) -> bool:
     )
 
 
-_LARGEST = 1e100
-"""A number in a row: larger ones would have sums and squares that no float can have."""
+_SMALLEST, _LARGEST = 1e-100, 1e100
+"""Of a number in a row but 0, its size: others have ratios, sums or squares that no float can have."""
+_SIZES = f", 0 or from {_SMALLEST:g} to {_LARGEST:g} in size"
 
 
 @contextmanager
@@ -119,13 +120,13 @@ def check_row(row: Any, where: str) -> None:
         if not isinstance(row[key], str):
             raise InvalidInputError(f"{where}: `{key}` must be a text, got {shown(row[key])}")
     for key in numbers:
-        if not is_number(row[key]) or abs(row[key]) > _LARGEST:
-            raise InvalidInputError(f"{where}: `{key}` must be a finite number below 1e100, got {shown(row[key])}")
+        if not _is_usual(row[key]):
+            raise InvalidInputError(f"{where}: `{key}` must be a finite number{_SIZES}, got {shown(row[key])}")
     if not 0 <= row["ratio"] < 1:
         raise InvalidInputError(f"{where}: `ratio` must be in [0, 1), got {row['ratio']}")
     cost, kept, environment = row["cost"], row.get("kept_heads"), row.get("environment")
-    if not isinstance(cost, dict) or not all(value is None or is_number(value) for value in cost.values()):
-        raise InvalidInputError(f"{where}: `cost` must map names to numbers, got {shown(cost)}")
+    if not isinstance(cost, dict) or not all(value is None or _is_usual(value) for value in cost.values()):
+        raise InvalidInputError(f"{where}: `cost` must map names to numbers{_SIZES}, got {shown(cost)}")
     heads = [] if kept is None else kept.values() if isinstance(kept, dict) else [None]
     if not all(isinstance(row, list) and all(isinstance(head, int) for head in row) for row in heads):
         raise InvalidInputError(f"{where}: `kept_heads` must map sites to head numbers, got {shown(kept)}")
@@ -133,6 +134,10 @@ def check_row(row: Any, where: str) -> None:
         raise InvalidInputError(f"{where}: `constant` must be a finite number, got {shown(row['constant'])}")
     if environment is not None and not isinstance(environment, dict):
         raise InvalidInputError(f"{where}: `environment` must map names to values, got {shown(environment)}")
+
+
+def _is_usual(value: Any) -> bool:
+    return is_number(value) and (value == 0 or _SMALLEST <= abs(value) <= _LARGEST)
 
 
 def scores_file(out: Path, run: Run) -> Path:
