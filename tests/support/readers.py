@@ -94,6 +94,18 @@ def build_model(folder, name):
     assert hidden == set(), "a recipe has hidden methods behind values of its own"
 
 
+def write_heads_of_4(folder):
+    dump(folder / "pruned_heads.json", {"0": [1, 2], "2": [0]})
+
+
+def build_model_of_4(folder, name):
+    config = CONFIGS["bert"]()
+    config.pruned_heads = json.loads((folder / name).read_text())
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    assert KEY in vars(model.config) or not config.pruned_heads
+
+
 def write_digests(folder):
     tensors = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.zeros(2, dtype=torch.bfloat16)}
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
@@ -251,6 +263,7 @@ def read_joint_pruner(folder, name):
     pruner.save_pretrained(folder / ".copy")
 
 
+HEADS_FILES = ("pruned_heads.json",)
 PRUNER_FILES = ("config.json", "model.safetensors")
 JSON_FILES = tuple(f"{kind}.json" for kind in KINDS)
 DATA_FILES = tuple(f"train.{ending}" for ending in ("csv", "tsv", "jsonl", "json", "csv.gz", "jsonl.gz"))
@@ -261,6 +274,7 @@ READERS = {
         Reader("`head_pruning` of a config.json", write_recipes, JSON_FILES, read_recipe, values=PLACES, bytes=False),
         # A model of transformers is built in each.
         Reader("a model built from such a config", write_recipes, JSON_FILES, build_model, 5, PLACES, bytes=False),
+        Reader("`pruned_heads` of transformers 4", write_heads_of_4, HEADS_FILES, build_model_of_4, 20, bytes=False),
         Reader("digests in a safetensors file", write_digests, ("model.safetensors",), read_digests),
         Reader("a scores file, and masks selected from it", write_scores, ("scores.json",), read_scores),
         Reader("a mask file", write_mask, ("mask.json",), read_mask),

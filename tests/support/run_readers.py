@@ -10,6 +10,7 @@ import torch
 from secateur.cli.tables import comparison_table
 from secateur.comparing.folder import owned, rows_by_run
 from secateur.comparing.plan import Settings
+from secateur.comparing.run import read_scores
 from secateur.comparing.summary import summarise
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.meta_training.contents import settle_contents
@@ -97,9 +98,12 @@ def write_comparison_to_go_on(folder):
     with owned(folder, COMPARED, {"model a model": "0123"}):
         pass
     (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in comparison_rows(("a",))[:2]))
+    scores = Scores({"layer.0": torch.arange(4.0)}).to_json()
+    dump(folder / "scores" / "a-random-0.json", {**scores, "cost": {"scoring_seconds": 1.0, "peak_memory": 2}})
 
 
 def go_on_comparing(folder, name):
+    read_scores(folder / "scores" / "a-random-0.json")
     with owned(folder, COMPARED, {"model a model": "0123"}):
         rows = [*rows_by_run(folder).values()]
         assert not rows or comparison_table(summarise(rows)).row_count
@@ -230,6 +234,7 @@ def go_on_pruning(folder, name):
             assert f"{run.facts['reconstruction'][0]:.4f}"
 
 
+GO_ON_FILES = ("settings.json", "runs.jsonl", "scores/a-random-0.json")
 PAGE_FILES = ("run/pruning_report.json", "run/attention_maps.json", "run/distillation.json", "run/config.json")
 COMPARED_FILES = ("run/runs.jsonl", "run/settings.json", "run/scores/a-random-0.json")
 STEP_FILES = tuple(
@@ -248,9 +253,7 @@ RUN_READERS = [
     Reader("a demo's folder, for a page", write_demo, ("run/result.json",), read_page),
     Reader("a comparison's folder, for a page", write_compared, COMPARED_FILES, read_compared),
     Reader("the steps of a killed pruning", write_steps, STEP_FILES, go_on_pruning),
-    Reader(
-        "a comparison's folder, to go on", write_comparison_to_go_on, ("settings.json", "runs.jsonl"), go_on_comparing
-    ),
+    Reader("a comparison's folder, to go on", write_comparison_to_go_on, GO_ON_FILES, go_on_comparing),
     Reader("a reproduction's folder, to go on", write_reproduction, ("settings.json",), go_on_reproducing),
     Reader("a joint pruner's fitting, to go on", write_joint_run, ("settings.json",), go_on_joint_run),
     Reader("a meta-training's contents, to go on", write_meta_contents, ("settings.json",), go_on_meta_contents),
