@@ -18,6 +18,7 @@ from secateur.support.files import read_json, remove_folder, write_bytes, write_
 from secateur.support.parsing import short
 
 _ABOUT, _TRAINING = "about.json", "training"
+_DAMAGE = (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, SafetensorError)
 
 
 class Steps:
@@ -50,15 +51,7 @@ class Steps:
         """Raise `CheckpointError` where a step that is there turns out to be damaged meanwhile."""
         try:
             yield
-        except (
-            KeyError,
-            TypeError,
-            AttributeError,
-            ValueError,
-            ArithmeticError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
+        except _DAMAGE as error:
             raise CheckpointError(
                 f"{self.folder} holds a damaged step `{name}`: {short(error)}; run it again, and it begins anew"
             ) from None

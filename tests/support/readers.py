@@ -272,7 +272,7 @@ READERS = {
     reader.tried: reader
     for reader in [
         Reader("`head_pruning` of a config.json", write_recipes, JSON_FILES, read_recipe, values=PLACES, bytes=False),
-        # A model of transformers is built in each.
+        # A model of transformers is built in each, which takes many times as long as the reading.
         Reader("a model built from such a config", write_recipes, JSON_FILES, build_model, 5, PLACES, bytes=False),
         Reader("`pruned_heads` of transformers 4", write_heads_of_4, HEADS_FILES, build_model_of_4, 20, bytes=False),
         Reader("digests in a safetensors file", write_digests, ("model.safetensors",), read_digests),

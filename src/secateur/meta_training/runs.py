@@ -35,6 +35,9 @@ from secateur.support.run_files import CHECKPOINT
 HELD_OUT, CONTRIBUTION = "held_out", "contribution"
 """In a line of the log, the relational KL on held-out texts by task: of the pruner's masks, and of that scorer's."""
 
+_STATES = {"sgd": set[str](), "adam": {"step", "exp_avg", "exp_avg_sq"}}
+"""What an optimiser knows of a parameter."""
+
 _FREE = {"steps", "evaluate_every", "checkpoint_every"}  # settings that may change when a run goes on
 
 
@@ -112,7 +115,7 @@ def load_checkpoint(
         tensors = load_file(folder / "state.safetensors", device=str(next(pruner.parameters()).device))
         saved_config = MetaTrainingConfig(**about["config"])
         check_whole("step", step := about["step"], 0)
-        states = _optimizer_states(tensors, list(pruner.parameters()))
+        states = _optimizer_states(tensors, list(pruner.parameters()), _STATES[saved_config.optimizer])
     except Exception as error:
         raise CheckpointError(
             f"{folder} is no complete meta-training checkpoint: {short(error)}; without it, a run goes on from the one "
@@ -132,17 +135,20 @@ def load_checkpoint(
     return int(step)
 
 
-def _optimizer_states(tensors: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
-    """Return what the optimiser knew of each parameter. Raises `ValueError` for what fits no such state."""
+def _optimizer_states(
+    tensors: Mapping[str, Tensor], parameters: Sequence[Tensor], names: set[str]
+) -> dict[int, dict[str, Tensor]]:  # fmt: skip
+    """Return what the optimiser knew of each parameter, by `names`. Raises `ValueError` for what fits no such state."""
     states: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, number, name = key.split(".")
-            if value.ndim and value.shape != parameters[int(number)].shape:
-                raise ValueError(f"{key} has another shape than the parameter")
+            shape = () if name == "step" else parameters[int(number)].shape
+            if value.shape != shape or (name == "step" and not 0 <= float(value) < 2**53):
+                raise ValueError(f"{key} is of another parameter")
             states.setdefault(int(number), {})[name] = value
-    if len({frozenset(state) for state in states.values()}) > 1 or set(states) - set(range(len(parameters))):
-        raise ValueError("the optimiser's state is of other parameters")
+    if not all(set(state) == names for state in states.values()) or set(states) - set(range(len(parameters))):
+        raise ValueError("the optimiser's state is of another optimiser")
     return states
 
 
@@ -154,5 +160,5 @@ def latest_checkpoint(out: Path) -> Path | None:
 
 def _checkpoints(out: Path) -> list[Path]:
     found = [folder for folder in out.glob(f"{CHECKPOINT}*") if (folder / "state.json").is_file()]
-    numbered = {int(number): folder for folder in found if (number := folder.name.removeprefix(CHECKPOINT)).isdigit()}
+    numbered = {int(number): folder for folder in found if (number := folder.name.removeprefix(CHECKPOINT)).isdecimal()}
     return [numbered[number] for number in sorted(numbered)]

@@ -54,6 +54,6 @@ def _config(model: str | Path) -> dict[str, Any]:
     try:
         source = transformer_folder(Path(model)) if Path(model).is_dir() else model
         data = PreTrainedConfig.get_config_dict(source, local_files_only=True)[0]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # the last three for JSON of another form
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # the last three: JSON of another form
         return {}
     return data if isinstance(data, dict) else {}

@@ -86,7 +86,7 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
             raise CheckpointError(f"there is no meta-pruner checkpoint {path}")
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Detected pickle protocol")  # it may not be able to read it
+                warnings.simplefilter("ignore")  # what it cannot read is refused
                 state: Any = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can fail with any type
             raise CheckpointError(f"{path} cannot be read as a meta-pruner checkpoint: {short(error)}") from None

@@ -30,7 +30,7 @@ def has_v4_pruning(source: str | Path) -> bool:
     try:
         folder = transformer_folder(Path(source)) if Path(source).is_dir() else source
         data, _ = PreTrainedConfig.get_config_dict(folder)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # the last three for JSON of another form
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # the last three: JSON of another form
         return False
     return isinstance(data, dict) and bool(data.get(V4_KEY))
 
