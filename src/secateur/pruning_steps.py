@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from secateur.errors import CheckpointError, InvalidInputError
 from secateur.finetuning.training_checkpoints import newest
 from secateur.support.files import read_json, remove_folder, write_bytes, write_text
+from secateur.support.parsing import short
 
 _ABOUT, _TRAINING = "about.json", "training"
+_DAMAGE = (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, SafetensorError)
 
 
 class Steps:
@@ -42,6 +46,16 @@ class Steps:
         assert self.folder is not None
         return safetensors.torch.load_file(self.folder / f"{name}.safetensors")
 
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Raise `CheckpointError` where a step that is there turns out to be damaged meanwhile."""
+        try:
+            yield
+        except _DAMAGE as error:
+            raise CheckpointError(
+                f"{self.folder} holds a damaged step `{name}`: {short(error)}; run it again, and it begins anew"
+            ) from None
+
     def write(self, name: str, found: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Keep what a step came to: plain data, and tensors if any. It is there once all of it is."""
         if self.folder is None:
@@ -52,6 +66,14 @@ class Steps:
         write_text(self.folder / f"{name}.json", json.dumps(found))
 
 
+def _about(file: Path) -> Any:
+    """Return what an earlier run was about, None where nobody can say."""
+    try:
+        return read_json(file)
+    except InvalidInputError:
+        return None
+
+
 @contextmanager
 def kept_steps(folder: Path, about: Mapping[str, Any]) -> Iterator[Steps]:
     """Yield the steps that an earlier run kept in `folder`, where it was `about` the same, else none.
@@ -60,7 +82,7 @@ def kept_steps(folder: Path, about: Mapping[str, Any]) -> Iterator[Steps]:
     """
     wanted = json.loads(json.dumps(about, default=str))
     file = folder / _ABOUT
-    if folder.exists() and (not file.is_file() or read_json(file) != wanted):
+    if folder.exists() and _about(file) != wanted:
         remove_folder(folder)
     folder.mkdir(exist_ok=True)
     try:

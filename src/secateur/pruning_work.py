@@ -17,7 +17,7 @@ from secateur.choosing.allocation import SensitivitySelection
 from secateur.choosing.budget import BudgetOutcome
 from secateur.choosing.by_cut import kinds_there, selection_of
 from secateur.choosing.refinement import refine_mask
-from secateur.errors import InvalidInputError, UnsupportedModelError
+from secateur.errors import InvalidInputError, UnsupportedModelError, shown
 from secateur.measuring.cost import check_heads, measure_cost
 from secateur.models.base_model import base_of
 from secateur.models.loading import load_model, load_tokenizer
@@ -39,6 +39,7 @@ from secateur.scorers.score import AnyScorer, criteria_of, score
 from secateur.settings import Budget, Cut, Reading, Restore
 from secateur.sites.attention_maps import MAX_TEXTS, mean_maps
 from secateur.sites.recipe import TRAINED, read_recipe
+from secateur.support.checks import is_number
 from secateur.support.versions import __version__
 from secateur.texts.calibration import PreparedModel
 from secateur.texts.examples import Example, are_rows
@@ -60,6 +61,13 @@ def _copied(model: Any, tokenizer: Any, reads: bool, reading: Reading) -> tuple[
         with nullcontext() if reads else suppress(InvalidInputError):  # else it is only saved
             tokenizer = load_tokenizer(model)
     return str(model), load_model(model, reading.device), tokenizer
+
+
+def _check_numbers(values: Iterable[Any]) -> None:
+    """Raise `ValueError` unless each value that an earlier run kept is a finite number."""
+    for value in values:
+        if not is_number(value):
+            raise ValueError(f"{shown(value)} is no number")
 
 
 class Pruning:
@@ -125,13 +133,18 @@ class Pruning:
         """Score, select and refine; or read what an earlier run came to."""
         known = ("requested_ratio", "refinement", "scoring_seconds")
         if (found := self.kept.read("mask")) is not None:
-            self.facts |= {
-                name: tuple(value) if isinstance(value, list) else value for name, value in found["facts"].items()
-            }
-            self.note(Scores.from_json(found["scores"]), isinstance(scorer, Scores))
-            if self.similarity is not None:
-                self._settle(Budget.parse(found["budget"]), found["expected"])
-            return Mask.from_json(found["mask"])
+            with self.kept.reading("mask"):
+                facts = {name: value for name, value in found["facts"].items() if name in known}
+                facts |= {"refinement": tuple(facts["refinement"])} if "refinement" in facts else {}
+                for value in facts.values():
+                    _check_numbers(value if isinstance(value, tuple) else [value])
+                before, mask = Scores.from_json(found["scores"]), Mask.from_json(found["mask"])
+                if self.similarity is not None:
+                    _check_numbers([found["expected"]])
+                    self._settle(Budget.parse(found["budget"]), found["expected"])
+            self.facts |= facts
+            self.note(before, isinstance(scorer, Scores))
+            return mask
         scores = self.score(scorer, labels, options)
         mask = self.refine(self.select(scores))
         found = {"scores": scores.to_json(), "mask": mask.to_json()}
@@ -211,10 +224,15 @@ class Pruning:
         if self.restore == "none":
             return
         if (found := self.kept.read("refit")) is not None:
-            for name, weight in self.kept.tensors("refit").items():
-                parameter = self.prepared.base.get_parameter(name)
-                parameter.data = weight.to(parameter)
-            self._note_refit(*found)
+            with self.kept.reading("refit"):
+                before, after = found
+                _check_numbers(found)
+                for name, weight in self.kept.tensors("refit").items():
+                    parameter = self.prepared.base.get_parameter(name)
+                    if weight.shape != parameter.shape:
+                        raise ValueError(f"{name} has another shape")
+                    parameter.data = weight.to(parameter)
+            self._note_refit(before, after)
             return
         fitted = cast(Any, self.read[:: math.ceil(len(self.read) / SCORED_TEXTS) or 1])
         if line := too_few("reconstructed", fitted, FEWEST):

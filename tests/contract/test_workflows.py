@@ -4,6 +4,7 @@
 """
 
 import copy
+import os
 import tempfile
 from collections import Counter
 from contextlib import suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -35,7 +36,6 @@ from secateur.removal.verify import verify_checkpoint
 from secateur.scorers.score import score
 from secateur.settings import Cut, Reading
 from secateur.units.select import select
-from tests.contract.test_fuzz import cases
 from tests.support.tiny import ADAPTED, LAYERS, tiny_model, tiny_texts, tiny_tokenizer
 
 ROUNDED = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32}
@@ -43,7 +43,15 @@ ROUNDED = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.flo
 
 KINDS = st.sampled_from(["heads", "heads", "neurons", "layers"])
 TEXTS = tiny_texts(24)
-
+CASES = int(os.environ.get("FUZZ_CASES", 500))
+ORDERS = settings(
+    max_examples=CASES // 55,
+    stateful_step_count=12,
+    derandomize=CASES <= 2000,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 came: Counter[str] = Counter()
 
 
@@ -212,5 +220,5 @@ def same(one, other):
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
 def test_a_folder_gives_back_what_was_saved_whatever_came_before():
     came.clear()
-    run_state_machine_as_test(Workflow, settings=settings(cases(36), stateful_step_count=12))
+    run_state_machine_as_test(Workflow, settings=ORDERS)
     assert came["given back"] > 0 < came["refused"]

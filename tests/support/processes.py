@@ -77,16 +77,20 @@ def command(
     return Command(line, log, moment, signal, str(below or ""), forked_workers, memory)
 
 
-def outcome_within(memory: int, function: Callable[..., object], *args: object) -> tuple[str, str]:
-    """Call a function of a module in a process that may take `memory` MiB more than it has.
+def outcome_within(
+    memory: int, function: Callable[..., object], *args: object, seconds: float = 300
+) -> tuple[str, str]:  # fmt: skip
+    """Call a function of a module in a process that may take `memory` MiB more than it has, and `seconds`.
 
     Returns the name and the text of what it raised, both empty where it raised nothing.
     """
     queue = _FORKED.SimpleQueue()
     process = _FORKED.Process(target=_call, args=(queue, memory, function, args))
     process.start()
-    process.join(300)
-    assert process.exitcode == 0, f"the process ended with {process.exitcode}"
+    process.join(seconds)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0, f"the process ended with {ended}"
     return queue.get()
 
 

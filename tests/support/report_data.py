@@ -77,7 +77,7 @@ def comparison_rows(tasks=("a", "b"), losses=None):
     for seed in (0, 1):
         for number, task in enumerate(tasks):
             dense = 0.8 + 0.05 * number + 0.01 * seed
-            base = {"data": f"data/{task}", "task": task, "seed": seed, "metric": "accuracy"}
+            base = {"data": f"data/{task}", "task": task, "seed": seed, "metric": "accuracy", "constant": 0.5}
             cost = {"training_seconds": 60.0}
             rows.append({**base, "scorer": "dense", "ratio": 0.0, "value": dense, "kept_heads": None, "cost": cost})
             for (scorer, ratio), lost in (losses or LOSSES).items():

@@ -335,7 +335,7 @@ def test_a_folder_with_other_settings_is_no_comparison(content, settings, tmp_pa
 def test_a_row_that_is_no_run_is_named(settings, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(asdict(settings)))
     (tmp_path / "runs.jsonl").write_text('{"scorer": "dense"}\n')
-    with pytest.raises(InvalidInputError, match="has a row that is no run"):
+    with pytest.raises(InvalidInputError, match=r"runs\.jsonl, line 1 has no data, task"):
         compare(settings, tmp_path, progress=False)
 
 

@@ -35,6 +35,7 @@ def cli() -> None:
     """Remove attention heads that a task does not need from a pre-trained Transformer, and prove the result."""
 
 
+_LONGEST = 900  # characters of an error
 _FROM_MODEL_TO_SMALLER = (info, score, prune, verify)
 _BESIDE_IT = (
     bench,
@@ -91,5 +92,6 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
 
 def _error(message: str) -> str:
     line = " ".join(message.split())
+    line = line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."  # click shows values whole
     # What a file or a name holds must not steer the terminal.
     return "secateur: error: " + "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)

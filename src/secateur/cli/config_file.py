@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
     named = {}
     for name, value in values.items():
         many = isinstance(value, list)
-        named[flags[name].name] = value if many or not flags[name].multiple else [value]
+        texts = [_as_typed(path, part, flags[name]) for part in (value if many else [value])]
+        named[flags[name].name] = texts if many or flags[name].multiple else texts[0]
     context.default_map = named
     return path
 
@@ -40,6 +42,19 @@ def _check(path: Path, values: Any, flags: Mapping[str, click.Option]) -> None:
         parts = value if isinstance(value, list) else [value]
         if not parts or any(part is None or isinstance(part, list | dict) for part in parts):
             raise click.BadParameter(f"{path}: `{name}` must have a value, or a list of values, got {shown(value)}")
+        if isinstance(value, list) and not flags[name].multiple:
+            raise click.BadParameter(f"{path}: `{name}` must have one value, got {shown(value)}")
+
+
+def _as_typed(path: Path, value: Any, flag: click.Option) -> Any:
+    """Return a value as it would have been typed on the command line, where all are texts; of switches as it is."""
+    if isinstance(value, bool):
+        if not flag.is_flag:
+            raise click.BadParameter(f"{path}: `{flag.opts[0].lstrip('-')}` must be no {value}; put it in quotes")
+        return value
+    if not isinstance(value, str | int | float | date):
+        raise click.BadParameter(f"{path}: `{flag.opts[0].lstrip('-')}` must be a text or a number, got {shown(value)}")
+    return str(value)
 
 
 config_option = click.option(

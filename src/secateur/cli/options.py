@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from secateur.errors import shown
 from secateur.support.checks import LARGEST_SEED
 from secateur.support.defaults import BATCH_SIZE, MAX_LENGTH
 
@@ -59,7 +60,9 @@ class Place(click.Path):
         super().__init__(path_type=Path, **options)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
+        """Return the path, or fail in the one error form."""
+        if "\0" in value:  # a shell cannot say that, a file can
+            self.fail(f"`{param.name if param else 'path'}` must be a path, got {shown(value)}", param, ctx)
         return super().convert(os.path.expanduser(value), param, ctx)
 
 

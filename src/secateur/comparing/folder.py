@@ -18,8 +18,27 @@ from secateur.comparing.splits import splits
 from secateur.errors import InvalidInputError, invalid, shown
 from secateur.models.model_content import fingerprint_of_files
 from secateur.scorers import scorer_class
+from secateur.support.checks import is_number
 from secateur.support.files import LOCK, is_taken, one_run, read_json, read_lines, remove_unfinished, write_text
 from secateur.support.run_files import ROWS, SCORES, SETTINGS, scores_stem
+
+
+def _is_comparison(found: Any) -> bool:
+    """Whether these may be the settings of a comparison, of which some may be of a later or an earlier version."""
+    if not isinstance(found, dict) or not {"model", "data", "scorers"} <= set(found):
+        return False
+    lists = [found[name] for name in ("data", "scorers", "ratios") if name in found]
+    mappings = [found[name] for name in ("pruners", "content") if name in found]
+    return (
+        all(isinstance(part, list) and {*map(type, part)} <= {str, int, float} for part in lists)
+        and all(isinstance(part, dict) for part in mappings)
+        and type(found.get("seeds", 1)) is int
+    )
+
+
+_SMALLEST, _LARGEST = 1e-100, 1e100
+"""Of a number in a row but 0, its size: others have ratios, sums or squares that no float can have."""
+_SIZES = f", 0 or from {_SMALLEST:g} to {_LARGEST:g} in size"
 
 
 @contextmanager
@@ -34,7 +53,7 @@ def owned(out: Path, settings: Settings, content: Mapping[str, str]) -> Iterator
         raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
     if file.is_file():
         found = read_json(file)
-        if not isinstance(found, dict) or not {"model", "data", "scorers"} <= set(found):
+        if not _is_comparison(found):
             raise invalid("out", "be a new folder, or one with a comparison to go on with", str(out))
         names = differences(found, wanted)
         if names:
@@ -81,15 +100,44 @@ def _grows(found: Any, wanted: Any) -> bool:
 
 def rows_by_run(out: Path) -> dict[Run, dict[str, Any]]:
     """Return the rows of the finished runs. Raises `InvalidInputError` for a row that is none."""
-    return {run_of(row): row for row in read_lines(out / ROWS)}
+    rows = read_lines(out / ROWS)
+    for number, row in enumerate(rows, 1):
+        check_row(row, f"{out / ROWS}, line {number}")
+    return {run_of(row): row for row in rows}
 
 
-def run_of(row: Any) -> Run:
-    """Return the run that a row is of. Raises `InvalidInputError` for a row that is of none."""
-    try:
-        return Run(row["data"], row["scorer"], row["ratio"], row["seed"])
-    except (KeyError, TypeError):
-        raise InvalidInputError(f"{ROWS} has a row that is no run: {shown(row)}") from None
+def run_of(row: Mapping[str, Any]) -> Run:
+    """Return the run that a row is of."""
+    return Run(row["data"], row["scorer"], row["ratio"], row["seed"])
+
+
+def check_row(row: Any, where: str) -> None:
+    """Raise `InvalidInputError` unless a row of a comparison holds what tables, the page and the plots are made of."""
+    words, numbers = ("data", "task", "scorer", "metric"), ("ratio", "seed", "value")
+    if missing := [key for key in (*words, *numbers, "cost") if not isinstance(row, dict) or key not in row]:
+        raise InvalidInputError(f"{where} has no {', '.join(missing)}")
+    for key in words:
+        if not isinstance(row[key], str):
+            raise InvalidInputError(f"{where}: `{key}` must be a text, got {shown(row[key])}")
+    for key in numbers:
+        if not _is_usual(row[key]):
+            raise InvalidInputError(f"{where}: `{key}` must be a finite number{_SIZES}, got {shown(row[key])}")
+    if not 0 <= row["ratio"] < 1:
+        raise InvalidInputError(f"{where}: `ratio` must be in [0, 1), got {row['ratio']}")
+    cost, kept, environment = row["cost"], row.get("kept_heads"), row.get("environment")
+    if not isinstance(cost, dict) or not all(value is None or _is_usual(value) for value in cost.values()):
+        raise InvalidInputError(f"{where}: `cost` must map names to numbers{_SIZES}, got {shown(cost)}")
+    heads = [] if kept is None else kept.values() if isinstance(kept, dict) else [None]
+    if not all(isinstance(row, list) and all(isinstance(head, int) for head in row) for row in heads):
+        raise InvalidInputError(f"{where}: `kept_heads` must map sites to head numbers, got {shown(kept)}")
+    if row.get("constant") is not None and not is_number(row["constant"]):
+        raise InvalidInputError(f"{where}: `constant` must be a finite number, got {shown(row['constant'])}")
+    if environment is not None and not isinstance(environment, dict):
+        raise InvalidInputError(f"{where}: `environment` must map names to values, got {shown(environment)}")
+
+
+def _is_usual(value: Any) -> bool:
+    return is_number(value) and (value == 0 or _SMALLEST <= abs(value) <= _LARGEST)
 
 
 def scores_file(out: Path, run: Run) -> Path:

@@ -19,6 +19,7 @@ from transformers import set_seed
 from secateur.comparing.folder import scores_file
 from secateur.comparing.plan import DENSE, Run, Settings
 from secateur.comparing.splits import splits
+from secateur.errors import InvalidInputError, shown
 from secateur.finetuning.evaluate import constant_metric, main_metric
 from secateur.finetuning.finetune import finetune, load_classifier
 from secateur.models.loading import load_model, load_tokenizer, quiet_transformers
@@ -27,6 +28,7 @@ from secateur.restoring.distillation import distill_
 from secateur.restoring.reconstruction import reconstruct_
 from secateur.scorers.score import score
 from secateur.settings import Cut, Reading
+from secateur.support.checks import is_number
 from secateur.support.files import read_json, write_text
 from secateur.support.versions import environment
 from secateur.texts.tokenization import Text
@@ -49,6 +51,15 @@ def score_run(settings: Settings, run: Run, out: Path, device: str) -> None:
     )  # fmt: skip
     cost = {"scoring_seconds": time.perf_counter() - start, "peak_memory": _peak_memory(device)}
     write_text(scores_file(out, run), json.dumps({**scores.to_json(), "cost": cost}, indent=1))
+
+
+def read_scores(file: Path) -> tuple[Scores, dict[str, Any]]:
+    """Return the scores that `score_run` wrote, and what they cost. Raises `InvalidInputError` for a damaged file."""
+    found = read_json(file)
+    scores, cost = Scores.from_json(found), found.get("cost")
+    if not isinstance(cost, dict) or not all(value is None or is_number(value) for value in cost.values()):
+        raise InvalidInputError(f"{file}: `cost` must map names to numbers, got {shown(cost)}; remove the file")
+    return scores, cost
 
 
 def train_run(settings: Settings, run: Run, out: Path, device: str) -> dict[str, Any]:
@@ -92,10 +103,9 @@ def _prune(
     model: nn.Module, tokenizer: Any, settings: Settings, run: Run, out: Path, training: Reading
 ) -> dict[str, Any]:
     """Prune the model in place, and return what the row says of it: kept heads, what restoring them gave, and costs."""
-    scores = read_json(scores_file(out, run))
-    mask = select(Scores.from_json(scores), run.ratio, settings.allocation)
+    scores, cost = read_scores(scores_file(out, run))
+    mask = select(scores, run.ratio, settings.allocation)
     row: dict[str, Any] = {"kept_heads": mask.kept}
-    cost = dict(scores["cost"])
     if settings.restore != "none":
         texts = splits(run.data)[0].head(settings.num_texts, seed=run.seed).texts
         start = time.perf_counter()

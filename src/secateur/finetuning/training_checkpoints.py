@@ -85,11 +85,16 @@ class Keeping(TrainerCallback):
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the last whole checkpoint in a folder, None where there is none."""
-    found = [place for place in folder.glob("checkpoint-*") if (place / _WHOLE).is_file()]
-    return max(found, key=step_of, default=None)
+    """Return the last whole checkpoint in a folder, None where there is none. One that is damaged counts as none."""
+    whole = [place for place in folder.glob("checkpoint-*") if (place / _WHOLE).is_file()]
+    steps = {place: step for place in whole if (step := step_of(place)) is not None}
+    return max(steps, key=steps.__getitem__, default=None)
 
 
-def step_of(checkpoint: Path) -> int:
-    """Return after how many steps a checkpoint was written."""
-    return int(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step)
+def step_of(checkpoint: Path) -> int | None:
+    """Return after how many steps a checkpoint was written, None where it does not say so."""
+    try:
+        step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None

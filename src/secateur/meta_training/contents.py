@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, shown
 from secateur.meta_training.subjects import Subject
 from secateur.models.model_content import fingerprint_of_model
 from secateur.support.files import read_json, write_text
@@ -28,9 +28,10 @@ def check_same(out: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -
     """Raise `CheckpointError` where something of the same name differs, such as a model whose weights have changed."""
     for name in sorted(set(there) & set(wanted)):
         if there[name] != wanted[name]:
+            before, now = shown(there[name], 300), shown(wanted[name], 300)
             raise CheckpointError(
-                f"{out} was made with {name} = {there[name]!r}, not {wanted[name]!r}; go on with the same, or choose "
-                "another folder with --out"
+                f"{out} was made with {name} = {before}, not {now}; go on with the same, or choose another folder with "
+                "--out"
             )
 
 

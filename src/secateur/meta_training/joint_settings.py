@@ -27,7 +27,7 @@ def settle(out: Path, subjects: Sequence[Subject], tasks: Sequence[Task], config
     if file.is_file():
         there = read_json(file)
         there = {"search": 0, **there} if isinstance(there, dict) else {}  # earlier versions knew no search
-        if not set(wanted) <= set(there):
+        if not set(wanted) <= set(there) or type(there["samples"]) is not int:
             raise CheckpointError(f"{file} is of no run of this kind; choose another folder")
         check_same(out, there, {name: value for name, value in wanted.items() if name != "samples"})
         if config.samples < there["samples"]:

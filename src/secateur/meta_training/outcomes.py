@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.support.files import read_lines
+from secateur.meta_training.runs import CONTRIBUTION, HELD_OUT, read_log
 from secateur.support.run_files import LOG
 
 
@@ -37,13 +37,13 @@ class Outcome:
     @classmethod
     def of(cls, looks: list[Mapping[str, Any]]) -> Outcome | None:
         """Take the log's lines that tell of held-out texts; None where there are none. The earliest best counts."""
-        found = [Look(row["step"], row["held_out"]) for row in looks]
+        found = [Look(row["step"], row[HELD_OUT]) for row in looks]
         if not found:
             return None
-        known: Mapping[str, float] = next((row["contribution"] for row in looks if "contribution" in row), {})
+        known: Mapping[str, float] = next((row[CONTRIBUTION] for row in looks if CONTRIBUTION in row), {})
         return cls(found[0], min(found, key=lambda look: look.mean), found[-1], known)
 
     @classmethod
     def read(cls, out: Path) -> Outcome | None:
         """Return how the run in a folder went."""
-        return cls.of([row for row in read_lines(out / LOG) if "held_out" in row])
+        return cls.of([row for row in read_log(out / LOG) if HELD_OUT in row])

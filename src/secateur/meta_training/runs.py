@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.errors import CheckpointError, invalid
+from secateur.errors import CheckpointError, InvalidInputError, invalid, shown
 from secateur.meta_training.config import MetaTrainingConfig
 from secateur.pruners.map_network import MetaPruner
+from secateur.support.checks import check_whole, is_number
 from secateur.support.files import (
     LOCK,
     append_line,
@@ -28,7 +29,14 @@ from secateur.support.files import (
     replaced_folder,
     write_text,
 )
+from secateur.support.parsing import short
 from secateur.support.run_files import CHECKPOINT
+
+HELD_OUT, CONTRIBUTION = "held_out", "contribution"
+"""In a line of the log, the relational KL on held-out texts by task: of the pruner's masks, and of that scorer's."""
+
+_STATES = {"sgd": set[str](), "adam": {"step", "exp_avg", "exp_avg_sq"}}
+"""What an optimiser knows of a parameter."""
 
 _FREE = {"steps", "evaluate_every", "checkpoint_every"}  # settings that may change when a run goes on
 
@@ -47,11 +55,27 @@ def held_run(out: Path) -> Iterator[None]:
         yield
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log. Raises `InvalidInputError` for one that is of no meta-training."""
+    rows = read_lines(path)
+    for number, row in enumerate(rows, 1):
+        is_line = isinstance(row, dict) and is_number(row.get("step"))
+        looks = [row[name] for name in (HELD_OUT, CONTRIBUTION) if name in row] if is_line else []
+        if not is_line or not all(isinstance(x, dict) and x and all(map(_is_kl, x.values())) for x in looks):
+            raise InvalidInputError(f"{path}, line {number} is of no meta-training: {shown(row)}; take it out")
+    return rows
+
+
+def _is_kl(value: Any) -> bool:
+    """Whether a value is a relational KL of which a mean can be taken; NaN is what a training came to that diverged."""
+    return (is_number(value, least=0) and value < 1e300) or value != value
+
+
 class Log:
     """JSON lines, written one by one; what lies beyond the step that a run resumes from is taken out first."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [row for row in read_lines(path) if row["step"] <= step] if step else []
+        kept = [row for row in read_log(path) if row["step"] <= step] if step else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.path = path
 
@@ -90,28 +114,42 @@ def load_checkpoint(
         about = read_json(folder / "state.json")
         tensors = load_file(folder / "state.safetensors", device=str(next(pruner.parameters()).device))
         saved_config = MetaTrainingConfig(**about["config"])
-        step = int(about["step"])
+        check_whole("step", step := about["step"], 0)
+        states = _optimizer_states(tensors, list(pruner.parameters()), _STATES[saved_config.optimizer])
     except Exception as error:
         raise CheckpointError(
-            f"{folder} is no complete meta-training checkpoint: {error}; without it, a run goes on from the one before"
+            f"{folder} is no complete meta-training checkpoint: {short(error)}; without it, a run goes on from the one "
+            "before"
         ) from None
     for name in sorted({f.name for f in fields(config)} - _FREE):
         if getattr(saved_config, name) != getattr(config, name):
             raise CheckpointError(
-                f"{folder} was made with {name} = {getattr(saved_config, name)!r}, not {getattr(config, name)!r}"
+                f"{folder} was made with {name} = {shown(getattr(saved_config, name))}, not {getattr(config, name)!r}"
             )
     weights = {k.removeprefix("pruner."): v for k, v in tensors.items() if k.startswith("pruner.")}
     try:
         pruner.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{folder} holds another architecture: {str(error).splitlines()[-1].strip()}") from None
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    return int(step)
+
+
+def _optimizer_states(
+    tensors: Mapping[str, Tensor], parameters: Sequence[Tensor], names: set[str]
+) -> dict[int, dict[str, Tensor]]:  # fmt: skip
+    """Return what the optimiser knew of each parameter, by `names`. Raises `ValueError` for what fits no such state."""
     states: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, number, name = key.split(".")
+            shape = () if name == "step" else parameters[int(number)].shape
+            if value.shape != shape or (name == "step" and not 0 <= float(value) < 2**53):
+                raise ValueError(f"{key} is of another parameter")
             states.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    return step
+    if not all(set(state) == names for state in states.values()) or set(states) - set(range(len(parameters))):
+        raise ValueError("the optimiser's state is of another optimiser")
+    return states
 
 
 def latest_checkpoint(out: Path) -> Path | None:
@@ -122,5 +160,5 @@ def latest_checkpoint(out: Path) -> Path | None:
 
 def _checkpoints(out: Path) -> list[Path]:
     found = [folder for folder in out.glob(f"{CHECKPOINT}*") if (folder / "state.json").is_file()]
-    numbered = {int(number): folder for folder in found if (number := folder.name.removeprefix(CHECKPOINT)).isdigit()}
+    numbered = {int(number): folder for folder in found if (number := folder.name.removeprefix(CHECKPOINT)).isdecimal()}
     return [numbered[number] for number in sorted(numbered)]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from secateur.errors import CheckpointError, invalid
+from secateur.errors import CheckpointError, invalid, shown
 from secateur.pruners.evidence import Evidence
 from secateur.pruners.features import FEATURES
+from secateur.pruners.writes import FINGERPRINT
+from secateur.support.checks import check_mapping, check_whole
 from secateur.support.files import write_bytes
+from secateur.support.parsing import short
 
 LEAVE_ONE_OUT = 0
 """The set of trials that each drop a single head; the others are numbered from 1, one an allocation and ratio."""
@@ -77,18 +82,49 @@ class Sample:
             with safe_open(path, "pt") as file:
                 about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise CheckpointError(f"{path} holds no sample: {error}; remove it, and it is collected again") from None
+            raise _no_sample(path, short(error)) from None
         if (about or {}).get("columns") != ",".join(FEATURES):
             raise CheckpointError(f"{path} holds evidence of another version; remove it, and it is collected again")
-        heads, fingerprints = json.loads(about["heads"]), tensors.get("fingerprints")
+        try:
+            heads = json.loads(about["heads"])
+            _check_shapes(tensors, heads)
+            subject, task = about["subject"], about["task"]
+        except (KeyError, ValueError, RecursionError) as error:
+            raise _no_sample(path, f"{type(error).__name__} {short(error)}") from None
         found, by_site = (tensors[name].bool() if name in tensors else None for name in ("found", "by_site"))
         return cls(
-            subject=about["subject"],
-            task=about["task"],
-            evidence=Evidence(tensors["features"], tensors["likeness"], heads, fingerprints=fingerprints),
+            subject=subject,
+            task=task,
+            evidence=Evidence(
+                tensors["features"], tensors["likeness"], heads, fingerprints=tensors.get("fingerprints")
+            ),
             masks=tensors["masks"].bool(),
             losses=tensors["losses"],
             trial_sets=tensors["groups"],
             found=found,
             by_site=by_site,
         )
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], heads: Any) -> None:
+    """Raise `ValueError` where tensors of a sample do not fit each other, `KeyError` where one is missing."""
+    check_mapping("heads", heads)
+    for site, count in heads.items():
+        check_whole(f"heads[{shown(site)}]", count, 0)
+    total, (trials, *_) = sum(heads.values()), (*tensors["masks"].shape, 0)
+    wanted: dict[str, tuple[int, ...]] = {
+        "features": (total, len(FEATURES)), "likeness": (total, total), "masks": (trials, total), "losses": (trials,),
+        "groups": (trials,),
+    }  # fmt: skip
+    if "found" in tensors or "by_site" in tensors:
+        count = len(tensors["by_site"]) if tensors["by_site"].ndim else 0
+        wanted |= {"found": (count, total), "by_site": (count,)}
+    if "fingerprints" in tensors:
+        wanted["fingerprints"] = (total, FINGERPRINT)
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise invalid(name, f"have the shape {list(shape)}", list(tensors[name].shape))
+
+
+def _no_sample(path: str | Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} holds no sample: {reason}; remove it, and it is collected again")

@@ -53,7 +53,7 @@ def _config(model: str | Path) -> dict[str, Any]:
     """Return the config as its file has it, empty where there is none to read."""
     try:
         source = transformer_folder(Path(model)) if Path(model).is_dir() else model
-        data: dict[str, Any] = PreTrainedConfig.get_config_dict(source, local_files_only=True)[0]
-    except (OSError, ValueError):
+        data = PreTrainedConfig.get_config_dict(source, local_files_only=True)[0]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # the last three: JSON of another form
         return {}
-    return data
+    return data if isinstance(data, dict) else {}

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.errors import InvalidInputError, invalid
+from secateur.errors import InvalidInputError, invalid, shown
 from secateur.models.hub_access import answers
 from secateur.models.places import copy_file, copy_folder
 from secateur.support.files import read_json
@@ -23,6 +23,7 @@ MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 _OWN_FILES = (MODULES, SETTINGS)
 _NAMES = {"cls_token": "cls", "max_tokens": "max", "mean_tokens": "mean", "weightedmean_tokens": "weightedmean"}
+_LONGEST = 255  # bytes of a name
 _TRANSFORMER_FILES = "sentence_*_config.json"  # such as the longest text that is read
 
 
@@ -49,7 +50,7 @@ def copy_modules(source: str | Path, folder: Path) -> Path:
     if origin is None or place is None:
         return folder
     target = folder / place
-    target.mkdir(exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     for name in _OWN_FILES:
         if (origin / name).is_file():
             copy_file(origin / name, origin, folder / name)
@@ -127,11 +128,14 @@ def _modules(folder: Path) -> list[dict[str, str]]:
     try:
         listed: Any = read_json(file)
         modules = [{"path": str(m["path"]), "type": str(m["type"])} for m in listed]
+        places = [Path(os.path.realpath(folder / module["path"])) for module in modules]  # a NUL character is none
     except (ValueError, KeyError, TypeError):
         raise InvalidInputError(f"{file} is no list of modules with `path` and `type`") from None
-    for module in modules:
-        if not Path(os.path.realpath(folder / module["path"])).is_relative_to(os.path.realpath(folder)):
-            raise InvalidInputError(f"{file} names a path outside its folder: {module['path']}")
+    for module, place in zip(modules, places, strict=True):
+        if not place.is_relative_to(os.path.realpath(folder)):
+            raise InvalidInputError(f"{file} names a path outside its folder: {shown(module['path'])}")
+        if max(map(len, module["path"].encode().split(b"/"))) > _LONGEST:
+            raise InvalidInputError(f"{file} names a path that no disk takes: {shown(module['path'])}")
     return modules
 
 

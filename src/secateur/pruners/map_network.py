@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from secateur.errors import CheckpointError, invalid
 from secateur.pruners.corners import SIZE, score_corners
 from secateur.support.checks import check_path, check_positive
+from secateur.support.parsing import short
 
 PAIR, SINGLE = 0, 1
 """Output channels: sentence-pair tasks, single-sentence tasks."""
@@ -84,10 +85,11 @@ class MetaPruner(nn.Module, PyTorchModelHubMixin, library_name="secateur", licen
         if not path.is_file():
             raise CheckpointError(f"there is no meta-pruner checkpoint {path}")
         try:
-            state: Any = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path} cannot be read as a meta-pruner checkpoint: {reason}") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what it cannot read is refused
+                state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can fail with any type
+            raise CheckpointError(f"{path} cannot be read as a meta-pruner checkpoint: {short(error)}") from None
         pruner = cls()
         expected = {name: tensor.shape for name, tensor in pruner.state_dict().items()}
         found = {k: v.shape for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}

@@ -65,7 +65,7 @@ def install(modeling_utils: Any) -> None:
         given = inspect.signature(load).bind(*args, **kwargs).arguments
         model = given["model"]
         digests = vars(model).pop(_READ, None) or recipe_digests(model.config)
-        _check_recipes(digests, given.get("checkpoint_files") or ())
+        check_recipes(digests, given.get("checkpoint_files") or ())
         return load(*args, **kwargs)
 
     root.save_pretrained = save_pretrained
@@ -108,11 +108,11 @@ def note_recipes_(model: PreTrainedModel) -> None:
     setattr(model, _READ, recipe_digests(model.config))
 
 
-def _check_recipes(digests: set[str], files: Iterable[str | Path]) -> None:
+def check_recipes(digests: set[str], files: Iterable[str | Path]) -> None:
     """Raise `CheckpointError` for a recipe that weights in `files` were not saved with."""
     for file in files:
         known = _metadata(file).get(RECIPES)
-        if isinstance(known, list) and not digests <= set(known):
+        if isinstance(known, list) and not digests <= {one for one in known if isinstance(one, str)}:
             from secateur.errors import CheckpointError
 
             raise CheckpointError(

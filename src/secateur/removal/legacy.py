@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, shown
 from secateur.models.sentence_transformers import transformer_folder
 from secateur.sites.attention import find_sites
 from secateur.sites.layout import AttentionSite
@@ -30,9 +30,9 @@ def has_v4_pruning(source: str | Path) -> bool:
     try:
         folder = transformer_folder(Path(source)) if Path(source).is_dir() else source
         data, _ = PreTrainedConfig.get_config_dict(folder)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # the last three: JSON of another form
         return False
-    return bool(data.get(V4_KEY))
+    return isinstance(data, dict) and bool(data.get(V4_KEY))
 
 
 def adopt_v4_(model: PreTrainedModel) -> None:
@@ -50,13 +50,17 @@ def adopt_v4_(model: PreTrainedModel) -> None:
     kept = {site.name: tuple(range(site.num_units)) for site in sites.values()}
     for layer, heads in pruned.items():
         if layer not in sites:
-            raise CheckpointError(f"`{V4_KEY}` names layer {layer}; {type(model).__name__} has {len(sites)}")
+            raise CheckpointError(f"`{V4_KEY}` names layer {shown(layer)}; {type(model).__name__} has {len(sites)}")
         site = sites[layer]
         if heads and max(heads) >= site.num_units:
-            raise CheckpointError(f"`{V4_KEY}[{layer}]` must be heads below {site.num_units}, got {sorted(heads)}")
+            raise CheckpointError(
+                f"`{V4_KEY}[{shown(layer)}]` must be heads below {site.num_units}, got {shown(sorted(heads))}"
+            )
         kept[site.name] = tuple(h for h in range(site.num_units) if h not in heads)
         if not kept[site.name]:
-            raise CheckpointError(f"`{V4_KEY}[{layer}]` must leave a head in the layer, got all {site.num_units}")
+            raise CheckpointError(
+                f"`{V4_KEY}[{shown(layer)}]` must leave a head in the layer, got all {site.num_units}"
+            )
     total = sum(site.num_units for site in sites.values())
     ratio = 1 - sum(map(len, kept.values())) / total
     recipe = Recipe(kept, {s.name: s for s in sites.values()}, record={"pruning_ratio": round(ratio, 6)})
@@ -69,10 +73,14 @@ def _read(data: Any) -> dict[int, set[int]]:
     try:
         pruned = {int(layer): {*heads} for layer, heads in data.items()}
     except (AttributeError, TypeError, ValueError):
-        raise CheckpointError(f"`{V4_KEY}` in the config must map layers to lists of heads, got {data!r:.80}") from None
+        raise CheckpointError(
+            f"`{V4_KEY}` in the config must map layers to lists of heads, got {shown(data)}"
+        ) from None
     for layer, heads in pruned.items():
         if not all(isinstance(h, int) and not isinstance(h, bool) and h >= 0 for h in heads):
-            raise CheckpointError(f"`{V4_KEY}[{layer}]` must be a list of head indices, got {sorted(heads, key=str)}")
+            raise CheckpointError(
+                f"`{V4_KEY}[{shown(layer)}]` must be a list of head indices, got {shown(sorted(heads, key=str))}"
+            )
     return pruned
 
 

@@ -7,10 +7,11 @@ Python prepares every number here and the templates only place them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from secateur.errors import invalid
 from secateur.report.comparison import comparison_view
@@ -59,6 +60,12 @@ def render_report(runs: Sequence[dict[str, Any]]) -> str:
             else:
                 room -= size
         views.append({**view, "id": f"run{number}"})
+    return _page().render(runs=views, version=__version__)
+
+
+@cache
+def _page() -> Template:
+    """Return the template, which takes longer to read than to fill in."""
     # The names of models and sites come from outside: everything is escaped, whatever the template's suffix.
     environment = Environment(
         loader=PackageLoader("secateur.report"),
@@ -68,4 +75,4 @@ def render_report(runs: Sequence[dict[str, Any]]) -> str:
         lstrip_blocks=True,
         finalize=_printable,
     )
-    return environment.get_template("page.html.j2").render(runs=views, version=__version__)
+    return environment.get_template("page.html.j2")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from secateur.comparing.folder import check_row
 from secateur.comparing.plan import COMMON
-from secateur.errors import InvalidInputError, invalid, shown
+from secateur.errors import InvalidInputError, invalid
 from secateur.models.sentence_transformers import transformer_folder
 from secateur.report.how_to_load import how_to_load
 from secateur.report.relational_kl import distillation_line, distillation_note, reconstruction_note
 from secateur.support.checks import is_number
 from secateur.support.files import read_json, read_lines
+from secateur.support.parsing import short
 from secateur.support.run_files import (
     ATTENTION_MAPS,
     DISTILLATION,
@@ -48,49 +51,65 @@ def read_runs(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def pruning_data(report: Any, maps: Any = None, loading: Any = None) -> dict[str, Any]:
-    """Return the data of a page for what `PruningReport.to_json` returned; `loading` is what `how_to_load` did."""
-    try:
-        before, after, texts = report["before"], report["after"], report["num_texts"]
-        sites = [
-            {
-                "name": name,
-                "scores": scores,
-                "kept": [head in kept for head in range(len(scores))],
-            }
-            for name, scores in report["scores"].items()
-            for kept in [set(report["kept_heads"][name])]
-        ]
-        return {
-            "kind": "pruning",
-            "title": "secateur prune",
-            "model": report["model"],
-            "created": report.get("created"),
-            "scorer": report["scorer"],
-            "allocation": report["allocation"],
-            "requested_ratio": report["requested_ratio"],
-            "budget": _budget(report.get("budget")),
-            "sites": sites,
-            "units": report.get("units"),
-            "blocks": _blocks(report.get("blocks", {})),
-            "quality": _quality(report.get("quality")),
-            "cost": [row for row in cost_rows(before, after, report.get("units")) if row["name"] != "heads"]
-            + _latency(report.get("budget")),
-            "times": [{"name": "scoring", "seconds": report["scoring_seconds"]}],
-            "proof": {
-                "max_difference": report["max_difference"],
-                "tolerance": report["tolerance"],
-                "probe": "the first texts" if texts else "random tokens",
-            },
-            "refinement": report.get("refinement"),
-            "attention_maps": maps,
-            "loading": loading,
-            "maps_note": maps.get("reason") if isinstance(maps, dict) else "No attention maps were stored.",
-            "command": report.get("command"),
-            "environment": report.get("versions"),
-            "notes": _reconstruction(report.get("reconstruction")) + _learned(report) + _left_out(report),
+    """Return the data of a page for what `PruningReport.to_json` returned; `loading` is what `how_to_load` did.
+
+    Raises `InvalidInputError` for data of another form.
+    """
+    with _form_of(PRUNING):
+        return _pruning(report, maps, loading)
+
+
+def _pruning(report: Any, maps: Any, loading: Any = None) -> dict[str, Any]:
+    before, after, texts = report["before"], report["after"], report["num_texts"]
+    sites = [
+        {
+            "name": name,
+            "scores": scores,
+            "kept": [head in kept for head in range(len(scores))],
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _another_form(PRUNING, error) from None
+        for name, scores in report["scores"].items()
+        for kept in [set(report["kept_heads"][name])]
+    ]
+    return {
+        "kind": "pruning",
+        "title": "secateur prune",
+        "model": report["model"],
+        "created": report.get("created"),
+        "scorer": report["scorer"],
+        "allocation": report["allocation"],
+        "requested_ratio": report["requested_ratio"],
+        "budget": _budget(report.get("budget")),
+        "sites": sites,
+        "units": report.get("units"),
+        "blocks": _blocks(report.get("blocks", {})),
+        "quality": _quality(report.get("quality")),
+        "cost": [row for row in cost_rows(before, after, report.get("units")) if row["name"] != "heads"]
+        + _latency(report.get("budget")),
+        "times": [{"name": "scoring", "seconds": report["scoring_seconds"]}],
+        "proof": {
+            "max_difference": report["max_difference"],
+            "tolerance": report["tolerance"],
+            "probe": "the first texts" if texts else "random tokens",
+        },
+        "refinement": report.get("refinement"),
+        "attention_maps": maps,
+        "loading": loading,
+        "maps_note": maps.get("reason") if isinstance(maps, dict) else "No attention maps were stored.",
+        "command": report.get("command"),
+        "environment": report.get("versions"),
+        "notes": _reconstruction(report.get("reconstruction")) + _learned(report) + _left_out(report),
+    }
+
+
+@contextmanager
+def _form_of(file: str) -> Iterator[None]:
+    """Refuse a file whose data has another form than is read meanwhile."""
+    try:
+        yield
+    except InvalidInputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise InvalidInputError(f"{file} has another form: {type(error).__name__} {short(error)}") from None
 
 
 def _reconstruction(relational_kl: Any) -> list[str]:
@@ -150,15 +169,9 @@ def _latency(outcomes: Any) -> list[dict[str, Any]]:
 
 def _distillation(about: Any) -> list[str]:
     """Say what the pruned model learned from the dense one, as `secateur distill` wrote it down."""
-    try:
+    with _form_of(DISTILLATION):
         before, after = about["relational_kl"]
         return [distillation_note(before, after, about["steps"], about["texts"])]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _another_form(DISTILLATION, error) from None
-
-
-def _another_form(file: str, error: Exception) -> InvalidInputError:
-    return InvalidInputError(f"{file} has another form: {type(error).__name__} {error}")
 
 
 def cost_rows(
@@ -177,15 +190,13 @@ def cost_rows(
 
 def demo_data(result: Any, maps: Any = None) -> dict[str, Any]:
     """Return the data of a page for the demo's result."""
-    try:
-        data = pruning_data(result["pruning"], maps)
+    with _form_of(RESULT):
+        data = _pruning(result["pruning"], maps)
         rows = {row["name"]: row for row in result["rows"]}
         data["cost"] += [rows["latency, 8 x 128"], rows["fine-tuning"]]
         data["quality"] = [{**rows["accuracy"], "note": f"held-out sentences, one seed ({result['seed']})"}]
         data["times"] += [{"name": name, "seconds": value} for name, value in result["step_seconds"].items()]
         title = {"title": "secateur demo", "model": result["model"], "command": result.get("command")}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _another_form(RESULT, error) from None
     notes = [
         "Fine-tuned on the same sentences, in the same order, with the same seed.",
         "One seed on a small set: a difference of a point is noise.",
@@ -248,7 +259,7 @@ def _scores(data: Any) -> dict[str, Any]:
 
 def _comparison(name: str, rows: list[Any], settings: Any, folder: Path | None) -> dict[str, Any]:
     for number, row in enumerate(rows, 1):
-        _check_row(row, f"{name}: row {number} of {ROWS}")
+        check_row(row, f"{name}: row {number} of {ROWS}")
     if not isinstance(settings, dict):
         raise invalid("settings", "map names to values", settings)
     scores = {}
@@ -257,29 +268,6 @@ def _comparison(name: str, rows: list[Any], settings: Any, folder: Path | None) 
     if not rows:
         raise invalid("run", "have at least one finished run", name)
     return {"kind": "comparison", "name": name, "rows": rows, "settings": settings, "scores": scores}
-
-
-def _check_row(row: Any, where: str) -> None:
-    """Raise `InvalidInputError` unless a row of a comparison holds what the page and the plots are made of."""
-    words, numbers = ("data", "task", "scorer", "metric"), ("ratio", "seed", "value")
-    if missing := [key for key in (*words, *numbers, "cost") if not isinstance(row, dict) or key not in row]:
-        raise InvalidInputError(f"{where} has no {', '.join(missing)}")
-    for key in words:
-        if not isinstance(row[key], str):
-            raise InvalidInputError(f"{where}: `{key}` must be a text, got {shown(row[key])}")
-    for key in numbers:
-        if not is_number(row[key]):
-            raise InvalidInputError(f"{where}: `{key}` must be a finite number, got {shown(row[key])}")
-    if not 0 <= row["ratio"] < 1:
-        raise InvalidInputError(f"{where}: `ratio` must be in [0, 1), got {row['ratio']}")
-    cost, kept, environment = row["cost"], row.get("kept_heads"), row.get("environment")
-    if not isinstance(cost, dict) or not all(value is None or is_number(value) for value in cost.values()):
-        raise InvalidInputError(f"{where}: `cost` must map names to numbers, got {shown(cost)}")
-    heads = kept.values() if isinstance(kept, dict) else [] if kept is None else [kept]
-    if not all(isinstance(row, list) and all(isinstance(head, int) for head in row) for row in heads):
-        raise InvalidInputError(f"{where}: `kept_heads` must map sites to head numbers, got {shown(kept)}")
-    if environment is not None and not isinstance(environment, dict):
-        raise InvalidInputError(f"{where}: `environment` must map names to values, got {shown(environment)}")
 
 
 def _joins(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -84,7 +84,7 @@ def reproduce(
         raise InvalidInputError(
             "`reproduce` runs in one process; start `meta-train` in several, and give what it made with --pruner"
         )
-    _check_folder(out, wanted)
+    check_folder(out, wanted)
     # What may be wrong is read before the folder gets anything.
     subject = Subject(load_model(wanted.model, accelerator.device), load_tokenizer(wanted.model))
     if wanted.pruner is not None:
@@ -114,7 +114,7 @@ def reproduce(
         return compare(settings, out / COMPARISON, jobs=jobs, device=str(device), progress=progress)
 
 
-def _check_folder(out: Path, wanted: Reproduction) -> None:
+def check_folder(out: Path, wanted: Reproduction) -> None:
     """Raise `InvalidInputError` for a folder that holds anything but this reproduction."""
     if not is_taken(out):
         return

@@ -14,6 +14,7 @@ from secateur.models.offload import device_of
 from secateur.pruners.map_network import MetaPruner
 from secateur.scorers.base import ScoringTask, StreamingScorer
 from secateur.sites.gating import HeadReading
+from secateur.support.parsing import short
 from secateur.texts.batches import Batch
 
 Network = TypeVar("Network", bound=Any)
@@ -68,6 +69,5 @@ def read_pruner(kind: type[Network], pruner: Network | str | Path) -> Network:
     try:
         with torch.random.fork_rng([]):  # a network draws weights before it reads them
             return kind.from_pretrained(str(pruner), local_files_only=Path(pruner).exists() or not answers())
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{pruner} cannot be loaded as a {kind.__name__}: {reason}") from None
+    except Exception as error:  # safetensors and the Hub's mixin fail with types of their own
+        raise CheckpointError(f"{pruner} cannot be loaded as a {kind.__name__}: {short(error)}") from None

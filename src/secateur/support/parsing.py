@@ -30,7 +30,7 @@ def parse_json(text: str | bytes, where: str, **options: Any) -> Any:
     except RecursionError:
         raise _too_deep(where) from None
     except ValueError as error:
-        raise InvalidInputError(f"{where} is no JSON: {_short(error)}") from None
+        raise InvalidInputError(f"{where} is no JSON: {short(error)}") from None
     return _checked(value, text, where)
 
 
@@ -61,7 +61,7 @@ def read_yaml(path: Path) -> Any:
     except InvalidInputError:
         raise
     except (yaml.YAMLError, ValueError) as error:
-        raise InvalidInputError(f"{path} is no YAML: {_short(error)}") from None
+        raise InvalidInputError(f"{path} is no YAML: {short(error)}") from None
     return _checked(value, text, str(path))
 
 
@@ -92,6 +92,7 @@ def _too_deep(where: str) -> InvalidInputError:
     return InvalidInputError(f"{where} must nest lists and objects at most {DEEPEST} deep; make it flatter")
 
 
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def short(error: BaseException) -> str:
+    """Return an error's message in one line of at most 200 characters, or its type where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -24,6 +24,7 @@ TEXT_COLUMNS = (
     ("text",),
 )
 _TAKE_OTHERS = "`secateur score`, `prune`, `distill`, `finetune` and `evaluate` take others with"
+_MOST_LISTED = 500  # characters of the names of columns
 MOST_CLASSES = 100_000
 """A model needs an output for each class up to the highest; a larger number was not meant as one."""
 
@@ -53,6 +54,7 @@ class Columns:
         Raises `InvalidInputError` where one that is named or needed is missing, or there are two of a name.
         """
         listed = ", ".join(map(repr, found))
+        listed = listed if len(listed) <= _MOST_LISTED else listed[: _MOST_LISTED - 3] + "..."
         for option, name in [*(("text", name) for name in self.texts or ()), ("label", self.label)]:
             if name is not None and name not in found:
                 guess = did_you_mean(name, found)

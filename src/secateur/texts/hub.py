@@ -10,7 +10,8 @@ from huggingface_hub import constants
 
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.hub_access import check_in_reach, is_data_fetched
-from secateur.texts.rows import FILE_FORMATS, SPLIT_NAMES, one_line, stem_and_format
+from secateur.support.parsing import short
+from secateur.texts.rows import FILE_FORMATS, SPLIT_NAMES, stem_and_format
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
@@ -45,7 +46,7 @@ def hub_split(data: str | Path, split: str, **options: Any) -> Any:
         splits = datasets.load_dataset(repository, config, **options)
     except Exception as error:  # the Hub, the network and each file format fail with types of their own
         raise InvalidInputError(
-            f"{str(data)!r} is no local file or folder, and the Hub did not give it ({one_line(error)}); "
+            f"{str(data)!r} is no local file or folder, and the Hub did not give it ({short(error)}); "
             "give a local file instead"
         ) from error
     name = next((name for name in SPLIT_NAMES[split] if name in splits), None)

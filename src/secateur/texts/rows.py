@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import InvalidInputError, shown
+from secateur.support.parsing import short
 
 # The file names that stand for a split, in the order in which they are looked for; the Hub's split names too.
 SPLIT_NAMES = {
@@ -63,15 +64,9 @@ def read_rows(path: Path, choose: Choose) -> Iterator[dict[str, Any]]:
     except InvalidInputError:
         raise
     except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{path} is not UTF-8 text: {one_line(error)}") from error
+        raise InvalidInputError(f"{path} is not UTF-8 text: {short(error)}") from error
     except Exception as error:  # gzip, csv, JSON and Parquet fail with types of their own
-        raise InvalidInputError(f"{path} cannot be read as {kind}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message in one line of at most 200 characters, or its type where it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+        raise InvalidInputError(f"{path} cannot be read as {kind}: {short(error)}") from error
 
 
 def _without_nul(path: Path, lines: Iterable[str]) -> Iterator[str]:
@@ -129,7 +124,7 @@ def _json(path: Path, lines: Iterator[str]) -> Iterator[Any]:
             try:
                 row = json.loads(line, object_pairs_hook=_object)
             except ValueError as error:
-                raise InvalidInputError(f"{path}: row {number} is no JSON: {one_line(error)}") from None
+                raise InvalidInputError(f"{path}: row {number} is no JSON: {short(error)}") from None
             yield row
 
 
