@@ -162,7 +162,10 @@ class Soak:
         how = self.draw.choice(ENDS)
         self.number += 1
         log = self.place / "log"
+        shutil.rmtree(log, ignore_errors=True)
         running = command([*line(self), "--out", self.results / "out"], log)
+        while not (log / "err").exists():  # until then it hears nothing
+            time.sleep(0.01)
         if how:
             running.process.join(self.draw.random() * LONGEST["command"])
             with contextlib.suppress(ProcessLookupError):
@@ -171,7 +174,7 @@ class Soak:
         running.process.close()
         came = {0: "done", 130: "stopped", -signal.SIGKILL: "killed", -signal.SIGINT: "stopped"}.get(ended.code or 0)
         if came is None or "Traceback" in ended.err:
-            raise Left(f"secateur {name}: ended with {ended.code}: {ended.err[-300:]}")
+            raise Left(f"secateur {name}: ended with {ended.code}: {ended.err[-2000:]!r}")
         self.tried[f"secateur {name}, {came}"] += 1
         self.check_folders(f"secateur {name}, {came}", hidden=came == "killed")
         if came == "done" and not (self.results / "out").exists():

@@ -19,6 +19,7 @@ from transformers import AutoModel
 from secateur import cli
 from secateur.cli.compare import compare
 from secateur.errors import InvalidInputError
+from secateur.measuring.latency_table import Kind, LatencyTable, Level
 from secateur.models.loading import TOKENIZER_FILES
 from secateur.models.originals import recorded_original
 from secateur.models.places import check_no_kernels, check_tokenizer_files
@@ -30,6 +31,7 @@ from secateur.removal.legacy import has_v4_pruning
 from secateur.removal.remove import remove_
 from secateur.report.how_to_load import how_to_load
 from secateur.scorers.smp import load_pruner, read_pruner
+from secateur.settings import Shape
 from secateur.sites.attention import find_sites
 from secateur.sites.finding import find_units
 from secateur.sites.recipe import KEY, Recipe
@@ -231,6 +233,19 @@ def read_model_settings(folder, name):
     assert how_to_load(folder)["code"]
 
 
+def write_latency_table(folder):
+    levels = [Level(4, 0, [2.0, 2.5]), Level(2, 10, [1.5, 1.5]), Level(1, 15.5, [1.0, 1.5])]
+    dump(folder / "table.json", LatencyTable(Shape(8, 16), (Kind(("a", "b"), tuple(levels)),)).to_json())
+
+
+def read_latency_table(folder, name):
+    table = LatencyTable.load(folder / name)
+    assert LatencyTable.load(folder / name).to_json() == table.to_json()
+    for kind in table.kinds:
+        assert 0 <= kind.saved(7) <= 1
+        assert kind.rounded(2) >= 2
+
+
 def write_meta_pruner(folder):
     torch.manual_seed(0)
     MetaPruner().save_pretrained(folder)
@@ -278,6 +293,7 @@ READERS = {
         Reader("digests in a safetensors file", write_digests, ("model.safetensors",), read_digests),
         Reader("a scores file, and masks selected from it", write_scores, ("scores.json",), read_scores),
         Reader("a mask file", write_mask, ("mask.json",), read_mask),
+        Reader("what units cost, of `bench --table`", write_latency_table, ("table.json",), read_latency_table),
         Reader("texts and labels of .csv, .tsv, .jsonl, .json, .gz", write_data, DATA_FILES, read_data),
         Reader("texts and labels of .parquet", write_parquet, ("train.parquet",), read_data),
         Reader("the YAML of `compare --config`", write_settings, ("compare.yaml",), read_settings),

@@ -3,6 +3,8 @@
 Each is called with the place and with `given`, the folder that `write_given` made.
 """
 
+from unittest.mock import patch
+
 import click
 import pytest
 import torch
@@ -15,6 +17,7 @@ from secateur.errors import SecateurError
 from secateur.exporting.convert import convert
 from secateur.exporting.export import export_onnx, export_standalone
 from secateur.finetuning.finetune import finetune
+from secateur.measuring.latency_table import LatencyTable
 from secateur.meta_training.runs import held_run
 from secateur.meta_training.sample import Sample
 from secateur.meta_training.subjects import Subject
@@ -25,6 +28,7 @@ from secateur.report import plots, write_report
 from secateur.report.model_card import write_model_card
 from secateur.report.reading import read_runs
 from secateur.reproducing.reproduce import Reproduction, reproduce
+from secateur.settings import Shape
 from secateur.support.files import new_folder, write_bytes, write_text, write_together
 from secateur.texts.data import Task, load_task
 from secateur.units.scores import Scores
@@ -50,8 +54,8 @@ def write_given(folder):
 def command(*words):
     """Run a command line; raises its one line as a `SecateurError` where the exit code is 2."""
     said = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(click, "echo", lambda message=None, **_: said.append(str(message)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(click, "echo", lambda message=None, **_: said.append(str(message)))
         code = cli.main([str(word) for word in words])
     if code == 2:
         assert said[-1].startswith("secateur: error: "), said
@@ -88,6 +92,12 @@ def short(given, *words):
     return *words, "--data", given / "task", "--max-length", 16, "--device", "cpu"
 
 
+def bench(path, given):
+    """Measuring takes longer than there is time, so the table is empty."""
+    with patch("secateur.exporting.latency.latency_table", return_value=LatencyTable(Shape(1, 4), ())):
+        command("bench", given / "model", "--device", "cpu", "--table", path)
+
+
 def filled(out):
     with new_folder(out) as folder:
         (folder / "file").write_text("after")
@@ -120,6 +130,7 @@ FILES = {
         "file",
         lambda path, given: command(*short(given, "score", given / "model"), "--scorer", "magnitude", "--out", path),
     ),
+    "bench --table": ("file", bench),
     "report --out": ("file", lambda path, given: command("report", given / "run", "--out", path)),
     "report --plots": (
         "head-map.svg",

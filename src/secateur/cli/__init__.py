@@ -35,6 +35,7 @@ def cli() -> None:
     """Remove attention heads that a task does not need from a pre-trained Transformer, and prove the result."""
 
 
+_NOTHING = "nothing half-written is left"
 _LONGEST = 900  # characters of an error
 _FROM_MODEL_TO_SMALLER = (info, score, prune, verify)
 _BESIDE_IT = (
@@ -57,8 +58,11 @@ for command in (*_FROM_MODEL_TO_SMALLER, *_BESIDE_IT):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 with one line on stderr for bad input, 130 for Ctrl-C."""
-    with quiet():
-        code, message = _run(arguments)
+    try:
+        with quiet():
+            code, message = _run(arguments)
+    except KeyboardInterrupt:  # at its very end
+        code, message = 130, f"secateur: stopped; {_NOTHING}"
     if message:  # the last line: what the exception held on to, such as a progress bar, has been closed by now
         click.echo(message, err=True)
     return code
@@ -76,7 +80,7 @@ def _run(arguments: list[str] | None) -> tuple[int, str]:
         return 2, _error(error.format_message())
     except (click.Abort, KeyboardInterrupt) as stop:
         hint = str(stop.__cause__ or stop)  # click raises its Abort from the exception that holds it
-        return 130, f"secateur: stopped; {hint or 'nothing half-written is left'}"
+        return 130, f"secateur: stopped; {hint or _NOTHING}"
     except (SecateurError, OSError) as error:
         return 2, _error(str(error))
     except (RuntimeError, MemoryError) as error:

@@ -6,13 +6,13 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import click
 
 from secateur.errors import SecateurWarning
+from secateur.support.interrupts import undoing
 
 _SILENT = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -22,7 +22,7 @@ _SILENT = {
 _verbose: ContextVar[bool] = ContextVar("secateur_verbose", default=False)
 
 
-@contextmanager
+@undoing
 def quiet() -> Iterator[None]:
     """Keep what other packages log and warn of off stderr, errors aside, and show our own warnings as errors are."""
     show, level = warnings.showwarning, logging.root.manager.disable

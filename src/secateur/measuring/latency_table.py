@@ -33,6 +33,7 @@ from secateur.units.masks import Mask, original_vector
 
 PYTORCH = "PyTorch"
 RunOf = Callable[[Any, int, int], Callable[[], Any]]
+_SHORTEST, _LONGEST = 1e-9, 1e9  # seconds of a pass
 MOST_LEVELS = 12
 """Numbers of units that are timed for one kind of site; the others lie on straight lines between them."""
 
@@ -106,16 +107,12 @@ class LatencyTable:
     def load(cls, path: str | Path) -> LatencyTable:
         """Read what `secateur bench --table` wrote. Raises `InvalidInputError` for any other file."""
         data = read_json(path)
-        try:
-            kinds = [
-                Kind(tuple(kind["sites"]), tuple(Level(**level) for level in kind["levels"])) for kind in data["kinds"]
-            ]
-            table = cls(parse_shape(data["shape"]), tuple(kinds), data["runtime"])
-        except (KeyError, TypeError, AttributeError):
-            table = None
-        if table is None or not _is_whole(table):
+        if not _is_table(data):
             raise invalid("latency_table", "be what `secateur bench --table` writes", str(path), "measure it again")
-        return table
+        kinds = [
+            Kind(tuple(kind["sites"]), tuple(Level(**level) for level in kind["levels"])) for kind in data["kinds"]
+        ]
+        return cls(parse_shape(data["shape"]), tuple(kinds), data["runtime"])
 
     def check_fits(self, sites: Mapping[str, Site], shape: Shape) -> None:
         """Raise `InvalidInputError` unless it was measured at this shape, of a model with these sites."""
@@ -130,17 +127,36 @@ class LatencyTable:
                 )
 
 
-def _is_whole(table: LatencyTable) -> bool:
-    """Are the values those that a measurement gives?"""
-    rounds = {len(level.seconds) if isinstance(level.seconds, list) else 0 for k in table.kinds for level in k.levels}
+def _is_table(data: Any) -> bool:
+    """Are these the values that a measurement gives?"""
     return (
-        isinstance(table.runtime, str) and len(rounds) == 1 and 0 not in rounds
-        and all(kind.levels and all(isinstance(name, str) for name in kind.sites) for kind in table.kinds)
-        and all(is_number(one, above=0) for k in table.kinds for level in k.levels for one in level.seconds)
-        and all(is_number(level.saved_macs, least=0) for k in table.kinds for level in k.levels)
-        and all(is_number(level.units, least=0) for k in table.kinds for level in k.levels)
-        and all(a.saved_macs < b.saved_macs for k in table.kinds for a, b in itertools.pairwise(k.levels))
+        isinstance(data, dict)
+        and all(isinstance(data.get(name), str) for name in ("runtime", "shape"))
+        and isinstance(data.get("kinds"), list)
+        and all(isinstance(kind, dict) and _is_kind(**kind) for kind in data["kinds"])
+    )
+
+
+def _is_kind(sites: Any = None, levels: Any = None, **others: Any) -> bool:
+    """Are these sites, and what was timed of them, in order and in as many rounds?"""
+    return (
+        not others and isinstance(sites, list) and bool(sites) and all(isinstance(name, str) for name in sites)
+        and isinstance(levels, list) and bool(levels)
+        and all(isinstance(level, dict) and _is_level(**level) for level in levels)
+        and len({len(level["seconds"]) for level in levels}) == 1
+        and all(one["saved_macs"] < more["saved_macs"] for one, more in itertools.pairwise(levels))
     )  # fmt: skip
+
+
+def _is_level(units: Any = None, saved_macs: Any = None, seconds: Any = None, **others: Any) -> bool:
+    return (
+        not others and isinstance(units, int) and is_number(units, least=0) and is_number(saved_macs, least=0)
+        and isinstance(seconds, list) and bool(seconds) and all(map(_is_time, seconds))
+    )  # fmt: skip
+
+
+def _is_time(seconds: Any) -> bool:
+    return is_number(seconds, least=_SHORTEST) and seconds <= _LONGEST
 
 
 @interruptible
