@@ -43,10 +43,11 @@ robustness: $(STAMP)
 	FUZZ_CASES=2000 $(BIN)/python -m pytest --outcomes=docs/robustness.md
 
 # 100,000 damaged files for each reader of tests/support/readers.py, new ones each time, within 500 MiB and five seconds a
-# file; 20,000 and 5,000 where a model of transformers is built from each. About an hour and a quarter on one core. Writes
-# what came of them. Then 400 orders of what people do to a model and its folder.
+# file; 20,000 and 5,000 where a model of transformers is built from each. Then Ctrl-C at a thousand moments of each call,
+# others each time. About an hour and a half on one core. Writes what came of them. Then 400 orders of what people do to a
+# model and its folder.
 fuzz: $(STAMP)
-	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/contract/test_fuzz.py --outcomes=benchmarks/results/fuzz.json
+	FUZZ_CASES=100000 $(BIN)/python -m pytest tests/contract/test_fuzz.py tests/contract/test_interrupts.py --outcomes=benchmarks/results/fuzz.json
 	FUZZ_CASES=20000 $(BIN)/python -m pytest tests/contract/test_workflows.py
 
 # An hour of what people do, in random order, stopped and killed at random. Writes benchmarks/results/soak.json, and fails

@@ -30,10 +30,16 @@ PAGE = Path(__file__).parents[2] / "docs" / "robustness.md"
 HEAD = """\
 # What was tried
 
-Inputs that are wrong and faults that happen, and what came of each. `make robustness` writes this page from the tests.
-Each of them checks what its row says. A refusal is an exception that names the parameter, the rule, the value and the
-remedy. On the command line it is one line and exit code 2.
+{totals}
+
+`make robustness` writes this page from the tests. Each of them checks what its row says. A refusal is an exception that
+names the parameter, the rule, the value and the remedy. On the command line it is one line and exit code 2.
+
+- {fuzz}
+- {stops}
+- {soak}
 """
+RESULTS = PAGE.parents[1] / "benchmarks" / "results"
 _ROW = "outcome"
 _found: dict[str, list[tuple[str, str]]] = {}
 _skipped: dict[str, str] = {}
@@ -89,8 +95,48 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         file.write_text(text, encoding="utf-8")
 
 
+def longer_runs() -> dict[str, str]:
+    """Say in a line each what `make fuzz` and `make soak` came to, which take an hour and more."""
+    found = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("fuzz", "soak")}
+    files = [row["outcome"] for row in found["fuzz"]["rows"] if row["section"] == "Damaged files"]
+    tried, refused = (
+        sum(int(re.findall(r"[\d,]+", text)[place].replace(",", "")) for text in files) for place in (0, 1)
+    )
+    ends: dict[str, int] = {}
+    for what, count in found["soak"]["tried"].items():
+        end = what.rpartition(", ")[2]
+        ends[end] = ends.get(end, 0) + count
+    left = "; ".join(found["soak"]["left"]) or "nothing was left behind, and nothing grew"
+    moments = [row["outcome"] for row in found["fuzz"]["rows"] if " moments tried" in row["outcome"]]
+    stops = sum(int(text.partition(" ")[0].replace(",", "")) for text in moments)
+    return {
+        "stops": (
+            f"**Ctrl-C** at {stops:,} moments at which {len(moments)} calls enter or leave a context: each left the "
+            "model as it was, or the work done whole (`make fuzz`)."
+        ),
+        "fuzz": (
+            f"**Damaged files**: {tried:,} in {len(files)} readers, within limits of memory and time. {refused:,} were "
+            f"refused in one line, all others read whole ([raw](../benchmarks/results/fuzz.json), `make fuzz`)."
+        ),
+        "soak": (
+            f"**An hour of use** in random order: {sum(ends.values()):,} calls and commands, {ends['stopped']:,} of "
+            f"them stopped by Ctrl-C and {ends['killed']:,} killed. Afterwards {left} "
+            f"([raw](../benchmarks/results/soak.json), `make soak`)."
+        ),
+    }
+
+
+def _head() -> str:
+    tried, refused = (sum(map(count, _found.values())) for count in (len, _refusals))
+    totals = (
+        f"{tried:,} kinds of wrong inputs and of faults were tried. {refused:,} are refused with the reason, and the "
+        "others do no harm."
+    )
+    return HEAD.format(totals=totals, **longer_runs())
+
+
 def _as_page() -> str:
-    lines = [HEAD, *_totals()]
+    lines = [_head(), *_totals()]
     for section, rows in _found.items():
         lines += [f"## {section}", "", "| tried | what came of it |", "|---|---|"]
         lines += [f"| {_cell(tried)} | {_cell(came)} |" for tried, came in rows]
@@ -104,14 +150,14 @@ def _as_page() -> str:
 
 def _totals() -> list[str]:
     """Return a table of how much was tried, by section, and how much of it was refused with a reason."""
-    rows = [(section, len(found), sum(_is_refused(came) for _, came in found)) for section, found in _found.items()]
+    rows = [(section, len(found), _refusals(found)) for section, found in _found.items()]
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     lines = ["| section | tried | refused, with the reason |", "|---|---:|---:|"]
     return [*lines, *(f"| {section} | {tried:,} | {refused:,} |" for section, tried, refused in rows), ""]
 
 
-def _is_refused(came: str) -> bool:
-    return came.startswith(("refused", "secateur: error"))
+def _refusals(found: list[tuple[str, str]]) -> int:
+    return sum(came.startswith(("refused", "secateur: error")) for _, came in found)
 
 
 def _as_json(config: pytest.Config) -> str:
