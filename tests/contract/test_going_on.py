@@ -124,6 +124,22 @@ def test_an_error_leaves_no_steps(line, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "texts.csv"]
 
 
+@pytest.mark.parametrize("name", ["weights.pt", "optimizer.pt"])
+def test_a_damaged_checkpoint_is_one_line_and_the_next_run_begins_anew(name, line, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as stopped:
+        stopped.setattr(trainer.ResumedTrainer, "__init__", _with(trainer.ResumedTrainer.__init__, Stop(STEPS // 2)))
+        assert cli.main(line("out")) == 130
+    (file,) = (tmp_path / ".out.steps").rglob(name)
+    file.write_bytes(file.read_bytes()[:-40])
+    capsys.readouterr()
+    assert cli.main(line("out")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("secateur: error: ")
+    assert "is damaged: " in said
+    assert said.endswith("the same call begins anew")
+    assert not (tmp_path / ".out.steps").exists()
+
+
 def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path):
     for step, is_whole in ((2, True), (10, True), (12, False)):
         place = tmp_path / f"checkpoint-{step}"

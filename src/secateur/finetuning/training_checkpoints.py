@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from secateur.errors import SecateurWarning
+from secateur.errors import CheckpointError, SecateurWarning
+from secateur.texts.halving import is_out_of_memory
 
 SECONDS = 60.0
 """A checkpoint is written when so much time has passed since the last one."""
@@ -62,7 +64,28 @@ class ResumedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         file = Path(resume_from_checkpoint, _WEIGHTS)
-        self.model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        with _whole(file.parent):
+            self.model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _whole(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _whole(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _whole(checkpoint: Any) -> Iterator[None]:
+    """Raise `CheckpointError` for what a damaged file of a checkpoint raises."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{checkpoint} is damaged: {reason}; the same call begins anew") from error
 
 
 class Keeping(TrainerCallback):
