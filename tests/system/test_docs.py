@@ -197,3 +197,28 @@ def test_what_the_papers_table_says_of_representations_and_time():
         rows = read_json(RESULTS / f"{name}.json")["rows"]
         row = next(r for r in rows if (r["model"], r.get("of"), r["work"], r["shape"]) == (model, of, work, shape))
         assert f"| {row['speed_up_quartiles'][1]:.3f} times as fast | " in PAPER
+
+
+def test_what_the_papers_table_says_of_costs():
+    (step,) = read_lines(RESULTS / "meta_step_cost_at_128.jsonl")
+    batch = sum(statistics.median(seconds) for seconds in step["seconds"]["filled"].values())
+    hours = 6000 * 8 * batch / 3600
+    assert f"it takes {hours:.1f} hours of one CPU core: 48,000 batches of 60 texts, {batch:.2f} s" in PAPER
+    of = {
+        (row["model"], row["work"]): row
+        for row in read_json(RESULTS / "speed_up.json")["rows"]
+        if row["shape"] == "8x128"
+    }
+
+    def saved(work, texts):
+        faster = of["half, scope site", work]["speed_up_quartiles"][1]
+        return texts / of["dense", work]["texts_per_second"] * (1 - 1 / faster)
+
+    for work, texts in (("training step", 3 * 10_000), ("pass", 1_000_000)):
+        seconds = saved(work, texts)
+        assert f"| {seconds / 60:.0f} min | {round(3600 * hours / seconds)} |" in PAPER
+    seconds = {
+        name: statistics.median(values) for name, values in read_json(RESULTS / "scoring_time.json")["seconds"].items()
+    }
+    said = [f"{seconds[name]:.2f} s".lstrip("0") for name in ("contribution", "smp", "dense")]
+    assert all(one in PAPER for one in said)
