@@ -104,7 +104,6 @@ class Soak:
         self.left: list[str] = []
         self.over_time: list[dict[str, float]] = []
         self.given = _given(place)
-        self.number = 0
         self.begin()
         self.switches = switches()
 
@@ -160,7 +159,6 @@ class Soak:
         """Start one command, end it in one of several ways, and look at the folders."""
         name, line = self.draw.choice(COMMANDS)
         how = self.draw.choice(ENDS)
-        self.number += 1
         log = self.place / "log"
         shutil.rmtree(log, ignore_errors=True)
         running = command([*line(self), "--out", self.results / "out"], log)
@@ -386,28 +384,24 @@ CALLS: list[tuple[str, Callable[[Soak], PreTrainedModel | None]]] = [
 """What is called, as often as it stands here."""
 
 
-def _lines() -> list[tuple[str, Callable[[Soak], list[object]]]]:
-    short = ["--max-length", 16, "--device", "cpu"]
-    return [
-        ("prune", lambda s: ["prune", s.given / "model", "--data", s.given / "task", "--budget", "macs=0.7", *short]),
-        ("distill", lambda s: ["distill", s.given / "pruned", "--data", s.given / "task", "--steps", 2, *short]),
-        ("finetune", lambda s: ["finetune", s.given / "pruned", "--data", s.given / "task", "--epochs", 1, *short]),
-        ("export standalone", lambda s: ["export", s.given / "pruned", "--format", "standalone"]),
-        ("export onnx", lambda s: ["export", s.given / "pruned", "--format", "onnx", "--quantize", "int8"]),
-        ("score", lambda s: ["score", s.given / "model", "--data", s.given / "task", *short]),
-        ("report", lambda s: ["report", s.given / "pruned", "--plots", s.results / "plots"]),
-        ("meta-train", lambda s: [
-            "meta-train", "--model", s.given / "model", "--data", s.given / "task" / "train.tsv", "--steps", 2,
-            "--batch-size", 3, "--batches-per-step", 1, "--checkpoint-every", 1, "--max-length", 16,
-        ]),
-        ("compare", lambda s: [
-            "compare", "--model", s.given / "model", "--data", s.given / "task", "--scorer", "random", "--seeds", 1,
-            "--texts", 8, "--max-train", 8, "--jobs", 1, "--device", "cpu",
-        ]),
-    ]  # fmt: skip
-
-
-COMMANDS = _lines()
+SHORT = ["--max-length", 16, "--device", "cpu"]
+COMMANDS: list[tuple[str, Callable[[Soak], list[object]]]] = [
+    ("prune", lambda s: ["prune", s.given / "model", "--data", s.given / "task", "--budget", "macs=0.7", *SHORT]),
+    ("distill", lambda s: ["distill", s.given / "pruned", "--data", s.given / "task", "--steps", 2, *SHORT]),
+    ("finetune", lambda s: ["finetune", s.given / "pruned", "--data", s.given / "task", "--epochs", 1, *SHORT]),
+    ("export standalone", lambda s: ["export", s.given / "pruned", "--format", "standalone"]),
+    ("export onnx", lambda s: ["export", s.given / "pruned", "--format", "onnx", "--quantize", "int8"]),
+    ("score", lambda s: ["score", s.given / "model", "--data", s.given / "task", *SHORT]),
+    ("report", lambda s: ["report", s.given / "pruned", "--plots", s.results / "plots"]),
+    ("meta-train", lambda s: [
+        "meta-train", "--model", s.given / "model", "--data", s.given / "task" / "train.tsv", "--steps", 2,
+        "--batch-size", 3, "--batches-per-step", 1, "--checkpoint-every", 1, "--max-length", 16,
+    ]),
+    ("compare", lambda s: [
+        "compare", "--model", s.given / "model", "--data", s.given / "task", "--scorer", "random", "--seeds", 1,
+        "--texts", 8, "--max-train", 8, "--jobs", 1, "--device", "cpu",
+    ]),
+]  # fmt: skip
 
 
 def _given(place: Path) -> Path:
