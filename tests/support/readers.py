@@ -20,6 +20,7 @@ from secateur import cli
 from secateur.cli.compare import compare
 from secateur.errors import InvalidInputError
 from secateur.measuring.latency_table import Kind, LatencyTable, Level
+from secateur.measuring.onnx_graph import graphs_in
 from secateur.models.loading import TOKENIZER_FILES
 from secateur.models.originals import recorded_original
 from secateur.models.places import check_no_kernels, check_tokenizer_files
@@ -246,6 +247,17 @@ def read_latency_table(folder, name):
         assert kind.rounded(2) >= 2
 
 
+def write_graph(folder):
+    tiny_model("bert").config.save_pretrained(folder)
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").touch()
+
+
+def read_graph(folder, name):
+    (graph,) = graphs_in(folder).values()
+    assert all(not parameter.is_meta for parameter in graph.base.parameters())
+
+
 def write_meta_pruner(folder):
     torch.manual_seed(0)
     MetaPruner().save_pretrained(folder)
@@ -294,6 +306,7 @@ READERS = {
         Reader("a scores file, and masks selected from it", write_scores, ("scores.json",), read_scores),
         Reader("a mask file", write_mask, ("mask.json",), read_mask),
         Reader("what units cost, of `bench --table`", write_latency_table, ("table.json",), read_latency_table),
+        Reader("the config beside an exported graph", write_graph, ("config.json",), read_graph, 20, bytes=False),
         Reader("texts and labels of .csv, .tsv, .jsonl, .json, .gz", write_data, DATA_FILES, read_data),
         Reader("texts and labels of .parquet", write_parquet, ("train.parquet",), read_data),
         Reader("the YAML of `compare --config`", write_settings, ("compare.yaml",), read_settings),

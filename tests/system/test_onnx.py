@@ -153,6 +153,29 @@ def test_a_graph_is_measured_beside_the_model_that_it_was_made_of(onnx_classifie
     assert "`train` must be left out where a model is an ONNX graph" in capsys.readouterr().err
 
 
+def test_a_damaged_graph_is_one_line(onnx_classifier, tmp_path, capsys):
+    whole, file = (onnx_classifier / "onnx" / "onnx" / "model.onnx").read_bytes(), tmp_path / "onnx" / "model.onnx"
+    file.parent.mkdir()
+    shutil.copy(onnx_classifier / "onnx" / "config.json", tmp_path)
+    pixels, out = (onnx.helper.make_tensor_value_info(name, 1, [1]) for name in ("pixels", "out"))
+    other = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["pixels"], ["out"])], "one", [pixels], [out])
+    other = onnx.helper.make_model(other, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    said_of = {whole[:-500]: "is no graph", b"graph": "is no graph", other.SerializeToString(): "does not run on 1 x 8"}
+    for content, said in said_of.items():
+        file.write_bytes(content)
+        assert cli.main(["bench", str(tmp_path), "--shape", "1x8", "--rounds", "1"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("secateur: error: ")
+        assert f"model.onnx {said}" in line
+    wrong = {"hidden_size": "x"}, {"num_hidden_layers": 10**30}
+    for values, said in zip(
+        wrong, ("config.json describes no model: ", "in the config must be at most 10000"), strict=True
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **values}))
+        assert cli.main(["bench", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_what_units_cost_in_onnx_runtime(onnx_classifier, monkeypatch):
     """Every model that is timed has been exported; here all of them are the same graph, which takes no time to make."""
     model, shapes = load_model(onnx_classifier / "pruned", "cpu"), []

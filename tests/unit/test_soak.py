@@ -71,7 +71,9 @@ def test_what_is_left_behind_is_named(does, said, hour, monkeypatch):
 
 
 def test_what_grows_is_named_and_what_fills_caches_is_not():
-    rows = [{"memory_mib": 500 + min(n, 10) * 20, "files": 5, "threads": 2, "objects": 1000 + 10 * n} for n in range(40)]
+    rows = [
+        {"memory_mib": 500 + min(n, 10) * 20, "files": 5, "threads": 2, "objects": 1000 + 10 * n} for n in range(40)
+    ]
     assert soak.growing(rows) == ["objects grow: 1145.0 in the second quarter, 1345.0 in the last"]
     assert soak.growing(rows[:2]) == []
 
@@ -80,5 +82,9 @@ def test_ctrl_c_comes_after_a_while_or_not_at_all():
     with soak.stopped_after(0):
         pass
     with pytest.raises(KeyboardInterrupt), soak.stopped_after(0.01):
-        while True:
-            tiny_model("bert")
+        make_models()
+
+
+def make_models():
+    while True:
+        tiny_model("bert")

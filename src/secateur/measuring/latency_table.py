@@ -132,7 +132,8 @@ def _is_table(data: Any) -> bool:
     return (
         isinstance(data, dict)
         and all(isinstance(data.get(name), str) for name in ("runtime", "shape"))
-        and isinstance(data.get("kinds"), list) and bool(data["kinds"])
+        and isinstance(data.get("kinds"), list)
+        and bool(data["kinds"])
         and all(isinstance(kind, dict) and _is_kind(**kind) for kind in data["kinds"])
     )
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
+from secateur.errors import InvalidInputError
 from secateur.models.inputs import example_inputs, max_length
+from secateur.models.loading import build_empty
 from secateur.models.sentence_transformers import transformer_folder
 
 FILE = "onnx/model.onnx"
@@ -37,23 +38,48 @@ class OnnxGraph:
         return sum(one.stat().st_size for one in self.file.parent.glob(f"{self.file.name}*"))
 
     def forward_pass(self, batch: int, length: int) -> Callable[[], Any]:
-        """Return a call that runs the graph on made-up text of `batch` × `length` tokens, on PyTorch's threads."""
+        """Return a call that runs the graph on made-up text of `batch` × `length` tokens, on PyTorch's threads.
+
+        Raises what `open_graph` raises, and `InvalidInputError` for a graph that does not take such text.
+        """
         run = open_graph(self.file, torch.get_num_threads())
         texts = example_inputs(self.base, batch, min(length, max_length(self.base, length)), padding=0)
-        # Kinds of tokens, which not every model is given.
-        inputs = {one.name: texts.get(one.name, torch.zeros_like(texts["input_ids"])) for one in run.get_inputs()}
-        return partial(run.run, None, {name: value.numpy() for name, value in inputs.items()})
+        try:
+            # Kinds of tokens, which not every model is given.
+            inputs = {one.name: texts.get(one.name, torch.zeros_like(texts["input_ids"])) for one in run.get_inputs()}
+            call = partial(run.run, None, {name: value.numpy() for name, value in inputs.items()})
+            call()
+        except Exception as error:
+            raise InvalidInputError(
+                f"{self.file} does not run on {batch} x {length} tokens: {_reason(error)}"
+            ) from error
+        return call
 
 
 def open_graph(file: Path, threads: int = 0) -> Any:
-    """Return ONNX Runtime's session for a graph, on the CPU. 0 `threads` = one for each core."""
-    import onnxruntime
+    """Return ONNX Runtime's session for a graph, on the CPU. 0 `threads` = one for each core.
 
+    Raises `InvalidInputError` for a file that is no graph, and where onnxruntime is missing.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise InvalidInputError(f"running {file} needs onnxruntime; pip install 'secateur[onnx]'") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Idle threads that spin would take the cores from whatever is timed next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNFUSED)
+    options.log_severity_level = 4  # what it logs of a damaged file, the error says too
+    try:
+        return onnxruntime.InferenceSession(
+            file, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNFUSED
+        )
+    except Exception as error:  # classes of its own, which differ by version
+        raise InvalidInputError(f"{file} is no graph that ONNX Runtime reads: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].strip()
 
 
 def graphs_in(folder: str | Path) -> dict[str, OnnxGraph]:
@@ -62,7 +88,5 @@ def graphs_in(folder: str | Path) -> dict[str, OnnxGraph]:
     files = {name: place / file for name, file in _RUNTIMES.items() if (place / file).is_file()}
     if not files:
         return {}
-    with init_empty_weights():
-        base = AutoModel.from_config(AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False))
-    base._apply(lambda tensor: torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor)
-    return {name: OnnxGraph(file, base.eval()) for name, file in files.items()}
+    base = build_empty(place)
+    return {name: OnnxGraph(file, base) for name, file in files.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,7 +24,7 @@ from secateur.errors import CheckpointError, InvalidInputError, SecateurError, S
 from secateur.models.classifier import CLASSIFIERS, is_classifier
 from secateur.models.hub_access import answers, check_in_reach
 from secateur.models.originals import originals, recorded_original
-from secateur.models.places import check_no_kernels, check_tokenizer_files
+from secateur.models.places import check_depth, check_no_kernels, check_tokenizer_files
 from secateur.models.sentence_transformers import transformer_folder
 from secateur.support.checks import knows_words
 from secateur.support.interrupts import undoing
@@ -60,9 +61,11 @@ def load_model(
     small = Path(model).is_dir() and sum(map(_size, Path(model).rglob("*.safetensors"))) < _SMALL
     try:
         with quiet_transformers(progress=not small):
+            asked = {name: options[name] for name in _access(model)}
+            settings = PreTrainedConfig.get_config_dict(source, **asked, **from_file)[0]
+            check_depth(settings, str(model))
             if "attn_implementation" not in options:
-                asked = {name: options[name] for name in _access(model)}
-                check_no_kernels(PreTrainedConfig.get_config_dict(source, **asked, **from_file)[0], str(model))
+                check_no_kernels(settings, str(model))
             if model_class is None:
                 access = {name: options[name] for name in _access(model)}
                 model_class = _named_class(AutoConfig.from_pretrained(source, **access, **from_file))
@@ -88,6 +91,28 @@ def load_model(
         # The class is transformers' own: saved again, a standalone export would lack the code that `auto_map` names.
         vars(loaded.config).pop("auto_map", None)
     return (loaded if "device_map" in options else loaded.to(device or default_device())).eval()
+
+
+def build_empty(folder: Path) -> PreTrainedModel:
+    """Return the base model that the config of a folder describes, on the CPU, all of its weights 0.
+
+    Raises `InvalidInputError` for a config that describes none.
+    """
+    try:
+        with quiet_transformers(progress=False):
+            settings = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0]
+            check_depth(settings, str(folder))
+            check_no_kernels(settings, str(folder))
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            with init_empty_weights(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of weights without an entry, which a pruned model may have
+                model = AutoModel.from_config(config)
+            model._apply(lambda tensor: torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    except SecateurError:
+        raise
+    except Exception as error:
+        raise InvalidInputError(f"{folder}/config.json describes no model: {_first_line(error)}") from error
+    return model.eval()
 
 
 def lacking(loaded: PreTrainedModel) -> frozenset[str]:
@@ -305,4 +330,4 @@ def _first_line(error: Exception) -> str:
     if isinstance(error, CheckpointError):
         return str(error)
     text = str(error).strip()
-    return " ".join(text.split())[:200] if text else type(error).__name__
+    return " ".join(text.split())[:200].strip() if text else type(error).__name__

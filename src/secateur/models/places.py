@@ -19,6 +19,7 @@ from secateur.support.files import read_json
 
 _TOKENIZER_SETTINGS = "tokenizer_config.json"
 _NAMES_A_FILE = re.compile(r"vocab|merge|file|spm|bpe|dict|codes")
+MOST_LAYERS = 10_000
 _FLASH = re.compile(r"flash_attention_(\d)$")
 
 
@@ -111,6 +112,17 @@ def check_no_kernels(settings: Any, where: str) -> None:
                         )
             elif isinstance(value, dict):
                 waiting.append(value)
+
+
+def check_depth(settings: Any, where: str) -> None:
+    """Raise `InvalidInputError` where a config asks for more layers than any model has: to build them would not end."""
+    waiting = [settings]
+    while waiting:
+        for key, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif "layer" in str(key) and isinstance(value, int) and value > MOST_LAYERS:
+                raise InvalidInputError(f"{where}: `{shown(key)}` in the config must be at most {MOST_LAYERS}")
 
 
 def _is_fetched(name: str) -> bool:
