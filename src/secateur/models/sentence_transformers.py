@@ -135,13 +135,11 @@ def _modules(folder: Path) -> list[dict[str, str]]:
         if not place.is_relative_to(os.path.realpath(folder)):
             raise InvalidInputError(f"{file} names a path outside its folder: {shown(module['path'])}")
         if not module["path"].isprintable():
-            raise InvalidInputError(
-                f"{file} names a path with characters that cannot be shown: {shown(module['path'])}"
-            )
-        if any(part.is_file() for part in (place, *place.parents)):
-            raise InvalidInputError(f"{file} names a file for a module's folder: {shown(module['path'])}")
+            raise InvalidInputError(f"{file} names a path that cannot be shown: {shown(module['path'])}")
         if max(map(len, module["path"].encode().split(b"/"))) > _LONGEST:
             raise InvalidInputError(f"{file} names a path that no disk takes: {shown(module['path'])}")
+        if any(part.is_file() for part in (place, *place.parents)):
+            raise InvalidInputError(f"{file} names a file for a module's folder: {shown(module['path'])}")
     return modules
 
 
