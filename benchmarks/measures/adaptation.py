@@ -83,7 +83,7 @@ def matrices(results: list[dict[str, Any]]) -> str:
             others = [value for value, on in zip(ratios, tasks, strict=True) if on != of]
             rows.append([of, *(f"{value:.2f}" for value in ratios), f"{statistics.mean(others):.2f}"])
         own = ["own, KL in thousandths", *(f"{1000 * statistics.mean(kls[scorer, on, on]):.1f}" for on in tasks), ""]
-        lines += ["", f"### {scorer}", "", table(["made for ↓, used on →", *tasks, "mean of others"], [*rows, own])]
+        lines += ["", f"## {scorer}", "", table(["made for ↓, used on →", *tasks, "mean of others"], [*rows, own])]
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from benchmarks.measures.adaptation import matrices
 from scipy.stats import ttest_rel
 
 import secateur
@@ -197,6 +198,11 @@ def test_what_the_papers_table_says_of_representations_and_time():
         rows = read_json(RESULTS / f"{name}.json")["rows"]
         row = next(r for r in rows if (r["model"], r.get("of"), r["work"], r["shape"]) == (model, of, work, shape))
         assert f"| {row['speed_up_quartiles'][1]:.3f} times as fast | " in PAPER
+
+
+def test_the_matrices_of_adaptation_are_those_of_the_raw_file():
+    page = (ROOT / "docs" / "adaptation.md").read_text(encoding="utf-8")
+    assert matrices(read_lines(RESULTS / "adaptation.jsonl")).strip() in page
 
 
 def test_what_the_papers_table_says_of_costs():
