@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -47,6 +48,7 @@ TEXTS, TOKENIZER, READING = tiny_texts(6), tiny_tokenizer(), secateur.Reading(ba
 SITE = "encoder.layer.0.attention.self"
 GATES = {SITE: torch.ones(2), "encoder.layer.0.output.dense": torch.ones(4)}
 MASK = secateur.Mask({SITE: torch.tensor([True, False])})
+MORE_TEXTS = tiny_texts(21)
 TASK = Task("tiny", TEXTS, [0, 1] * 3)
 CHECKED = (contextlib.__file__, torch.autograd.grad_mode.__file__, torch.overrides.__file__)
 
@@ -58,6 +60,12 @@ def model_in_bfloat16(kind=BertModel, layers=1):
     model = kind(config).to(torch.bfloat16).train()
     next(model.parameters()).requires_grad_(False)
     return model
+
+
+@cache
+def teacher():
+    """Made once: a copy of a tensor, which PyTorch makes with gradients off, is not of this library."""
+    return model_in_bfloat16()
 
 
 def score(model):
@@ -87,8 +95,7 @@ def remove_all_kinds(model):
 
 
 def distill(model):
-    texts = tiny_texts(21)
-    secateur.distill_(model, copy.deepcopy(model), texts, TOKENIZER, steps=1, reading=READING)
+    secateur.distill_(model, teacher(), MORE_TEXTS, TOKENIZER, steps=1, reading=READING)
 
 
 def prune(model):
@@ -228,6 +235,7 @@ def test_ctrl_c_leaves_a_model_as_it_was_or_the_work_done(name, outcome):
     before, verbosity = state_of(model), logging.get_verbosity()
     if call.run is all_contexts:
         call.run(model)  # knows then where its heads are
+    teacher()
     whole.run(call.run, model if not call.copies else copy.deepcopy(model))
     outcomes = [before, state_of(model)]
     for moment in call.drawn(whole.passed):
