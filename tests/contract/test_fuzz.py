@@ -1,6 +1,6 @@
 """Damaged files: each reader refuses them in the one form, or reads them whole. `make fuzz` tries far more of them.
 
-The cases are the same in every run of the suite, and forty times as many in `make robustness`; `make fuzz` draws
+The cases are the same in every run of the suite, and a hundred times as many in `make robustness`; `make fuzz` draws
 others each time.
 """
 
@@ -15,7 +15,7 @@ from tests.support.fuzzing import fuzz
 from tests.support.readers import READERS
 
 FULL = 2000
-CASES = int(os.environ.get("FUZZ_CASES", FULL // 40))
+CASES = int(os.environ.get("FUZZ_CASES", FULL // 100))
 SEED = 0 if CASES <= FULL else secrets.randbelow(2**32)
 SECTION = "Damaged files"
 # The suite has no time for a process each.
