@@ -15,6 +15,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from secateur.sites.layout import Site
 from secateur.sites.narrowing import cut_together
 from secateur.sites.recipe import read_recipe
 from secateur.support.disk_refusals import disk_refusal
+from secateur.support.interrupts import in_one_go
 
 OPSET = 20
 AXES = ("batch", "sequence")
@@ -55,9 +57,7 @@ def save_onnx(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     `secateur[onnx]` is missing.
     """
     try:
-        import onnxruntime  # noqa: F401 - the error comes before the work
-        import onnxscript  # noqa: F401
-        from transformers import exporters  # noqa: F401
+        in_one_go(_import)
     except ImportError as error:
         raise InvalidInputError(
             f"exporting to ONNX needs more packages ({error.name or error}); pip install 'secateur[onnx]'"
@@ -73,6 +73,15 @@ def save_onnx(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         _export(model, inputs, folder)
         outputs, difference = _check(model, folder / FILE)
     return {"opset": OPSET, "inputs": list(inputs), "outputs": outputs, "max_difference": difference}
+
+
+def _import() -> None:
+    """Import all that an export takes: the error comes before the work, and Ctrl-C leaves no package half imported.
+
+    Python would take half of `onnx` for the whole afterwards.
+    """
+    for name in ("onnx", "onnxruntime", "onnxruntime.quantization", "onnxscript", "transformers.exporters"):
+        import_module(name)
 
 
 def _export(model: PreTrainedModel, inputs: dict[str, Tensor], folder: Path) -> None:
