@@ -218,7 +218,7 @@ CALLS = {
     "reconstruct_": Call(reconstruct, range(70, 3700, 900)),
     "remove_": Call(remove, (400, 4500, -60)),
     "remove_, neurons and a layer too": Call(remove_all_kinds, (), lambda: model_in_bfloat16(layers=2)),
-    "distill_": Call(distill, (-60,)),
+    "distill_": Call(distill, (500,)),
     "prune": Call(prune, (500,), copies=True),
     "evaluate": Call(evaluate, (40,), classifier),
     "finetune": Call(tune, (), classifier, trains=True),
