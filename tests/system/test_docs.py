@@ -16,6 +16,7 @@ import secateur
 from secateur.comparing.summary import ALL_TASKS, summarise
 from secateur.scorers import SCORERS, scorer_class
 from secateur.support.files import read_json, read_lines
+from tests.support.outcomes import longer_runs
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -228,3 +229,9 @@ def test_what_the_papers_table_says_of_costs():
     }
     said = [f"{seconds[name]:.2f} s".lstrip("0") for name in ("contribution", "smp", "dense")]
     assert all(one in PAPER for one in said)
+
+
+def test_the_page_of_what_was_tried_says_what_came_of_the_long_runs():
+    page = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    assert all(f"- {said}\n" in page for said in longer_runs().values())
+    assert read_json(RESULTS / "soak.json")["left"] == []
