@@ -89,14 +89,15 @@ def meta_trained(model, place):
 def joint_trained(model, place):
     config = JointTrainingConfig(**{**SMALL_JOINT, "samples": 1})
     subjects = [Subject(model, tiny_tokenizer())]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            joint_training,
-            "TrialConfig",
-            partial(TrialConfig, ratios=(0.5,), allocations=("uniform",), near=3, at_random=1),
-        )
-        patch.setattr(joint_training, "FitConfig", partial(FitConfig, epochs=1))
-        return weights(secateur.train_joint_pruner(subjects, TASKS[:1], place, config, progress=False))
+    return weights(secateur.train_joint_pruner(subjects, TASKS[:1], place, config, progress=False))
+
+
+@pytest.fixture(autouse=True)
+def _little_to_fit(monkeypatch):
+    """For all threads at once: one that puts back what it patched would put it back for the other too."""
+    few = partial(TrialConfig, ratios=(0.5,), allocations=("uniform",), near=3, at_random=1)
+    monkeypatch.setattr(joint_training, "TrialConfig", few)
+    monkeypatch.setattr(joint_training, "FitConfig", partial(FitConfig, epochs=1))
 
 
 SCORES = secateur.Scores({"a": [1.0, 2.0, 3.0]})

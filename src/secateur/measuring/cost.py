@@ -17,7 +17,7 @@ from secateur.errors import UnsupportedModelError
 from secateur.measuring.timing import time_in_turn
 from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs, max_length
-from secateur.models.state import evaluation_mode, frozen
+from secateur.models.state import evaluation_mode, frozen, held
 from secateur.sites.gating import count_heads, probe
 from secateur.sites.recipe import read_recipe
 from secateur.support.interrupts import interruptible, undoing
@@ -76,7 +76,7 @@ def count_macs(base: PreTrainedModel, batch: int = 1, length: int = 128) -> tupl
         setattr(tracker, hook, in_own_thread(getattr(tracker, hook)))
     # PyTorch counts matrix products but no fused attention, so the pass is made with separate products. Its counter
     # wants a graph behind every tensor that asks for gradients, and modules may be handed bare parameters.
-    with evaluation_mode(base), frozen(base), _separate_products(base), counter:
+    with held(base), evaluation_mode(base), frozen(base), _separate_products(base), counter:
         base(**inputs)
     root = type(base).__name__ + "."
     found = {name.removeprefix(root): sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}

@@ -27,6 +27,7 @@ from secateur.meta_training.subjects import Subject, check_subjects, check_tasks
 from secateur.pruners.joint_network import JointPruner
 from secateur.support.checks import check_accelerator, check_flag, check_path
 from secateur.support.files import is_taken, replaced_folder
+from secateur.support.processes import own_accelerator
 from secateur.support.randomness import Drawn
 from secateur.support.run_files import PRUNER, SAMPLES
 from secateur.texts.data import Task
@@ -54,7 +55,7 @@ def train_joint_pruner(
     """
     config = JointTrainingConfig() if config is None else config
     _check(subjects, tasks, config, resume, progress, accelerator)
-    out, accelerator = check_path("out", out), accelerator or Accelerator()
+    out, accelerator = check_path("out", out), accelerator or own_accelerator()
     main = accelerator.is_main_process
     if main:
         _check_folder(out, resume)

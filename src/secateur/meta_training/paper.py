@@ -35,7 +35,7 @@ from secateur.pruners.map_network import MetaPruner
 from secateur.support.checks import check_accelerator, check_flag, check_path, check_positive
 from secateur.support.durations import duration
 from secateur.support.files import replaced_folder
-from secateur.support.processes import from_main
+from secateur.support.processes import from_main, own_accelerator
 from secateur.support.run_files import BEST, LOG, PRUNER
 from secateur.texts.data import Task
 
@@ -77,7 +77,7 @@ def train_meta_pruner(
     if not isinstance(config, MetaTrainingConfig):
         raise invalid("config", "be a MetaTrainingConfig", config)
     _check_run(held_out, resume, progress, stop_after, accelerator)
-    out, accelerator = check_path("out", out), accelerator or Accelerator()
+    out, accelerator = check_path("out", out), accelerator or own_accelerator()
     if accelerator.is_main_process:
         check_run_folder(out, resume)
     training = MetaTraining(subjects, tasks, config, accelerator)

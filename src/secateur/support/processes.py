@@ -7,6 +7,7 @@ from each process, is held at a time: neither memory nor what is sent at once gr
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
@@ -16,6 +17,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+_being_made = threading.Lock()
+
+
+def own_accelerator() -> Accelerator:
+    """Return a new one. accelerate empties the environment and puts it back, so threads wait for each other."""
+    with _being_made:
+        return Accelerator()
 
 
 def in_order(
