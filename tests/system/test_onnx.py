@@ -18,6 +18,7 @@ from secateur.errors import InvalidInputError
 from secateur.exporting import int8, latency
 from secateur.exporting import onnx as onnx_export
 from secateur.exporting.export import export_onnx
+from secateur.measuring.onnx_graph import graphs_in
 from secateur.models.inputs import example_inputs
 from secateur.models.loading import load_model
 from secateur.removal.remove import remove_
@@ -141,13 +142,18 @@ def test_int8_beside_it_answers_alike_or_there_is_neither(onnx_classifier, tmp_p
         export_onnx(onnx_classifier / "pruned", tmp_path / "other", "int4")
 
 
-def test_a_graph_is_measured_beside_the_model_that_it_was_made_of(onnx_classifier, capsys):
+def test_a_graph_is_measured_beside_the_model_that_it_was_made_of(onnx_classifier, tmp_path, capsys):
     folders = [str(onnx_classifier / name) for name in ("pruned", "onnx")]
     assert cli.main(["bench", *folders, "--shape", "2x8", "--rounds", "1", "--threads", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["model"] for row in found["rows"]] == ["pruned", "onnx (ONNX)"]
     assert found["rows"][0]["macs"] == found["rows"][1]["macs"]
     assert found["rows"][1]["peak_bytes"] is None
+    assert graphs_in(onnx_classifier / "onnx").keys() == {"ONNX"}
+    both = tmp_path / "both"
+    shutil.copytree(onnx_classifier / "pruned", both)
+    shutil.copytree(onnx_classifier / "onnx" / "onnx", both / "onnx")
+    assert graphs_in(both) == {}  # PyTorch's weights are the model
     assert found["weight_bytes"]["onnx (ONNX)"] >= (onnx_classifier / "onnx" / "onnx" / "model.onnx").stat().st_size
     assert cli.main(["bench", *folders, "--shape", "2x8", "--train"]) == 2
     assert "`train` must be left out where a model is an ONNX graph" in capsys.readouterr().err
@@ -189,7 +195,7 @@ def test_what_units_cost_in_onnx_runtime(onnx_classifier, monkeypatch):
     assert table.runtime == "onnx"
     assert len(shapes) == 1 + sum(len(kind.levels) - 1 for kind in table.kinds)
     assert shapes[0] == max(shapes) > min(shapes)
-    assert latency.latency_table(model, Shape(2, 8), rounds=1).runtime == "PyTorch"
+    assert latency.latency_table(model, Shape(2, 8), rounds=1).runtime == "pytorch"
 
 
 @pytest.mark.parametrize("said", ["errno 28", "os error 28", "4096 requested and 512 written"])

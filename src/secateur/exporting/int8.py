@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import SecateurError
 from secateur.exporting.onnx import one_error, prepared, quietly, text_inputs
-from secateur.measuring.onnx_graph import FILE, INT8_FILE, open_graph
+from secateur.measuring.onnx_graph import FILE, INT8_FILE, open_graph, size_of
 from secateur.measuring.timing import median_ratio, time_in_turn
 from secateur.models.inputs import max_length
 from secateur.texts.tokenization import batches
@@ -57,7 +57,7 @@ def save_int8(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeniz
     of the float32 graph's time for 8 texts of 128 tokens, timed in turn on this machine.
     """
     model, file = prepared(model), folder / INT8_FILE
-    float_bytes = _size(folder / FILE)
+    float_bytes = size_of(folder / FILE)
     with quietly(), one_error(model, "cannot be quantised in ONNX Runtime"):
         quantize_graph(folder)
         cosine = _cosine(model, open_graph(file), tokenizer)
@@ -70,7 +70,7 @@ def save_int8(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeniz
         runs = {one.name: partial(open_graph(one).run, None, feed) for one in (folder / FILE, file)}
         seconds = time_in_turn(runs, ROUNDS)
     time = median_ratio(seconds[file.name], seconds[Path(FILE).name])
-    return {"cosine": cosine, "bytes": _size(file), "float_bytes": float_bytes, "time": time}
+    return {"cosine": cosine, "bytes": size_of(file), "float_bytes": float_bytes, "time": time}
 
 
 def quantize_graph(folder: Path) -> None:
@@ -79,13 +79,8 @@ def quantize_graph(folder: Path) -> None:
 
     quantize_dynamic(
         folder / FILE, folder / INT8_FILE, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
-        use_external_data_format=_size(folder / FILE) >= _LARGEST_FILE,
+        use_external_data_format=size_of(folder / FILE) >= _LARGEST_FILE,
     )  # fmt: skip
-
-
-def _size(file: Path) -> int:
-    """Return the bytes of a graph with the weights that are in files beside it."""
-    return sum(one.stat().st_size for one in file.parent.glob(f"{file.name}*"))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from secateur.errors import CheckpointError, SecateurWarning
+from secateur.support.parsing import short
 from secateur.texts.halving import is_out_of_memory
 
 SECONDS = 60.0
@@ -84,7 +85,7 @@ def _whole(checkpoint: Any) -> Iterator[None]:
     except Exception as error:
         if checkpoint is None or is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = short(error) or type(error).__name__
         raise CheckpointError(f"{checkpoint} is damaged: {reason}; the same call begins anew") from error
 
 

@@ -31,7 +31,7 @@ from secateur.support.files import read_json
 from secateur.support.interrupts import interruptible
 from secateur.units.masks import Mask, original_vector
 
-PYTORCH = "PyTorch"
+PYTORCH = "pytorch"
 RunOf = Callable[[Any, int, int], Callable[[], Any]]
 _SHORTEST, _LONGEST = 1e-9, 1e9  # seconds of a pass
 MOST_LEVELS = 12

@@ -15,6 +15,7 @@ from secateur.errors import InvalidInputError
 from secateur.models.inputs import example_inputs, max_length
 from secateur.models.loading import build_empty
 from secateur.models.sentence_transformers import transformer_folder
+from secateur.support.parsing import short
 
 FILE = "onnx/model.onnx"
 INT8_FILE = "onnx/model_qint8.onnx"
@@ -34,8 +35,8 @@ class OnnxGraph:
 
     @property
     def weight_bytes(self) -> int:
-        """Return the size of the file, and of the weights beside it where they are in files of their own."""
-        return sum(one.stat().st_size for one in self.file.parent.glob(f"{self.file.name}*"))
+        """Return what `size_of` returns of the file."""
+        return size_of(self.file)
 
     def forward_pass(self, batch: int, length: int) -> Callable[[], Any]:
         """Return a call that runs the graph on made-up text of `batch` × `length` tokens, on PyTorch's threads.
@@ -50,10 +51,13 @@ class OnnxGraph:
             call = partial(run.run, None, {name: value.numpy() for name, value in inputs.items()})
             call()
         except Exception as error:
-            raise InvalidInputError(
-                f"{self.file} does not run on {batch} x {length} tokens: {_reason(error)}"
-            ) from error
+            raise InvalidInputError(f"{self.file} does not run on {batch} x {length} tokens: {short(error)}") from error
         return call
+
+
+def size_of(file: Path) -> int:
+    """Return the bytes of a graph, with the weights that are in files beside it."""
+    return sum(one.stat().st_size for one in file.parent.glob(f"{file.name}*"))
 
 
 def open_graph(file: Path, threads: int = 0) -> Any:
@@ -75,18 +79,17 @@ def open_graph(file: Path, threads: int = 0) -> Any:
             file, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNFUSED
         )
     except Exception as error:  # classes of its own, which differ by version
-        raise InvalidInputError(f"{file} is no graph that ONNX Runtime reads: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].strip()
+        raise InvalidInputError(f"{file} is no graph that ONNX Runtime reads: {short(error)}") from error
 
 
 def graphs_in(folder: str | Path) -> dict[str, OnnxGraph]:
-    """Return the graphs in a folder that `secateur export --format onnx` wrote, by "ONNX" and "ONNX, int8"; or none."""
+    """Return the graphs in a folder that `secateur export --format onnx` wrote, by "ONNX" and "ONNX, int8"; or none.
+
+    A folder that has PyTorch's weights too, as some on the Hub do, is a model's and counts as none.
+    """
     place = transformer_folder(Path(folder)) if Path(folder).is_dir() else Path(folder)
     files = {name: place / file for name, file in _RUNTIMES.items() if (place / file).is_file()}
-    if not files:
+    if not files or any(place.glob("*.safetensors")) or any(place.glob("*.bin")):
         return {}
     base = build_empty(place)
     return {name: OnnxGraph(file, base) for name, file in files.items()}
