@@ -109,6 +109,8 @@ def test_a_table_is_obeyed_where_it_was_not_measured(tmp_path, capsys):
     outcome = secateur.prune(model, restore="none", scorer="magnitude", cut=cut)[1].budget[0]
     assert outcome.reached == outcome.expected <= 0.8
     assert outcome.table == table
+    assert "as the table says" in str(outcome)
+    assert outcome.to_json()["is_measured"] is False
 
 
 def test_a_table_of_something_else_is_refused(tmp_path):

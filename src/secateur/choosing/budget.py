@@ -34,24 +34,28 @@ _ROUNDING = 1e-9
 class BudgetOutcome:
     """A budget, the share that its mask was expected to leave, and the share measured in the pruned model.
 
-    The two are equal but for latency that is measured here, whose table is kept.
+    The two are equal but for latency that is measured here, whose table is kept. `is_measured` is False where a given
+    table alone says it.
     """
 
     budget: Budget
     expected: float
     reached: float
     table: LatencyTable | None = None
+    is_measured: bool = True
 
     def __str__(self) -> str:
         """Say in a few words what was reached."""
         if self.budget.quantity == "similarity":
             return f"mean cosine {self.reached:.4f} (budget {self.budget})"
-        return f"{self.budget.quantity} {self.reached:.3f} of what they were (budget {self.budget})"
+        by = "" if self.is_measured else ", as the table says"
+        return f"{self.budget.quantity} {self.reached:.3f} of what they were{by} (budget {self.budget})"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         table = {} if self.table is None else {"latency_table": self.table.to_json()}
-        return {"asked": str(self.budget), "expected": self.expected, "reached": self.reached, **table}
+        found = {"asked": str(self.budget), "expected": self.expected, "reached": self.reached}
+        return {**found, **table, **({} if self.is_measured else {"is_measured": False})}
 
 
 def within_budget(
@@ -223,11 +227,6 @@ class BudgetedSelection:
         dense = self.costs.dense
         return parameters / dense.parameters if budget.quantity == "params" else macs / dense.macs
 
-    @property
-    def is_of_elsewhere(self) -> bool:
-        """Whether latency is that of a table, which may be of another machine: what is reached is not measured here."""
-        return self.table is not None and self._dense is None
-
     def outcomes(self, mask: Mask, pruned: nn.Module) -> tuple[BudgetOutcome, ...]:
         """Measure how much is left in the model pruned with `mask`: latency in turn with the model as it was."""
         found = []
@@ -235,9 +234,9 @@ class BudgetedSelection:
             left = self._units_left(kind, mask)
             found.append(BudgetOutcome(budget, left, left))
         if self.joint is not None:
-            share = self.share(mask)
-            reached = share if self.is_of_elsewhere else self._measured(self.joint, pruned)
-            found.append(BudgetOutcome(self.joint, share, reached, self.table))
+            share, given = self.share(mask), self.cut.latency_table is not None
+            reached = share if given else self._measured(self.joint, pruned)
+            found.append(BudgetOutcome(self.joint, share, reached, self.table, is_measured=not given))
         return tuple(found)
 
     def _measured(self, budget: Budget, pruned: nn.Module) -> float:

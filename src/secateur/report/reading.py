@@ -158,10 +158,14 @@ def _quality(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
+def _asked(outcome: Any) -> str:
+    return f"asked {outcome['asked']}" + ("" if outcome.get("is_measured", True) else ", by the table")
+
+
 def _latency(outcomes: Any) -> list[dict[str, Any]]:
     """Return a row for each budget of latency: the share that was measured in the pruned model."""
     return [
-        {"name": "latency, share", "dense": 1.0, "pruned": one["reached"], "note": f"asked {one['asked']}"}
+        {"name": "latency, share", "dense": 1.0, "pruned": one["reached"], "note": _asked(one)}
         for one in _outcomes(outcomes)
         if one["asked"].startswith("latency")
     ]
