@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def heard():
+    """A process that was started in the background ignores Ctrl-C, and so does every test in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +41,11 @@ WAYS: dict[str, dict[str, Any]] = {
 """What is handed to `prune` beside the budget."""
 
 
-def measure(run: Run, *, cells: list[list[Any]]) -> None:
-    """Add a row for each way, budget and number of steps in `cells`, and each seed, that there is none of."""
+def measure(run: Run, *, cells: list[list[Any]], keep: list[str]) -> None:
+    """Add a row for each way, budget and number of steps in `cells`, and each seed, that there is none of.
+
+    What the ways in `keep` give stays in the folder for long runs: `int8_quality` goes on with it.
+    """
     done = {(row["way"], row["budget"], row["steps"], row["seed"]) for row in run.rows()}
     judge = None
     for seed in run.seeds:
@@ -56,6 +60,8 @@ def measure(run: Run, *, cells: list[list[Any]]) -> None:
                 reading=Reading(seed=seed, stop=SCORED), **{"scorer": "contribution"} | WAYS[way],
             )  # fmt: skip
             seconds, processor = time.perf_counter() - start, time.process_time() - spent
+            if way in keep:
+                smaller.save_pretrained(place_of(run.work, way, budget, steps, seed))
             run.add(
                 {
                     "way": way,
@@ -71,6 +77,11 @@ def measure(run: Run, *, cells: list[list[Any]]) -> None:
                     **made(run.note),
                 }
             )
+
+
+def place_of(work: Path, *cell: Any) -> Path:
+    """Return the folder of the model of a way, budget, number of steps and seed."""
+    return work / "-".join(map(str, cell))
 
 
 def sentences(run: Run, seed: int) -> list[str]:

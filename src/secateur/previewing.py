@@ -15,7 +15,6 @@ from secateur.choosing.by_cut import kinds_there, selection_of
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.loading import load_model
 from secateur.models.names import original_name
-from secateur.models.offload import check_loaded
 from secateur.models.state import check_plain_weights
 from secateur.pruning_plan import check_steps, recommended, without_held_out
 from secateur.scorers import DEFAULT_SCORER
@@ -128,7 +127,6 @@ def preview(
     texts, labels, _, reading = without_held_out(texts, labels, restore, reading)  # what `prune` scores, unasked
     there = load_model(model, reading.device) if isinstance(model, str | Path) else model
     prepared = PreparedModel(there, tokenizer, reading)
-    check_loaded(prepared.model, "a preview")
     check_plain_weights(prepared.base)
     cut = replace(cut, units=kinds_there(prepared, cut))
     selection = cast(

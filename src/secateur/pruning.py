@@ -143,12 +143,13 @@ def prune_in_steps(
     check_steps(texts, cut, restore, steps, reading)
     judged: Restore = "distill" if cut.similarity else restore
     texts, labels, held_out, reading = without_held_out(texts, labels, judged, reading)
-    work = Pruning(kept, model, texts, tokenizer, cut, restore, held_out, reading)
-    work.facts["left_out"] = left_out
+    work = Pruning(
+        kept, model, texts, tokenizer, cut, restore, held_out, reading, is_asked=is_asked, left_out=left_out
+    )  # fmt: skip
     scorer = fitting(scorer, work.sites) if isinstance(scorer, Scores) else scorer
     work.tell_duration(scorer, options, steps)
     mask = work.choose(scorer, labels, options)
-    work.reconstruct(mask, is_asked)
+    work.reconstruct(mask)
     work.remove(mask)
     work.distill(steps)
     work.judge()

@@ -22,7 +22,7 @@ from secateur.measuring.cost import check_heads, measure_cost
 from secateur.models.base_model import base_of
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.models.names import original_name
-from secateur.models.offload import check_loaded
+from secateur.models.offload import check_loaded, is_offloaded
 from secateur.models.sentence_transformers import transformer_of
 from secateur.models.state import check_plain_weights
 from secateur.models.tokenizer_saving import note_tokenizer_
@@ -55,7 +55,7 @@ def _copied(model: Any, tokenizer: Any, reads: bool, reading: Reading) -> tuple[
     """Return the name of the model, a copy that may get smaller, and the tokenizer, if any is known yet."""
     if not isinstance(model, str | Path):
         inner = transformer_of(model)
-        base_of(inner)
+        check_loaded(base_of(inner), "a copy of a model")
         return original_name(inner) or type(inner).__name__, copy.deepcopy(model), tokenizer
     if tokenizer is None:
         with nullcontext() if reads else suppress(InvalidInputError):  # else it is only saved
@@ -73,7 +73,8 @@ def _check_numbers(values: Iterable[Any]) -> None:
 class Pruning:
     """A pruning on its way: the copy that gets smaller, prepared once, and the report's `facts` so far.
 
-    Steps that are not wanted do nothing. Texts `held_out` are read by nothing but the judge.
+    Steps that are not wanted do nothing, and those that the model does not allow neither, unless one `is_asked` for.
+    Texts `held_out` are read by nothing but the judge.
     """
 
     def __init__(
@@ -86,7 +87,11 @@ class Pruning:
         restore: Restore,
         held_out: Sequence[Example],
         reading: Reading,
+        *,
+        is_asked: bool = False,
+        left_out: tuple[str, ...] = (),
     ) -> None:
+        self.is_asked = is_asked
         self.kept, self.restore = kept, restore
         self.reads_texts = texts is not None and not are_rows(texts)
         self.name, self.smaller, tokenizer = _copied(model, tokenizer, self.reads_texts, reading)
@@ -105,8 +110,12 @@ class Pruning:
         self.prepared.keeps = frozenset(cast(Any, self.read)) if self.read else None
         if self.reads_texts:
             self.prepared.tokenizer  # noqa: B018 - a model without one is refused before any work
-        check_loaded(self.model, "pruning")
         check_plain_weights(self.prepared.base)
+        if restore == "distill" and is_offloaded(self.model):
+            if is_asked:
+                check_loaded(self.model, "distillation")
+            restore = self.restore = "reconstruct"
+            left_out += ("not distilled: `device_map` left some weights on CPU or disk",)
         before = measure_cost(self.model)
         self.cut = cut = replace(cut, units=kinds_there(self.prepared, cut))
         self.sites = self.prepared.sites_of(cut.kinds)
@@ -118,6 +127,7 @@ class Pruning:
             self.cut = replace(cut, pruning_ratio=self.within.expected_ratio)
         self.facts: dict[str, Any] = {
             "model": self.name, "allocation": cut.allocation, "seed": reading.seed, "before": before,
+            "left_out": left_out,
         }  # fmt: skip
         self.record: dict[str, Any] = {}
         self.quality = QualityJudge(self.prepared, held_out, reading) if held_out else None
@@ -219,7 +229,7 @@ class Pruning:
         self.facts["refinement"] = tuple(losses)
         return mask
 
-    def reconstruct(self, mask: Mask, is_asked: bool) -> None:
+    def reconstruct(self, mask: Mask) -> None:
         """Refit what the kept units write; a refusal of what nobody asked for is noted, and stops nothing."""
         if self.restore == "none":
             return
@@ -242,13 +252,14 @@ class Pruning:
         try:
             before, after = reconstruct_(self.prepared, mask, fitted, reading=self.reading)
         except (InvalidInputError, UnsupportedModelError) as error:
-            if is_asked:
+            if self.is_asked:
                 raise
             self.facts["left_out"] += (f"not reconstructed: {error}",)
             return
         self._note_refit(before, after)
-        refitted = {name: parameter for name, parameter, data in there if parameter.data is not data}
-        self.kept.write("refit", [before, after], refitted)
+        if not is_offloaded(self.model):  # whose weights are others whenever they are fetched
+            refitted = {name: parameter for name, parameter, data in there if parameter.data_ptr() != data.data_ptr()}
+            self.kept.write("refit", [before, after], refitted)
 
     def _note_refit(self, before: float, after: float) -> None:
         self.facts["reconstruction"] = (before, after)

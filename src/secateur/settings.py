@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from accelerate import Accelerator
 
 from secateur.errors import InvalidInputError, invalid
-from secateur.models.loading import check_device
+from secateur.models.loading import SPREAD, check_device
 from secateur.sites.finding import check_units
 from secateur.support.checks import (
     check_accelerator,
@@ -56,7 +56,8 @@ class Reading:
             order, until the units to keep have settled.
         bf16: whether matrix products are computed in bfloat16 (torch.autocast): faster where the device has it, far
             slower on a CPU that has not. What is read of a pass is summed in float32.
-        device: where a model that is loaded by name goes, or where a training runs; None is a GPU where there is one.
+        device: where a model that is loaded by name goes, or where a training runs; None is a GPU where there is one,
+            "auto" spreads a model over GPUs, memory and disk, as `device_map="auto"` does.
         accelerator: of the processes that `accelerate launch` or torchrun started, all of which make the same call:
             each reads a share of the batches, and all get what one process would have got, bit for bit.
         maps: whether the mean attention maps of the first few texts are kept, for a page; it takes a pass over them.
@@ -80,7 +81,7 @@ class Reading:
         check_whole("max_length", self.max_length, 4)
         check_seed(self.seed)
         check_stop(self.stop)
-        if self.device is not None:
+        if self.device not in (None, SPREAD):
             check_device(self.device)
         check_accelerator(self.accelerator)
         for name in ("bf16", "maps", "progress"):

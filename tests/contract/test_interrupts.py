@@ -202,14 +202,6 @@ def all_contexts(model):
         pass
 
 
-@pytest.fixture
-def heard():
-    """A process that was started in the background ignores Ctrl-C, and so does every test in it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 CALLS = {
     "contexts": Call(all_contexts, range(0, 840, 15)),
     "score": Call(score, range(0, 2100, 350)),

@@ -1,6 +1,8 @@
-"""Models of which `device_map` keeps weights in CPU memory or on disk: scored, selected and gated, not cut."""
+"""Models of which `device_map` keeps weights in CPU memory or on disk: scored, gated, reconstructed and cut."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -9,11 +11,13 @@ from transformers import AutoModel
 
 import secateur
 from secateur import cli
-from secateur.errors import UnsupportedModelError
+from secateur.errors import RemovalError, UnsupportedModelError
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import is_offloaded
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
+from secateur.sites.finding import find_units
+from secateur.units.masks import Mask, PresentMask
 from secateur.units.select import select
 from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
@@ -29,8 +33,8 @@ DISK = {
 }  # fmt: skip
 
 
-def on_disk(kind, tmp_path):
-    tiny_model(kind).save_pretrained(tmp_path / "model")
+def on_disk(kind, tmp_path, dtype=torch.float32):
+    tiny_model(kind).to(dtype).save_pretrained(tmp_path / "model")
     places = {"device_map": DISK[kind], "offload_folder": str(tmp_path / "offloaded")}
     return AutoModel.from_pretrained(tmp_path / "model", **places).eval()
 
@@ -89,22 +93,139 @@ def test_a_block_is_put_back_also_after_an_exception(tmp_path, monkeypatch):
     assert torch.is_grad_enabled()
 
 
-def test_what_would_hold_all_weights_is_refused_and_told_what_works(tmp_path):
-    model, tokenizer, texts = on_disk("bert", tmp_path), tiny_tokenizer(), tiny_texts(8)
-    mask = uneven_mask(find_sites(model))
+def half_of(sites):
+    """Drop half of the key-value groups, a third of the neurons, and one layer."""
+    keeps = {
+        "heads": lambda site: torch.arange(site.num_units) // site.group_size % 2 == 0,
+        "neurons": lambda site: torch.arange(site.num_units) % 3 != 1,
+        "layers": lambda site: torch.arange(site.num_units) != 1,
+    }
+    return PresentMask({name: keeps[site.kind](site) for name, site in sites.items()}).original(sites)
+
+
+def outputs(model):
+    with torch.no_grad():
+        return [value for value in model(**example_inputs(model)).values() if isinstance(value, torch.Tensor)]
+
+
+def looks(model):
+    """What a removal that fails has to leave."""
+    weights = {n: (p.device, p.dtype, p.shape, p.requires_grad) for n, p in model.named_parameters()}
+    maps = {name: id(getattr(vars(m).get("_hf_hook"), "weights_map", None)) for name, m in model.named_modules()}
+    return weights, maps, [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, torch.bfloat16) for kind in ("bert", "gpt2", "llama", "t5")), ("vit", torch.float32)]
+)
+def test_units_are_found_and_cut_as_in_memory(kind, dtype):
+    whole = tiny_model(kind).to(dtype)
+    for parameter in list(whole.parameters())[::2]:
+        parameter.requires_grad_(False)
+    model = cpu_offload(copy.deepcopy(whole), execution_device=torch.device("cpu"))
+    before = looks(model)
+    sites = find_units(model)
+    assert sites == find_units(whole)
+    assert looks(model) == before
+    mask = half_of(sites)
+    assert secateur.remove_(model, mask) == secateur.remove_(whole, mask)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(whole), strict=True))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {p.dtype for p in whole.parameters()}
+    assert find_units(model) == find_units(whole)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("bert", torch.float32), ("llama", torch.bfloat16)])
+def test_what_was_reconstructed_and_cut_on_disk_is_saved_whole(kind, dtype, tmp_path):
+    model = on_disk(kind, tmp_path, dtype)
+    whole = AutoModel.from_pretrained(tmp_path / "model").eval()
+    mask = half_of(find_units(whole, ("heads", "neurons")))
+    for one in (whole, model):
+        reading = Reading(batch_size=4)
+        before, after = secateur.reconstruct_(one, mask, tiny_texts(24), tiny_tokenizer(), reading=reading)
+        assert after < before
+        secateur.remove_(one, mask)
+    files = {file: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    model.save_pretrained(tmp_path / "small")
+    found = AutoModel.from_pretrained(tmp_path / "small").state_dict()
+    assert found.keys() == whole.state_dict().keys()
+    assert all(torch.equal(found[name], weight) for name, weight in whole.state_dict().items())
+    assert files == {file: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+
+
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_a_removal_that_fails_leaves_fetched_weights_as_they_were(place, tmp_path, monkeypatch):
+    if place == "disk":
+        model = on_disk("bert", tmp_path, torch.bfloat16)
+    else:
+        model = cpu_offload(tiny_model("bert").to(torch.bfloat16), execution_device=torch.device("cpu"))
+    mask, expected = half_of(find_units(model)), outputs(model)
+    before = looks(model)
+    monkeypatch.setattr("secateur.removal.remove.TOLERANCE", -1.0)
+    with pytest.raises(RemovalError, match="the model is unchanged"):
+        secateur.remove_(model, mask)
+    assert looks(model) == before
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), expected, strict=True))
+    monkeypatch.undo()
+    assert secateur.remove_(model, mask).max_difference <= 1e-4
+
+
+def test_a_fetched_weight_that_no_pass_uses_is_seen():
+    whole = tiny_model("bert")
+    module = whole.encoder.layer[1].attention.self
+    module.spare = torch.nn.Parameter(torch.ones(module.num_attention_heads))
+    model = cpu_offload(whole, execution_device=torch.device("cpu"))
+    mask = Mask({"encoder.layer.1.attention.self": torch.tensor([True, False, True, True])})
+    before = looks(model)
+    with pytest.raises(UnsupportedModelError, match=r"layer\.1\.attention\.self: no pass .* its parameter spare"):
+        secateur.remove_(model, mask)
+    assert looks(model) == before
+
+
+@pytest.mark.parametrize("budget", ["macs=0.5", "heads=0.5"])
+def test_a_model_that_is_spread_is_pruned_by_its_name_but_not_taught(budget, tmp_path, monkeypatch):
+    model, texts = on_disk("bert", tmp_path), tiny_texts(60)
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+
+    def prune(device, **others):
+        reading = Reading(batch_size=4, device=device)
+        return secateur.prune(tmp_path / "model", texts, budget=budget, reading=reading, **others)
+
+    expected, report = prune("cpu", restore="reconstruct")
+    monkeypatch.setattr("secateur.pruning_work.load_model", lambda name, device: model if device == "auto" else 1 / 0)
+    _, found = prune("auto", restore="reconstruct", out=tmp_path / "small")
+    assert found.mask == report.mask
+    assert (found.reconstruction, found.left_out) == (report.reconstruction, ())
+    small = AutoModel.from_pretrained(tmp_path / "small").state_dict()
+    assert all(torch.equal(small[name], weight) for name, weight in expected.state_dict().items())
+
+
+def test_what_would_hold_all_weights_is_left_out_or_refused(tmp_path, monkeypatch):
+    texts, tokenizer = tiny_texts(60), tiny_tokenizer()
+    model = on_disk("bert", tmp_path)
     for what, attempt in (
-        ("removing units", lambda: secateur.remove_(model, mask)),
-        ("pruning", lambda: secateur.prune(model, texts, tokenizer=tokenizer)),
+        ("a copy of a model", lambda: secateur.prune(model, texts, tokenizer=tokenizer)),
         ("back-propagates", lambda: secateur.score(model, texts, "relational_taylor", tokenizer)),
     ):
         with pytest.raises(UnsupportedModelError, match=f"{what}.*load the model without `device_map`"):
             attempt()
-    # What the message says works.
-    whole = tiny_model("bert")
-    secateur.remove_(whole, mask)
-    batch = example_inputs(whole)
-    with secateur.gated(model, mask), torch.no_grad():
-        torch.testing.assert_close(whole(**batch)[0], model(**batch)[0])
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("secateur.pruning_work.load_model", lambda *_: model)
+    reading = Reading(batch_size=4, device="auto")
+    with pytest.raises(UnsupportedModelError, match="distillation needs all weights"):
+        secateur.prune(tmp_path / "model", texts, budget="macs=0.5", restore="distill", reading=reading)
+    _, report = secateur.prune(tmp_path / "model", texts, budget="macs=0.5", reading=reading)
+    assert report.left_out == ("not distilled: `device_map` left some weights on CPU or disk",)
+    assert report.reconstruction
+    assert report.quality
+
+
+def test_weights_that_nothing_fetches_are_refused():
+    model = cpu_offload(tiny_model("bert"), execution_device=torch.device("cpu"))
+    sites, mask = find_sites(model), Mask({"encoder.layer.1.attention.self": torch.tensor([True, False, True, True])})
+    model.encoder.layer[0].output.dense = torch.nn.Linear(37, 32, device="meta")
+    with pytest.raises(UnsupportedModelError, match=r"dense\.weight is on the meta device, and nothing fetches"):
+        secateur.remove_(model, mask, sites=sites)
 
 
 def test_refining_needs_no_gradients(tmp_path):

@@ -12,7 +12,7 @@ from secateur.measuring.cost import measure_cost
 from secateur.models.inputs import example_inputs, max_length
 from secateur.models.thresholds import LONGEST, long_example_inputs
 from secateur.removal import proof
-from secateur.removal.proof import UsedParameters, hidden_states, largest_difference
+from secateur.removal.proof import hidden_states, largest_difference, used_parameters
 from secateur.removal.remove import gated, remove_
 from secateur.sites.attention import find_sites
 from tests.support.tiny import tiny_model, uneven_mask
@@ -152,17 +152,18 @@ def test_a_step_that_the_whole_model_cannot_do_is_not_compared(fails):
 
 
 def test_which_parameters_are_used():
-    used, other, stacked = (nn.Parameter(torch.ones(2)) for _ in range(3))
-    with UsedParameters() as seen:
+    modules = {name: nn.ParameterList([torch.ones(2)]) for name in ("used", "other", "stacked")}
+    used, other, stacked = (module[0] for module in modules.values())
+    with used_parameters(modules) as seen:
         assert used.shape == other.shape == (2,)
         assert other.size() == (2,)
         assert other.dtype is torch.float32
         torch.add(input=torch.ones(2), other=used)
         torch.stack([torch.ones(2), stacked])
-    assert seen.ids == {id(used), id(stacked)}
-    with UsedParameters() as seen:
+    assert seen == {"used": {"0"}, "other": set(), "stacked": {"0"}}
+    with used_parameters(modules) as seen:
         other.data.sum()
-    assert seen.ids == {id(other)}
+    assert seen == {"used": set(), "other": {"0"}, "stacked": set()}
 
 
 def test_a_decoder_of_few_positions_beside_an_encoder_of_sounds_is_not_asked_for_more():

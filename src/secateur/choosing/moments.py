@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from secateur.models.fetched import set_values_, values_of
 from secateur.models.state import without_autocast
 from secateur.settings import Reading
 from secateur.sites.feed_forward import channel_axis, rows_of_tokens
@@ -20,12 +21,15 @@ from secateur.support.processes import in_order, is_shared
 
 
 class Projection:
-    """A site's output projection: what units write with, `[inputs, model width]`, and its bias."""
+    """A site's output projection: what units write with, `[inputs, model width]`, and its bias.
+
+    Its weights may be kept elsewhere and fetched when it runs.
+    """
 
     def __init__(self, base: PreTrainedModel, site: Site) -> None:
         piece = next(p for p in site.slices_of("output") if base.get_parameter(p.parameter).ndim > 1)
         self.module: Any = base.get_submodule(site.output)
-        self.weight = base.get_parameter(piece.parameter)
+        self.name = piece.parameter.removeprefix(f"{site.output}.")
         self.owners = torch.tensor(piece.owners)
         self.channels = channel_axis(self.module)
         self._runs: int | None = None
@@ -36,17 +40,33 @@ class Projection:
 
     def rows(self, some: Tensor) -> Tensor:
         """Return what `some` inputs (bool `[inputs]`) are written by, `[some, model width]`, float64, on the CPU."""
-        return self.by_inputs(self.weight.detach())[some.to(self.weight.device)].to("cpu", torch.float64)
+        weight, _ = self.values
+        return self.by_inputs(weight)[some.to(weight.device)].to("cpu", torch.float64)
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias, None where there is none."""
-        return self.module.bias
+    def device(self) -> torch.device:
+        """Where the weight lies."""
+        return cast(Tensor, getattr(self.module, self.name)).device
+
+    @property
+    def is_fetched(self) -> bool:
+        """Is the weight kept elsewhere until the projection runs?"""
+        return self.device.type == "meta"
+
+    @property
+    def has_bias(self) -> bool:
+        """Does it add a bias?"""
+        return self.module.bias is not None
 
     @property
     def values(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias as they are."""
-        return self.weight.data, None if self.bias is None else self.bias.data
+        """The weight and the bias as they are, on the CPU where they are kept elsewhere."""
+        weight = values_of(self.module, self.name)
+        return weight, values_of(self.module, "bias") if self.has_bias else None
+
+    def set_(self, weight: Tensor, bias: Tensor | None) -> Callable[[], None]:
+        """Put a weight in place, and a bias unless it is None. Return what puts those back that were there."""
+        return set_values_(self.module, {self.name: weight} | ({} if bias is None else {"bias": bias}))
 
     def runs_once(self, base: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
         """Return whether a pass runs it just once, as where no layers share it; a pass tells, the first time."""
@@ -66,12 +86,12 @@ class Projection:
 
     def refitted(self, fit: Fit, stays: Tensor, ridge: float) -> tuple[Tensor, Tensor | None]:
         """Return the weight and the bias that a fit gives, the rows of what goes as they are."""
-        change, bias = fit.change(ridge), self.bias
-        weight = self.weight.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        change, (before, bias) = fit.change(ridge), self.values
+        weight = before.to("cpu", copy=True, memory_format=torch.contiguous_format)
         self.by_inputs(weight)[stays] = (self.rows(stays) + change).to(weight)
         shift = fit.shift(change)
-        moved = None if bias is None or shift is None else (bias.detach().cpu().double() + shift).to(bias)
-        return weight.to(self.weight), moved
+        moved = None if bias is None or shift is None else (bias.cpu().double() + shift).to(bias)
+        return weight.to(before), moved
 
 
 @dataclass

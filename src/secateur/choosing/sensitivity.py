@@ -109,19 +109,12 @@ def sizes_of_site(scores: Scores, name: str, cut: Cut, levels: int = LEVELS) -> 
 @undoing
 def _refitted(projection: Projection, moments: Moments | None, kept: Tensor) -> Iterator[None]:
     """Refit an output projection to the units in `kept` meanwhile."""
-    weight, bias = projection.weight.data, None if projection.bias is None else projection.bias.data
     stays = projection.stays(kept)
-    try:
+    with ExitStack() as undo:
         if moments is not None:
-            fit = Fit(moments, stays, projection.rows(~stays), bias is not None)
-            projection.weight.data, moved = projection.refitted(fit, stays, RIDGE)
-            if projection.bias is not None and moved is not None:
-                projection.bias.data = moved
+            fit = Fit(moments, stays, projection.rows(~stays), projection.has_bias)
+            undo.callback(projection.set_(*projection.refitted(fit, stays, RIDGE)))
         yield
-    finally:
-        projection.weight.data = weight
-        if projection.bias is not None and bias is not None:
-            projection.bias.data = bias
 
 
 class EndError:

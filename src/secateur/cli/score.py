@@ -25,7 +25,6 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
     is larger than a GPU: it is spread over GPUs, memory and disk (`device_map="auto"`).
     """
     from secateur.cli.tables import neurons_table, print_table, scores_table
-    from secateur.errors import invalid
     from secateur.models.loading import load_model, load_tokenizer
     from secateur.scorers.score import score as score_model
 
@@ -33,15 +32,11 @@ def score(model: str, data: str, out: Path | None, as_json: bool, **options: Any
         raise click.ClickException(f"`out` must lie in a folder that exists, got {out}")
     if out is not None:
         check_can_write(out)
-    spread = options["device"] == "auto"
-    accelerator, device = processes(None if spread else options["device"])
-    if spread and accelerator.num_processes > 1:
-        raise invalid("device", "be one of its own for each process that a launcher started", "auto")
+    accelerator, device = processes(options["device"])
     scorer = scorer_of(options)
     texts, labels = calibration_of(data, options)
     reading = reading_of(options, accelerator=accelerator, progress=accelerator.is_main_process)
-    placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
-    loaded = load_model(model, device, **placed)
+    loaded = load_model(model, device)
     units = options["units"] or ("heads",)
     scores = score_model(
         loaded, texts, scorer, load_tokenizer(model), units=units, labels=labels, reading=reading

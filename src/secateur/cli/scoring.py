@@ -14,7 +14,6 @@ from secateur.cli.options import (
     bf16_option,
     columns_of,
     columns_options,
-    device_option,
     length_option,
     seed_option,
     together,
@@ -105,7 +104,10 @@ scoring_options = together(
     batch_option,
     length_option,
     seed_option,
-    device_option,
+    click.option(
+        "--device", default=None,
+        help="cpu, cuda …, or auto: spread over GPUs, memory and disk [default: a GPU where there is one].",
+    ),
     bf16_option("Score with matrix products"),
 )  # fmt: skip
 
@@ -157,13 +159,21 @@ def calibration_of(data: str, options: Mapping[str, Any], teaches: bool = False)
     return task.texts, task.labels
 
 
-def processes(device: str | None) -> tuple[Accelerator, torch.device]:
-    """Return this process's place among those that a launcher started, if one did, and the device it works on."""
+def processes(device: str | None) -> tuple[Accelerator, torch.device | str]:
+    """Return this process's place among those that a launcher started, if one did, and the device it works on.
+
+    Or "auto", of one process alone.
+    """
     from accelerate import Accelerator
 
-    from secateur.models.loading import check_device
+    from secateur.errors import invalid
+    from secateur.models.loading import SPREAD, check_device
 
     accelerator = Accelerator()
+    if device == SPREAD:
+        if accelerator.num_processes > 1:
+            raise invalid("device", "be one of its own for each process that a launcher started", device)
+        return accelerator, device
     alone = accelerator.num_processes == 1 or device is not None
     return accelerator, check_device(device) if alone else accelerator.device
 

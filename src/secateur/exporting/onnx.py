@@ -179,7 +179,7 @@ def _fill_block_(base: PreTrainedModel, site: FeedForwardSite) -> None:
     """Give a block without neurons one that is written, and read, with weights of 0."""
     first = torch.arange(site.num_units) == 0
     for (name, axis), indices in site.kept_indices(first).items():
-        for tensor in cut_together(base, name):
+        for tensor in cut_together(base, name).values():
             shape = list(tensor.shape)
             shape[axis] = len(indices)
             tensor.data = tensor.data.new_zeros(shape)

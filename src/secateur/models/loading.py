@@ -31,6 +31,9 @@ from secateur.support.interrupts import undoing
 
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "special_tokens_map")
 _LACKING = "_secateur_lacking"  # on a model: the weights that its files did not have
+SPREAD = "auto"
+"""A device that stands for GPUs, memory and disk together."""
+
 _SMALL = 300_000_000  # bytes that load in about a second, for which a progress bar is noise
 
 
@@ -46,9 +49,10 @@ def load_model(
 
     `model_class` (an Auto class, say) overrides that class; `options` go to its `from_pretrained`. A path of a `.gguf`
     file is read too: its weights are widened to float32, after which the model is one like any other. The model arrives
-    in eval mode, on `device` unless the options have a `device_map`. Code that lies beside a model is run only where
-    `options` has `trust_remote_code=True`, and a folder is read without asking the Hub, whatever its files name. Raises
-    `InvalidInputError` where there is no model, and `CheckpointError` where a pruned one cannot be rebuilt.
+    in eval mode, on `device` unless the options have a `device_map`; the device "auto" stands for that of the same
+    name. Code that lies beside a model is run only where `options` has `trust_remote_code=True`, and a folder is read
+    without asking the Hub, whatever its files name. Raises `InvalidInputError` where there is no model, and
+    `CheckpointError` where a pruned one cannot be rebuilt.
 
     Weights that the files lack are random. With `whole` that is a `CheckpointError`, or an `InvalidInputError` where a
     classifier is asked for and the config names none; else a `SecateurWarning`, but for another class than the config
@@ -57,7 +61,7 @@ def load_model(
     check_exists(model)
     own_class = model_class is None
     source, from_file = _source(model)
-    options = {**_access(model), **options}
+    options = {**_access(model), **({"device_map": SPREAD} if device == SPREAD else {}), **options}
     small = Path(model).is_dir() and sum(map(_size, Path(model).rglob("*.safetensors"))) < _SMALL
     try:
         with quiet_transformers(progress=not small):

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.models.base_model import base_of
-from secateur.models.offload import check_loaded, device_of
+from secateur.models.fetched import in_float32_where_it_runs
+from secateur.models.offload import HALVES, check_reachable, device_of, is_offloaded
 from secateur.support.interrupts import undoing
 from secateur.support.threads import in_own_thread, is_own
 
@@ -100,31 +101,43 @@ def gradients_for_all(model: nn.Module) -> Iterator[None]:
     Raises `UnsupportedModelError` for weights made within `torch.inference_mode`, which gradients never reach.
     """
     check_takes_gradients(model)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = _gradient_flags(model)
     try:
-        for parameter, _ in flags:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
+        for module, name, _ in flags:
+            if getattr(module, name).is_floating_point():
+                getattr(module, name).requires_grad_(True)
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
+        _put_back(flags)
 
 
 @undoing
 def frozen(model: nn.Module) -> Iterator[None]:
     """Let no parameter ask for gradients meanwhile, and record none."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = _gradient_flags(model)
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
+        for module, name, _ in flags:
+            getattr(module, name).requires_grad_(False)
         with torch.no_grad():
             yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        _put_back(flags)
+
+
+def _gradient_flags(model: nn.Module) -> list[tuple[nn.Module, str, bool]]:
+    """Return which parameters ask for gradients, by their module: those that are fetched are others after each pass."""
+    return [
+        (module, name, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+
+
+def _put_back(flags: Iterable[tuple[nn.Module, str, bool]]) -> None:
+    for module, name, flag in flags:
+        if getattr(module, name).requires_grad != flag:
+            getattr(module, name).requires_grad_(flag)
 
 
 @undoing
@@ -199,7 +212,7 @@ def check_takes_gradients(model: nn.Module) -> None:
 def check_plain_weights(model: nn.Module) -> None:
     """Raise `UnsupportedModelError` for weights on the meta device, which are no numbers, and for quantised ones."""
     tensors = [*model.parameters(), *model.buffers()]
-    if any(tensor.is_meta for tensor in tensors):
+    if any(tensor.is_meta for tensor in tensors) and not is_offloaded(model):
         raise UnsupportedModelError("the model's weights are on the meta device; load them before pruning")
     if (
         getattr(model, "is_quantized", False)
@@ -220,12 +233,17 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     """Hold half-precision weights in float32 meanwhile; widening and narrowing back is exact, so nothing changes.
 
     Their gradients are put aside, as a parameter takes none of another dtype, and come back where shapes still agree.
-    Raises what `check_loaded` and `check_plain_weights` raise, as such weights have no copy in float32.
+    Of a model whose weights are fetched when they run, each is widened on the way; no gradient reaches those. Raises
+    what `check_reachable` and `check_plain_weights` raise, as such weights have no copy in float32.
     """
-    check_loaded(model, "this")
     check_plain_weights(model)
+    if is_offloaded(model):
+        check_reachable(model)
+        with weights_change(model), in_float32_where_it_runs(model):
+            yield
+        return
     tensors = [*model.parameters(), *model.buffers()]
-    narrow = [(t, t.dtype, t.grad) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    narrow = [(t, t.dtype, t.grad) for t in tensors if t.dtype in HALVES]
     with weights_change(model) if narrow else nullcontext():
         yield from _widened(narrow)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.models.offload import weight_of
+from secateur.models.fetched import weight_of
 from secateur.sites.layout import NOBODY, AttentionSite
 
 FINGERPRINT = 32

@@ -129,7 +129,7 @@ def _cuts(
     for name, vector in kept.items():
         if not vector.all():
             for (parameter, axis), indices in sites[name].kept_indices(vector).items():
-                for tensor in cut_together(base, parameter):
+                for tensor in cut_together(base, parameter).values():
                     cuts.setdefault(id(tensor), []).append((axis, indices))
     return cuts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,15 +17,17 @@ from transformers import Cache, PreTrainedModel
 
 from secateur.errors import UnsupportedModelError, invalid
 from secateur.models.base_model import base_of
+from secateur.models.fetched import fetched
 from secateur.models.finite import check_finite, tensors_of
-from secateur.models.offload import device_of
-from secateur.models.state import evaluation_mode, without_autocast
+from secateur.models.offload import device_of, is_offloaded
+from secateur.models.state import evaluation_mode, hooked, without_autocast
 from secateur.models.thresholds import long_example_inputs
 from secateur.sites.gating import probe
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import AttentionSite, Site
 from secateur.sites.unit_gates import reached
 from secateur.support.interrupts import undoing
+from secateur.support.threads import in_own_thread
 
 _PLAIN = {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}  # what can be told apart by token
 
@@ -61,7 +64,9 @@ def wanted_of(base: PreTrainedModel, inputs: Mapping[str, Any], losing: Collecti
     """
     found: set[str] = set()
     others = [site.name for site in losing if not isinstance(site, AttentionSite)]
-    with UsedParameters() as used:
+    # Of a list of layers nothing is cut, but all goes.
+    cut = {site.name: base.get_submodule(site.name) for site in losing if not isinstance(site, LayerSite)}
+    with used_parameters(cut) as used:
         with probe(base, lambda reading: found.add(reading.site)), reached(base, others, found):
             outputs = hidden_states(base, inputs)
             for tensor in outputs:
@@ -71,8 +76,8 @@ def wanted_of(base: PreTrainedModel, inputs: Mapping[str, Any], losing: Collecti
         if site.name not in found:
             rule = f"reach the site {site.name!r}, which loses units"
             raise invalid("inputs", rule, list(inputs), "pass `inputs` that reach it")
-        if not isinstance(site, LayerSite):  # of which nothing is cut, but all goes
-            _check_all_used(base, site, used.ids)
+        if site.name in cut:
+            _check_all_used(cut[site.name], site, used[site.name])
     return wanted
 
 
@@ -100,10 +105,10 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def _check_all_used(base: PreTrainedModel, site: Site, used: Collection[int]) -> None:
+def _check_all_used(module: nn.Module, site: Site, used: Collection[str]) -> None:
     """Raise `UnsupportedModelError` for a parameter of the site's module that units may own and that is not `used`."""
-    for name, parameter in base.get_submodule(site.name).named_parameters():
-        if id(parameter) not in used and any(size % site.num_groups == 0 for size in parameter.shape):
+    for name, parameter in module.named_parameters():
+        if name not in used and any(size % site.num_groups == 0 for size in parameter.shape):
             raise UnsupportedModelError(
                 f"site {site.name}: no pass of the proof uses its parameter {name} of shape {tuple(parameter.shape)}, "
                 "and units may own parts of it; pass `inputs` that use it, leave the site whole, or gate its units "
@@ -173,15 +178,58 @@ def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
     return worst
 
 
-class UsedParameters(TorchFunctionMode):
-    """Within this context the parameters that take part in a computation are noted, by id, also without a gradient.
+@undoing
+def used_parameters(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, set[str]]]:
+    """Note meanwhile, by the path of each module, which of its parameters take part in a computation, by their names.
 
-    What no pass of a proof uses, such as a weight for longer texts, no proof says anything of.
+    What no pass of a proof uses, such as a weight for longer texts, no proof says anything of. What is yielded is whole
+    once the block is left.
     """
+    found: dict[str, set[str]] = {path: set() for path in modules}
+    with _UsedParameters() as used:
+        with ExitStack() as stack:
+            for path, module in modules.items():
+                if is_offloaded(module):
+                    stack.enter_context(_noted_when_it_has_run(module, used, found[path]))
+            yield found
+        for path, module in modules.items():
+            if not is_offloaded(module):  # what stands in for fetched ones is used to fetch them
+                found[path] |= used.of(module)
+
+
+@undoing
+def _noted_when_it_has_run(module: nn.Module, used: _UsedParameters, found: set[str]) -> Iterator[None]:
+    """Note which parameters of a module were used while they are there: fetched ones are others at every run."""
+    running = ExitStack()
+
+    def enter(*_: object) -> None:
+        running.enter_context(fetched(module))
+        used.ids -= {id(parameter) for parameter in module.parameters()}  # to be fetched is no use of the numbers
+
+    def leave(*_: object) -> None:
+        found.update(used.of(module))
+        running.close()
+
+    with hooked(
+        hook(in_own_thread(call), prepend=call is enter)
+        for hook, call in ((module.register_forward_pre_hook, enter), (module.register_forward_hook, leave))
+    ):
+        try:
+            yield
+        finally:
+            running.close()
+
+
+class _UsedParameters(TorchFunctionMode):
+    """Within this context the parameters that take part in a computation are noted, by id, also without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ids: set[int] = set()
+
+    def of(self, module: nn.Module) -> set[str]:
+        """Return the names of the module's parameters that were used."""
+        return {name for name, parameter in module.named_parameters() if id(parameter) in self.ids}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -16,7 +16,6 @@ from secateur.errors import RemovalError, UnsupportedModelError
 from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs
 from secateur.models.names import forget_names_
-from secateur.models.offload import check_loaded
 from secateur.models.state import held, in_float32, weights_change
 from secateur.removal.alignment import renumber_alignment_heads_
 from secateur.removal.left import Left
@@ -100,7 +99,7 @@ def remove_(
     as its `base_model`. The heads of Whisper's `alignment_heads` are given the numbers that they have then.
     """
     base = base_of(model)
-    _check_possible(base, mask, inputs=inputs, sites=sites, record=record)
+    _check_possible(mask, inputs=inputs, sites=sites, record=record)
     sites = units_named(base, mask) if sites is None else sites
     kept = mask.present(sites)
     for name, vector in kept.items():
@@ -140,14 +139,13 @@ def _end_(model: PreTrainedModel, tell: Callable[[], None], kept: PresentMask, u
     undo.clear()
 
 
-def _check_possible(base: PreTrainedModel, mask: Mask, **given: Mapping[str, Any] | None) -> None:
-    """Raise for arguments that `remove_` does not take, and for weights that cannot be cut."""
+def _check_possible(mask: Mask, **given: Mapping[str, Any] | None) -> None:
+    """Raise for arguments that `remove_` does not take."""
     for argument, value in given.items():
         if value is not None:
             check_mapping(argument, value)
     check_mask(mask)
     check_record(given["record"] or {})
-    check_loaded(base, "removing units")
 
 
 def _is_plain(model: PreTrainedModel, recipe: Recipe, difference: Callable[[], float], undo: Undo) -> bool:

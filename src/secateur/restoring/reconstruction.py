@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.choosing.mask_loss import MaskLoss
 from secateur.choosing.moments import Fit, Projection, moments_of
 from secateur.errors import InvalidInputError, invalid
-from secateur.models.offload import check_loaded
+from secateur.models.offload import check_reachable
 from secateur.models.state import check_plain_weights, evaluation_mode, held
 from secateur.relations import RELATED
 from secateur.settings import Reading, settings_of
@@ -67,7 +67,7 @@ def reconstruct_(
     """
     reading, examples = settings_of(reading, Reading), listed_examples(texts, inputs)
     prepared = PreparedModel.of(model, tokenizer, reading)
-    check_loaded(prepared.base, "reconstruction")
+    check_reachable(prepared.base)
     check_plain_weights(prepared.base)
     check_mask(mask)
     kept = mask.present(prepared.sites_named(mask))
@@ -110,8 +110,7 @@ def _reconstruct_(
         if is_lower:
             with ExitStack() as undone:
                 for refit in refits:
-                    undone.callback(refit.put_back)
-                    refit.take()
+                    undone.callback(refit.take())
                 undone.pop_all()
     return before, after if is_lower else before
 
@@ -125,7 +124,6 @@ class Refit:
 
     def __init__(self, projection: Projection, file: Path | None) -> None:
         self.projection, self.file = projection, file
-        self.before: tuple[Tensor, Tensor | None] | None = projection.values
 
     @classmethod
     def of(
@@ -150,7 +148,7 @@ class Refit:
                 raise InvalidInputError(
                     f"`texts` do not reach the site {site.name!r}, which loses units; leave it whole"
                 )
-            halves.append(Fit(moments, stays, gone, projection.bias is not None))
+            halves.append(Fit(moments, stays, gone, projection.has_bias))
             del moments  # before those of the other half are there
         one, other = halves
 
@@ -172,37 +170,41 @@ class Refit:
         if self.file is None:
             yield
             return
+        undo: list[Callable[[], None]] = []
+
+        def put_back(*_: object) -> None:
+            while undo:
+                undo.pop()()
+
         module = self.projection.module
         handles = [
-            module.register_forward_pre_hook(lambda *_: self._set(*self._read(number))),
-            module.register_forward_hook(lambda *_: self.put_back()),
+            module.register_forward_pre_hook(lambda *_: undo.append(self._put(number))),
+            module.register_forward_hook(put_back),
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self.put_back()
+            put_back()
 
-    def take(self) -> None:
-        """Put the weights in place that were fitted to all texts; those that were there are in the file alone then."""
-        if self.file is not None:
-            fitted, self.before = self._read(2), None
-            self._set(*fitted)
+    def take(self) -> Callable[[], None]:
+        """Put the weights in place that were fitted to all texts. Return what puts those back that were there.
 
-    def put_back(self) -> None:
-        """Put the weights back that were there."""
-        self._set(*(self._read(3) if self.before is None else self.before))
+        They are in the file alone then, or where they were fetched from.
+        """
+        if self.file is None:
+            return lambda: None
+        undo = self._put(2)
 
-    def _read(self, number: int) -> tuple[Tensor, Tensor | None]:
+        def read_back() -> None:
+            self._put(3)
+
+        return undo if self.projection.is_fetched else read_back
+
+    def _put(self, number: int) -> Callable[[], None]:
         assert self.file is not None
         weight, bias = torch.load(self.file, mmap=True, map_location="cpu")[number]
-        own = self.projection.bias
-        device = self.projection.weight.device
-        return weight.to(device, copy=True), None if own is None else bias.to(device, copy=True)
-
-    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.projection.weight.data = weight
-        own = self.projection.bias
-        if own is not None and bias is not None:
-            own.data = bias
+        if not self.projection.is_fetched:  # else they stay in the file, which is there for as long as they are
+            weight, bias = (None if t is None else t.to(self.projection.device, copy=True) for t in (weight, bias))
+        return self.projection.set_(weight, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.models.offload import weight_of
+from secateur.models.fetched import weight_of
 from secateur.scorers.base import Scorer, ScoringTask
 from secateur.sites.layout import Site, Slice
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.models.offload import weight_of
+from secateur.models.fetched import weight_of
 from secateur.models.state import hooked
 from secateur.scorers.base import ScoringTask
 from secateur.sites.feed_forward import FeedForwardSite, channel_axis, rows_of_tokens

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError
 from secateur.models.base_model import base_of
+from secateur.models.fetched import gradients_within
 from secateur.models.finite import check_weights
 from secateur.models.inputs import example_inputs
-from secateur.models.offload import check_loaded, gradients_within, is_offloaded, is_too_large_to_widen
+from secateur.models.offload import check_loaded, is_offloaded, is_too_large_to_widen
 from secateur.models.state import evaluation_mode, gradients_for_all, held, in_float32, without_autocast
 from secateur.sites.attention_finder import AttentionFinder
 from secateur.sites.gating import count_heads, prepare, probe
@@ -74,7 +75,7 @@ def _run_block_by_block(base: PreTrainedModel, finder: AttentionFinder, inputs: 
     """Run the model in the precision of its weights, and let gradients flow within one block at a time."""
     # The block around a site holds its projections too, also where the output projection is a neighbour.
     names = [site.rpartition(".")[0] for site in count_heads(base, inputs)]
-    blocks = {name: base.get_submodule(name) for name in names}
+    blocks = [base.get_submodule(name) for name in dict.fromkeys(names)]
     with (
         held(base), evaluation_mode(base), gradients_for_all(base), probe(base, finder.see_attention),
         finder.watching(), gradients_within(base, blocks),

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedModelError
+from secateur.models.offload import is_offloaded
 from secateur.sites.feed_forward import FeedForwardSite, channel_axis, is_projection, num_channels, read_slice
 from secateur.sites.layout import Slice
 from secateur.sites.ownership import Ownership, Part, only
@@ -54,14 +55,19 @@ class FeedForwardFinder:
     def __init__(self, base: PreTrainedModel) -> None:
         self.base = base
         self.ownership = Ownership(base, FeedForwardSite.kind)
-        self.ownership.look_up_names()
         self.modules = dict(base.named_modules())
-        self.holders = {id(p): module for module in base.modules() for p in module.parameters(recurse=False)}
+        self.is_offloaded = is_offloaded(base)
+        self._look_up()
         # Shared layers run again and again, and what a second run reads is mixed by the first.
         self.seen: set[str] = set()
         self.written: dict[str, list[Any]] = {}  # by each projection: the nodes of the graph that its outputs are of
         self.found: dict[str, FeedForwardSite] = {}
         self.refused: dict[str, str] = {}
+
+    def _look_up(self) -> None:
+        """Learn which parameter is called what, and which module has it, as of now."""
+        self.ownership.look_up_names()
+        self.holders = {id(p): module for module in self.modules.values() for p in module.parameters(recurse=False)}
 
     @undoing
     def watching(self) -> Iterator[None]:
@@ -84,7 +90,8 @@ class FeedForwardFinder:
                 if is_projection(module):
                     read, note = in_own_thread(self._reader(name)), in_own_thread(self._noter(name))
                     hooks.callback(module.register_forward_pre_hook(read, with_kwargs=True).remove)
-                    hooks.callback(module.register_forward_hook(note).remove)
+                    if not self.is_offloaded:  # what is noted holds weights that were fetched
+                        hooks.callback(module.register_forward_hook(note).remove)
                 if isinstance(module, _WRITERS):
                     hooks.callback(module.register_forward_hook(in_own_thread(awake)).remove)
             yield
@@ -110,6 +117,8 @@ class FeedForwardFinder:
         axis, channels = channel_axis(module), num_channels(module)
         if taken.ndim < 2 or taken.shape[axis] != channels or not taken.requires_grad:
             return
+        if self.is_offloaded:
+            self._look_up()
         parameters = writers_of(taken)
         matrices = [p for p in parameters or () if p.ndim > 1 and id(p) in self.ownership.names]
         if parameters is None or not 0 < len(matrices) <= _MOST_MATRICES:
@@ -148,7 +157,7 @@ class FeedForwardFinder:
         """
         rows = {id(self.base.get_parameter(piece.parameter)) for piece in site.slices if piece.role == "neuron"}
         waiting: list[Any] = [tensor.grad_fn for tensor in outputs]
-        known = set(self.written[site.name])
+        known = set(self.written.get(site.name, ()))
         while waiting:
             node = waiting.pop()
             if node is None or node in known:

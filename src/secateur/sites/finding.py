@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers import PreTrainedModel
 
 from secateur.errors import UnsupportedModelError, invalid
 from secateur.models.base_model import base_of
+from secateur.models.fetched import gradients_within, layers_of
 from secateur.models.finite import tensors_of
 from secateur.models.inputs import example_inputs
-from secateur.models.offload import check_loaded
+from secateur.models.offload import device_of, is_offloaded
 from secateur.models.state import evaluation_mode, gradients_for_all, held, in_float32, weights_change, without_autocast
 from secateur.sites.attention import find_sites
 from secateur.sites.feed_forward import FeedForwardSite, is_projection
@@ -83,17 +85,17 @@ def find_neurons(
 
     Half of the neurons are cut at one site of every kind, for a moment: where the model does not run then, or does not
     compute what it does with them gated, sites of the kind are refused, or no sites at all where others read their
-    neurons too. Raises `UnsupportedModelError` for a model in which nothing is left.
+    neurons too. Where `device_map` keeps weights on CPU or disk, gradients flow within one layer at a time. Raises
+    `UnsupportedModelError` for a model in which nothing is left.
     """
     base = base_of(model)
-    check_loaded(base, "finding neurons")
     inputs = example_inputs(base) if inputs is None else inputs
     finder = FeedForwardFinder(base)
     with (
-        held(base), in_float32(base), without_autocast(base.device), evaluation_mode(base), gradients_for_all(base),
+        held(base), in_float32(base), without_autocast(device_of(base)), evaluation_mode(base), gradients_for_all(base),
         torch.random.fork_rng(),
     ):  # fmt: skip
-        with finder.watching():
+        with finder.watching(), gradients_within(base, layers_of(base)) if is_offloaded(base) else nullcontext():
             outputs = tensors_of(base(**inputs))
         with torch.no_grad():
             found, refused = _without_unfit(base, finder, inputs, outputs)
