@@ -11,15 +11,18 @@ from transformers import AutoModel
 
 import secateur
 from secateur import cli
-from secateur.errors import RemovalError, UnsupportedModelError
+from secateur.errors import InvalidInputError, RemovalError, UnsupportedModelError
+from secateur.finetuning.evaluate import evaluate_model
+from secateur.finetuning.finetune import finetune
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import is_offloaded
 from secateur.settings import Reading
 from secateur.sites.attention import find_sites
 from secateur.sites.finding import find_units
+from secateur.texts.data import Task
 from secateur.units.masks import Mask, PresentMask
 from secateur.units.select import select
-from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
+from tests.support.tiny import tiny_classifier, tiny_model, tiny_texts, tiny_tokenizer, uneven_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -218,6 +221,17 @@ def test_what_would_hold_all_weights_is_left_out_or_refused(tmp_path, monkeypatc
     assert report.left_out == ("not distilled: `device_map` left some weights on CPU or disk",)
     assert report.reconstruction
     assert report.quality
+
+
+def test_a_device_for_all_is_none_to_train_or_evaluate_on():
+    model, tokenizer, task = tiny_classifier("bert", 2), tiny_tokenizer(), Task("a task", tiny_texts(8), [0, 1] * 4)
+    spread = Reading(device="auto")
+    for attempt in (
+        lambda: finetune(model, task, tokenizer=tokenizer, reading=spread),
+        lambda: evaluate_model(model, tokenizer, task, device="auto"),
+    ):
+        with pytest.raises(InvalidInputError, match="`device` must be a device that this machine has"):
+            attempt()
 
 
 def test_weights_that_nothing_fetches_are_refused():

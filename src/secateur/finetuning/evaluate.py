@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from secateur.errors import invalid
 from secateur.models.finite import check_finite
+from secateur.models.loading import check_device
 from secateur.models.state import evaluation_mode
 from secateur.settings import Reading, settings_of
 from secateur.support.interrupts import interruptible, undoing
@@ -165,6 +166,7 @@ def _outputs(
 def ready_to_evaluate(model: Any, tokenizer: Any, device: str | torch.device | None = None) -> Iterator[torch.device]:
     """Put the model on the device and in evaluation mode, yield the device, and undo all of it at the end."""
     place, pad_token_id = model.device, model.config.pad_token_id
+    device = None if device is None else check_device(device)
     try:
         if pad_token_id is None:
             # Decoders look for the last token that is no padding, so they must know what `batches` pads with.
