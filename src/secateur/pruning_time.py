@@ -85,23 +85,23 @@ class Plan:
     batch_size: int
     widths: Sequence[int]
     kept: float
+    reach: float  # share of a pass that it takes to read what a site is given
 
     def seconds(self, pace: Pace) -> dict[str, float]:
         """Return about how long each phase takes, in seconds; phases that are not planned are missing.
 
-        A site is reached after half of a pass. Sizes of it are tried from whole to nothing in equal steps.
+        Sizes of a site are tried from whole to nothing in equal steps. Each takes half of a pass, from its layer on.
         """
         sites, cubes = len(self.widths), sum(width**3 for width in self.widths) * pace.factor
         trials = sum((level / LEVELS) ** 3 for level in range(LEVELS))
-        # Three of four texts are fitted on; the fourth judges each size, and is read once more for each site.
-        apiece = 0.75 / 2 + 0.25 * (LEVELS / 2 + 1)
+        apiece = 0.75 * self.reach + 0.25 * LEVELS / 2  # three of four texts are fitted on; the fourth judges each size
         found = {
             "scoring": self.scored * self.passes * pace.forward,
             "allocation": self.measured * sites * apiece * pace.forward + bool(self.measured) * trials * cubes,
             # An exchange is tried in a pass, and a gradient takes three.
             "refinement": self.scored * (self.refine * 2 + 3 * bool(self.refine)) * pace.forward,
             # Dense, cut and refitted, and each site's moments; two halves are fitted with every ridge.
-            "reconstruction": self.fitted * (3 + sites / 2) * pace.forward
+            "reconstruction": self.fitted * (3 + sites * self.reach) * pace.forward
             + bool(self.fitted) * (2 * len(RIDGES) + 3) * self.kept**3 * cubes,
             "distillation": self.steps * self.batch_size * (pace.forward + self.kept * pace.step),
         }
@@ -156,7 +156,14 @@ def planned(
         batch_size=reading.batch_size,
         widths=widths_of(prepared.base, sites),
         kept=min(limits, default=1 - cut.pruning_ratio),
+        reach=_reach(prepared),
     )
+
+
+def _reach(prepared: PreparedModel) -> float:
+    """Return the share of a pass to a site: its layer and the one before it, or half of a pass where there are none."""
+    layers = sum(prepared.layers[name].num_units for name in prepared.lists)
+    return min(0.5, 2 / layers) if layers else 0.5
 
 
 def tell_duration(prepared: PreparedModel, texts: Any, reading: Reading, plan: Callable[..., Plan]) -> None:

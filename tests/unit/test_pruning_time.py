@@ -16,7 +16,7 @@ from tests.support.tiny import tiny_model, tiny_texts, tiny_tokenizer
 TEXTS = tiny_texts(30)
 READING = Reading(batch_size=8, max_length=16, device="cpu", progress=True)
 NOTHING = {"scored": 0, "passes": 1, "measured": 0, "refine": 0, "fitted": 0, "steps": 0}
-PLAN = {**NOTHING, "batch_size": 4, "widths": [2, 4], "kept": 0.5}
+PLAN = {**NOTHING, "batch_size": 4, "widths": [2, 4], "kept": 0.5, "reach": 0.25}
 PACE = Pace(forward=1.0, step=3.0, factor=0.01)
 
 
@@ -46,11 +46,11 @@ def test_no_gradients_are_made_where_nothing_trains(monkeypatch):
     ("given", "seconds"),
     [
         ({"scored": 10, "passes": 2}, {"scoring": 20}),
-        # Each of two sites: 3/4 of the texts to its half of a pass, 1/4 at half of eight sizes and once whole.
-        ({"measured": 8}, {"allocation": 8 * 2 * (0.375 + 1.25) + 0.72 * sum((k / 8) ** 3 for k in range(8))}),
+        # Each of two sites: 3/4 of the texts for a quarter of a pass, 1/4 in half of a pass at eight sizes.
+        ({"measured": 8}, {"allocation": 8 * 2 * (0.1875 + 1) + 0.72 * sum((k / 8) ** 3 for k in range(8))}),
         ({"scored": 10, "passes": 0, "refine": 5}, {"refinement": 10 * (5 + 5 + 3)}),
-        # Three passes and half a one for each site; thirteen factors of half the width.
-        ({"fitted": 10}, {"reconstruction": 40 + 13 * 0.72 / 8}),
+        # Three passes and a quarter of one for each site; thirteen factors of half the width.
+        ({"fitted": 10}, {"reconstruction": 35 + 13 * 0.72 / 8}),
         # The teacher's pass, and half of a step.
         ({"steps": 3}, {"distillation": 3 * 4 * (1 + 1.5)}),
         ({}, {}),
@@ -85,7 +85,7 @@ def test_what_a_pruning_will_do_is_planned():
     cut = Cut(0.5, "sensitivity", budget="macs=0.6")
     given = {"criteria": criteria, "steps": 7}
     plan = planned(prepared, TEXTS, READING, cut=cut, restore="distill", **given)
-    assert plan == Plan(30, 2, 30, 0, 30, 7, 8, [32, 32, 32, 37, 37, 37], 0.6)
+    assert plan == Plan(30, 2, 30, 0, 30, 7, 8, [32, 32, 32, 37, 37, 37], 0.6, 0.5)
     assert widths_of(prepared.base, prepared.layers) == []
     plan = planned(prepared, TEXTS, Reading(stop=9), cut=Cut(0.25, refine=2), restore="none", **given)
     assert (plan.scored, plan.measured, plan.refine, plan.fitted, plan.steps, plan.kept) == (9, 0, 2, 0, 0, 0.75)

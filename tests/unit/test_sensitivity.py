@@ -1,8 +1,10 @@
 """Where units go by need: the cheapest choice, what a site costs the end of the model, and what both are built on."""
 
 import itertools
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 
 from secateur.choosing.allocation import SensitivitySelection
 from secateur.choosing.moments import Projection, moments_of
-from secateur.choosing.sensitivity import EndError, Option, cheapest, layer_of, options_of_sites
+from secateur.choosing.prefix import Prefix, layer_of
+from secateur.choosing.sensitivity import EndError, Option, cheapest, options_of_sites
 from secateur.errors import InvalidInputError
 from secateur.models.state import evaluation_mode
 from secateur.scorers.score import score
@@ -87,7 +90,7 @@ def test_to_leave_out_the_layers_before_a_site_changes_no_error(kind):
     lists, base = find_layers(prepared.model), prepared.base
     with still(base):
         batches = list(prepared.batches(TEXTS, 8))
-        quick, whole = EndError(base, batches, lists), EndError(base, batches, {})
+        quick, whole = EndError(base, Prefix(base, batches, lists)), EndError(base, Prefix(base, batches))
         runs = []
         first = base.get_submodule(f"{next(iter(lists))}.0")
         handle = first.register_forward_hook(lambda *_: runs.append(1))
@@ -112,7 +115,7 @@ def test_an_error_is_the_squared_difference_at_the_end_as_a_share_of_the_varianc
         def states():
             return torch.cat([base(**batch).last_hidden_state[batch["attention_mask"].bool()] for batch in batches])
 
-        evaluator = EndError(base, batches, prepared.layers)
+        evaluator = EndError(base, Prefix(base, batches, prepared.lists))
         found = evaluator({name: torch.tensor([1.0, 0.0, 1.0, 1.0])})
         dense = states()
         base.get_submodule("encoder.layer.2.attention.output.dense").weight.data[:, 8:16] = 0  # the second head of 8
@@ -135,8 +138,9 @@ def test_every_size_is_tried_and_the_weights_stay(kind):
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     with still(base):
         batches = list(prepared.batches(TEXTS, 8))
-        evaluator = EndError(base, batches, prepared.layers)
-        found = options_of_sites(base, sites, scores, batches, evaluator, Cut(0.5, multiple=1), READING)
+        evaluator = EndError(base, Prefix(base, batches, prepared.lists))
+        prefix = Prefix(base, batches, prepared.lists)
+        found = options_of_sites(base, sites, scores, prefix, evaluator, Cut(0.5, multiple=1), READING)
         gated = {
             name: [evaluator({name: row[list(sites[name].units)].float()}) for _, row in rows[1:]]
             for name, rows in found.items()
@@ -154,26 +158,73 @@ def test_every_size_is_tried_and_the_weights_stay(kind):
     assert sum(one for one, _ in pairs) < 0.9 * sum(other for _, other in pairs)
 
 
-@pytest.mark.parametrize(("kind", "runs"), [("bert", 1), ("albert", 3)])
-def test_passes_that_end_at_the_projection_give_the_same_moments(kind, runs, monkeypatch):
-    """ALBERT's layers share one projection, which reads in each."""
+@pytest.mark.parametrize(("kind", "runs"), [("bert", 1), ("llama", 1), ("gpt2", 1), ("t5", 1), ("albert", 3)])
+def test_passes_that_end_with_the_layer_give_the_same_moments(kind, runs):
+    """ALBERT's layers share one projection, which reads in each, so they are no list."""
     prepared = prepared_model(kind)
-    base = prepared.base
-    site = next(iter(prepared.sites_of(("heads",)).values()))
+    base, sites = prepared.base, prepared.sites_of(("heads", "neurons"))
     with still(base):
         batches = list(prepared.batches(TEXTS, 8))
-        found = moments_of(base, Projection(base, site), batches, READING)
-        ends = []
+        prefix, ends = Prefix(base, batches, prepared.lists), []
         handle = base.register_forward_hook(lambda *_: ends.append(1))
-        moments_of(base, Projection(base, site), batches, READING)
-        assert len(ends) == (1 if runs == 1 else 1 + len(batches))  # the first pass sees how often it runs
-        monkeypatch.setattr(Projection, "runs_once", lambda *_: False)
-        wanted = moments_of(base, Projection(base, site), batches, READING)
+        found = {name: moments_of(base, Projection(base, site), prefix, READING) for name, site in sites.items()}
+        passes = len(ends)
+        for name, site in sites.items():
+            with mock.patch.object(Projection, "runs_once", return_value=False):
+                wanted = moments_of(base, Projection(base, site), Prefix(base, batches), READING)
+            assert torch.equal(found[name].gram, wanted.gram)
+            assert torch.equal(found[name].total, wanted.total)
+            assert found[name].count == wanted.count
         handle.remove()
-    assert torch.equal(found.gram, wanted.gram)
-    assert torch.equal(found.total, wanted.total)
+    assert not any("forward" in vars(module) for module in base.modules())
+    assert passes == (0 if runs == 1 else len(sites) * (1 + len(batches)))  # the first sees how often it runs
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert (found.count, wanted.count) == (runs * tokens, runs * tokens)
+    assert kind == "t5" or {moments.count for moments in found.values()} == {runs * tokens}  # T5's decoder reads others
+
+
+def test_each_layer_runs_once_for_a_sweep_over_all_sites():
+    prepared = prepared_model("bert")
+    base, runs = prepared.base, Counter()
+    with still(base):
+        prefix = Prefix(base, list(prepared.batches(TEXTS, 8)), prepared.lists)
+        sites = prepared.sites_of(("heads",)).values()
+        for number, layer in enumerate(base.encoder.layer):
+            layer.attention.register_forward_hook(lambda *_, number=number: runs.update([number]))
+        for site in sites:
+            moments_of(base, Projection(base, site), prefix, READING)
+    # In its own turn, and once more for the layer after it.
+    assert runs == {0: 2 * len(prefix.batches), 1: 2 * len(prefix.batches), 2: len(prefix.batches)}
+
+
+class Skipping(torch.nn.Module):
+    """A layer that also reads what another one wrote."""
+
+    def __init__(self, layer, other):
+        super().__init__()
+        self.layer, self.other = layer, [other]
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.layer(hidden_states + self.other[0].written, *args, **kwargs)
+
+
+@pytest.mark.parametrize("reason", ["none", "skips", "memory"])
+def test_all_layers_run_where_to_leave_them_out_changes_the_end_or_fills_memory(reason, monkeypatch):
+    prepared = prepared_model("bert")
+    base = prepared.base
+    first, last = base.encoder.layer[0], base.encoder.layer[2]
+    if reason == "skips":
+        first.register_forward_hook(lambda module, args, output: setattr(module, "written", output))
+        base.encoder.layer[2] = Skipping(last, first)
+    elif reason == "memory":
+        monkeypatch.setattr("secateur.choosing.prefix._MOST_BYTES", 100)
+    site = prepared.sites["encoder.layer.1.attention.self"]
+    with still(base):
+        batches, runs = list(prepared.batches(TEXTS, 8)), []
+        prefix = Prefix(base, batches, ["encoder.layer"])
+        first.attention.register_forward_hook(lambda *_: runs.append(1))
+        for _ in range(2):
+            moments_of(base, Projection(base, site), prefix, READING)
+    assert len(runs) == (1 if reason == "none" else 2) * len(batches)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from secateur.choosing.budget import BudgetedSelection
-from secateur.choosing.sensitivity import EndError, Option, cheapest, layer_of, options_of_sites
-from secateur.errors import UnsupportedModelError, invalid
+from secateur.choosing.prefix import Prefix, layer_of
+from secateur.choosing.sensitivity import EndError, Option, cheapest, options_of_sites
+from secateur.errors import invalid
 from secateur.models.state import evaluation_mode, held, weights_change
 from secateur.settings import Budget, Cut, Reading
 from secateur.sites.layers import LayerSite
@@ -96,20 +97,15 @@ class SensitivitySelection(BudgetedSelection):
         with (
             held(base), weights_change(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad(),
         ):  # fmt: skip
-            evaluator = EndError(base, list(self.prepared.batches(judges, self.reading.batch_size)), self._lists())
+            lists, of = self.prepared.lists, self.prepared.batches
+            evaluator = EndError(base, Prefix(base, list(of(judges, self.reading.batch_size)), lists))
             sites = {name: self.sites[name] for name in scores}
-            batches = list(self.prepared.batches(fitted, size))
-            found = options_of_sites(base, sites, scores, batches, evaluator, self.cut, self.reading)
+            prefix = Prefix(base, list(of(fitted, size)), lists)
+            found = options_of_sites(base, sites, scores, prefix, evaluator, self.cut, self.reading)
         for name, units in scores.staying.items():
             for number in map(self.sites[name].units.index, units):
                 found[name][number] = (math.inf, found[name][number][1])
         return found
-
-    def _lists(self) -> dict[str, LayerSite]:
-        try:
-            return self.prepared.layers
-        except UnsupportedModelError:
-            return {}
 
     def _saved(self, rows: Mapping[str, Tensor], budget: Budget) -> dict[str, float]:
         """Return the share that what is chosen already saves, by site, and by layer where one goes whole."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from secateur.models.fetched import set_values_, values_of
+from secateur.choosing.prefix import Prefix
+from secateur.models.fetched import put_away_, set_values_, values_of
 from secateur.models.state import without_autocast
 from secateur.settings import Reading
 from secateur.sites.feed_forward import channel_axis, rows_of_tokens
@@ -28,6 +29,7 @@ class Projection:
 
     def __init__(self, base: PreTrainedModel, site: Site) -> None:
         piece = next(p for p in site.slices_of("output") if base.get_parameter(p.parameter).ndim > 1)
+        self.path = site.output
         self.module: Any = base.get_submodule(site.output)
         self.name = piece.parameter.removeprefix(f"{site.output}.")
         self.owners = torch.tensor(piece.owners)
@@ -191,22 +193,32 @@ class _Reached(Exception):
 
 
 def moments_of(
-    base: PreTrainedModel, projection: Projection, batches: Sequence[Mapping[str, Any]], reading: Reading
+    base: PreTrainedModel,
+    projection: Projection,
+    prefix: Prefix,
+    reading: Reading,
+    numbers: Sequence[int] | None = None,
 ) -> Moments | None:
     """Return the moments of what a projection is given, on the CPU; None where no batch reaches it.
 
-    Passes end at the projection, unless layers share it and it runs again. One site's moments are there at a time, so
-    that memory does not grow with the number of sites.
+    Of the batches of `prefix` with these numbers, or all. Passes begin and end with the layer that it lies in, where
+    there is one; else they end at the projection, unless layers share it and it runs again. One site's moments are
+    there at a time, so that memory does not grow with the number of sites.
     """
-    ends = projection.runs_once(base, batches[0])
+    layer = prefix.layer_of(projection.path)
+    ends = layer is None and projection.runs_once(base, prefix.batches[0])
 
     def read(number: int) -> list[Tensor]:
-        with _reading(projection, batches[number], ends) as found, suppress(_Reached):
-            base(**batches[number])
+        batch = prefix.batches[number]
+        with prefix.passing(number, projection.path), _reading(projection, batch, ends, layer) as found:
+            try:
+                base(**batch)
+            except _Reached:
+                put_away_(base)
         return [rows.cpu() for rows in found] if is_shared(reading.accelerator) else found
 
     moments: Moments | None = None
-    for found in in_order(read, range(len(batches)), reading.accelerator):
+    for found in in_order(read, range(len(prefix.batches)) if numbers is None else numbers, reading.accelerator):
         for rows in found:
             moments = Moments.over(rows) if moments is None else moments
             moments.add(rows)
@@ -214,18 +226,29 @@ def moments_of(
 
 
 @contextmanager
-def _reading(projection: Projection, batch: Mapping[str, Any], ends: bool) -> Iterator[list[Tensor]]:
-    """Within this context a pass adds what the projection is given, `[tokens, inputs]`, to what is yielded."""
+def _reading(
+    projection: Projection, batch: Mapping[str, Any], ends: bool, layer: nn.Module | None = None
+) -> Iterator[list[Tensor]]:
+    """Within this context a pass adds what the projection is given, `[tokens, inputs]`, to what is yielded.
+
+    It ends at once where that `ends` it, and with the `layer` where there is one.
+    """
     found: list[Tensor] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         taken = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach().float()
         found.append(rows_of_tokens(taken, projection.channels, batch.get("attention_mask")))
         if ends:
             raise _Reached
 
-    handle = projection.module.register_forward_pre_hook(hook, with_kwargs=True)
+    def end(*_: object) -> None:
+        raise _Reached
+
+    handles = [projection.module.register_forward_pre_hook(read, with_kwargs=True)]
+    if layer is not None:
+        handles.append(layer.register_forward_hook(end))
     try:
         yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

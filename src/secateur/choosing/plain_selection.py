@@ -11,7 +11,8 @@ from functools import cache
 import numpy as np
 
 from secateur.choosing.allocation import Measured, SensitivitySelection, together
-from secateur.choosing.sensitivity import LEVELS, Option, cheapest, layer_of, sizes_of_site
+from secateur.choosing.prefix import layer_of
+from secateur.choosing.sensitivity import LEVELS, Option, cheapest, sizes_of_site
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.base_model import base_of
 from secateur.removal.plain import can_be_plain, family_of

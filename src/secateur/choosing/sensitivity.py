@@ -6,27 +6,25 @@ Layerwise sensitivities joined by dynamic programming, as in SPDY (Frantar and A
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from secateur.choosing.moments import Fit, Moments, Projection, moments_of
+from secateur.choosing.prefix import Prefix
 from secateur.errors import UnsupportedModelError
-from secateur.models.state import hooked
 from secateur.settings import Cut, Reading
 from secateur.sites.gating import probe
 from secateur.sites.layers import LayerSite
 from secateur.sites.layout import Site
 from secateur.support.interrupts import undoing
-from secateur.support.threads import in_own_thread, is_own
 from secateur.units.scores import Scores
 from secateur.units.select import select
 
@@ -57,15 +55,15 @@ def options_of_sites(
     base: PreTrainedModel,
     sites: Mapping[str, Site],
     scores: Scores,
-    batches: Sequence[Mapping[str, Any]],
+    prefix: Prefix,
     evaluator: EndError,
     cut: Cut,
     reading: Reading,
 ) -> dict[str, list[tuple[float, Tensor]]]:
     """Return, for each site, the error at the end and the units that stay, for every size, from whole to smallest.
 
-    Units go by their scores, lowest first. The output projection is refitted to those that stay, on `batches`, for as
-    long as a size is tried: of half of a site's units others can make up for much.
+    Units go by their scores, lowest first. The output projection is refitted to those that stay, on the batches of
+    `prefix`, for as long as a size is tried: of half of a site's units others can make up for much.
     """
     found: dict[str, list[tuple[float, Tensor]]] = {}
     for name in tqdm(sites, desc="sensitivity", disable=not reading.progress, leave=False):
@@ -75,7 +73,7 @@ def options_of_sites(
             continue
         rows = sizes_of_site(scores, name, cut)
         fitted = Projection(base, site)
-        moments = moments_of(base, fitted, batches, reading)
+        moments = moments_of(base, fitted, prefix, reading)
         found[name] = [(0.0, rows[0])]
         for row in rows[1:]:
             there = row[list(site.units)]
@@ -120,26 +118,22 @@ def _refitted(projection: Projection, moments: Moments | None, kept: Tensor) -> 
 class EndError:
     """How far gates move the last hidden states of a model: the squared difference, as a share of their variance.
 
-    Over the tokens of `batches` that are no padding. Layers before the one that the gated site lies in are not run
-    again: `lists` are the model's lists of layers, and the last of those before returns what it returned.
+    Over the tokens of the batches of `prefix` that are no padding. Layers before that of the gated site are not run
+    again.
     """
 
-    def __init__(
-        self, base: PreTrainedModel, batches: Sequence[Mapping[str, Any]], lists: Mapping[str, LayerSite]
-    ) -> None:
-        self.base, self.batches, self.lists = base, batches, lists
-        self.dense = [self._states(batch) for batch in batches]
+    def __init__(self, base: PreTrainedModel, prefix: Prefix) -> None:
+        self.base, self.prefix = base, prefix
+        self.dense = [self._states(batch) for batch in prefix.batches]
         self.variance = float(torch.cat(self.dense).var(dim=0).mean())
-        self.place: tuple[str, int] | None = None
-        self.known: list[Any] = []  # what the layer before `place` returned, batch by batch
 
     def __call__(self, gates: Mapping[str, Tensor]) -> float:
         """Return the error under gates of one site, `[units]`."""
-        self._go_to(next(iter(gates)))
+        site = next(iter(gates))
         total, count = 0.0, 0
         with probe(self.base, gates=gates):
-            for number, batch in enumerate(self.batches):
-                with self._from_place(number):
+            for number, batch in enumerate(self.prefix.batches):
+                with self.prefix.passing(number, site):
                     states = self._states(batch)
                 total += float((states - self.dense[number]).square().sum())
                 count += states.numel()
@@ -156,54 +150,6 @@ class EndError:
         if mask is not None and mask.shape == states.shape[:2]:
             return states[mask.bool()].float()
         return states.flatten(0, -2).float()
-
-    def _go_to(self, site: str) -> None:
-        """Learn what the layer before the one with this site returns, where that is not known yet."""
-        place = layer_of(site, self.lists)
-        if place == self.place:
-            return
-        self.place, self.known = place, []
-        if place is None or place[1] == 0:
-            return
-        before: Any = self.base.get_submodule(f"{place[0]}.{place[1] - 1}")
-        take = lambda module, args, output: self.known.append(output)  # noqa: E731
-        with hooked(before.register_forward_hook(in_own_thread(hook)) for hook in [take]):
-            for batch in self.batches:
-                self.base(**batch)
-
-    @undoing
-    def _from_place(self, number: int) -> Iterator[None]:
-        """Let the layers before the place return at once what the last of them is known to return."""
-        if self.place is None or not self.known:
-            yield
-            return
-        name, first = self.place
-        layers: Any = self.base.get_submodule(name)
-        with ExitStack() as stack:
-            for layer in list(layers)[:first]:
-                stack.enter_context(_returning(layer, self.known[number]))
-            yield
-
-
-@undoing
-def _returning(layer: nn.Module, output: Any) -> Iterator[None]:
-    before, usual, thread = vars(layer).get("forward"), layer.forward, threading.get_ident()
-    vars(layer)["forward"] = lambda *args, **kwargs: output if is_own(thread) else usual(*args, **kwargs)
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(layer)["forward"]
-        else:
-            vars(layer)["forward"] = before
-
-
-def layer_of(site: str, lists: Iterable[str]) -> tuple[str, int] | None:
-    """Return the list and the number of the layer that a site lies in, None where it lies in none."""
-    for name in lists:
-        if site.startswith(f"{name}."):
-            return name, int(site[len(name) + 1 :].split(".")[0])
-    return None
 
 
 def cheapest(parts: Sequence[Sequence[Option]], needed: float) -> list[Option] | None:

@@ -85,6 +85,14 @@ def fetched(block: nn.Module) -> Iterator[None]:
                 hook.offload = True
 
 
+def put_away_(model: nn.Module) -> None:
+    """Let go of weights that were fetched for a pass which was broken off."""
+    for module in model.modules():
+        own = module.parameters(recurse=False)
+        if has_offloaded_params(module) and not all(parameter.is_meta for parameter in own):
+            vars(module)["_hf_hook"].post_forward(module, None)
+
+
 @undoing
 def gradients_within(base: PreTrainedModel, blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Let gradients flow inside each block alone, while its weights are fetched: one block's are held at a time."""

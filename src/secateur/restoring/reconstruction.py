@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.choosing.mask_loss import MaskLoss
 from secateur.choosing.moments import Fit, Projection, moments_of
+from secateur.choosing.prefix import Prefix
 from secateur.errors import InvalidInputError, invalid
 from secateur.models.offload import check_reachable
 from secateur.models.state import check_plain_weights, evaluation_mode, held
@@ -53,7 +53,7 @@ def reconstruct_(
     model: ridge regression towards the weights that were there (see `Fit`; least-squares reconstruction after pruning:
     He et al. 2017, arXiv 1707.06168). The ridge of each site is the one, among five, with which the fit on one half of
     the texts errs least on the other; where none errs less than the weights that were there, these stay. Hundreds of
-    texts do most good. No labels. Each site takes a pass that ends at it. In memory are the second moments of one
+    texts do most good. No labels. Each site takes a pass through its layer. In memory are the second moments of one
     site; what was fitted waits in temporary files.
 
     The model still has all its units then, and is of use without those that go alone: `remove_` with the same mask
@@ -94,10 +94,11 @@ def _reconstruct_(
         # The evaluators look at the dense model here, before its weights change.
         before = statistics.fmean(loss(kept) for loss in evaluators)
         refits: list[Refit] = []
+        prefix = Prefix(base, batches, prepared.lists)
         for name in tqdm(sites, desc="reconstructing", disable=not reading.progress, leave=False):
             if not kept[name].all():
                 file = folder / f"{len(refits)}.pt"
-                refits.append(Refit.of(base, sites[name], kept[name], batches, reading, file))
+                refits.append(Refit.of(base, sites[name], kept[name], prefix, reading, file))
 
         crossed = []
         for fitted, other in ((0, 1), (1, 0)):
@@ -131,19 +132,19 @@ class Refit:
         base: PreTrainedModel,
         site: Site,
         kept: Tensor,
-        batches: Sequence[Mapping[str, Any]],
+        prefix: Prefix,
         reading: Reading,
         file: Path,
     ) -> Refit:
         """Refit a site to the units in `kept` (bool `[units]`), and write the weights to `file`.
 
-        Raises `InvalidInputError` where the batches do not reach it.
+        Raises `InvalidInputError` where the batches of `prefix` do not reach it.
         """
         projection = Projection(base, site)
         stays = projection.stays(kept)
         gone, halves = projection.rows(~stays), list[Fit]()
         for number in (0, 1):
-            moments = moments_of(base, projection, batches[number::2], reading)
+            moments = moments_of(base, projection, prefix, reading, range(number, len(prefix.batches), 2))
             if moments is None:
                 raise InvalidInputError(
                     f"`texts` do not reach the site {site.name!r}, which loses units; leave it whole"

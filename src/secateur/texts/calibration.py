@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secateur.errors import InvalidInputError, invalid
+from secateur.errors import InvalidInputError, UnsupportedModelError, invalid
 from secateur.models.base_model import base_of
 from secateur.models.inputs import ForwardArguments, max_length
 from secateur.models.loading import load_tokenizer
@@ -73,6 +73,14 @@ class PreparedModel:
     def layers(self) -> dict[str, LayerSite]:
         """The model's lists of layers. Raises what `find_layers` raises."""
         return find_layers(self.model)
+
+    @property
+    def lists(self) -> Collection[str]:
+        """The paths of the model's lists of layers, none where it has no such list."""
+        try:
+            return self.layers
+        except UnsupportedModelError:
+            return ()
 
     def sites_of(self, units: Collection[str]) -> dict[str, Site]:
         """Return the sites of these kinds, heads first, then neurons, then layers."""
