@@ -105,6 +105,40 @@ def test_the_readmes_table_says_what_the_raw_files_say():
     assert f"a quarter runs {fastest:.1f} times as fast as the dense model in float32" in README
 
 
+WAYS = {
+    "default": "by need", "matching heads": "by need, heads by `matching`", "layers": "fewer layers",
+    "uniform": "same share everywhere", "not restored": "by need, not restored",
+}  # fmt: skip
+
+
+def line_of(rows):
+    """The line of a page's table that says what rows of several seeds have in common."""
+
+    def mean(value):
+        return statistics.fmean(map(value, rows))
+
+    row = rows[0]
+    cells = [f"{mean(lambda r: r['macs']):.2f}", WAYS[row["way"]], f"{row['steps']:,}", str(len(rows))]
+    cells += [f"{mean(lambda r: r['spearman']):.3f}", f"{mean(lambda r: r['retention']):.1%}"]
+    if row["quality"]:
+        cells += [f"{mean(lambda r: r['quality']['cosine']):.3f}"]
+        cells += [f"{mean(lambda r: r['quality']['relational_kl']):.4f}"]
+    else:
+        cells[2] = ""  # what is not restored is not taught
+        cells += ["", ""]
+    return [*cells, f"{mean(lambda r: r['processor_seconds']) / 60:.0f} min"]
+
+
+def test_the_page_of_half_a_model_says_what_was_measured():
+    found = {}
+    for row in read_lines(RESULTS / "half_model.jsonl"):
+        found.setdefault((row["way"], row["budget"], row["steps"]), []).append(row)
+    page = (ROOT / "docs" / "half-model.md").read_text(encoding="utf-8")
+    section = page.split("## What is left\n")[1].split("\n## ")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    assert sorted(lines[2:]) == sorted(map(line_of, found.values()))
+
+
 def scorer_rows():
     """Scorer → the cells of its row in the two tables of docs/scorers.md."""
     rows = re.findall(r"^\| `([\w-]+)`(?: \(default\))? \| (.*) \|$", SCORER_PAGE, re.MULTILINE)
