@@ -20,6 +20,7 @@ from secateur.choosing.refinement import refine_mask
 from secateur.errors import InvalidInputError, UnsupportedModelError, shown
 from secateur.measuring.cost import check_heads, measure_cost
 from secateur.models.base_model import base_of
+from secateur.models.fetched import set_values_
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.models.names import original_name
 from secateur.models.offload import check_loaded, is_offloaded
@@ -238,10 +239,11 @@ class Pruning:
                 before, after = found
                 _check_numbers(found)
                 for name, weight in self.kept.tensors("refit").items():
-                    parameter = self.prepared.base.get_parameter(name)
+                    path, _, own = name.rpartition(".")
+                    module, parameter = self.prepared.base.get_submodule(path), self.prepared.base.get_parameter(name)
                     if weight.shape != parameter.shape:
                         raise ValueError(f"{name} has another shape")
-                    parameter.data = weight.to(parameter)
+                    set_values_(module, {own: weight if parameter.is_meta else weight.to(parameter)})
             self._note_refit(before, after)
             return
         fitted = cast(Any, self.read[:: math.ceil(len(self.read) / SCORED_TEXTS) or 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from secateur.finetuning.evaluate import evaluate_model
 from secateur.finetuning.finetune import finetune
 from secateur.models.inputs import example_inputs
 from secateur.models.offload import is_offloaded
-from secateur.settings import Reading
+from secateur.pruning import prune_in_steps
+from secateur.pruning_steps import Steps
+from secateur.settings import Cut, Reading
 from secateur.sites.attention import find_sites
 from secateur.sites.finding import find_units
 from secateur.texts.data import Task
@@ -201,6 +204,24 @@ def test_a_model_that_is_spread_is_pruned_by_its_name_but_not_taught(budget, tmp
     assert (found.reconstruction, found.left_out) == (report.reconstruction, ())
     small = AutoModel.from_pretrained(tmp_path / "small").state_dict()
     assert all(torch.equal(small[name], weight) for name, weight in expected.state_dict().items())
+
+
+def test_a_refit_that_was_kept_is_fetched_too(tmp_path, monkeypatch):
+    """A run that was stopped where memory held the model goes on where it does not."""
+    model, steps = on_disk("bert", tmp_path), Steps(tmp_path / "steps")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    steps.folder.mkdir()
+    run = partial(
+        prune_in_steps, steps, tmp_path / "model", tiny_texts(20), Cut(0.5), scorer="contribution",
+        restore="reconstruct", steps=1, labels=None, tokenizer=None,
+    )  # fmt: skip
+    expected, _ = run(reading=Reading(batch_size=4, device="cpu"))
+    assert "refit" in steps.names()
+    monkeypatch.setattr("secateur.pruning_work.load_model", lambda *_: model)
+    monkeypatch.setattr("secateur.pruning_work.reconstruct_", lambda *_: 1 / 0)
+    found, _ = run(reading=Reading(batch_size=4, device="auto"))
+    assert found is model
+    assert all(torch.equal(a, b) for a, b in zip(outputs(found), outputs(expected), strict=True))
 
 
 def test_what_would_hold_all_weights_is_left_out_or_refused(tmp_path, monkeypatch):
