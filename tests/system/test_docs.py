@@ -139,6 +139,22 @@ def test_the_page_of_half_a_model_says_what_was_measured():
     assert sorted(lines[2:]) == sorted(map(line_of, found.values()))
 
 
+def test_the_page_of_half_a_model_says_what_was_fine_tuned():
+    found, metrics = {}, {}
+    for row in read_lines(RESULTS / "half_finetuning.jsonl"):
+        found.setdefault((row["task"], row["way"], row["budget"]), []).append(row["value"])
+        metrics[row["task"]] = row["metric"]
+    page = (ROOT / "docs" / "half-model.md").read_text(encoding="utf-8")
+    section = page.split("## After fine-tuning\n")[1].split("\n## ")[0]
+    for task, metric in metrics.items():
+        if (task, "by need", "macs=0.5") in found:
+            dense, half = (
+                statistics.fmean(found[task, way, budget])
+                for way, budget in (("dense", "macs=1"), ("by need", "macs=0.5"))
+            )
+            assert f"| {task}, {metric} | {dense:.3f} | {half:.3f} | {half / dense:.1%} |\n" in section
+
+
 def scorer_rows():
     """Scorer → the cells of its row in the two tables of docs/scorers.md."""
     rows = re.findall(r"^\| `([\w-]+)`(?: \(default\))? \| (.*) \|$", SCORER_PAGE, re.MULTILINE)
