@@ -230,7 +230,7 @@ def go_on_pruning(folder, name):
             mask = Pruning.choose(run, None, None, {})
             assert f"{run.facts.get('scoring_seconds', 0.0):.1f} {mask}"
         if kept.read("refit") is not None:
-            Pruning.reconstruct(run, None, True)
+            Pruning.reconstruct(run, None)
             assert f"{run.facts['reconstruction'][0]:.4f}"
 
 

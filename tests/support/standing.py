@@ -91,9 +91,11 @@ def a_pipe(path):
     handle, came, ended = os.open(path, os.O_RDWR | os.O_NONBLOCK), [], threading.Event()
 
     def read():
-        while select.select([handle], [], [], 0.005)[0] or not ended.is_set():
+        is_last = False
+        while select.select([handle], [], [], 0.005)[0] or not is_last:
             with contextlib.suppress(BlockingIOError):
                 came.append(os.read(handle, 1 << 16))
+            is_last = ended.is_set()  # what was written before is there when it looks once more
 
     reader = threading.Thread(target=read)
     reader.start()
