@@ -1,7 +1,7 @@
 """What torch keeps of an export's symbolic shapes for as long as the process lives, let go of.
 
 A `ShapeEnv` holds tensors whose sizes hold it, by way of C++, where no garbage collector looks; caches of its methods
-hold it too. That is some 17,000 objects and 3 MB an export.
+hold it too. That is some 17,000 objects an export.
 """
 
 from __future__ import annotations
