@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -57,9 +57,7 @@ class Prefix:
                 for layer in layers[: known[1]]:
                     stack.enter_context(_returning(layer, known[2]))
             if known is None or known[:2] != place:
-                note: Callable[..., None] = lambda module, given, output: written.append(output)  # noqa: E731
-                before = layers[first - 1]
-                stack.enter_context(hooked(before.register_forward_hook(in_own_thread(hook)) for hook in [note]))
+                stack.enter_context(_noting(layers[first - 1], written))
             yield
         if written:
             self._keep(number, name, first, written[0])
@@ -78,8 +76,7 @@ class Prefix:
         if len(layers) < 2 or not self.batches:
             return True
         written: list[Any] = []
-        note: Callable[..., None] = lambda module, given, output: written.append(output)  # noqa: E731
-        with hooked(layers[-2].register_forward_hook(in_own_thread(hook)) for hook in [note]):
+        with _noting(layers[-2], written):
             whole = self.base(**self.batches[0])[0]
         if not written:
             return False
@@ -88,6 +85,15 @@ class Prefix:
                 stack.enter_context(_returning(layer, written[0]))
             found = self.base(**self.batches[0])[0]
         return isinstance(whole, Tensor) and torch.equal(whole, found)
+
+
+def _noting(layer: nn.Module, written: list[Any]) -> AbstractContextManager[None]:
+    """Add what a layer returns meanwhile to `written`."""
+
+    def hook(module: nn.Module, given: Any, output: Any) -> None:
+        written.append(output)
+
+    return hooked(layer.register_forward_hook(in_own_thread(one)) for one in [hook])
 
 
 @undoing
