@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import InvalidInputError, SecateurError, UnsupportedModelError
-from secateur.exporting.symbolic_shapes import symbolic_shapes_forgotten
+from secateur.exporting.traces import traces_forgotten
 from secateur.measuring.onnx_graph import FILE
 from secateur.models.base_model import base_of
 from secateur.models.inputs import example_inputs, max_length
@@ -70,7 +70,7 @@ def save_onnx(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         )
     model = prepared(model)
     inputs = text_inputs(model, 2, 12, 3)
-    with quietly(), one_error(model, "cannot be exported to ONNX"), symbolic_shapes_forgotten():
+    with quietly(), one_error(model, "cannot be exported to ONNX"), traces_forgotten():
         _export(model, inputs, folder)
         outputs, difference = _check(model, folder / FILE)
     return {"opset": OPSET, "inputs": list(inputs), "outputs": outputs, "max_difference": difference}
