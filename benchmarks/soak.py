@@ -172,7 +172,7 @@ class Soak:
         running.process.close()
         came = {0: "done", 130: "stopped", -signal.SIGKILL: "killed", -signal.SIGINT: "stopped"}.get(ended.code or 0)
         if came is None or "Traceback" in ended.err:
-            raise Left(f"secateur {name}: ended with {ended.code}: {ended.err[-2000:]!r}")
+            raise Left(f"secateur {name}, signal {how:d}: ended with {ended.code}: {ended.err[-2000:]!r}")
         self.tried[f"secateur {name}, {came}"] += 1
         self.check_folders(f"secateur {name}, {came}", hidden=came == "killed")
         if came == "done" and not (self.results / "out").exists():

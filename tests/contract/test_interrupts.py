@@ -20,6 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.utils import logging
 
 import secateur
+from secateur.errors import UnsupportedModelError
+from secateur.exporting.onnx import one_error
 from secateur.finetuning.evaluate import evaluate_model
 from secateur.finetuning.finetune import finetune
 from secateur.measuring.bench import Shape, benchmark
@@ -277,3 +279,21 @@ def test_a_handler_of_the_callers_own_hears_ctrl_c_once_the_context_is_entered()
     assert heard == ["entered", signal.SIGINT]
     assert mine is not before
     assert mine.__name__ == "<lambda>"
+
+
+@pytest.mark.usefixtures("heard")
+def test_a_package_that_makes_a_failure_of_ctrl_c_is_not_believed():
+    def fail(stopped):
+        with frozen(model), one_error(model, "cannot be exported"):
+            try:
+                if stopped:
+                    signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+            raise RuntimeError("step 2") from ValueError("no such\noperation")
+
+    model = model_in_bfloat16()
+    with pytest.raises(KeyboardInterrupt):
+        fail(stopped=True)
+    with pytest.raises(UnsupportedModelError, match=r"exported: ValueError: no such operation$"):
+        fail(stopped=False)

@@ -139,19 +139,39 @@ def test_a_budget_says_what_may_remain_and_a_ratio_what_may_go():
     assert select(scores, 0.5).kept == {"a": [1, 2]}
 
 
-def test_groups_of_unlike_sizes_are_not_bisected():
-    """Four heads may leave more than three do: at "b" they go four at a time, and cost less each."""
-    scores = Scores({"a": torch.tensor([1.0, 2, 3, 9]), "b": torch.tensor([0.5] * 4 + [5.0] * 4)}, {"b": 2})
-    price = {"a": 4, "b": 1}
+def test_a_larger_ratio_takes_all_that_a_smaller_one_takes():
+    """Also where units go one at a time at "a" and four at a time at "b"; what does not fit ends the ranking."""
+    scores = Scores({"a": torch.tensor([0.1, 2, 3, 9]), "b": torch.tensor([0.5] * 4 + [5.0] * 4)}, {"b": 2})
+    kept = [select(scores, k / 12, "ranking").num_kept for k in range(12)]
+    assert kept == [12, 11, 11, 11, 11, 7, 6, 5, 5, 5, 5, 5]
 
     def left(mask):
-        return sum(price[site] * int(row.sum()) for site, row in mask.items()) / 24
+        return mask.num_kept / 12
 
-    shares = [round(24 * left(select(scores, k / 12, "ranking"))) for k in range(6)]
-    assert shares == [24, 20, 16, 12, 20, 16]
-    mask, ratio = within_budget(scores, 12 / 24, left, "ranking")
-    assert (mask.kept, ratio) == ({"a": [3], "b": list(range(8))}, 3 / 12)
-    # Rounding gives a whole site back, so that fewer heads may leave more as well.
+    mask, ratio = within_budget(scores, 9 / 12, left, "ranking")
+    assert (mask.kept, ratio) == ({"a": [1, 2, 3], "b": [4, 5, 6, 7]}, 5 / 12)
+
+
+def test_only_ratios_are_tried_at_which_another_mask_begins():
+    """Of 4,096 neurons beside heads that share weights: those that leave a multiple of 32."""
+    scores = Scores(
+        {"heads": torch.arange(12.0), "neurons": torch.arange(4096.0)},
+        {"heads": 4, "neurons": 4096},
+        kinds={"neurons": "neurons"},
+    )
+    tried = []
+
+    def left(mask):
+        tried.append(mask.num_kept)
+        return int(mask["neurons"].sum()) / 4096
+
+    mask, ratio = within_budget(scores, 0.5, left)
+    assert (int(mask["neurons"].sum()), ratio) == (2048, 0.5)
+    assert len(tried) <= 4096 / 32 / 2 + 12
+
+
+def test_masks_that_are_rounded_are_tried_in_turn():
+    """Rounding gives a whole site back, so that fewer heads may leave more."""
     alike = Scores({"a": torch.tensor([1.0, 2, 3, 9])})
 
     def rounded(mask):

@@ -25,7 +25,7 @@ from secateur.support.defaults import MULTIPLE, UNITS
 from secateur.support.interrupts import interruptible
 from secateur.units.masks import Mask, is_within, layers_gone
 from secateur.units.scores import PresentScores, Scores
-from secateur.units.select import Allocation, check_scores, check_selection, groups_of, select
+from secateur.units.select import Allocation, check_scores, check_selection, has_groups, select
 
 _ROUNDING = 1e-9
 
@@ -71,11 +71,10 @@ def within_budget(
 
     `share` says how much a mask leaves, `rounded` what becomes of a mask before it is judged. A ratio's mask is that of
     `select`. Every ratio is tried, from the smallest. They are bisected where a larger ratio leaves no more of anything
-    than a smaller one: where no units share weights, or with allocation "ranking" all groups are of one size, and masks
-    are judged as they are.
+    than a smaller one: with allocation "ranking", or where no units share weights, and masks are judged as they are.
     """
-    ratios = _ratios(scores, allocation)
-    sizes = {len(group) for site in scores for group in groups_of(scores, site)}
+    ratios = _ratios(scores, allocation, multiple)
+    nested = allocation == "ranking" or not any(has_groups(scores, site) for site in scores)
 
     def mask_at(ratio: float) -> Mask:
         mask = select(scores, ratio, allocation, floor, multiple)
@@ -84,7 +83,7 @@ def within_budget(
     def fits(ratio: float) -> bool:
         return share(mask_at(ratio)) <= limit + _ROUNDING
 
-    if (sizes == {1} or (allocation == "ranking" and len(sizes) == 1)) and rounded is None:
+    if nested and rounded is None:
         place = bisect.bisect_left(ratios, True, key=fits)
         found = ratios[place] if place < len(ratios) else None
     else:
@@ -167,7 +166,7 @@ class BudgetedSelection:
     def out_of_reach(self, scores: Scores, budget: Budget, share: Callable[[Mask], float]) -> InvalidInputError:
         """Say what the largest pruning ratio reaches, and what does more where other kinds of units could go too."""
         cut = self.cut
-        largest = _ratios(scores, cut.ranked)[-1]
+        largest = _ratios(scores, cut.ranked, cut.multiple)[-1]
         least = share(select(scores, largest, cut.ranked, cut.floor, cut.multiple))
         kinds = " and ".join(dict.fromkeys(scores.kinds.values()))
         rule = (
@@ -186,7 +185,7 @@ class BudgetedSelection:
         except UnsupportedModelError:
             return "a smaller floor leaves less"
         scores = _equal_scores(sites)
-        ratio = _ratios(scores, "uniform")[-1]
+        ratio = _ratios(scores, "uniform", self.cut.multiple)[-1]
         costs = UnitCosts(self.model, sites, *budget.shape)
         least = _left(budget, costs, select(scores, ratio, "uniform", self.cut.floor, self.cut.multiple))
         return f"with {', '.join(UNITS)} together {least:.2f} can be reached (`units`)"
@@ -287,11 +286,14 @@ def _of_kinds(scores: Scores, kinds: Collection[str]) -> Scores | None:
     return scores.only(sites) if sites else None
 
 
-def _ratios(scores: Scores, allocation: Allocation) -> list[float]:
-    """Return the pruning ratios at which another mask begins."""
-    present = [int((vector > -math.inf).sum()) for vector in scores.values()]
-    sizes = {sum(present)} if allocation == "ranking" else set(present)
-    return sorted({dropped / size for size in sizes for dropped in range(size)})
+def _ratios(scores: Scores, allocation: Allocation, multiple: int) -> list[float]:
+    """Return the pruning ratios at which another mask may begin."""
+    present = {site: int((vector > -math.inf).sum()) for site, vector in scores.items()}
+    if allocation == "ranking":
+        total = sum(present.values())
+        return [dropped / total for dropped in range(total)]
+    steps = {(size, multiple if scores.kinds[site] == "neurons" else 1) for site, size in present.items()}
+    return sorted({dropped / size for size, step in steps for dropped in (0, *range(size % step, size, step)) if size})
 
 
 def _equal_scores(sites: Mapping[str, Site]) -> Scores:

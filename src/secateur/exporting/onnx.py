@@ -36,7 +36,7 @@ from secateur.sites.layout import Site
 from secateur.sites.narrowing import cut_together
 from secateur.sites.recipe import read_recipe
 from secateur.support.disk_refusals import disk_refusal
-from secateur.support.interrupts import in_one_go
+from secateur.support.interrupts import in_one_go, interrupts_heard
 
 OPSET = 20
 AXES = ("batch", "sequence")
@@ -227,13 +227,22 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_error(model: PreTrainedModel, failure: str) -> Iterator[None]:
-    """Make an `UnsupportedModelError` of what the exporter and ONNX Runtime raise, in one line; not of a full disk."""
+    """Make an `UnsupportedModelError` of what the exporter and ONNX Runtime raise, in one line with its first cause.
+
+    Not of a full disk, nor of a Ctrl-C that they took for a failure.
+    """
+    heard = interrupts_heard()
     try:
         yield
     except SecateurError:
         raise
     except Exception as error:
+        if interrupts_heard() != heard:
+            raise KeyboardInterrupt from error
         if (refused := disk_refusal(error)) is not None:
             raise refused from error  # who made the folder knows what it is called
-        reason = " ".join(str(error).split())[:300]
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
         raise UnsupportedModelError(f"{type(model).__name__} {failure}: {reason}") from error

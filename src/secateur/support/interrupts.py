@@ -30,6 +30,7 @@ class _State:
 
     open = 0
     pending = False
+    heard = 0
     previous: Any = None
 
 
@@ -66,6 +67,11 @@ def interruptible(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 def in_one_go(step: Callable[[], _Result]) -> _Result:
     """Take a short step that is done whole before Ctrl-C is heard, within a context of ours."""
     return step()
+
+
+def interrupts_heard() -> int:
+    """Return how many Ctrl-C have come within contexts of ours; what runs there may make other errors of them."""
+    return _State.heard
 
 
 class _Nothing(AbstractContextManager[None]):
@@ -133,6 +139,7 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
         _thread.start_new_thread(_remind, ())
         return
     _State.pending = False
+    _State.heard += 1
     _State.previous(number, frame)
 
 

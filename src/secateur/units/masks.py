@@ -109,8 +109,9 @@ class Mask(_Verdicts, Saved):
             site = sites[name]
             if vector.numel() != site.original_num_units:
                 raise invalid(f"mask[{name!r}]", f"have {site.original_num_units} entries", vector.numel())
-            gone = [unit for unit in indices_of(vector) if unit not in site.units]
-            if gone:
+            removed = torch.ones(vector.numel(), dtype=torch.bool)
+            removed[list(site.units)] = False
+            if gone := indices_of(vector & removed):
                 raise invalid(f"mask[{name!r}]", "be False for units that are already removed", gone)
         whole = {name: torch.ones(site.num_units, dtype=torch.bool) for name, site in sites.items()}
         return PresentMask({n: self[n][list(sites[n].units)] if n in self else row for n, row in whole.items()})

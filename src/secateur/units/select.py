@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.errors import invalid
 from secateur.support.checks import check_whole, is_number
 from secateur.support.defaults import MULTIPLE
-from secateur.units.masks import Mask, PresentMask
+from secateur.units.masks import Mask, PresentMask, indices_of
 from secateur.units.scores import PresentScores, Scores
 
 Allocation = Literal["uniform", "ranking"]
@@ -56,7 +56,8 @@ def select(
 
     Groups, as of heads that read one key-value head: with allocation "uniform" a site keeps some of its groups and the
     same number of units in each, whichever choice has the highest sum of scores among those nearest to the budget; with
-    "ranking" whole groups go, ranked by their mean score.
+    "ranking" whole groups go, ranked by their mean score, up to the first that is more than the ratio leaves to remove:
+    a larger ratio takes all that a smaller one takes.
 
     Where `scores` has interactions, units of a site without groups are then rearranged (Kwon et al. 2022, arXiv
     2204.09656): kept units, from the lowest score up, are swapped for the dropped one with which that lowers the cost
@@ -75,7 +76,7 @@ def select(
         if kind == "neurons":
             rows[site] = _filled(rows[site], scores[site], multiple)
     for site in scores.interactions:
-        if scores.num_groups[site] == scores[site].numel():
+        if not has_groups(scores, site):
             rows[site] = _rearranged(rows[site], scores[site], scores.interactions[site])
     return Mask(rows) if isinstance(scores, Scores) else PresentMask(rows)
 
@@ -122,8 +123,15 @@ def _ranked(vector: Tensor) -> list[int]:
     return torch.argsort(vector, descending=True, stable=True).tolist()
 
 
-def groups_of(scores: AnyScores, site: str) -> list[list[int]]:
+def has_groups(scores: AnyScores, site: str) -> bool:
+    """Return whether units of a site may share weights; thousands of neurons do not."""
+    return scores.num_groups[site] < scores[site].numel()
+
+
+def _groups_of(scores: AnyScores, site: str) -> list[list[int]]:
     """Return, for each group that is there, its units that are there."""
+    if not has_groups(scores, site):
+        return [[unit] for unit in indices_of(scores[site] > -math.inf)]
     rows = torch.arange(scores[site].numel()).view(scores.num_groups[site], -1).tolist()
     there = (scores[site] > -math.inf).tolist()
     present = [[unit for unit in row if there[unit]] for row in rows]
@@ -137,16 +145,17 @@ def _importance(scores: AnyScores, site: str) -> Tensor:
 
 
 def _select_in_site(scores: AnyScores, site: str, pruning_ratio: float, floor: int) -> Tensor:
-    vector, groups = _importance(scores, site), groups_of(scores, site)
+    vector = _importance(scores, site)
     kept = torch.zeros(vector.numel(), dtype=torch.bool)
-    present = sum(len(g) for g in groups)
+    present = int((vector > -math.inf).sum())
     staying = int((vector == math.inf).sum())
     target = max(present - removable(present, pruning_ratio), min(floor, present), staying)
     if not target:
         return kept
-    if scores.num_groups[site] == vector.numel():  # thousands of neurons have no choice of shapes
+    if not has_groups(scores, site):
         kept[_ranked(vector)[:target]] = True
         return kept
+    groups = _groups_of(scores, site)
     shapes = list(itertools.product(range(1, len(groups) + 1), range(1, max(map(len, groups)) + 1)))
     nearest = min(g * m for g, m in shapes if g * m >= target)
     choices = [_best_of_shape(vector, groups, g, m) for g, m in shapes if g * m == nearest]
@@ -162,21 +171,35 @@ def _best_of_shape(vector: Tensor, groups: list[list[int]], num_groups: int, per
 
 
 def _select_by_ranking(scores: AnyScores, pruning_ratio: float, floor: int) -> dict[str, Tensor]:
-    units = [(site, group) for site in scores for group in groups_of(scores, site)]
-    left = {site: sum(len(g) for g in groups_of(scores, site)) for site in scores}
-    allowed = removable(sum(left.values()), pruning_ratio)
+    units = [(site, group) for site in scores for group in _groups_of(scores, site)]
     values = {site: vector > -math.inf for site, vector in scores.items()}
+    left = {site: int(there.sum()) for site, there in values.items()}
+    allowed = removable(sum(left.values()), pruning_ratio)
     if not units:  # every unit is gone already
         return values
-    means = torch.stack([_importance(scores, site)[group].mean() for site, group in units])
+    means = torch.cat([_means(scores, site) for site in scores])
+    going: dict[str, list[int]] = {site: [] for site in scores}
+    values_of = means.tolist()
     for number in reversed(_ranked(means)):
         site, group = units[number]
-        may_go = float(means[number]) < math.inf
-        if may_go and len(group) <= allowed and left[site] - len(group) >= floor:
-            values[site][group] = False
-            allowed -= len(group)
-            left[site] -= len(group)
+        if values_of[number] == math.inf or left[site] - len(group) < floor:
+            continue
+        if len(group) > allowed:
+            break
+        going[site] += group
+        allowed -= len(group)
+        left[site] -= len(group)
+    for site, gone in going.items():
+        values[site][gone] = False
     return values
+
+
+def _means(scores: AnyScores, site: str) -> Tensor:
+    """Return the mean score of each group of a site that is there."""
+    vector = _importance(scores, site)
+    if not has_groups(scores, site):
+        return vector[vector > -math.inf]
+    return torch.tensor([float(vector[group].mean()) for group in _groups_of(scores, site)], dtype=vector.dtype)
 
 
 def _rearranged(kept: Tensor, vector: Tensor, matrix: Tensor) -> Tensor:
