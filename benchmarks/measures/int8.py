@@ -2,8 +2,8 @@
 
     python -m benchmarks.run int8 --data GLUE
 
-all-MiniLM-L6-v2, dense and cut to shares of its multiply-accumulates by heads and neurons, the same share at every
-site, chosen at random: values cost no time. PyTorch, the float32 graph and the int8 graph run in turn, the graphs with
+all-MiniLM-L6-v2, dense, without half of its heads or of its layers, and cut to shares of its multiply-accumulates by
+heads and neurons, the same share at every site, chosen at random: values cost no time. PyTorch, the float32 graph and the int8 graph run in turn, the graphs with
 all of ONNX Runtime's optimisers and without those that fuse additions with layer norms, on tokens without padding.
 Writes the seconds of every round, the sizes of the files, and the resident memory that a session of each adds to a
 process. Of the float32 weights only those are resident that a pass has read: the file is mapped.
@@ -50,7 +50,8 @@ JUDGED_HALF = "macs=0.5, reconstructed"
 def measure(run: Run, *, budgets: list[str], texts: int, rounds: int) -> None:
     """Time the dense model and one for each budget; `texts` of STS-B reconstruct the half that is judged."""
     model, tokenizer = minilm()
-    cut = {b: prune(model, None, budget=b, restore="none", tokenizer=tokenizer, **WAYS["uniform"])[0] for b in budgets}
+    ways = {b: WAYS["layers" if b.startswith("layers") else "uniform"] for b in budgets}
+    cut = {b: prune(model, None, budget=b, restore="none", tokenizer=tokenizer, **way)[0] for b, way in ways.items()}
     sentences = [text for pair in run.texts("stsb", texts // 2) for text in pair]
     half, _ = prune(
         model, sentences, budget="macs=0.5", scorer="contribution", restore="reconstruct", tokenizer=tokenizer,
