@@ -41,6 +41,7 @@ class ResumedTrainer(Trainer):
         loader: Any = super().get_train_dataloader()
         if isinstance(loader.batch_sampler, BatchSamplerShard):
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+            loader.batch_sampler.even_batches = False  # the last batch is as short as it is for one process
         sampler = getattr(loader.batch_sampler, "sampler", None)
         if self.draws_order_alone and isinstance(sampler, LengthGroupedSampler):
             inner = getattr(loader, "base_dataloader", loader)
