@@ -3,8 +3,9 @@
     python -m benchmarks.run int8 --data GLUE
 
 all-MiniLM-L6-v2, dense, without half of its heads or of its layers, and cut to shares of its multiply-accumulates by
-heads and neurons, the same share at every site, chosen at random: values cost no time. PyTorch, the float32 graph and the int8 graph run in turn, the graphs with
-all of ONNX Runtime's optimisers and without those that fuse additions with layer norms, on tokens without padding.
+heads and neurons, the same share at every site, chosen at random: values cost no time. PyTorch, the float32 graph and
+the int8 graph run in turn, the graphs with all of ONNX Runtime's optimisers and without those that fuse additions with
+layer norms, on tokens without padding.
 Writes the seconds of every round, the sizes of the files, and the resident memory that a session of each adds to a
 process. Of the float32 weights only those are resident that a pass has read: the file is mapped.
 
