@@ -310,4 +310,4 @@ def test_what_is_said_of_int8_and_of_several_processes():
     one, *others = read_json(RESULTS / "several_processes.json")["rows"]
     assert all(row["same_scores"] and row["same_units"] and row["same_weights"] for row in others)
     for row in (one, *others):
-        assert f"| {row['machines']} × {row['processes_on_each']} | {row['seconds']} |" in scale
+        assert f"| {row['machines']} \u00d7 {row['processes_on_each']} | {row['seconds']} |" in scale
