@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import statistics
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -106,7 +107,11 @@ def longer_runs() -> dict[str, str]:
     for what, count in found["soak"]["tried"].items():
         end = what.rpartition(", ")[2]
         ends[end] = ends.get(end, 0) + count
-    left = "; ".join(found["soak"]["left"]) or "nothing was left behind, and nothing grew"
+    rows = [row["memory_mib"] for row in found["soak"]["over_time"]]
+    quarter = len(rows) // 4
+    grown = statistics.median(rows[-quarter:]) / statistics.median(rows[quarter : 2 * quarter]) - 1
+    grew = f"nothing was left behind; memory was {grown:.0%} more in the last quarter than in the second"
+    left = "; ".join(found["soak"]["left"]) or grew
     moments = [row["outcome"] for row in found["fuzz"]["rows"] if " moments tried" in row["outcome"]]
     stops = sum(int(text.partition(" ")[0].replace(",", "")) for text in moments)
     return {

@@ -70,8 +70,9 @@ def within_budget(
     """Return the mask of the smallest pruning ratio that leaves at most `limit`, and that ratio; None where none does.
 
     `share` says how much a mask leaves, `rounded` what becomes of a mask before it is judged. A ratio's mask is that of
-    `select`. Every ratio is tried, from the smallest. They are bisected where a larger ratio leaves no more of anything
-    than a smaller one: with allocation "ranking", or where no units share weights, and masks are judged as they are.
+    `select`. Every ratio at which another mask may begin is tried, from the smallest. They are bisected where a larger
+    ratio leaves no more of anything than a smaller one: with allocation "ranking", or where no units share weights, and
+    masks are judged as they are.
     """
     ratios = _ratios(scores, allocation, multiple)
     nested = allocation == "ranking" or not any(has_groups(scores, site) for site in scores)

@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.errors import invalid
 from secateur.support.checks import check_whole, is_number
 from secateur.support.defaults import MULTIPLE
-from secateur.units.masks import Mask, PresentMask, indices_of
+from secateur.units.masks import Mask, PresentMask
 from secateur.units.scores import PresentScores, Scores
 
 Allocation = Literal["uniform", "ranking"]
@@ -130,8 +130,6 @@ def has_groups(scores: AnyScores, site: str) -> bool:
 
 def _groups_of(scores: AnyScores, site: str) -> list[list[int]]:
     """Return, for each group that is there, its units that are there."""
-    if not has_groups(scores, site):
-        return [[unit] for unit in indices_of(scores[site] > -math.inf)]
     rows = torch.arange(scores[site].numel()).view(scores.num_groups[site], -1).tolist()
     there = (scores[site] > -math.inf).tolist()
     present = [[unit for unit in row if there[unit]] for row in rows]
@@ -178,11 +176,11 @@ def _select_by_ranking(scores: AnyScores, pruning_ratio: float, floor: int) -> d
     if not units:  # every unit is gone already
         return values
     means = torch.cat([_means(scores, site) for site in scores])
+    stays = (means == math.inf).tolist()
     going: dict[str, list[int]] = {site: [] for site in scores}
-    values_of = means.tolist()
     for number in reversed(_ranked(means)):
         site, group = units[number]
-        if values_of[number] == math.inf or left[site] - len(group) < floor:
+        if stays[number] or left[site] - len(group) < floor:
             continue
         if len(group) > allowed:
             break
